@@ -1,0 +1,31 @@
+"""The errors of ride-plugin; each message says what came, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class RIDEError(Exception):
+    """Base class: ``except RIDEError`` catches whatever this library raises on purpose."""
+
+
+class ArgumentError(RIDEError, ValueError):
+    """An argument is outside what the function accepts (shape, range, dtype or value)."""
+
+
+class MissingExpertLogitsError(RIDEError, ValueError):
+    """A loss was given plain ``[B, C]`` logits that no longer carry the experts' logits."""
+
+
+class SplitError(RIDEError, ValueError):
+    """A backbone cannot be split into trunk and experts as asked; the message says what to pass."""
+
+
+class ReplayError(RIDEError, RuntimeError):
+    """An expert's forward left the path that the trunk recorded, so its result would be wrong."""
+
+
+class WidthError(RIDEError, ValueError):
+    """A layer of the forked part cannot be narrowed; the message names it."""
+
+
+class CheckpointError(RIDEError, ValueError):
+    """A checkpoint does not fit the model, or cannot be read safely."""

@@ -1,0 +1,1 @@
+"""What long-tailed recognition uses beside RIDE: losses, samplers, subsets, reports."""
