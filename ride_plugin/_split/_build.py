@@ -1,0 +1,131 @@
+"""Builds a split: probe, fork point, views, what crosses the cut, self-check."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ride_plugin._errors import ArgumentError, SplitError
+from ride_plugin._split._analysis import (
+    changing_attributes,
+    layout_of,
+    tensors_only_experts_read,
+)
+from ride_plugin._split._check import check
+from ride_plugin._split._classifier import find_classifier
+from ride_plugin._split._example import Inputs, find_example, resize_batch
+from ride_plugin._split._fork import choose_fork
+from ride_plugin._split._probe import Call, call_tree, clone_module
+from ride_plugin._split._state import Layout
+from ride_plugin._split._tape import FeatureHook
+from ride_plugin._split._tree import logits_in
+from ride_plugin._split._views import Link, Views, build_views, sides, spine_tensors
+
+
+@dataclass
+class Split:
+    """A backbone cut in two, with one expert that is an exact copy of its forked part.
+
+    Attributes:
+        views: the trunk and the expert.
+        layouts: what crosses the cut, for each path seen (evaluation, training).
+        attributes: plain attributes that a forward changes, put back before each expert.
+        inputs: an example of two rows.
+        num_classes: ``C``.
+        fork_at: name of the first forked submodule.
+        classifier: name of the classifier inside an expert, or None if there is no such module.
+    """
+
+    views: Views
+    layouts: list[Layout]
+    attributes: list[tuple[str, str]]
+    inputs: Inputs
+    num_classes: int
+    fork_at: str
+    classifier: str | None
+
+
+def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any) -> Split:
+    """Cut ``backbone`` at ``fork_at``; the backbone and the random state are left as they are.
+
+    Raises:
+        SplitError: it cannot be cut there; the message says what to pass.
+    """
+    if not isinstance(backbone, nn.Module):
+        raise ArgumentError(
+            "Expected argument `backbone` to be a torch.nn.Module that maps a batch to logits "
+            f"[B, C], but got {type(backbone).__name__}."
+        )
+    with _random_state_kept(backbone):
+        probed = clone_module(backbone).eval()
+        inputs = find_example(probed, example_input)
+        root, output = call_tree(probed, inputs)
+        logits = logits_in(output)
+        if logits is None or logits.shape[0] != 2:
+            raise SplitError(
+                "Expected argument `backbone` to map a batch to logits [B, C], but for 2 rows it "
+                f"returned {'none' if logits is None else list(logits.shape)}."
+            )
+        num_classes = logits.shape[1]
+        fork = choose_fork(root, fork_at)
+        training_root = _training_call_tree(backbone, inputs)
+        trunk_units, forked_units = sides(fork, training_root)
+        classifier = find_classifier(root, output, forked_units)
+        del probed, output, logits
+
+        outside = spine_tensors(backbone, [*trunk_units, *forked_units])
+        views = build_views(backbone, trunk_units, forked_units, set())
+        forked_tensors = tensors_only_experts_read(views, inputs, outside, training=False)
+        if training_root is not None:
+            forked_tensors &= tensors_only_experts_read(views, inputs, outside, training=True)
+        if forked_tensors:
+            views = build_views(backbone, trunk_units, forked_units, forked_tensors)
+
+        attributes: set[tuple[str, str]] = set()
+        layouts: list[Layout] = []
+        for training in (False, True) if training_root is not None else (False,):
+            layout = layout_of(views, inputs, training)
+            if all(known.keys != layout.keys for known in layouts):
+                layouts.append(layout)
+            attributes |= changing_attributes(views, inputs, training)
+        check(backbone, views, inputs, layouts, fork.name)
+    views.trunk.train(backbone.training)
+    views.expert.train(backbone.training)
+    if classifier is not None:
+        views.expert.get_submodule(classifier).register_forward_pre_hook(FeatureHook(views.running))
+    return Split(views, layouts, sorted(attributes), inputs, num_classes, fork.name, classifier)
+
+
+def another_expert(views: Views) -> tuple[nn.Module, list[Link]]:
+    """Copy the expert; what belongs to the trunk stays shared, what is tied to it stays tied."""
+    memo: dict[int, Any] = {id(views.running): views.running}
+    memo.update((id(module), module) for module in views.trunk.modules())
+    for tensor in (*views.trunk.parameters(), *views.trunk.buffers()):
+        memo[id(tensor)] = tensor
+    inside = {id(module) for module in views.expert.modules()}
+    links = [link for link in views.links if id(link.view) in inside]
+    expert, links = copy.deepcopy((views.expert, links), memo)
+    return expert, links
+
+
+def _training_call_tree(backbone: nn.Module, inputs: Inputs) -> Call | None:
+    """The calls of a forward in training mode; None where the backbone needs more than inputs."""
+    try:
+        return call_tree(clone_module(backbone).train(), resize_batch(inputs, 3))[0]
+    except Exception:
+        return None
+
+
+@contextmanager
+def _random_state_kept(backbone: nn.Module) -> Iterator[None]:
+    devices = sorted(
+        {p.device.index for p in backbone.parameters() if p.device.type == "cuda"} - {None}
+    )
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -1,0 +1,141 @@
+"""The self-check of every build: one expert must be the backbone, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._errors import RIDEError, SplitError
+from ride_plugin._split._analysis import throwaway
+from ride_plugin._split._example import Inputs, resize_batch
+from ride_plugin._split._passes import play, record
+from ride_plugin._split._probe import clone_module
+from ride_plugin._split._state import Layout
+from ride_plugin._split._tree import logits_in
+from ride_plugin._split._views import Views
+
+_BATCH = 3
+
+
+def check(
+    backbone: nn.Module, views: Views, inputs: Inputs, layouts: Sequence[Layout], fork: str
+) -> None:
+    """Compare the split with the backbone: evaluation, a seeded training pass, a row subset.
+
+    Raises:
+        SplitError: they differ; the message names the fork point and says what to pass.
+    """
+    inputs = resize_batch(inputs, _BATCH)
+    for training in (False, True):
+        mode = "training" if training else "evaluation"
+        reference = clone_module(backbone).train(training)
+        try:
+            expected = _seeded(reference, inputs)
+            expected_again = _seeded(clone_module(backbone).train(training), inputs)
+        except Exception:
+            if training:  # a backbone that cannot train on its own input has nothing to compare
+                return
+            raise
+        exact = torch.equal(expected, expected_again)
+        for stop_at_fork in (True, False):
+            copied = throwaway(views, training)
+            try:
+                got = _one_expert(copied, inputs, layouts, stop_at_fork)
+            except RIDEError as error:
+                raise SplitError(f"{_prefix(fork, mode)}: {error}") from error
+            if not _same(got, expected, exact):
+                difference = (got - expected).abs().max().item()
+                raise SplitError(
+                    f"{_prefix(fork, mode)}: with one expert the logits differ from the backbone's "
+                    f"by up to {difference:.3g}. Pass `fork_at=` another submodule."
+                )
+            _check_buffers(reference, copied, fork, mode, exact)
+        if not training:
+            _check_rows(throwaway(views, False), inputs, layouts, expected, fork)
+
+
+def _one_expert(
+    views: Views, inputs: Inputs, layouts: Sequence[Layout], stop_at_fork: bool
+) -> Tensor:
+    args, kwargs = inputs
+    torch.manual_seed(0)
+    with torch.no_grad():
+        state, output = record(
+            views.trunk, views.running, layouts, args, kwargs, stop_at_fork=stop_at_fork
+        )
+        if stop_at_fork:
+            output = play(views.expert, views.running, state.hollowed())
+    return _logits(output)
+
+
+def _check_rows(
+    views: Views, inputs: Inputs, layouts: Sequence[Layout], expected: Tensor, fork: str
+) -> None:
+    rows = torch.tensor([2, 0], device=expected.device)
+    args, kwargs = inputs
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            state, _ = record(views.trunk, views.running, layouts, args, kwargs, stop_at_fork=True)
+            got = _logits(play(views.expert, views.running, state.hollowed().select(rows)))
+    except Exception as error:
+        raise SplitError(
+            f"{_prefix(fork, 'evaluation')}: an expert does not run on a subset of the rows, which "
+            f"routing needs ({type(error).__name__}: {error}). Pass `fork_at=` another submodule."
+        ) from error
+    if got.shape != expected[rows].shape or not _close(got, expected[rows]):
+        raise SplitError(
+            f"{_prefix(fork, 'evaluation')}: an expert's logits for some rows differ from those "
+            "rows of the whole batch, so routing would change predictions. Pass `fork_at=` another "
+            "submodule."
+        )
+
+
+def _check_buffers(reference: nn.Module, views: Views, fork: str, mode: str, exact: bool) -> None:
+    ours = dict(views.trunk.named_buffers(remove_duplicate=False))
+    ours.update(views.expert.named_buffers(remove_duplicate=False))
+    for name, buffer in reference.named_buffers(remove_duplicate=False):
+        if name in ours and not _same(ours[name], buffer, exact):
+            raise SplitError(
+                f"{_prefix(fork, mode)}: buffer `{name}` differs from the backbone's after one "
+                "forward. Pass `fork_at=` another submodule."
+            )
+
+
+def _seeded(module: nn.Module, inputs: Inputs) -> Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return _logits(module(*inputs[0], **inputs[1]))
+
+
+def _logits(output: Any) -> Tensor:
+    logits = logits_in(output)
+    if logits is None:
+        raise SplitError("The backbone returned no logits [B, C].")
+    return logits
+
+
+def _same(a: Tensor, b: Tensor, exact: bool) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if torch.equal(a, b) or (
+        a.is_floating_point()
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+    ):
+        return True
+    return not exact and _close(a, b)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    # Kernels differ with the batch size, so rounding does; the bound scales with the logits.
+    tolerance = 100 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(scale, 1e-30), equal_nan=True)
+
+
+def _prefix(fork: str, mode: str) -> str:
+    return f"Cannot split the backbone at {fork!r} (checked in {mode} mode)"

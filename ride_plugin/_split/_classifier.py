@@ -1,0 +1,114 @@
+"""The classifier of a backbone: finding it, and the cosine classifier that margin losses need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ride_plugin._errors import ArgumentError, SplitError
+from ride_plugin._split._probe import Call
+from ride_plugin._split._tree import logits_in
+
+ClassifierFactory = Callable[[int, int], nn.Module]
+
+
+class CosineClassifier(nn.Module):
+    r"""Linear classifier on the sphere: scale times the cosine between feature and class weight.
+
+    $\text{logit}_c = s \, \frac{w_c^\top x}{\lVert w_c \rVert \lVert x \rVert}$, as the LDAM paper
+    (Cao et al., NeurIPS 2019, section 3.3) and the authors' RIDE use it, with $s = 30$.
+
+    Args:
+        in_features: size of a feature, ``D``.
+        num_classes: number of classes, ``C``.
+        scale: the factor $s$; logits lie in ``[-scale, scale]``.
+
+    Example:
+        >>> head = CosineClassifier(8, 5)
+        >>> bool(head(torch.randn(2, 8)).abs().max() <= 30.001)
+        True
+    """
+
+    def __init__(self, in_features: int, num_classes: int, scale: float = 30.0) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise ArgumentError(f"Expected argument `scale` to be positive, but got {scale}.")
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw directions uniformly; only they matter."""
+        nn.init.normal_(self.weight)
+        with torch.no_grad():
+            self.weight.copy_(F.normalize(self.weight, dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features ``[..., D]`` to logits ``[..., C]``."""
+        return self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=1))
+
+    def extra_repr(self) -> str:
+        """Sizes, as other layers print them."""
+        num_classes, in_features = self.weight.shape
+        return f"in_features={in_features}, num_classes={num_classes}, scale={self.scale}"
+
+
+def find_classifier(root: Call, output: Any, forked_units: list[str]) -> str | None:
+    """Name of the last parametric leaf that returns ``B x C`` elements, preferably the logits.
+
+    None if there is none, for example where the class weights are used by a function call.
+    """
+    logits = logits_in(output)
+    if logits is None:
+        raise SplitError("The backbone returned no logits [B, C].")
+    candidates = [
+        leaf
+        for leaf in root.leaves
+        if leaf.num_parameters
+        and leaf.shape is not None
+        and torch.Size(leaf.shape).numel() == logits.numel()
+        and any(leaf.name == unit or leaf.name.startswith(unit + ".") for unit in forked_units)
+    ]
+    exact = [c for c in candidates if c.outputs[0][0] == logits.data_ptr()]
+    chosen = (exact or candidates)[-1:]
+    return chosen[0].name if chosen else None
+
+
+def replace_classifier(
+    expert: nn.Module, name: str | None, classifier: str | ClassifierFactory, num_classes: int
+) -> str:
+    """Put a new classifier into an expert; returns its name.
+
+    Raises:
+        SplitError: the backbone's classifier is not an ordinary linear layer on pooled features.
+    """
+    old = None if name is None else expert.get_submodule(name)
+    in_features = getattr(old, "in_features", None)
+    weight = getattr(old, "weight", None)
+    if in_features is None and isinstance(weight, Tensor) and weight.dim() == 2:
+        in_features = weight.shape[0] if weight.shape[1] == num_classes else weight.shape[1]
+    if name is None or old is None or not isinstance(in_features, int):
+        kind = "was not found" if old is None else f"is a {type(old).__name__} at `{name}`"
+        raise SplitError(
+            f"Expected the backbone's classifier to be a linear layer that `classifier=` can "
+            f"replace, but it {kind}. Replace it in the backbone before wrapping, for example by "
+            "ride_plugin.CosineClassifier, and leave `classifier=None`."
+        )
+    if callable(classifier):
+        new = classifier(in_features, num_classes)
+    elif classifier == "cosine":
+        new = CosineClassifier(in_features, num_classes)
+    else:
+        raise ArgumentError(
+            "Expected argument `classifier` to be None, 'cosine' or a function of (in_features, "
+            f"num_classes) that returns a module, but got {classifier!r}."
+        )
+    parameter = next(old.parameters())
+    new = new.to(parameter.device, parameter.dtype)
+    path, _, attribute = name.rpartition(".")
+    setattr(expert.get_submodule(path) if path else expert, attribute, new)
+    return name

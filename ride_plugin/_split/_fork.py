@@ -1,0 +1,134 @@
+"""Where to fork: the default fork point, and the one the user names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ride_plugin._errors import SplitError
+from ride_plugin._split._probe import Call
+from ride_plugin._split._units import tokens, units_of
+
+_NEW_LEVEL = 0.6  # a resolution level starts where the positions fall to this share or less
+_LEAST_TRUNK = 0.1  # of the multiply-adds
+
+
+@dataclass(frozen=True)
+class Fork:
+    """The units of a backbone and the index of the first forked one."""
+
+    units: list[Call]
+    index: int
+    name: str
+    reason: str
+
+
+def choose_fork(root: Call, fork_at: str | None) -> Fork:
+    """Return the fork point: the one named, or by default as the authors chose for ResNets.
+
+    The default forks the last two resolution levels if there are three or more and the trunk keeps
+    at least a tenth of the multiply-adds (CIFAR ResNet: after ``layer1``; ImageNet ResNet: after
+    ``layer2``), else the last level, else the last third of the dominant run of equal blocks.
+
+    Raises:
+        SplitError: ``fork_at`` names no submodule that the forward calls.
+    """
+    if fork_at is not None:
+        return _named_fork(root, fork_at)
+    units = units_of(root)
+    parametric = [unit.num_parameters > 0 for unit in units]
+    if not any(parametric):
+        raise SplitError(
+            "The backbone calls no submodule with parameters, so there is nothing to fork. Wrap a "
+            "torch.nn.Module built from submodules."
+        )
+    last = max(i for i, has in enumerate(parametric) if has)  # the classifier, or ends in it
+    index, reason = _by_resolution(units, parametric, last) or _by_blocks(units, parametric, last)
+    # Parameter-free units cost nothing to share; a module that also ran before cannot be forked.
+    called_before = {id(unit.module) for unit in units[:index]}
+    while index < last and (not parametric[index] or id(units[index].module) in called_before):
+        called_before.add(id(units[index].module))
+        index += 1
+    return Fork(units, index, _stage_name(units, index), reason)
+
+
+def _named_fork(root: Call, fork_at: str) -> Fork:
+    names = [name for name, _ in root.module.named_modules() if name]
+    if fork_at not in names:
+        near = difflib.get_close_matches(fork_at, names, n=3, cutoff=0.4)
+        raise SplitError(
+            f"Expected argument `fork_at` to name a submodule of the backbone, but {fork_at!r} is "
+            f"none. Near matches: {near or 'none'}. Names are those of `named_modules()`, for "
+            f"example {_examples(root)}."
+        )
+    units = units_of(root, must_expand=lambda call: fork_at.startswith(call.name + "."))
+    for index, unit in enumerate(units):
+        if unit.name == fork_at or unit.name.startswith(fork_at + "."):
+            if any(unit.module is earlier.module for earlier in units[:index]):
+                break
+            return Fork(units, index, fork_at, "given")
+    raise SplitError(
+        f"Expected argument `fork_at` to name a submodule that the backbone's forward calls, but "
+        f"{fork_at!r} is not called, or only inside another block. Pass one of "
+        f"{[unit.name for unit in units if unit.num_parameters]}."
+    )
+
+
+def _by_resolution(
+    units: Sequence[Call], parametric: Sequence[bool], last: int
+) -> tuple[int, str] | None:
+    """Fork at the start of a resolution level, if levels leave enough of the work to the trunk."""
+    levels: list[tuple[int, bool]] = []  # (index of the first unit, has weight matrices)
+    current: int | None = None
+    for i, unit in enumerate(units[:last]):
+        positions = tokens(unit)
+        if positions is None or unit.shape is None or len(unit.shape) <= 2:
+            continue
+        if positions == 1 and (not parametric[i] or len(unit.shape) == 3):
+            break  # global pooling or a class token: the head begins here
+        if current is None or positions <= _NEW_LEVEL * current:
+            levels.append((i, False))
+            current = positions
+        if any(p.dim() >= 2 for p in unit.module.parameters()):
+            levels[-1] = (levels[-1][0], True)
+    starts = [start for start, has_weights in levels if has_weights]
+    for kept, reason in ((2, "last two"), (1, "last")):
+        if len(starts) > kept and _trunk_share(units, starts[-kept]) >= _LEAST_TRUNK:
+            return starts[-kept], f"{reason} of {len(starts)} resolution levels"
+    return None
+
+
+def _by_blocks(units: Sequence[Call], parametric: Sequence[bool], last: int) -> tuple[int, str]:
+    """Fork the last third of the heaviest run of equal blocks, or of all units with parameters."""
+    body = [i for i in range(last) if parametric[i]]
+    if not body:
+        return last, "classifier only"
+    runs: dict[type, list[int]] = {}
+    for i in body:
+        runs.setdefault(type(units[i].module), []).append(i)
+    run = max(runs.values(), key=lambda r: (sum(units[i].multiply_adds for i in r), len(r)))
+    if len(run) < 3:
+        return body[-max(1, round(len(body) / 3))], f"last third of {len(body)} units"
+    kind = type(units[run[0]].module).__name__
+    return run[-max(1, round(len(run) / 3))], f"last third of {len(run)} {kind} blocks"
+
+
+def _trunk_share(units: Sequence[Call], index: int) -> float:
+    work = [unit.multiply_adds for unit in units]
+    return sum(work[:index]) / max(1, sum(work))
+
+
+def _stage_name(units: Sequence[Call], index: int) -> str:
+    """The outermost submodule that starts at the fork: ``layer2`` rather than ``layer2.0``."""
+    name = units[index].name
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        prefix = ".".join(parts[:length]) + "."
+        if not any(unit.name.startswith(prefix) for unit in units[:index]):
+            return prefix[:-1]
+    return name
+
+
+def _examples(root: Call) -> list[str]:
+    return [unit.name for unit in units_of(root) if unit.num_parameters][:6]

@@ -1,0 +1,114 @@
+"""Fresh weights for an expert, drawn from the distribution that the backbone was given.
+
+Calling ``reset_parameters`` would change the spread of most weights (a backbone's constructor
+usually initialises over them), and misses parameters of the backbone's own modules. Shuffling a
+parameter's own entries is an independent draw for every initialisation with independent entries,
+and leaves constants (zero-initialised gains, LayerScale) as they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+_LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
+
+
+def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
+    """Redraw an expert's parameters in place and reset its BatchNorm statistics.
+
+    Args:
+        expert: an exact copy of the backbone's forked part.
+        keep: ids of tensors that the trunk owns (tied weights).
+
+    Returns:
+        Names of parameters that could not be redrawn safely and were left as they are.
+    """
+    left: list[str] = []
+    with torch.no_grad():
+        for name, parameter in expert.named_parameters():
+            if id(parameter) not in keep and not _redraw(parameter):
+                left.append(name)
+    for module in expert.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.reset_running_stats()
+    return left
+
+
+def renew_classifier(classifier: nn.Module) -> None:
+    """Give a classifier new weights: by its own method, else by shuffling; never all equal."""
+    reset = getattr(classifier, "reset_parameters", None)
+    with torch.no_grad():
+        if callable(reset):
+            reset()
+        else:
+            for parameter in classifier.parameters():
+                _redraw(parameter)
+
+
+def break_tie(classifier: nn.Module) -> None:
+    """Give a classifier with constant weights (zero-initialised) a small random weight.
+
+    Experts whose classifiers are equal and zero would receive equal gradients at first.
+    """
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            if parameter.dim() >= 2 and _is_constant(parameter):
+                parameter.add_(0.01 * torch.randn_like(parameter))
+
+
+def warn_if_trained(expert: nn.Module) -> None:
+    """Warn that fresh weights would throw away a training that BatchNorm has counted."""
+    for name, module in expert.named_modules():
+        batches = getattr(module, "num_batches_tracked", None)
+        if isinstance(batches, Tensor) and int(batches) > 0:
+            warnings.warn(
+                f"The backbone looks trained (`{name}` has seen {int(batches)} batches), and "
+                "init='fresh' discards the weights of its forked part. Pass init='copy' to keep "
+                "them, or a backbone with fresh weights.",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
+
+
+def _redraw(parameter: Tensor) -> bool:
+    if not parameter.is_floating_point() or parameter.numel() < 2 or _is_constant(parameter):
+        return True
+    flat = parameter.flatten()
+    if float((flat == 0).float().mean()) > 0.5:
+        return False  # identity, dirac or a pruned weight: its zeros have places
+    if _has_orthogonal_rows(parameter):
+        # Shuffled entries would not be orthogonal; signed permutations of rows and columns are.
+        matrix = parameter.flatten(1)
+        for dim in (0, 1):
+            size = matrix.shape[dim]
+            order = torch.randperm(size, device=parameter.device)
+            sign = torch.randint(0, 2, (size,), device=parameter.device) * 2 - 1
+            shape = [size, 1] if dim == 0 else [1, size]
+            matrix = matrix.index_select(dim, order) * sign.view(shape).to(matrix.dtype)
+        parameter.copy_(matrix.view_as(parameter))
+        return True
+    order = torch.randperm(parameter.numel(), device=parameter.device)
+    parameter.copy_(flat[order].view_as(parameter))
+    return True
+
+
+def _is_constant(parameter: Tensor) -> bool:
+    return bool((parameter == parameter.flatten()[0]).all())
+
+
+def _has_orthogonal_rows(parameter: Tensor) -> bool:
+    if parameter.dim() < 2 or min(parameter.shape[0], parameter[0].numel()) < 2:
+        return False
+    matrix = parameter.flatten(1).float()
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.t()
+    if matrix.shape[0] > _LARGEST_CHECKED:
+        return False
+    gram = matrix @ matrix.t()
+    scale = gram.diagonal().mean()
+    identity = torch.eye(gram.shape[0], device=gram.device) * scale
+    return bool((gram - identity).abs().max() < 1e-3 * scale)

@@ -1,0 +1,92 @@
+"""The two passes over a split backbone: record the trunk, replay it into an expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ride_plugin._errors import ReplayError
+from ride_plugin._split._example import batch_size_of
+from ride_plugin._split._state import Layout, TrunkState
+from ride_plugin._split._tape import ForkReached, Player, Recorder, Running
+
+_MISSING = object()
+
+
+def record(
+    trunk: nn.Module,
+    running: Running,
+    layouts: Sequence[Layout],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    stop_at_fork: bool,
+) -> tuple[TrunkState, Any]:
+    """Run the trunk once.
+
+    Returns:
+        The trunk's state, and expert 0's output unless ``stop_at_fork``: going on into expert 0
+        saves one traversal of the backbone's forward.
+    """
+    recorder = Recorder((args, kwargs), stop_at_fork)
+    running.recorder = recorder
+    output = None
+    recorder.enter()
+    try:
+        output = trunk(*args, **kwargs)
+    except ForkReached:
+        pass
+    finally:
+        recorder.leave()
+        running.recorder = None
+    if not recorder.reached_fork:
+        raise ReplayError(
+            "The backbone's forward ended without reaching the fork, so no expert ran. It takes "
+            "another path on this input than on the example; pass `example_input=` of this kind."
+        )
+    keys = tuple(recorder.keys)
+    layout = next((known for known in layouts if known.keys == keys), None)
+    return TrunkState(batch_size_of((args, kwargs)), keys, recorder.values, layout), output
+
+
+def play(expert: nn.Module, running: Running, state: TrunkState) -> Any:
+    """Run one expert on the trunk's state; what its classifier received is in ``running``."""
+    player = Player(state.keys, state.own_values())
+    args, kwargs = player.values[0]
+    running.player = player
+    player.enter()
+    try:
+        return expert(*args, **kwargs)
+    finally:
+        player.leave()
+        running.player = None
+
+
+def read_attributes(owner: nn.Module, names: Sequence[tuple[str, str]]) -> tuple[Any, ...]:
+    """Values of plain attributes ``(submodule, attribute)`` that a forward may change."""
+    return tuple(
+        owner.get_submodule(path).__dict__.get(attribute, _MISSING) for path, attribute in names
+    )
+
+
+def write_attributes(
+    owner: nn.Module, names: Sequence[tuple[str, str]], values: tuple[Any, ...]
+) -> None:
+    """Put plain attributes back, so that an expert starts where the trunk started."""
+    for (path, attribute), value in zip(names, values, strict=True):
+        attributes = owner.get_submodule(path).__dict__
+        if value is _MISSING:
+            attributes.pop(attribute, None)
+        elif attributes.get(attribute, _MISSING) is not value:
+            attributes[attribute] = value
+
+
+def pooled(features: Tensor | None) -> Tensor | None:
+    """What a classifier received as ``[B, D]``: mean over positions (tokens, or a feature map)."""
+    if features is None or features.dim() == 2:
+        return features
+    if features.dim() == 3:
+        return features.mean(dim=1)
+    return features.flatten(2).mean(dim=2)

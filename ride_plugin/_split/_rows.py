@@ -1,0 +1,65 @@
+"""Which dimension of a recorded value is the batch, and how to take some of its rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ride_plugin._errors import SplitError
+
+
+class Rows(NamedTuple):
+    """The batch dimension of a value, and how many of its slices belong to one sample.
+
+    ``per_sample`` is above one where a backbone folds something into the batch, as windowed
+    attention does.
+    """
+
+    dim: int
+    per_sample: int
+
+
+def find_rows(key: str, small: Tensor, large: Tensor, batches: tuple[int, int]) -> Rows | None:
+    """Compare one value at two batch sizes; None when it does not depend on the batch.
+
+    Raises:
+        SplitError: more than one dimension scales with the batch, or one scales differently.
+    """
+    if small.shape == large.shape:
+        return None
+    scaling = [i for i, (a, b) in enumerate(zip(small.shape, large.shape, strict=False)) if a != b]
+    if small.dim() == large.dim() and len(scaling) == 1:
+        (dim,) = scaling
+        per_sample, rest = divmod(small.shape[dim], batches[0])
+        if rest == 0 and large.shape[dim] == per_sample * batches[1]:
+            return Rows(dim, per_sample)
+    raise SplitError(
+        f"The value that `{key}` hands to the experts has shape {list(small.shape)} for a batch of "
+        f"{batches[0]} and {list(large.shape)} for a batch of {batches[1]}; expected exactly one "
+        "dimension to scale with the batch. Pass `fork_at=` another submodule."
+    )
+
+
+def take_rows(value: Tensor, spec: Rows | None, rows: Tensor) -> Tensor:
+    """Gather rows ``[b]`` of a value, in the memory layout that the value has.
+
+    ``index_select`` alone always returns the contiguous layout, which would send channels-last
+    experts back to the slow one; gathering through a view in memory order keeps it.
+    """
+    if spec is None:
+        return value
+    dim, per_sample = spec
+    if value.dim() > 1 and all(stride == 0 for stride in value.stride()):  # a hollow value
+        shape = list(value.shape)
+        shape[dim] = rows.numel() * per_sample
+        return value[(0,) * value.dim()].expand(shape)
+    if per_sample > 1:
+        inside = torch.arange(per_sample, device=rows.device)
+        rows = (rows.unsqueeze(1) * per_sample + inside).flatten()
+    if value.is_contiguous():
+        return value.index_select(dim, rows)
+    order = sorted(range(value.dim()), key=value.stride, reverse=True)
+    back = sorted(range(value.dim()), key=order.__getitem__)
+    return value.permute(order).index_select(order.index(dim), rows).permute(back)

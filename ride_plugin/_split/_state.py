@@ -1,0 +1,118 @@
+"""What crosses the cut: the trunk's tape, reduced to what the experts use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ride_plugin._errors import ArgumentError, ReplayError
+from ride_plugin._split._rows import Rows, take_rows
+from ride_plugin._split._tree import map_tensors, tensors_in
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the probe learned of a tape; one tuple per entry, one item per tensor in it.
+
+    Attributes:
+        keys: what ran, in order; a tape with other keys needs another layout.
+        rows: the batch dimension of each tensor.
+        live: whether an expert's result depends on the tensor.
+        clone: whether an expert changes the tensor in place, so that each needs its own.
+    """
+
+    keys: tuple[str, ...]
+    rows: tuple[tuple[Rows | None, ...], ...]
+    live: tuple[tuple[bool, ...], ...]
+    clone: tuple[tuple[bool, ...], ...]
+
+
+@dataclass(frozen=True)
+class TrunkState:
+    """The shared part's result for one batch: hand it to ``run_expert`` as often as needed.
+
+    Attributes:
+        batch_size: number of rows.
+    """
+
+    batch_size: int
+    keys: tuple[str, ...] = field(repr=False)
+    values: list[Any] = field(repr=False)
+    layout: Layout | None = field(repr=False)
+    attributes: tuple[Any, ...] = field(default=(), repr=False)
+
+    def select(self, rows: Tensor) -> TrunkState:
+        """Return the state of some rows only, in the order given.
+
+        Args:
+            rows: int64 ``[b]``, indices into the batch.
+
+        Raises:
+            ReplayError: the backbone took a path that was not seen when it was wrapped, so the
+                batch dimension of its values is not known.
+            ArgumentError: ``rows`` is not a one-dimensional int64 tensor.
+        """
+        if rows.dim() != 1 or rows.dtype != torch.int64:
+            raise ArgumentError(
+                "Expected argument `rows` to be an int64 tensor of shape [b], but got "
+                f"{rows.dtype} of shape {list(rows.shape)}. Pass row indices, for example "
+                "`mask.nonzero().squeeze(1)`."
+            )
+        if self.layout is None:
+            raise ReplayError(
+                "The backbone's forward took a path that was not seen when it was wrapped (another "
+                "input size, or training mode), so it is not known which dimension of its values "
+                "is the batch. Wrap it with `example_input=` of the size in use."
+            )
+        specs = self.layout.rows
+        done: dict[int, Tensor] = {}
+
+        def gather(value: Tensor, spec: Rows | None) -> Tensor:
+            if id(value) not in done:
+                done[id(value)] = take_rows(value, spec, rows)
+            return done[id(value)]
+
+        values = [_map_with(gather, v, s) for v, s in zip(self.values, specs, strict=True)]
+        return replace(self, batch_size=rows.numel(), values=values)
+
+    def hollowed(self) -> TrunkState:
+        """Replace what no expert reads by NaNs of the same shape that take no memory."""
+        if self.layout is None:
+            return self
+        pairs = zip(self.values, self.layout.live, strict=True)
+        return replace(self, values=[_map_with(_keep_or_hollow, v, live) for v, live in pairs])
+
+    def own_values(self) -> list[Any]:
+        """The values for one expert: what it changes in place is cloned, once per tensor."""
+        if self.layout is None or not any(any(flags) for flags in self.layout.clone):
+            return self.values
+        done: dict[int, Tensor] = {}
+
+        def own(value: Tensor, clone: bool) -> Tensor:
+            if not clone:
+                return value
+            if id(value) not in done:
+                done[id(value)] = value.clone()
+            return done[id(value)]
+
+        pairs = zip(self.values, self.layout.clone, strict=True)
+        return [_map_with(own, value, flags) for value, flags in pairs]
+
+
+def _keep_or_hollow(value: Tensor, live: bool) -> Tensor:
+    return value if live else value.new_full((), float("nan")).expand(value.shape)
+
+
+def _map_with(function: Any, value: Any, infos: tuple[Any, ...]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value, infos[0])
+    remaining = iter(infos)
+    return map_tensors(lambda tensor: function(tensor, next(remaining)), value)
+
+
+def count_tensors(values: list[Any]) -> list[int]:
+    """Number of tensors in each entry of a tape."""
+    return [sum(1 for _ in tensors_in(value)) for value in values]

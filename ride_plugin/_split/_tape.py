@@ -1,0 +1,259 @@
+"""Record and replay: how one forward of any backbone becomes trunk, then experts.
+
+The trunk is recorded: a copy of the backbone runs its own forward, and the results of its *units*
+(the submodules of the trunk) and of its *glue* (tensor operations between units) go onto a tape,
+until the first forked unit is called. An expert is replayed: another copy of the backbone runs its
+own forward, but units of the trunk and glue return what is on the tape, and from the fork on its
+own submodules run. Anything that is not a tensor (shapes, Python control flow) is computed anew,
+so an expert can run on a subset of the rows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from ride_plugin._errors import ReplayError
+from ride_plugin._split._tree import tensors_in
+
+_ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
+
+
+class ForkReached(Exception):
+    """Unwinds the trunk's forward at the first call of a forked unit; never leaves the library."""
+
+
+class Running(threading.local):
+    """The pass in progress in this thread: one object for each wrapper, safe to copy and pickle."""
+
+    recorder: Recorder | None = None
+    player: Player | None = None
+    features: Tensor | None = None  # what the last classifier that ran received
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Running:
+        return Running()
+
+    def __reduce__(self) -> tuple[type[Running], tuple[()]]:
+        return Running, ()
+
+
+class _GlueMode(TorchFunctionMode):
+    """A torch-function mode that sees glue only: it leaves the stack while a unit runs.
+
+    Leaving it there would cost time for every operation inside units, and would change results
+    where torch itself looks for modes (the fused encoder layer, for example).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_stack = False
+
+    def enter(self) -> None:
+        self.__enter__()
+        self.on_stack = True
+
+    def leave(self) -> None:
+        if self.on_stack:
+            self.on_stack = False
+            self.__exit__(None, None, None)
+
+
+class Recorder(_GlueMode):
+    """Writes the trunk's tape: ``keys`` (what ran) and ``values`` (what it returned)."""
+
+    def __init__(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], stop_at_fork: bool) -> None:
+        super().__init__()
+        self.keys: list[str] = ["inputs"]
+        self.values: list[Any] = [inputs]
+        self.stop_at_fork = stop_at_fork
+        self.reached_fork = False
+        self._depth = 0
+        self._stepped_aside = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._depth == 0 and not self.reached_fork and _leaves_a_trace(func, result):
+            self.keys.append(_name(func))
+            self.values.append(result)
+        return result
+
+    def unit_begins(self) -> None:
+        self._depth += 1
+        # A mode that the backbone itself put on top must stay there: then we only look away.
+        if self._depth == 1 and _get_current_function_mode() is self:
+            self._stepped_aside = True
+            self.leave()
+
+    def unit_ends(self, key: str, result: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        if self._stepped_aside:
+            self._stepped_aside = False
+            self.enter()
+        if not self.reached_fork:
+            self.keys.append(key)
+            self.values.append(result)
+
+    def fork_begins(self) -> None:
+        self.reached_fork = True
+        if _get_current_function_mode() is self:
+            self.leave()
+        if self.stop_at_fork:
+            raise ForkReached
+
+
+class Player(_GlueMode):
+    """Reads the tape back, in order, and refuses any other order."""
+
+    def __init__(self, keys: tuple[str, ...], values: list[Any]) -> None:
+        super().__init__()
+        self.keys = keys
+        self.values = values
+        self.position = 1  # entry 0 holds the inputs
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if self.position < len(self.keys):
+            name = _name(func)
+            if self.keys[self.position] == name:
+                return self.next_value()
+            result = func(*args, **(kwargs or {}))
+            if _leaves_a_trace(func, result):
+                raise self.out_of_step(name)
+            return result
+        return func(*args, **(kwargs or {}))
+
+    def next_value(self) -> Any:
+        value = self.values[self.position]
+        self.position += 1
+        return value
+
+    def out_of_step(self, name: str) -> ReplayError:
+        recorded = self.keys[self.position]
+        return ReplayError(
+            f"An expert's forward left the trunk's path: it came to `{name}` where the trunk ran "
+            f"`{recorded}` (step {self.position} of {len(self.keys) - 1}). The backbone's forward "
+            "depends on something that changed between the two passes, or a submodule of the trunk "
+            "was replaced after wrapping. Convert the backbone before wrapping it, or pass "
+            "`fork_at=` an earlier submodule."
+        )
+
+    def fork_begins(self) -> None:
+        if self.position < len(self.keys):
+            raise self.out_of_step("the fork")
+        if _get_current_function_mode() is self:
+            self.leave()
+
+
+class UnitHooks:
+    """Pre-hook and hook of a trunk unit: tell the recorder where the unit begins and ends."""
+
+    def __init__(self, running: Running, key: str) -> None:
+        self.running = running
+        self.key = key
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        if self.running.recorder is not None:
+            self.running.recorder.unit_begins()
+
+    def after(self, module: nn.Module, args: Any, result: Any) -> None:
+        if self.running.recorder is not None:
+            self.running.recorder.unit_ends(self.key, result)
+
+
+class ForkHook:
+    """Pre-hook of an expert's own units: from the first of them on, nothing is replayed."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        player = self.running.player
+        if player is not None and player.on_stack:
+            player.fork_begins()
+
+
+class FeatureHook:
+    """Pre-hook of an expert's classifier: keeps what the classifier receives, for the router."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.running.features = next(tensors_in(args), None)
+
+
+class _Substitute(nn.Module):
+    """Stands where another module stood; has no parameters, but answers for its attributes."""
+
+    def __init__(self, running: Running, key: str, real: nn.Module) -> None:
+        super().__init__()
+        self.running = running
+        self.key = key
+        self.__dict__["real"] = real  # not registered: its parameters belong to somebody else
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "real" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["real"], name)
+
+    def __len__(self) -> int:
+        return len(self.__dict__["real"])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__dict__["real"][index]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def extra_repr(self) -> str:
+        return self.key
+
+
+class Recorded(_Substitute):
+    """In an expert: stands for a unit of the trunk and returns what that unit returned."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        player = self.running.player
+        if player is None or player.position >= len(player.keys):
+            return self.__dict__["real"](*args, **kwargs)  # a shared module used after the fork
+        if player.keys[player.position] != self.key:
+            raise player.out_of_step(self.key)
+        return player.next_value()
+
+
+class Forked(_Substitute):
+    """In the trunk: stands for a forked unit; ends the recording, then runs expert 0's unit."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        recorder = self.running.recorder
+        if recorder is not None and not recorder.reached_fork:
+            recorder.fork_begins()
+        return self.__dict__["real"](*args, **kwargs)
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", None) or type(func).__name__
+
+
+def _leaves_a_trace(func: Callable[..., Any], result: Any) -> bool:
+    return next(tensors_in(result), None) is not None or _name(func) in _ASSIGNMENTS

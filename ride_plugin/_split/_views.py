@@ -1,0 +1,190 @@
+"""Two copies of the backbone: one that runs the trunk, one that runs an expert.
+
+Both keep the backbone's own ``forward``. Units on the other side of the cut are replaced by
+stand-ins without parameters, so names stay those of the backbone (``trunk.conv1.weight``,
+``experts.0.layer2.0.conv1.weight``) and every tensor is listed on one side.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ride_plugin._split._fork import Fork
+from ride_plugin._split._probe import Call, clone_module
+from ride_plugin._split._tape import Forked, ForkHook, Recorded, Running, UnitHooks
+
+
+@dataclass
+class Link:
+    """``view`` reads the parameter or buffer ``name`` that ``owner`` holds, without owning it."""
+
+    view: nn.Module
+    owner: nn.Module
+    name: str
+
+    def refresh(self) -> None:
+        """Follow the owner's tensor, which ``.to()`` or loading may have replaced."""
+        tensor = self.owner._parameters.get(self.name, self.owner._buffers.get(self.name))
+        if self.view.__dict__.get(self.name) is not tensor:
+            self.view.__dict__[self.name] = tensor
+
+
+@dataclass
+class Views:
+    """The trunk and one expert that is still an exact copy of the backbone's forked part.
+
+    Attributes:
+        trunk: runs the shared part; its forked units lead to the expert it was built with.
+        expert: runs the rest.
+        running: the pass in progress, shared by all hooks and stand-ins.
+        links: tensors that one side reads and the other owns.
+        spine: pairs (trunk's, expert's) of modules whose own forward runs on both sides.
+    """
+
+    trunk: nn.Module
+    expert: nn.Module
+    running: Running
+    links: list[Link]
+    spine: list[tuple[nn.Module, nn.Module]]
+
+
+def sides(fork: Fork, training: Call | None) -> tuple[list[str], list[str]]:
+    """Names of the units that belong to the trunk and to the experts.
+
+    ``training`` is the call tree of a forward in training mode: auxiliary heads that run only
+    there are units too, on the side of the cut where they are called.
+    """
+    trunk = list(dict.fromkeys(unit.name for unit in fork.units[: fork.index]))
+    forked = [
+        name
+        for name in dict.fromkeys(unit.name for unit in fork.units[fork.index :])
+        if name not in trunk
+    ]
+    if training is None:
+        return trunk, forked
+    known = {*trunk, *forked}
+    reached_fork = False
+
+    def walk(call: Call) -> None:
+        nonlocal reached_fork
+        for child in call.children:
+            if child.name in known:
+                reached_fork = reached_fork or child.name in forked
+            elif any(name.startswith(child.name + ".") for name in known):
+                walk(child)
+            elif child.num_parameters:
+                known.add(child.name)
+                (forked if reached_fork else trunk).append(child.name)
+
+    walk(training)
+    return trunk, forked
+
+
+def build_views(
+    backbone: nn.Module, trunk_units: list[str], forked_units: list[str], forked_tensors: set[str]
+) -> Views:
+    """Build both views.
+
+    Args:
+        backbone: left as it is.
+        trunk_units: names of the submodules that run in the trunk.
+        forked_units: names of the submodules that each expert owns.
+        forked_tensors: names of tensors outside units (a class token, say) that only experts read.
+    """
+    source = clone_module(backbone)
+    modules = dict(source.named_modules(remove_duplicate=False))
+    in_trunk = {id(modules[name]): name for name in trunk_units}
+    in_expert = {id(modules[name]): name for name in forked_units}
+    running = Running()
+    spine = _spine(source, {*in_trunk, *in_expert})
+
+    # Tensors that the trunk holds stay the same objects in the expert: tied weights stay tied.
+    tied: dict[int, Any] = {}
+    for name in trunk_units:
+        for tensor in [*modules[name].parameters(), *modules[name].buffers()]:
+            tied[id(tensor)] = tensor
+    stand_ins: dict[int, Any] = {
+        key: Recorded(running, name, next(m for m in modules.values() if id(m) == key))
+        for key, name in in_trunk.items()
+    }
+    outside = [
+        (name, module, key)
+        for name, module in spine
+        for key in (*module._parameters, *module._buffers)
+        if (module._parameters.get(key) is not None or module._buffers.get(key) is not None)
+    ]
+    for _, module, key in outside:
+        tensor = module._parameters.get(key, module._buffers.get(key))
+        tied.setdefault(id(tensor), tensor)
+    forked_outside = [o for o in outside if ".".join(filter(None, (o[0], o[2]))) in forked_tensors]
+    for _, module, key in forked_outside:
+        tied.pop(id(module._parameters.get(key, module._buffers.get(key))), None)
+
+    expert = copy.deepcopy(source, {**stand_ins, **tied})
+    expert_modules = dict(expert.named_modules(remove_duplicate=False))
+    for name in forked_units:
+        expert_modules[name].register_forward_pre_hook(ForkHook(running), prepend=True)
+
+    replaced: dict[int, Any] = {
+        key: Forked(running, name, expert_modules[name]) for key, name in in_expert.items()
+    }
+    trunk = copy.deepcopy(source, {**replaced, **{id(t): t for t in _tensors(source)}})
+    trunk_modules = dict(trunk.named_modules(remove_duplicate=False))
+    for name in trunk_units:
+        hooks = UnitHooks(running, name)
+        trunk_modules[name].register_forward_pre_hook(hooks.before)
+        trunk_modules[name].register_forward_hook(hooks.after)
+    for name, stand_in in ((n, expert_modules[n]) for n in trunk_units):
+        stand_in.__dict__["real"] = trunk_modules[name]
+
+    links: list[Link] = []
+    for name, _, key in outside:
+        expert_owns = any(o[0] == name and o[2] == key for o in forked_outside)
+        owner, view = (expert, trunk) if expert_owns else (trunk, expert)
+        link = Link(_at(view, name), _at(owner, name), key)
+        link.view._parameters.pop(key, None)
+        link.view._buffers.pop(key, None)
+        link.refresh()
+        links.append(link)
+    pairs = [(_at(trunk, name), _at(expert, name)) for name, _ in spine]
+    return Views(trunk, expert, running, links, pairs)
+
+
+def spine_tensors(backbone: nn.Module, units: list[str]) -> dict[str, Tensor]:
+    """Parameters and buffers that belong to no unit, by name."""
+    modules = dict(backbone.named_modules(remove_duplicate=False))
+    found: dict[str, Tensor] = {}
+    for name, module in _spine(backbone, {id(modules[unit]) for unit in units}):
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                found[".".join(filter(None, (name, key)))] = tensor
+    return found
+
+
+def _spine(root: nn.Module, units: set[int]) -> list[tuple[str, nn.Module]]:
+    """Modules outside all units: the root, its containers, and modules that are never called."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> None:
+        if id(module) in units or id(module) in seen:
+            return
+        seen.add(id(module))
+        found.append((name, module))
+        for child_name, child in module.named_children():
+            walk(".".join(filter(None, (name, child_name))), child)
+
+    walk("", root)
+    return found
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _at(root: nn.Module, name: str) -> nn.Module:
+    return root.get_submodule(name) if name else root

@@ -1,0 +1,248 @@
+"""RIDEWrapper: any backbone as one shared trunk and several experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._errors import ArgumentError, RIDEError
+from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, mean_logits
+from ride_plugin._split import TrunkState, split_backbone
+from ride_plugin._split._build import another_expert
+from ride_plugin._split._classifier import replace_classifier
+from ride_plugin._split._example import Inputs, resize_batch
+from ride_plugin._split._initialise import (
+    break_tie,
+    reinitialise,
+    renew_classifier,
+    warn_if_trained,
+)
+from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
+from ride_plugin._split._tape import FeatureHook
+from ride_plugin._split._tree import logits_in
+
+
+class RIDEWrapper(nn.Module):
+    r"""Turns a backbone into a shared trunk with forked experts (paper, section 3).
+
+    The early submodules run once; the late ones and the classifier exist once for each expert.
+    The ensemble's logits are the mean of the experts' logits.
+
+    Args:
+        backbone: any module that maps a batch to logits ``[B, C]``; it is not modified. A
+            structured output (a dataclass or dict with ``logits``, auxiliary heads in training)
+            is reduced to its logits.
+        num_experts: number of experts, ``E >= 1``. With one, the model is the backbone.
+        fork_at: name of the first forked submodule, as in ``backbone.named_modules()``. By default
+            the last two resolution levels of a convolutional network, or the last third of a
+            transformer's blocks.
+        init: ``"fresh"`` redraws every expert's weights independently from the distribution that
+            the backbone was initialised with (equal experts would stay equal). ``"copy"`` keeps
+            the weights, for a pretrained backbone, and renews each expert's classifier.
+        classifier: ``"cosine"`` gives each expert a :class:`CosineClassifier` with scale 30, as
+            LDAM needs; a function of ``(in_features, num_classes)`` gives it any module; None
+            keeps the backbone's.
+        example_input: a batch as the backbone's forward receives it: a tensor, a tuple of
+            arguments, or a dict of keyword arguments. Guessed if None.
+        return_experts: return :class:`ExpertOutput` instead of a tensor that carries the experts'
+            logits; can be set at any time. Needed under DistributedDataParallel with
+            ``static_graph`` or ``find_unused_parameters``, and under DataParallel.
+
+    Raises:
+        ArgumentError: an argument is out of range.
+        SplitError: the backbone cannot be split; the message says where, why and what to pass.
+
+    Example:
+        >>> backbone = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
+        ...     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+        ... )
+        >>> model = RIDEWrapper(backbone, num_experts=3)
+        >>> out = model(torch.randn(4, 3, 32, 32))
+        >>> tuple(out.shape), tuple(expert_logits(out).shape)
+        ((4, 10), (4, 3, 10))
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_experts: int = 3,
+        *,
+        fork_at: str | None = None,
+        init: Literal["fresh", "copy"] = "fresh",
+        classifier: Literal["cosine"] | Callable[[int, int], nn.Module] | None = None,
+        example_input: Any = None,
+        return_experts: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_experts, int) or num_experts < 1:
+            raise ArgumentError(
+                f"Expected argument `num_experts` to be an integer >= 1, but got {num_experts!r}."
+            )
+        if init not in ("fresh", "copy"):
+            raise ArgumentError(
+                f"Expected argument `init` to be 'fresh' or 'copy', but got {init!r}."
+            )
+        split = split_backbone(backbone, fork_at, example_input)
+        views = split.views
+        self.num_experts = num_experts
+        self.num_classes = split.num_classes
+        self.fork_at = split.fork_at
+        self.return_experts = return_experts
+        self._running = views.running
+        self._layouts = split.layouts
+        self._attributes = split.attributes
+        self._inputs = split.inputs
+        self._classifier = split.classifier
+        self._links = list(views.links)
+
+        self.trunk = views.trunk
+        self.experts = nn.ModuleList([views.expert])
+        for _ in range(num_experts - 1):
+            expert, links = another_expert(views)
+            self.experts.append(expert)
+            self._links.extend(links)
+        if classifier is not None:
+            for expert in self.experts:
+                replace_classifier(expert, self._classifier, classifier, self.num_classes)
+            for head in self.classifiers:
+                head.register_forward_pre_hook(FeatureHook(self._running))
+        if num_experts > 1:
+            self._initialise(init)
+        self.feature_dim = self._measure_feature_dim()
+        self.train(backbone.training)
+
+    @property
+    def classifiers(self) -> list[nn.Module]:
+        """The classifier of each expert, in order; for cRT, tau-normalisation and the like."""
+        if self._classifier is None:
+            return []
+        return [expert.get_submodule(self._classifier) for expert in self.experts]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | ExpertOutput:
+        """Run the trunk once and every expert on its result.
+
+        Returns:
+            The mean of the experts' logits, a plain ``[B, C]`` tensor that carries the experts'
+            logits (read them with :func:`ride_plugin.expert_logits`), or an
+            :class:`ExpertOutput` if ``return_experts`` is set.
+        """
+        stacked = torch.stack([logits for logits, _ in self._all_experts(args, kwargs)], dim=1)
+        logits = mean_logits(stacked)
+        if self.return_experts:
+            return ExpertOutput(logits, stacked)
+        return attach_expert_logits(logits, stacked)
+
+    def run_trunk(self, *args: Any, **kwargs: Any) -> TrunkState:
+        """Run the shared part only; hand the result to :meth:`run_expert`."""
+        before = read_attributes(self.trunk, self._attributes)
+        state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
+        return replace(state.hollowed(), attributes=before)
+
+    def run_expert(self, index: int, state: TrunkState) -> tuple[Tensor, Tensor]:
+        """Run one expert on the trunk's state, or on some rows of it.
+
+        Args:
+            index: the expert, ``0 <= index < num_experts``.
+            state: what :meth:`run_trunk` returned, or ``state.select(rows)``.
+
+        Returns:
+            Its logits ``[B, C]``, and what its classifier received, pooled to ``[B, D]``.
+        """
+        expert = self.experts[index]
+        write_attributes(expert, self._attributes, state.attributes)
+        self._running.features = None
+        try:
+            output = play(expert, self._running, state)
+            return self._read(output)
+        finally:
+            self._running.features = None
+
+    def router_inputs(self, *args: Any, **kwargs: Any) -> RouterInputs:
+        """Compute what the router reads, in evaluation mode and without gradients.
+
+        Whatever the model's mode, BatchNorm statistics stay as they are and the mode is restored,
+        so stage two can be an ordinary training loop. The result can be stored and reused.
+
+        Returns:
+            :class:`RouterInputs`: expert logits ``[B, E, C]`` and features ``[B, E, D]``.
+        """
+        with self.evaluating(), torch.no_grad():
+            logits, features = zip(*self._all_experts(args, kwargs), strict=True)
+            return RouterInputs(torch.stack(logits, dim=1), torch.stack(features, dim=1))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Self]:
+        """Evaluation mode for the duration of a block; every submodule's mode is restored."""
+        modes = [(module, module.training) for module in self.modules() if module.training]
+        if modes:
+            self.eval()
+        try:
+            yield self
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def example_input(self, batch_size: int = 1) -> Inputs:
+        """Inputs ``(args, kwargs)`` that the backbone accepts, for cost reports and export."""
+        return resize_batch(self._inputs, batch_size)
+
+    def extra_repr(self) -> str:
+        """What was chosen: shown when the model is printed."""
+        return f"num_experts={self.num_experts}, fork_at={self.fork_at!r}"
+
+    def _all_experts(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[Tensor, Tensor]]:
+        before = read_attributes(self.trunk, self._attributes)
+        self._running.features = None
+        try:
+            # The recording goes on into expert 0: one pass fewer over the backbone's own code.
+            state, output = record(
+                self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=False
+            )
+            results = [self._read(output)]
+        finally:
+            self._running.features = None
+        state = replace(state, attributes=before)
+        results += [self.run_expert(index, state) for index in range(1, self.num_experts)]
+        return results
+
+    def _read(self, output: Any) -> tuple[Tensor, Tensor]:
+        logits = logits_in(output)
+        if logits is None:
+            raise RIDEError("An expert returned no logits [B, C]; the backbone's output changed.")
+        features = pooled(self._running.features)
+        # A classifier that is not a module of its own leaves no feature; its logits stand in.
+        return logits, logits if features is None else features
+
+    def _measure_feature_dim(self) -> int:
+        with self.evaluating(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            args, kwargs = self._inputs
+            _, features = self._all_experts(args, kwargs)[0]
+        return features.shape[1]
+
+    def _initialise(self, init: str) -> None:
+        shared = {id(tensor) for tensor in self.trunk.parameters()}
+        if init == "fresh":
+            warn_if_trained(self.experts[0])
+            for expert in self.experts:
+                reinitialise(expert, shared)
+        for head in self.classifiers:
+            if init == "copy":
+                renew_classifier(head)
+            break_tie(head)
+
+    def _relink(self) -> None:
+        for link in self._links:
+            link.refresh()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._relink()
+        return self
