@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from ride_plugin._split._initialise import (
     warn_if_trained,
 )
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
+from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._tape import FeatureHook
 from ride_plugin._split._tree import logits_in
 
@@ -115,7 +117,6 @@ class RIDEWrapper(nn.Module):
         if num_experts > 1:
             self._initialise(init)
         self.feature_dim = self._measure_feature_dim()
-        self.train(backbone.training)
 
     @property
     def classifiers(self) -> list[nn.Module]:
@@ -242,7 +243,21 @@ class RIDEWrapper(nn.Module):
         for link in self._links:
             link.refresh()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Activations that a backbone keeps (`self.feat = out`) would make deepcopy fail.
+        memo.update(detached_activations(self))
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load a state dict; as in torch, with ``assign=True`` tensors are replaced."""
+        result = super().load_state_dict(*args, **kwargs)
+        self._relink()
+        return result
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._relink()
         return self

@@ -115,7 +115,6 @@ def throwaway(views: Views, training: bool) -> Views:
 
     The copy's expert is what its trunk's stand-ins lead to, as in the original.
     """
-    views.trunk.eval()  # the copies' mode is set below; nothing of the mode survives the build
     copied: Views = copy.deepcopy(views)
     _share_running(copied)
     copied.trunk.train(training)

@@ -95,8 +95,6 @@ def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any)
                 layouts.append(layout)
             attributes |= changing_attributes(views, inputs, training)
         check(backbone, views, inputs, layouts, fork.name)
-    views.trunk.train(backbone.training)
-    views.expert.train(backbone.training)
     if classifier is not None:
         views.expert.get_submodule(classifier).register_forward_pre_hook(FeatureHook(views.running))
     return Split(views, layouts, sorted(attributes), inputs, num_classes, fork.name, classifier)

@@ -108,7 +108,7 @@ def replace_classifier(
             f"num_classes) that returns a module, but got {classifier!r}."
         )
     parameter = next(old.parameters())
-    new = new.to(parameter.device, parameter.dtype)
+    new = new.to(parameter.device, parameter.dtype).train(old.training)
     path, _, attribute = name.rpartition(".")
     setattr(expert.get_submodule(path) if path else expert, attribute, new)
     return name

@@ -87,12 +87,20 @@ def clone_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mo
     ``deepcopy`` refuses tensors with a gradient history; they are copied without it.
     """
     memo = {} if memo is None else memo
-    for part in module.modules():
-        for value in vars(part).values():
-            for tensor in tensors_in(value) if not isinstance(value, nn.Module) else ():
-                if not tensor.is_leaf and id(tensor) not in memo:
-                    memo[id(tensor)] = tensor.detach().clone()
+    memo.update(detached_activations(module))
     return copy.deepcopy(module, memo)
+
+
+def detached_activations(module: nn.Module) -> dict[int, Any]:
+    """A deepcopy memo that maps activations kept on modules to copies without history."""
+    return {
+        id(tensor): tensor.detach().clone()
+        for part in module.modules()
+        for value in vars(part).values()
+        if not isinstance(value, nn.Module)
+        for tensor in tensors_in(value)
+        if not tensor.is_leaf
+    }
 
 
 def _seen(value: Any) -> list[Seen]:

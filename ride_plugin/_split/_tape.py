@@ -53,13 +53,13 @@ class _GlueMode(TorchFunctionMode):
         self.on_stack = False
 
     def enter(self) -> None:
-        self.__enter__()
+        self.__enter__()  # type: ignore[no-untyped-call]
         self.on_stack = True
 
     def leave(self) -> None:
         if self.on_stack:
             self.on_stack = False
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 class Recorder(_GlueMode):
