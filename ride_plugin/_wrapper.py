@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, mean_logits
 from ride_plugin._split import TrunkState, split_backbone
+from ride_plugin._split._analysis import layout_of, random_state_kept
 from ride_plugin._split._build import another_expert
 from ride_plugin._split._classifier import replace_classifier
 from ride_plugin._split._example import Inputs, resize_batch
@@ -25,8 +27,10 @@ from ride_plugin._split._initialise import (
 )
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._probe import detached_activations
+from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import FeatureHook
 from ride_plugin._split._tree import logits_in
+from ride_plugin._split._views import Views
 
 
 class RIDEWrapper(nn.Module):
@@ -143,6 +147,9 @@ class RIDEWrapper(nn.Module):
         """Run the shared part only; hand the result to :meth:`run_expert`."""
         before = read_attributes(self.trunk, self._attributes)
         state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
+        if state.layout is None and not torch.compiler.is_compiling():
+            # A path not seen at the build, for example padding at another input size.
+            state = replace(state, layout=self._learn_layout(args, kwargs))
         return replace(state.hollowed(), attributes=before)
 
     def run_expert(self, index: int, state: TrunkState) -> tuple[Tensor, Tensor]:
@@ -222,8 +229,18 @@ class RIDEWrapper(nn.Module):
         # A classifier that is not a module of its own leaves no feature; its logits stand in.
         return logits, logits if features is None else features
 
+    def _learn_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
+        views = Views(self.trunk, self.experts[0], self._running, [], [])
+        with random_state_kept(self):
+            try:
+                layout = layout_of(views, (args, kwargs), self.trunk.training, self._attributes)
+            except RIDEError:
+                return None  # every row can still go on; only `select` needs the layout
+        self._layouts.append(layout)
+        return layout
+
     def _measure_feature_dim(self) -> int:
-        with self.evaluating(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with self.evaluating(), torch.no_grad(), random_state_kept(self):
             args, kwargs = self._inputs
             _, features = self._all_experts(args, kwargs)[0]
         return features.shape[1]
@@ -232,8 +249,18 @@ class RIDEWrapper(nn.Module):
         shared = {id(tensor) for tensor in self.trunk.parameters()}
         if init == "fresh":
             warn_if_trained(self.experts[0])
+            left: list[str] = []
             for expert in self.experts:
-                reinitialise(expert, shared)
+                left = reinitialise(expert, shared)  # the same names for each
+            if left:
+                warnings.warn(
+                    f"These parameters of the experts keep the backbone's values, because most of "
+                    f"their entries are zero and have their places (identity, dirac, pruned): "
+                    f"{left}. Initialise them yourself for each of `model.experts` if the experts "
+                    "shall differ there.",
+                    UserWarning,
+                    stacklevel=3,
+                )
         for head in self.classifiers:
             if init == "copy":
                 renew_classifier(head)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import SplitError
 from ride_plugin._split._example import Inputs, resize_batch
-from ride_plugin._split._passes import play, record
+from ride_plugin._split._passes import play, read_attributes, record, write_attributes
+from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._rows import Rows, find_rows
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._tree import logits_in, map_tensors, tensors_in
@@ -21,16 +23,22 @@ _BATCHES = (2, 3)
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
-def layout_of(views: Views, inputs: Inputs, training: bool) -> Layout:
+def layout_of(
+    views: Views, inputs: Inputs, training: bool, attributes: Sequence[tuple[str, str]]
+) -> Layout:
     """Learn which values cross the cut, along which dimension their rows lie, and which to clone.
+
+    ``attributes`` are those of :func:`changing_attributes`; each pass starts from the same values.
 
     Raises:
         SplitError: the batch dimension of a value that crosses the cut is ambiguous.
     """
     views = throwaway(views, training)
+    start = read_attributes(views.trunk, attributes)
     states = []
     for batch_size in _BATCHES:
         torch.manual_seed(0)
+        write_attributes(views.trunk, attributes, start)
         args, kwargs = resize_batch(inputs, batch_size)
         with torch.no_grad():
             state, _ = record(views.trunk, views.running, (), args, kwargs, stop_at_fork=True)
@@ -41,7 +49,9 @@ def layout_of(views: Views, inputs: Inputs, training: bool) -> Layout:
             "The backbone's forward takes another path for another batch size, so its trunk cannot "
             "be shared between experts. Pass `fork_at=` an earlier submodule."
         )
+    write_attributes(views.expert, attributes, start)
     live = _live_values(views, large)
+    write_attributes(views.expert, attributes, start)
     versions = [[t._version for t in tensors_in(value)] for value in large.values]
     with torch.no_grad():
         play(views.expert, views.running, large)
@@ -110,12 +120,21 @@ def changing_attributes(views: Views, inputs: Inputs, training: bool) -> set[tup
     return found
 
 
+@contextmanager
+def random_state_kept(module: nn.Module) -> Iterator[None]:
+    """Restore the random state of the CPU and of the module's devices after a block."""
+    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices - {None})):
+        yield
+
+
 def throwaway(views: Views, training: bool) -> Views:
     """Copy both views, so that a probe changes no statistic and no random state of the real ones.
 
     The copy's expert is what its trunk's stand-ins lead to, as in the original.
     """
-    copied: Views = copy.deepcopy(views)
+    kept = {**detached_activations(views.trunk), **detached_activations(views.expert)}
+    copied: Views = copy.deepcopy(views, kept)
     _share_running(copied)
     copied.trunk.train(training)
     copied.expert.train(training)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._split._analysis import (
     changing_attributes,
     layout_of,
+    random_state_kept,
     tensors_only_experts_read,
 )
 from ride_plugin._split._check import check
@@ -62,7 +60,7 @@ def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any)
             "Expected argument `backbone` to be a torch.nn.Module that maps a batch to logits "
             f"[B, C], but got {type(backbone).__name__}."
         )
-    with _random_state_kept(backbone):
+    with random_state_kept(backbone):
         probed = clone_module(backbone).eval()
         inputs = find_example(probed, example_input)
         root, output = call_tree(probed, inputs)
@@ -87,17 +85,19 @@ def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any)
         if forked_tensors:
             views = build_views(backbone, trunk_units, forked_units, forked_tensors)
 
-        attributes: set[tuple[str, str]] = set()
+        modes = (False, True) if training_root is not None else (False,)
+        attributes = sorted(
+            set().union(*(changing_attributes(views, inputs, training) for training in modes))
+        )
         layouts: list[Layout] = []
-        for training in (False, True) if training_root is not None else (False,):
-            layout = layout_of(views, inputs, training)
+        for training in modes:
+            layout = layout_of(views, inputs, training, attributes)
             if all(known.keys != layout.keys for known in layouts):
                 layouts.append(layout)
-            attributes |= changing_attributes(views, inputs, training)
         check(backbone, views, inputs, layouts, fork.name)
     if classifier is not None:
         views.expert.get_submodule(classifier).register_forward_pre_hook(FeatureHook(views.running))
-    return Split(views, layouts, sorted(attributes), inputs, num_classes, fork.name, classifier)
+    return Split(views, layouts, attributes, inputs, num_classes, fork.name, classifier)
 
 
 def another_expert(views: Views) -> tuple[nn.Module, list[Link]]:
@@ -118,12 +118,3 @@ def _training_call_tree(backbone: nn.Module, inputs: Inputs) -> Call | None:
         return call_tree(clone_module(backbone).train(), resize_batch(inputs, 3))[0]
     except Exception:
         return None
-
-
-@contextmanager
-def _random_state_kept(backbone: nn.Module) -> Iterator[None]:
-    devices = sorted(
-        {p.device.index for p in backbone.parameters() if p.device.type == "cuda"} - {None}
-    )
-    with torch.random.fork_rng(devices=devices):
-        yield

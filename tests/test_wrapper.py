@@ -1,0 +1,496 @@
+"""RIDEWrapper: what it computes, what it leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ride_plugin import CosineClassifier, ExpertOutput, RIDEWrapper, expert_logits
+from ride_plugin._errors import ArgumentError, SplitError
+
+from .backbones import BACKBONES, CifarResNet, GluedNet, ImageNetResNet, mlp, plain_convnet
+
+KINDS = list(BACKBONES)
+
+
+def build(kind: str) -> tuple[nn.Module, Tensor]:
+    constructor, shape, _ = BACKBONES[kind]
+    return constructor(), torch.randn(5, *shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_default_fork_point(kind: str) -> None:
+    constructor, _, fork = BACKBONES[kind]
+    assert RIDEWrapper(constructor(), 2).fork_at == fork
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [False, True])
+def test_one_expert_is_the_backbone_to_the_bit(kind: str, training: bool) -> None:
+    backbone, x = build(kind)
+    model = RIDEWrapper(backbone, 1).train(training)
+    backbone.train(training)
+    torch.manual_seed(7)
+    expected = backbone(x)
+    expected.sum().backward()
+    torch.manual_seed(7)
+    logits = model(x)
+    logits.sum().backward()
+    assert torch.equal(logits, expected)
+    ours = {name.split(".", 1)[1]: b for name, b in model.trunk.named_buffers(prefix="trunk")}
+    ours |= {name.split(".", 2)[2]: b for name, b in model.named_buffers() if "experts" in name}
+    for name, buffer in backbone.named_buffers():
+        assert torch.equal(ours[name], buffer), name
+    gradients = {name.split(".", 1)[1]: p.grad for name, p in model.named_parameters()}
+    for name, parameter in backbone.named_parameters():
+        ours_grad = gradients.get(name, gradients.get(f"0.{name}"))
+        assert torch.equal(ours_grad, parameter.grad), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_expert_equals_a_backbone_with_its_weights(kind: str) -> None:
+    backbone, x = build(kind)
+    model = RIDEWrapper(backbone, 3).eval()
+    experts = expert_logits(model(x))
+    for k in range(3):
+        plain = copy.deepcopy(backbone).eval()
+        state = {n.removeprefix("trunk."): t for n, t in model.state_dict().items()}
+        state = {n.removeprefix(f"experts.{k}."): t for n, t in state.items()}
+        plain.load_state_dict({n: t for n, t in state.items() if not n.startswith("experts.")})
+        torch.testing.assert_close(experts[:, k], plain(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_an_expert_are_the_rows_of_the_whole(kind: str) -> None:
+    backbone, x = build(kind)
+    model = RIDEWrapper(backbone, 2).eval()
+    whole = expert_logits(model(x))
+    rows = torch.tensor([4, 0, 2])
+    logits, features = model.run_expert(1, model.run_trunk(x).select(rows))
+    torch.testing.assert_close(logits, whole[rows, 1])
+    assert features.shape == (3, model.feature_dim)
+
+
+def test_forward_is_the_mean_of_the_experts() -> None:
+    model = RIDEWrapper(mlp(), 3)
+    out = model(torch.randn(4, 20))
+    assert type(out) is Tensor
+    torch.testing.assert_close(out, expert_logits(out).mean(1))
+
+
+def test_return_experts_can_be_set_later() -> None:
+    model = RIDEWrapper(mlp(), 3)
+    x = torch.randn(4, 20)
+    plain = model(x)
+    model.return_experts = True
+    out = model(x)
+    assert isinstance(out, ExpertOutput)
+    assert torch.equal(out.logits, plain)
+    assert torch.equal(out.expert_logits, expert_logits(plain))
+
+
+def test_trunk_runs_once_and_its_batchnorm_updates_once() -> None:
+    model = RIDEWrapper(CifarResNet(n=1), 3).train()
+    calls = []
+    model.trunk.layer1.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.randn(4, 3, 32, 32))
+    assert len(calls) == 1
+    assert model.trunk.bn1.num_batches_tracked == 1
+    assert model.experts[2].layer2[0].bn1.num_batches_tracked == 1
+
+
+def test_user_hooks_on_a_trunk_module_fire_once() -> None:
+    backbone = CifarResNet(n=1)
+    calls: list[int] = []
+    backbone.layer1.register_forward_hook(lambda *_: calls.append(1))
+    model = RIDEWrapper(backbone, 3)
+    calls.clear()
+    model(torch.randn(2, 3, 32, 32))
+    assert len(calls) == 1
+
+
+def test_names_are_the_backbones_and_each_tensor_is_listed_once() -> None:
+    model = RIDEWrapper(GluedNet(), 2)
+    names = list(model.state_dict())
+    assert "trunk.gain" in names
+    assert "experts.1.late_bias" in names
+    assert "experts.0.down.weight" in names
+    assert not any("stem" in n or "gain" in n for n in names if n.startswith("experts"))
+    assert len({t.data_ptr() for t in model.state_dict().values()}) == len(names)
+    assert [n for n, _ in model.named_parameters()] == [n for n in names if "running" not in n]
+
+
+def test_backbone_random_state_and_statistics_are_left_alone() -> None:
+    backbone = CifarResNet(n=1)
+    before = copy.deepcopy(backbone.state_dict())
+    random_state = torch.get_rng_state()
+    RIDEWrapper(backbone, 1)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    RIDEWrapper(backbone, 3)
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert not backbone.layer1._forward_hooks
+
+
+def test_modes_of_submodules_are_kept() -> None:
+    backbone = CifarResNet(n=1)
+    backbone.layer1.eval()
+    model = RIDEWrapper(backbone, 2)
+    assert model.training
+    assert not model.trunk.layer1[0].bn1.training
+    assert model.trunk.bn1.training
+    assert model.experts[1].layer2.training
+
+
+def test_fresh_experts_differ_and_keep_the_spread() -> None:
+    backbone = CifarResNet(n=1)
+    with torch.no_grad():
+        backbone.layer3[0].bn2.weight.zero_()  # zero-initialised gain: a constant
+    model = RIDEWrapper(backbone, 3)
+    name = "layer2.0.conv1.weight"
+    weights = [expert.get_parameter(name) for expert in model.experts]
+    original = backbone.get_parameter(name)
+    for weight in weights:
+        assert not torch.equal(weight, original)
+        torch.testing.assert_close(weight.sort().values.std(), original.std(), rtol=1e-4, atol=0)
+    assert not torch.equal(weights[0], weights[1])
+    assert all((e.layer3[0].bn2.weight == 0).all() for e in model.experts)
+    assert torch.equal(model.trunk.conv1.weight, backbone.conv1.weight)
+
+
+def test_orthogonal_weights_stay_orthogonal() -> None:
+    backbone = mlp()
+    nn.init.orthogonal_(backbone[4].weight)
+    model = RIDEWrapper(backbone, 2)
+    weight = model.experts[1].get_parameter("4.weight")
+    assert not torch.equal(weight, backbone[4].weight)
+    torch.testing.assert_close(weight @ weight.t(), torch.eye(32), atol=1e-5, rtol=0)
+
+
+def test_weights_that_cannot_be_redrawn_are_named() -> None:
+    backbone = mlp()
+    nn.init.eye_(backbone[4].weight)
+    with pytest.warns(UserWarning, match=r"4\.weight"):
+        model = RIDEWrapper(backbone, 2)
+    assert torch.equal(model.experts[1].get_parameter("4.weight"), torch.eye(32))
+
+
+def test_fresh_weights_for_a_trained_backbone_warn() -> None:
+    backbone = CifarResNet(n=1)
+    backbone(torch.randn(4, 3, 32, 32))
+    with pytest.warns(UserWarning, match="looks trained"):
+        RIDEWrapper(backbone, 2)
+
+
+def test_copy_keeps_weights_and_renews_classifiers() -> None:
+    backbone = CifarResNet(n=1)
+    backbone(torch.randn(4, 3, 32, 32))
+    model = RIDEWrapper(backbone, 2, init="copy")
+    for expert in model.experts:
+        assert torch.equal(expert.layer3[0].conv1.weight, backbone.layer3[0].conv1.weight)
+        assert torch.equal(expert.layer3[0].bn1.running_var, backbone.layer3[0].bn1.running_var)
+    heads = [head.weight for head in model.classifiers]
+    assert not torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], backbone.linear.weight)
+
+
+def test_zero_classifiers_do_not_stay_equal() -> None:
+    backbone = mlp()
+    nn.init.zeros_(backbone[-1].weight)
+    first, second = (head.weight for head in RIDEWrapper(backbone, 2).classifiers)
+    assert not torch.equal(first, second)
+    assert first.abs().max() < 0.1
+
+
+def test_cosine_classifier_bounds_the_logits_of_every_expert() -> None:
+    model = RIDEWrapper(CifarResNet(10, n=1), 3, classifier="cosine").eval()
+    assert [type(head) for head in model.classifiers] == [CosineClassifier] * 3
+    x = torch.randn(4, 3, 32, 32)
+    logits = expert_logits(model(x))
+    assert logits.abs().max() <= 30.001
+    head = model.classifiers[1]
+    state = model.run_trunk(x)
+    _, features = model.run_expert(1, state)
+    cosine = nn.functional.cosine_similarity(features[:, None], head.weight[None], dim=2)
+    torch.testing.assert_close(logits[:, 1], 30 * cosine, rtol=1e-4, atol=1e-4)
+
+
+def test_classifier_factory() -> None:
+    model = RIDEWrapper(mlp(), 2, classifier=lambda d, c: nn.Linear(d, c, bias=False))
+    assert all(head.bias is None for head in model.classifiers)
+
+
+def test_router_inputs_leave_mode_and_statistics_untouched() -> None:
+    model = RIDEWrapper(CifarResNet(10, n=1), 3).train()
+    model.trunk.layer1.eval()
+    modes = [m.training for m in model.modules()]
+    before = copy.deepcopy(model.state_dict())
+    inputs = model.router_inputs(torch.randn(4, 3, 32, 32))
+    assert inputs.expert_logits.shape == (4, 3, 10)
+    assert inputs.expert_features.shape == (4, 3, model.feature_dim)
+    assert not inputs.expert_logits.requires_grad
+    assert [m.training for m in model.modules()] == modes
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_features_are_what_the_classifier_receives() -> None:
+    model = RIDEWrapper(CifarResNet(10, n=1), 3).eval()
+    inputs = model.router_inputs(torch.randn(4, 3, 32, 32))
+    for k, head in enumerate(model.classifiers):
+        rebuilt = head(inputs.expert_features[:, k])
+        torch.testing.assert_close(rebuilt, inputs.expert_logits[:, k])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_compute_the_same(kind: str) -> None:
+    backbone, x = build(kind)
+    model = RIDEWrapper(backbone, 2).eval()
+    model(x)
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    other = RIDEWrapper(type(backbone)() if kind not in ("mlp", "plain convnet") else backbone, 2)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True), assign=True)
+    assert torch.equal(other.eval()(x), expected)
+
+
+def test_a_copy_shares_nothing_with_the_original() -> None:
+    model = RIDEWrapper(GluedNet(), 2).eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(model(x), expected)
+    assert (other(x) == 0).all()
+
+
+def test_double_precision_and_back() -> None:
+    model = RIDEWrapper(GluedNet(), 2).double().eval()
+    assert model(torch.randn(2, 3, 16, 16, dtype=torch.float64)).dtype == torch.float64
+    assert model.float()(torch.randn(2, 3, 16, 16)).dtype == torch.float32
+
+
+def test_other_input_sizes_and_keyword_arguments() -> None:
+    model = RIDEWrapper(GluedNet(), 2).eval()
+    x = torch.randn(5, 3, 15, 15)  # odd sizes take another path: they are padded
+    whole = expert_logits(model(x, double=True))
+    rows = torch.tensor([3, 1])
+    logits, _ = model.run_expert(1, model.run_trunk(x, double=True).select(rows))
+    torch.testing.assert_close(logits, whole[rows, 1])
+
+
+def test_channels_last_is_kept_through_selection() -> None:
+    model = RIDEWrapper(CifarResNet(10, n=1), 2).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        state = model.run_trunk(x).select(torch.tensor([2, 1]))
+    features = state.values[-1]
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    assert not features.is_contiguous()
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    model = RIDEWrapper(GluedNet(), 3).eval()
+    batches = [torch.randn(3, 3, 16, 16) for _ in range(16)]
+    with torch.no_grad():
+        expected = [model(x) for x in batches]
+    got: list[Tensor | None] = [None] * len(batches)
+    barrier = threading.Barrier(4)
+
+    def work(start: int) -> None:
+        barrier.wait()
+        with torch.no_grad():
+            for i in range(start, len(batches), 4):
+                got[i] = model(batches[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(got, expected, strict=True):
+        assert one is not None
+        assert torch.equal(one, other)
+
+
+def test_fork_at_moves_the_fork() -> None:
+    model = RIDEWrapper(CifarResNet(10, n=2), 2, fork_at="layer3.1.conv2")
+    assert "trunk.layer3.1.conv1.weight" in model.state_dict()
+    assert "experts.1.layer3.1.conv2.weight" in model.state_dict()
+
+
+def test_a_cache_filled_by_the_first_forward_does_not_disturb_the_second() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.grid: Tensor | None = None
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.a(x))
+            if self.grid is None:
+                self.grid = torch.linspace(0, 1, 6)
+            x = x + self.grid
+            self.kept = torch.relu(self.b(x))
+            return self.c(self.kept)
+
+    model = RIDEWrapper(Cached(), 3, fork_at="b")
+    x = torch.randn(3, 6)
+    first = model(x)
+    assert torch.equal(model(x), first)
+    state = model.run_trunk(x)
+    torch.testing.assert_close(model.run_expert(2, state)[0], expert_logits(first)[:, 2])
+    copied = copy.deepcopy(model)  # an activation with a history hangs on the modules
+    assert torch.equal(copied(x), first)
+
+
+def test_in_place_change_of_the_trunks_result_is_isolated() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.c(self.b(x)) + self.c(x)
+
+    backbone = InPlace()
+    model = RIDEWrapper(backbone, 2, fork_at="c").eval()
+    x = torch.randn(5, 6)
+    whole = expert_logits(model(x))
+    state = model.run_trunk(x)
+    for _ in range(2):
+        torch.testing.assert_close(model.run_expert(1, state)[0], whole[:, 1])
+
+
+@pytest.mark.parametrize("num_experts", [0, -1, 2.0])
+def test_number_of_experts_is_checked(num_experts: int) -> None:
+    with pytest.raises(ArgumentError, match=r"`num_experts` to be an integer >= 1, but got"):
+        RIDEWrapper(mlp(), num_experts)
+
+
+def test_unknown_fork_point_lists_near_matches() -> None:
+    with pytest.raises(SplitError, match=r"'layr2' is none\. Near matches: \['layer"):
+        RIDEWrapper(CifarResNet(n=1), 2, fork_at="layr2")
+
+
+def test_fork_point_that_is_never_called_is_refused() -> None:
+    backbone = mlp()
+    backbone.unused = nn.Linear(2, 2)
+    backbone.forward = lambda x: backbone[6](backbone[4](backbone[2](backbone[0](x))))
+    with pytest.raises(SplitError, match="not called"):
+        RIDEWrapper(backbone, 2, fork_at="unused")
+
+
+def test_not_a_module() -> None:
+    with pytest.raises(ArgumentError, match=r"`backbone` to be a torch\.nn\.Module.*function"):
+        RIDEWrapper(lambda x: x, 2)
+
+
+def test_input_that_cannot_be_guessed_asks_for_an_example() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)) * weight)
+
+    with pytest.raises(SplitError, match="Pass `example_input=`"):
+        RIDEWrapper(Odd(), 2)
+    x, weight = torch.randn(3, 4), torch.rand(3, 1)
+    model = RIDEWrapper(Odd(), 2, example_input=(x, weight))
+    assert model(x, weight=weight).shape == (3, 3)
+    by_name = RIDEWrapper(Odd(), 2, example_input={"x": x, "weight": weight})
+    assert by_name(x=x, weight=weight).shape == (3, 3)
+
+
+def test_example_that_the_backbone_refuses() -> None:
+    with pytest.raises(SplitError, match="does not run on `example_input`"):
+        RIDEWrapper(mlp(), 2, example_input=torch.randn(2, 3))
+    with pytest.raises(ArgumentError, match="`example_input` to be a tensor"):
+        RIDEWrapper(mlp(), 2, example_input=3)
+
+
+def test_output_that_is_not_logits() -> None:
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    with pytest.raises(SplitError, match=r"logits \[B, C\]"):
+        RIDEWrapper(backbone, 2, example_input=torch.randn(2, 3, 8, 8))
+
+
+def test_backbone_whose_rows_depend_on_each_other_is_refused() -> None:
+    class Coupled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(torch.relu(self.a(x)))
+            return self.c(x - x.mean(dim=0))
+
+    with pytest.raises(SplitError, match=r"at 'b'.*some rows differ.*`fork_at="):
+        RIDEWrapper(Coupled(), 2, fork_at="b")
+
+
+def test_forward_that_changes_its_path_is_refused() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = [0]
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls[0] += 1
+            x = self.a(x)
+            x = torch.tanh(x) if self.calls[0] % 2 else torch.relu(x)
+            return self.c(self.b(x))
+
+    with pytest.raises(SplitError, match=r"fork_at|path"):
+        RIDEWrapper(Fickle(), 2, fork_at="b")
+
+
+def test_replacing_a_trunk_module_after_wrapping_is_noticed() -> None:
+    model = RIDEWrapper(ImageNetResNet(), 2)
+    model.trunk.bn1 = nn.SyncBatchNorm(8)
+    model.eval()
+    from ride_plugin._errors import ReplayError
+
+    with pytest.raises(ReplayError, match="Convert the backbone before wrapping"):
+        model(torch.randn(2, 3, 64, 64))
+
+
+def test_cosine_classifier_on_a_convolution_is_refused() -> None:
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    with pytest.raises(SplitError, match="classifier"):
+        RIDEWrapper(backbone, 2, classifier="cosine")
+    with pytest.raises(ArgumentError, match="`classifier` to be None, 'cosine'"):
+        RIDEWrapper(mlp(), 2, classifier="cosin")
+
+
+def test_plain_convnet_with_dropout_trains() -> None:
+    model = RIDEWrapper(plain_convnet(), 3)
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(0, 10, (16,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    losses = []
+    for _ in range(20):
+        experts = expert_logits(model(x))
+        loss = nn.functional.cross_entropy(experts.flatten(0, 1), y.repeat_interleave(3))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
