@@ -73,7 +73,7 @@ def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any)
         num_classes = logits.shape[1]
         fork = choose_fork(root, fork_at)
         training_root = _training_call_tree(backbone, inputs)
-        trunk_units, forked_units = sides(fork, training_root)
+        trunk_units, forked_units = sides(fork, root, training_root)
         classifier = find_classifier(root, output, forked_units)
         del probed, output, logits
 

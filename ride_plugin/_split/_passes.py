@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ReplayError
@@ -30,7 +31,10 @@ def record(
         The trunk's state, and expert 0's output unless ``stop_at_fork``: going on into expert 0
         saves one traversal of the backbone's forward.
     """
-    recorder = Recorder((args, kwargs), stop_at_fork)
+    # Without gradients nothing else holds the trunk's inner values; and an evaluation pass can be
+    # repeated should it leave the known paths after something was dropped.
+    known = () if trunk.training or torch.is_grad_enabled() else layouts
+    recorder = Recorder((args, kwargs), stop_at_fork, known)
     running.recorder = recorder
     output = None
     recorder.enter()
@@ -48,6 +52,8 @@ def record(
         )
     keys = tuple(recorder.keys)
     layout = next((known for known in layouts if known.keys == keys), None)
+    if layout is None and recorder.dropped:
+        return record(trunk, running, (), args, kwargs, stop_at_fork=stop_at_fork)
     return TrunkState(batch_size_of((args, kwargs)), keys, recorder.values, layout), output
 
 

@@ -102,8 +102,13 @@ class TrunkState:
         return [_map_with(own, value, flags) for value, flags in pairs]
 
 
+def hollow(value: Tensor) -> Tensor:
+    """A tensor of the same shape that takes no memory, and NaN, should anybody read it."""
+    return value.new_full((), float("nan")).expand(value.shape)
+
+
 def _keep_or_hollow(value: Tensor, live: bool) -> Tensor:
-    return value if live else value.new_full((), float("nan")).expand(value.shape)
+    return value if live else hollow(value)
 
 
 def _map_with(function: Any, value: Any, infos: tuple[Any, ...]) -> Any:

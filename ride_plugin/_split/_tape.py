@@ -11,14 +11,15 @@ so an expert can run on a subset of the rows.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ride_plugin._errors import ReplayError
-from ride_plugin._split._tree import tensors_in
+from ride_plugin._split._state import Layout, hollow
+from ride_plugin._split._tree import map_tensors, tensors_in
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
 
@@ -63,13 +64,27 @@ class _GlueMode(TorchFunctionMode):
 
 
 class Recorder(_GlueMode):
-    """Writes the trunk's tape: ``keys`` (what ran) and ``values`` (what it returned)."""
+    """Writes the trunk's tape: ``keys`` (what ran) and ``values`` (what it returned).
 
-    def __init__(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], stop_at_fork: bool) -> None:
+    Args:
+        inputs: the backbone's arguments, entry 0 of the tape.
+        stop_at_fork: unwind the forward at the fork.
+        layouts: paths known from the build. While the tape follows one of them, values that no
+            expert reads are dropped at once, so their memory is used again.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[tuple[Any, ...], dict[str, Any]],
+        stop_at_fork: bool,
+        layouts: Sequence[Layout],
+    ) -> None:
         super().__init__()
         self.keys: list[str] = ["inputs"]
         self.values: list[Any] = [inputs]
+        self.dropped = False
         self.stop_at_fork = stop_at_fork
+        self._layouts = list(layouts)
         self.reached_fork = False
         self._depth = 0
         self._stepped_aside = False
@@ -83,9 +98,18 @@ class Recorder(_GlueMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if self._depth == 0 and not self.reached_fork and _leaves_a_trace(func, result):
-            self.keys.append(_name(func))
-            self.values.append(result)
+            self._write(_name(func), result)
         return result
+
+    def _write(self, key: str, value: Any) -> None:
+        step = len(self.keys)
+        self.keys.append(key)
+        if self._layouts:
+            self._layouts = [k for k in self._layouts if k.keys[step : step + 1] == (key,)]
+            if self._layouts and not any(any(layout.live[step]) for layout in self._layouts):
+                value = map_tensors(hollow, value)
+                self.dropped = True
+        self.values.append(value)
 
     def unit_begins(self) -> None:
         self._depth += 1
@@ -95,15 +119,12 @@ class Recorder(_GlueMode):
             self.leave()
 
     def unit_ends(self, key: str, result: Any) -> None:
+        if self._depth == 1 and not self.reached_fork:
+            self._write(key, result)  # while we still look away: writing must not be recorded
         self._depth -= 1
-        if self._depth > 0:
-            return
-        if self._stepped_aside:
+        if self._depth == 0 and self._stepped_aside:
             self._stepped_aside = False
             self.enter()
-        if not self.reached_fork:
-            self.keys.append(key)
-            self.values.append(result)
 
     def fork_begins(self) -> None:
         self.reached_fork = True

@@ -52,18 +52,39 @@ class Views:
     spine: list[tuple[nn.Module, nn.Module]]
 
 
-def sides(fork: Fork, training: Call | None) -> tuple[list[str], list[str]]:
-    """Names of the units that belong to the trunk and to the experts.
+def sides(fork: Fork, root: Call, training: Call | None) -> tuple[list[str], list[str]]:
+    """Names of the submodules that belong to the trunk and to the experts.
 
+    A container whose units all lie on one side belongs there as a whole: fewer things to record.
     ``training`` is the call tree of a forward in training mode: auxiliary heads that run only
-    there are units too, on the side of the cut where they are called.
+    there belong to the side of the cut where they are called.
     """
-    trunk = list(dict.fromkeys(unit.name for unit in fork.units[: fork.index]))
-    forked = [
-        name
-        for name in dict.fromkeys(unit.name for unit in fork.units[fork.index :])
-        if name not in trunk
-    ]
+    side_of = {id(unit): index >= fork.index for index, unit in enumerate(fork.units)}
+    also_in_trunk = {unit.name for unit in fork.units[: fork.index]}
+    found: dict[str, set[bool]] = {}
+
+    def collect(call: Call) -> set[bool]:
+        if id(call) in side_of:
+            mine = {side_of[id(call)] and call.name not in also_in_trunk}
+        else:
+            mine = set().union(*(collect(child) for child in call.children))
+        found.setdefault(call.name, set()).update(mine)
+        return mine
+
+    collect(root)
+    trunk: list[str] = []
+    forked: list[str] = []
+
+    def assign(call: Call) -> None:
+        for child in call.children:
+            if len(found.get(child.name, ())) == 1:
+                names = forked if True in found[child.name] else trunk
+                if child.name not in names:
+                    names.append(child.name)
+            else:
+                assign(child)
+
+    assign(root)
     if training is None:
         return trunk, forked
     known = {*trunk, *forked}
