@@ -1,0 +1,104 @@
+r"""Numerics that every Kullback-Leibler divergence of this library shares.
+
+Experts of one network are close to each other and each is sure of itself, so the textbook sum
+$\sum_c p_c (\log p_c - \log q_c)$ cancels: in float32 it is wrong in the first digit when logits
+differ by 1e-3. Everything here is therefore written in the half log-ratio
+
+$$h_c = \tfrac12 (\log p_c - \log q_c),$$
+
+which follows from the *difference* of the logits, and in the two identities
+
+$$p_c - q_c = (p_c + q_c) \tanh h_c, \qquad \sum_c (p_c + q_c) \tanh h_c = 0.$$
+
+Nothing overflows, since tanh is bounded, and no digits are lost, since no two nearly equal
+probabilities are ever subtracted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Comparison(NamedTuple):
+    """Two families of distributions over classes and how far apart they are.
+
+    Attributes:
+        p: ``[B, E, C]``, softmax of the experts' logits.
+        q: ``[B, 1, C]``, softmax of the reference's logits.
+        half_log_ratio: ``[B, E, C]``, half of ``log p - log q``; zero at masked classes.
+    """
+
+    p: Tensor
+    q: Tensor
+    half_log_ratio: Tensor
+
+
+def compare(experts: Tensor, reference: Tensor, temperature: Tensor | float) -> Comparison:
+    """Compare each expert with one reference.
+
+    Args:
+        experts: logits ``[B, E, C]``.
+        reference: logits ``[B, 1, C]``.
+        temperature: broadcasts against the logits.
+    """
+    scaled, scaled_reference = experts / temperature, reference / temperature
+    p, q = scaled.softmax(dim=-1), scaled_reference.softmax(dim=-1)
+    # log-sum-exp read off the largest class: two reductions instead of a pass of exponentials. Its
+    # rounding error enters the divergences squared only, because p and q both sum to one.
+    top_logit = scaled.amax(-1, keepdim=True) - scaled_reference.amax(-1, keepdim=True)
+    top_ratio = p.amax(-1, keepdim=True) / q.amax(-1, keepdim=True)
+    normaliser = top_logit - top_ratio.log()
+    log_ratio = (experts - reference).div_(temperature).sub_(normaliser)
+    # A class masked with -inf on both sides gives NaN here and has no probability on either side.
+    return Comparison(p, q, log_ratio.nan_to_num_(nan=0.0).mul_(0.5))
+
+
+def tanh_gap(h: Tensor) -> Tensor:
+    r"""Return $h \tanh h - (h - \tanh h)$ without cancellation near zero.
+
+    The direct form loses $\epsilon / h$, two terms of the series for $h - \tanh h$ lose $h^5$; they
+    change over where both are equal, at the sixth root of the machine precision.
+    """
+    tanh = h.tanh()
+    direct = h.mul(tanh).sub_(h).add_(tanh)
+    square = h.square()
+    series = square.mul(2 / 15).sub_(1 / 3).mul_(h).mul_(square).add_(tanh.mul_(h))
+    small: float = torch.finfo(h.dtype).eps ** (1 / 6)
+    return torch.where(h.abs() < small, series, direct)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """Attach to values ``[B]`` the gradient ``[B, E, C]`` that was computed beside them.
+
+    Value and gradient share all their work, so the backward pass is one multiplication and the
+    forward pass leaves one copy of the logits behind instead of one for each operation.
+    """
+
+    @staticmethod
+    def forward(logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_value[:, None, None], None, None
+
+
+def with_gradient(logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """Return ``value`` ``[B]``, whose gradient in ``logits`` ``[B, E, C]`` is ``gradient``."""
+    attached: Tensor = _KnownGradient.apply(logits, value, gradient)  # type: ignore[no-untyped-call]
+    return attached
+
+
+def float32_or_better(logits: Tensor) -> Tensor:
+    """Upcast half precision, also what autocast made; float64 stays as it is."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,154 @@
+"""The diversity term: experts of one network are paid for disagreeing."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from ride_plugin import functional
+from ride_plugin._divergence import float32_or_better
+from ride_plugin._errors import ArgumentError
+from ride_plugin._output import Output, expert_logits
+from ride_plugin._target import ClassCounts, check_class_counts, check_target, explain_target
+from ride_plugin._temperature import TemperatureSchedule
+from ride_plugin.functional import Form
+
+_DEFAULTS = {"gamma": 0.05, "eta": 1.0, "start_epoch": 0}
+
+
+class DiversityLoss(nn.Module):
+    r"""Distribution-aware diversity loss: minus the divergence between experts.
+
+    $$L = -\frac{\lambda}{B} \sum_b \frac{1}{E-1} \sum_i \sum_{j \ne i}
+    \mathrm{KL}\bigl(p_i(x_b) \,\|\, p_j(x_b)\bigr), \qquad
+    p_i = \mathrm{softmax}(z_i / T_{y_b}).$$
+
+    (Paper, section 3. Differs from the authors' code, which ``form="official"`` follows: see
+    `functional.kl_from_mean`.) Add it to the classification loss of the experts; it is never
+    positive. On small data its gain over weight 0 was within the noise between seeds.
+
+    Args:
+        class_counts: training samples of each class, ``[C]``, positive.
+        weight: $\lambda$, not negative. The authors use 0.45 (CIFAR-100-LT) and 0.2 (ImageNet-LT,
+            iNaturalist); their own argument carries the minus sign.
+        gamma: see `TemperatureSchedule`.
+        eta: see `TemperatureSchedule`.
+        start_epoch: see `TemperatureSchedule`.
+        form: ``"paper"`` as above; ``"official"`` compares each expert with the ensemble instead.
+        detach_others: in the paper's form, each expert takes the others as given. **With False
+            training diverges**: KL is unbounded, and every expert can drive the others' divergence
+            up at no cost of its own (measured: accuracy 93.7 to 42.6 at the default weight).
+        temperature: a schedule of your own instead of ``gamma``, ``eta`` and ``start_epoch``.
+
+    Attributes:
+        schedule: the `TemperatureSchedule` in use.
+
+    Raises:
+        ArgumentError: an argument is out of range, or the schedule does not fit the others.
+
+    Example:
+        >>> diversity = DiversityLoss([300, 100, 20], weight=0.2)
+        >>> expert_logits = torch.randn(8, 3, 3, requires_grad=True)  # or the model's output
+        >>> loss = diversity(expert_logits, torch.randint(3, (8,)))
+        >>> loss.backward()
+        >>> diversity.step()  # at the end of each epoch
+    """
+
+    def __init__(
+        self,
+        class_counts: ClassCounts,
+        *,
+        weight: float = 0.2,
+        gamma: float = 0.05,
+        eta: float = 1.0,
+        start_epoch: int = 0,
+        form: Form = "paper",
+        detach_others: bool = True,
+        temperature: TemperatureSchedule | None = None,
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ArgumentError(
+                f"Expected argument `weight` to be finite and not negative, but got {weight}. The "
+                "loss has its minus sign built in: the authors' factor of -0.2 is weight=0.2."
+            )
+        if temperature is None:
+            temperature = TemperatureSchedule(
+                class_counts, eta=eta, gamma=gamma, start_epoch=start_epoch, form=form
+            )
+        else:
+            given = {"gamma": gamma, "eta": eta, "start_epoch": start_epoch}
+            _check_schedule(temperature, len(check_class_counts(class_counts)), form, given)
+        self.weight = weight
+        self.form = form
+        self.detach_others = detach_others
+        self.schedule = temperature
+
+    def forward(self, output: Output, target: Tensor) -> Tensor:
+        """Return the weighted batch mean.
+
+        Args:
+            output: what the wrapped model returned, or expert logits ``[B, E, C]``.
+            target: class indices int64 ``[B]``, or probabilities ``[B, C]``, for which a sample's
+                temperature is the expected one. The official form does not use it.
+
+        Returns:
+            A scalar, float32 (float64 for float64 logits); zero for a single expert.
+
+        Raises:
+            MissingExpertLogitsError: ``output`` is a bare ``[B, C]``.
+            ArgumentError: batch, classes or target do not fit; an index is out of range (checked
+                where the tensors are on the CPU; an accelerator's kernel fails by itself).
+        """
+        experts = expert_logits(output)
+        batch, _, classes = experts.shape
+        if classes != self.schedule.num_classes or batch == 0:
+            raise ArgumentError(
+                "Expected argument `output` to hold at least one sample and logits of "
+                f"{self.schedule.num_classes} classes, as many as `class_counts` has, but got "
+                f"expert logits {list(experts.shape)}."
+            )
+        check_target(target, batch, classes)
+        logits = float32_or_better(experts)
+        class_temperature = self.schedule.temperature.to(logits.dtype)
+        if self.form == "official":
+            divergence = functional.kl_from_mean(logits, class_temperature)
+        else:
+            temperature = _look_up(class_temperature, target)
+            divergence = functional.pairwise_kl(
+                logits, temperature, detach_others=self.detach_others
+            )
+        return -self.weight * divergence.mean()
+
+    def step(self) -> None:
+        """End the epoch: the class temperatures act from ``start_epoch`` on."""
+        self.schedule.step()
+
+    def extra_repr(self) -> str:
+        """Arguments, as ``repr`` shows them."""
+        return f"weight={self.weight}, form={self.form!r}, detach_others={self.detach_others}"
+
+
+def _look_up(class_temperature: Tensor, target: Tensor) -> Tensor:
+    try:
+        return functional.sample_temperatures(class_temperature, target)
+    except (IndexError, RuntimeError) as error:
+        explain_target(target, len(class_temperature), error)
+        raise
+
+
+def _check_schedule(
+    schedule: TemperatureSchedule, num_classes: int, form: str, given: dict[str, float]
+) -> None:
+    changed = [name for name, value in given.items() if value != _DEFAULTS[name]]
+    if changed:
+        raise ArgumentError(
+            f"Expected argument `{changed[0]}` to be left alone when `temperature` is given, but "
+            f"got {given[changed[0]]}. Set it on the TemperatureSchedule."
+        )
+    if schedule.num_classes != num_classes or schedule.form != form:
+        raise ArgumentError(
+            f"Expected argument `temperature` to be a schedule for {num_classes} classes with "
+            f"form={form!r}, but got one for {schedule.num_classes} with form={schedule.form!r}."
+        )

@@ -1,0 +1,116 @@
+"""Any criterion, applied to every expert by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ride_plugin._divergence import float32_or_better
+from ride_plugin._errors import ArgumentError
+from ride_plugin._output import Output, expert_logits
+from ride_plugin._target import check_target, explain_target
+
+Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits ``[B, C]`` and a target to a scalar."""
+
+
+def experts_loss(
+    criterion: Criterion | Sequence[Criterion] | nn.ModuleList,
+    output: Output,
+    target: Tensor,
+    reduction: Literal["sum", "mean"] = "sum",
+) -> Tensor:
+    r"""Apply a criterion to each expert's logits, never to their mean.
+
+    $$L = \sum_i \ell_i(z_i, y).$$
+
+    (Paper, section 3: RIDE trains every expert by itself. A loss on the mean lets experts lean on
+    each other; the authors' code switches to it when the diversity factor is zero, ours does not.)
+
+    Args:
+        criterion: maps logits ``[B, C]`` and ``target`` to a scalar, such as
+            ``nn.CrossEntropyLoss()``; or a sequence with one for each expert. Logits of half
+            precision reach it as float32. Plain cross entropy runs once over all experts, which
+            gives the same number.
+        output: what the wrapped model returned, or expert logits ``[B, E, C]``.
+        target: class indices int64 ``[B]`` or probabilities ``[B, C]``, as the criterion takes it.
+        reduction: ``"sum"`` over experts as in the paper, or ``"mean"``, which keeps the scale of
+            a single model's loss (and needs the diversity weight divided by E to match).
+
+    Returns:
+        A scalar.
+
+    Raises:
+        MissingExpertLogitsError: ``output`` is a bare ``[B, C]``.
+        ArgumentError: the number of criteria differs from that of experts, a criterion does not
+            return a scalar tensor, or the target does not fit.
+
+    Example:
+        >>> expert_logits = torch.randn(8, 3, 10, requires_grad=True)  # or the model's output
+        >>> experts_loss(nn.CrossEntropyLoss(), expert_logits, torch.randint(10, (8,))).backward()
+    """
+    if reduction not in ("sum", "mean"):
+        raise ArgumentError(
+            f'Expected argument `reduction` to be "sum" or "mean", but got {reduction!r}. It '
+            "says how the experts' losses are joined; the criterion averages over samples."
+        )
+    experts = float32_or_better(expert_logits(output))
+    batch, num_experts, classes = experts.shape
+    check_target(target, batch, classes)
+    try:
+        if _averages_rows(criterion):
+            rows = experts.reshape(batch * num_experts, classes)
+            mean = _call(criterion, rows, target.repeat_interleave(num_experts, dim=0))
+            return mean * num_experts if reduction == "sum" else mean
+        criteria = _one_per_expert(criterion, num_experts)
+        losses = [_call(one, experts[:, i], target) for i, one in enumerate(criteria)]
+    except (IndexError, RuntimeError) as error:
+        explain_target(target, classes, error)
+        raise
+    total = torch.stack(losses)
+    return total.sum() if reduction == "sum" else total.mean()
+
+
+def _averages_rows(criterion: object) -> bool:
+    """Tell whether one call on all experts' rows provably gives the mean of their losses.
+
+    Weighted means qualify: the sum of weights depends on the target only, which experts share.
+    Subclasses do not, since they may override anything.
+    """
+    return criterion is F.cross_entropy or (
+        type(criterion) is nn.CrossEntropyLoss and criterion.reduction == "mean"
+    )
+
+
+def _one_per_expert(
+    criterion: Criterion | Sequence[Criterion] | nn.ModuleList, num_experts: int
+) -> list[Criterion]:
+    if not isinstance(criterion, Sequence | nn.ModuleList):
+        return [criterion] * num_experts
+    if len(criterion) != num_experts:
+        raise ArgumentError(
+            f"Expected argument `criterion` to have one entry for each of {num_experts} experts, "
+            f"but got {len(criterion)}. Pass a single criterion to use it for all."
+        )
+    return list(criterion)
+
+
+def _call(criterion: object, logits: Tensor, target: Tensor) -> Tensor:
+    if not callable(criterion):
+        raise ArgumentError(
+            "Expected argument `criterion` to be callable as criterion(logits, target), but got "
+            f"{type(criterion).__name__}."
+        )
+    loss: object = criterion(logits, target)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        shape = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ArgumentError(
+            f"Expected argument `criterion` to return a scalar tensor, but got {shape}. A "
+            'criterion with reduction="none" must be averaged: '
+            "lambda logits, target: criterion(logits, target).mean()."
+        )
+    return loss

@@ -1,0 +1,141 @@
+"""The temperatures of the diversity loss, and the epoch from which they depend on the class."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin import functional
+from ride_plugin._errors import ArgumentError
+from ride_plugin._target import ClassCounts, check_class_counts
+from ride_plugin.functional import Form
+
+
+class TemperatureSchedule(nn.Module):
+    r"""Temperature of each class: the same for all at first, lower for rare classes later.
+
+    $$T_k = \eta \quad (\text{epoch} < \text{start\_epoch}), \qquad
+    T_k = \eta\, \psi_k + \eta\, (1 - \max_c \psi_c) \quad (\text{then}).$$
+
+    (Paper, section 3; the warm-up is from the authors' code. See `functional.class_temperatures`
+    and `functional.class_balance` for $\psi$ and for the official form.)
+
+    It behaves like a learning-rate scheduler: epochs count from zero, ``step()`` belongs at the end
+    of each, ``state_dict()`` holds the epoch. It is a module, so that the temperatures follow
+    ``.to()`` of whatever owns it; its state dict is that of any module and can be saved within.
+
+    Args:
+        class_counts: training samples of each class, ``[C]``, positive.
+        eta: base temperature $\eta$, that of the most frequent class.
+        gamma: $\gamma$, how strongly temperatures follow the counts (0: not at all). The authors
+            use 0.05 (CIFAR-100-LT), 0.02 (ImageNet-LT) and 0.015 (iNaturalist).
+        start_epoch: first epoch, counted from zero, with a temperature for each class. The authors
+            use 160 of 200 (CIFAR-100-LT) and 80 of 100.
+        form: ``"paper"``, or ``"official"`` for the normalisation in the authors' code.
+
+    Attributes:
+        temperature: ``[C]``, the temperatures of the current epoch (a buffer updated in place).
+        last_epoch: the current epoch.
+
+    Raises:
+        ArgumentError: counts that are not positive, eta not positive, gamma outside [0, 1],
+            start_epoch negative, an unknown form, or a gamma so large that the temperature of the
+            rarest class would not be positive.
+
+    Example:
+        >>> schedule = TemperatureSchedule([300, 100, 20], start_epoch=1)
+        >>> schedule.temperature
+        tensor([1., 1., 1.])
+        >>> schedule.step()
+        >>> schedule.temperature
+        tensor([1.0000, 0.9286, 0.9000])
+    """
+
+    temperature: Tensor
+
+    def __init__(
+        self,
+        class_counts: ClassCounts,
+        *,
+        eta: float = 1.0,
+        gamma: float = 0.05,
+        start_epoch: int = 0,
+        form: Form = "paper",
+    ) -> None:
+        super().__init__()
+        counts = check_class_counts(class_counts)
+        _check(eta, gamma, start_epoch, form)
+        self.eta = eta
+        self.gamma = gamma
+        self.start_epoch = start_epoch
+        self.form = form
+        self.last_epoch = 0
+        # In float64 and no buffer, so that casting the module back and forth loses nothing.
+        self._by_class = functional.class_temperatures(counts, eta=eta, gamma=gamma, form=form)
+        lowest = self._by_class.min().item()
+        if not lowest > 0:
+            psi_spread = (counts.max() - counts.min()).item() / counts.mean().item()
+            raise ArgumentError(
+                "Expected argument `gamma` to keep every temperature positive, but got "
+                f"gamma={gamma}, with which the rarest class has temperature {lowest:.3g}. For "
+                f"these class counts it must be below {1 / psi_spread:.3g}."
+            )
+        self.register_buffer("temperature", torch.empty(len(counts)), persistent=False)
+        self._refresh()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C."""
+        return len(self._by_class)
+
+    def step(self) -> None:
+        """Go on to the next epoch; call it at the end of each, beside the LR scheduler's."""
+        self.last_epoch += 1
+        self._refresh()
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Return what ``state_dict()`` keeps: the epoch."""
+        return {"last_epoch": self.last_epoch}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Resume at the epoch that ``state_dict()`` kept."""
+        self.last_epoch = int(state["last_epoch"])
+        self._refresh()
+
+    def extra_repr(self) -> str:
+        """Arguments and epoch, as ``repr`` shows them."""
+        return (
+            f"num_classes={self.num_classes}, eta={self.eta}, gamma={self.gamma}, "
+            f"start_epoch={self.start_epoch}, form={self.form!r}, last_epoch={self.last_epoch}"
+        )
+
+    def _refresh(self) -> None:
+        # In place: a compiled loss keeps the buffer it has seen and does not compile again.
+        if self.last_epoch >= self.start_epoch:
+            self.temperature.copy_(self._by_class)
+        else:
+            self.temperature.fill_(self.eta)
+
+
+def _check(eta: float, gamma: float, start_epoch: int, form: str) -> None:
+    if not (math.isfinite(eta) and eta > 0):
+        raise ArgumentError(
+            f"Expected argument `eta` to be a positive temperature, but got {eta}. The paper uses 1."
+        )
+    if not 0 <= gamma <= 1:
+        raise ArgumentError(
+            f"Expected argument `gamma` to be between 0 and 1, but got {gamma}. The authors use "
+            "0.05, 0.02 and 0.015; 0 gives every class the same temperature."
+        )
+    if start_epoch < 0 or start_epoch != int(start_epoch):
+        raise ArgumentError(
+            "Expected argument `start_epoch` to be an epoch counted from zero, but got "
+            f"{start_epoch}. Pass 0 to start at once."
+        )
+    if form not in get_args(Form):
+        raise ArgumentError(
+            f"Expected argument `form` to be one of {get_args(Form)}, got {form!r}."
+        )

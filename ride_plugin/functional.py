@@ -1,0 +1,247 @@
+r"""Every equation of RIDE as a pure function of tensors; the modules only hold its constants.
+
+Shapes: B samples, E experts, C classes. Nothing here keeps state, draws random numbers, or reads a
+value back from the device. Half precision is computed in float32, float64 in float64, and no
+operation used is one that autocast would lower.
+
+The equations of stage two (which samples need one more expert) stand in the same namespace.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ride_plugin._divergence import compare, float32_or_better, tanh_gap, with_gradient
+from ride_plugin._errors import ArgumentError
+from ride_plugin._output import mean_logits
+from ride_plugin._routing_loss import routing_loss, routing_targets
+
+__all__ = [
+    "Form",
+    "class_balance",
+    "class_temperatures",
+    "distillation_kl",
+    "kl_from_mean",
+    "kl_from_reference",
+    "mean_logits",
+    "pairwise_kl",
+    "routing_loss",
+    "routing_targets",
+    "sample_temperatures",
+]
+
+Form: TypeAlias = Literal["paper", "official"]
+"""Which text is followed where the paper and its authors' code differ."""
+
+
+def class_balance(class_counts: Tensor, gamma: float) -> Tensor:
+    r"""Return how over-represented each class is: one when all classes are equally frequent.
+
+    $$\psi_k = \gamma\, \frac{n_k}{\frac1C \sum_c n_c} + (1 - \gamma).$$
+
+    (Paper, section 3, distribution-aware diversity loss.)
+
+    Args:
+        class_counts: ``[C]``, training samples of each class.
+        gamma: share of the imbalance that is taken over, between 0 and 1.
+
+    Returns:
+        ``[C]``, with mean one.
+
+    Example:
+        >>> class_balance(torch.tensor([30.0, 10.0, 20.0]), gamma=0.1)
+        tensor([1.0500, 0.9500, 1.0000])
+    """
+    return gamma * class_counts / class_counts.mean() + (1 - gamma)
+
+
+def class_temperatures(
+    class_counts: Tensor, *, eta: float = 1.0, gamma: float = 0.05, form: Form = "paper"
+) -> Tensor:
+    r"""Return the temperature of each class: highest, $\eta$, for the most frequent one.
+
+    $$T_k = \eta\, \psi_k + \eta\, (1 - \max_c \psi_c) \quad\text{(paper, section 3)}, \qquad
+    T_k = \eta\, \psi_k / \max_c \psi_c \quad\text{(official)}.$$
+
+    Args:
+        class_counts: ``[C]``, training samples of each class.
+        eta: the base temperature.
+        gamma: see `class_balance`.
+        form: ``"paper"`` shifts the largest temperature to eta; ``"official"`` (the authors' code)
+            divides by it.
+
+    Returns:
+        ``[C]``; not checked to be positive, which a large gamma can break in the paper's form.
+
+    Example:
+        >>> class_temperatures(torch.tensor([30.0, 10.0, 20.0]), gamma=0.1)
+        tensor([1.0000, 0.9000, 0.9500])
+    """
+    psi = class_balance(class_counts, gamma)
+    if form == "official":
+        return eta * psi / psi.max()
+    return eta * psi + eta * (1 - psi.max())
+
+
+def sample_temperatures(temperature: Tensor, target: Tensor) -> Tensor:
+    r"""Return the temperature of each sample: that of its class.
+
+    For probabilities $t$ (mixup, label smoothing) it is the expectation $\sum_c t_c T_c$, which
+    equals the hard case at one-hot rows. (The paper knows hard labels only.)
+
+    Args:
+        temperature: ``[C]``.
+        target: class indices int64 ``[B]``, or probabilities ``[B, C]``.
+
+    Returns:
+        ``[B]``.
+
+    Example:
+        >>> sample_temperatures(torch.tensor([1.0, 0.8]), torch.tensor([0, 1, 1]))
+        tensor([1.0000, 0.8000, 0.8000])
+    """
+    if target.is_floating_point():
+        return (target * temperature).sum(dim=1)  # a matrix product would be lowered by autocast
+    return temperature.gather(0, target.long())  # gather: negative indices raise, they do not wrap
+
+
+def pairwise_kl(
+    expert_logits: Tensor, temperature: Tensor | float = 1.0, *, detach_others: bool = True
+) -> Tensor:
+    r"""Sum over experts of the mean divergence from each other expert, for each sample.
+
+    With $p_i = \mathrm{softmax}(z_i / T)$,
+
+    $$D = \frac{1}{E-1} \sum_i \sum_{j \ne i} \mathrm{KL}(p_i \,\|\, p_j).$$
+
+    (Paper, section 3, distribution-aware diversity loss; the loss is $-\lambda D$, summed over
+    experts.) It is computed without a loop over pairs: with $q$ the normalised geometric mean of
+    the experts and $h_i = \frac12(\log p_i - \log q)$,
+
+    $$\sum_i \sum_{j \ne i} \mathrm{KL}(p_i \,\|\, p_j) = 2E \sum_i \sum_c (p_i + q)\, h_i \tanh h_i,$$
+
+    a sum of terms that are never negative. With the other experts held constant, expert i's
+    gradient is $\frac{2E}{(E-1)\,T}\, p_i\, (h_i - \langle p_i, h_i \rangle)$.
+
+    Args:
+        expert_logits: ``[B, E, C]``. A class may be masked with -inf in all experts.
+        temperature: a number, or ``[B]``, one for each sample; held constant.
+        detach_others: each expert minimises its own divergence and takes the others as given,
+            which is how the paper states the loss. With False the gradient also reaches $p_j$;
+            below a minus sign that is unbounded and was measured to diverge.
+
+    Returns:
+        ``[B]``, float32 or float64; zero for a single expert.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
+        >>> pairwise_kl(logits)  # both pairs: 2 tanh(1) each
+        tensor([3.0464])
+    """
+    logits = float32_or_better(expert_logits)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(logits.dtype)[:, None, None]
+    num_experts = logits.shape[1]
+    factor = num_experts / max(num_experts - 1, 1)
+    with torch.no_grad():
+        p, q, h = compare(logits, logits.mean(dim=1, keepdim=True), temperature)
+        value = h.tanh().mul_(h).mul_(p + q).sum(dim=(1, 2)).mul_(2 * factor)
+        gradient = h.sub_((p * h).sum(-1, keepdim=True)).mul_(p).mul_(2)
+        if not detach_others:
+            gradient += p - p.mean(dim=1, keepdim=True)
+        gradient.mul_(factor / temperature)
+    return with_gradient(logits, value, gradient)
+
+
+def kl_from_reference(
+    expert_logits: Tensor, reference_logits: Tensor, temperature: Tensor | float = 1.0
+) -> Tensor:
+    r"""Sum over experts of the divergence from a fixed reference to the expert, for each sample.
+
+    With $q = \mathrm{softmax}(r / T)$ held constant and $h_i = \frac12 (\log p_i - \log q)$,
+
+    $$\sum_i \mathrm{KL}(q \,\|\, p_i)
+    = \sum_i \sum_c (p_i + q)\, \bigl(h_i \tanh h_i - (h_i - \tanh h_i)\bigr).$$
+
+    Args:
+        expert_logits: ``[B, E, C]``.
+        reference_logits: ``[B, C]``; no gradient reaches it.
+        temperature: a number, or ``[C]``, one for each class, dividing the logits across classes
+            (as in the authors' code); held constant.
+
+    Returns:
+        ``[B]``, float32 or float64.
+
+    Example:
+        >>> kl_from_reference(torch.zeros(1, 3, 2), torch.tensor([[1.0, 1.0]]))
+        tensor([0.])
+    """
+    logits = float32_or_better(expert_logits)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(logits.dtype)
+    with torch.no_grad():
+        p, q, h = compare(logits, reference_logits[:, None].to(logits.dtype), temperature)
+        value = tanh_gap(h).mul_(p + q).sum(dim=(1, 2))
+        gradient = p.sub_(q).div_(temperature)
+    return with_gradient(logits, value, gradient)
+
+
+def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+    r"""Divergence of the experts from their ensemble, as the authors' code has it.
+
+    $$D = \bar T^2 \sum_i \mathrm{KL}(q \,\|\, p_i), \qquad q = \mathrm{softmax}(\bar z / T),$$
+
+    with the ensemble's logits $\bar z$ held constant, the temperature of each *class* dividing that
+    class's logit, and $\bar T$ the mean temperature. (Differs from the paper: linear instead of
+    quadratic in E, the arguments of KL exchanged, the label not used.)
+
+    Args:
+        expert_logits: ``[B, E, C]``.
+        temperature: a number, or ``[C]``, one for each class.
+
+    Returns:
+        ``[B]``, float32 or float64.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
+        >>> kl_from_mean(logits)  # 2 log cosh(1)
+        tensor([0.8676])
+    """
+    logits = float32_or_better(expert_logits)
+    mean_temperature = temperature.mean() if isinstance(temperature, Tensor) else temperature
+    return mean_temperature**2 * kl_from_reference(logits, mean_logits(logits), temperature)
+
+
+def distillation_kl(
+    expert_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.5
+) -> Tensor:
+    r"""Sum over experts of the knowledge-distillation divergence from a teacher.
+
+    $$D = T^2 \sum_i \mathrm{KL}\bigl(\mathrm{softmax}(t / T) \,\|\, \mathrm{softmax}(z_i / T)\bigr).$$
+
+    Args:
+        expert_logits: the student's ``[B, E, C]``.
+        teacher_logits: ``[B, C]``, held constant.
+        temperature: the same for teacher and student, and for all classes.
+
+    Returns:
+        ``[B]``, float32 or float64.
+
+    Raises:
+        ArgumentError: the shapes of student and teacher do not fit.
+
+    Example:
+        >>> distillation_kl(torch.zeros(1, 2, 4), torch.zeros(1, 4))
+        tensor([0.])
+    """
+    batch, _, classes = expert_logits.shape
+    if teacher_logits.shape != (batch, classes):
+        raise ArgumentError(
+            f"Expected argument `teacher_logits` to be of shape {[batch, classes]}, to fit expert "
+            f"logits {list(expert_logits.shape)}, but got {list(teacher_logits.shape)}. Teacher and "
+            "student must see the same batch and know the same classes."
+        )
+    return temperature**2 * kl_from_reference(expert_logits, teacher_logits, temperature)
