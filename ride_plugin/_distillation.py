@@ -21,9 +21,10 @@ class DistillationLoss(nn.Module):
     $$L = \frac{w\, T^2}{B} \sum_b \sum_i
     \mathrm{KL}\bigl(\mathrm{softmax}(t_b / T) \,\|\, \mathrm{softmax}(z_{bi} / T)\bigr).$$
 
-    (From many experts to few: paper, section 3. Differs from the authors' code, which distils the
-    ensemble's mean only, as ``form="official"`` does. Their code adds this term *and the whole
-    RIDE loss* once for each expert: multiply the sum of all losses by E to reproduce it.)
+    (The paper distils a model of many experts into one of few. Differs from the authors' code,
+    which distils the ensemble's mean only, as ``form="official"`` does. Their code adds this term
+    *and the whole RIDE loss* once for each expert: multiply the sum of all losses by E to
+    reproduce it.)
 
     Args:
         weight: $w$, not negative.
@@ -35,6 +36,7 @@ class DistillationLoss(nn.Module):
         ArgumentError: an argument is out of range.
 
     Example:
+        >>> import torch
         >>> distillation = DistillationLoss(temperature=1.5)
         >>> expert_logits = torch.randn(8, 3, 10, requires_grad=True)  # or the model's output
         >>> distillation(expert_logits, torch.randn(8, 10)).backward()

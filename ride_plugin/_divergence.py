@@ -79,7 +79,7 @@ class _KnownGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
@@ -87,7 +87,7 @@ class _KnownGradient(torch.autograd.Function):
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_value[:, None, None], None, None

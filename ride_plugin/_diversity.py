@@ -48,6 +48,7 @@ class DiversityLoss(nn.Module):
         ArgumentError: an argument is out of range, or the schedule does not fit the others.
 
     Example:
+        >>> import torch
         >>> diversity = DiversityLoss([300, 100, 20], weight=0.2)
         >>> expert_logits = torch.randn(8, 3, 3, requires_grad=True)  # or the model's output
         >>> loss = diversity(expert_logits, torch.randint(3, (8,)))

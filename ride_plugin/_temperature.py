@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from collections.abc import Callable
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ride_plugin import functional
+from ride_plugin._divergence import float32_or_better
 from ride_plugin._errors import ArgumentError
 from ride_plugin._target import ClassCounts, check_class_counts
 from ride_plugin.functional import Form
@@ -112,6 +114,13 @@ class TemperatureSchedule(nn.Module):
             f"start_epoch={self.start_epoch}, form={self.form!r}, last_epoch={self.last_epoch}"
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # Temperatures differ in the third digit, which a cast to half precision would round away.
+        self.temperature = float32_or_better(self.temperature)
+        self._refresh()
+        return self
+
     def _refresh(self) -> None:
         # In place: a compiled loss keeps the buffer it has seen and does not compile again.
         if self.last_epoch >= self.start_epoch:
@@ -123,7 +132,8 @@ class TemperatureSchedule(nn.Module):
 def _check(eta: float, gamma: float, start_epoch: int, form: str) -> None:
     if not (math.isfinite(eta) and eta > 0):
         raise ArgumentError(
-            f"Expected argument `eta` to be a positive temperature, but got {eta}. The paper uses 1."
+            f"Expected argument `eta` to be a positive temperature, but got {eta}. The paper "
+            "uses 1."
         )
     if not 0 <= gamma <= 1:
         raise ArgumentError(

@@ -121,7 +121,8 @@ def pairwise_kl(
     experts.) It is computed without a loop over pairs: with $q$ the normalised geometric mean of
     the experts and $h_i = \frac12(\log p_i - \log q)$,
 
-    $$\sum_i \sum_{j \ne i} \mathrm{KL}(p_i \,\|\, p_j) = 2E \sum_i \sum_c (p_i + q)\, h_i \tanh h_i,$$
+    $$\sum_i \sum_{j \ne i} \mathrm{KL}(p_i \,\|\, p_j)
+    = 2E \sum_i \sum_c (p_i + q)\, h_i \tanh h_i,$$
 
     a sum of terms that are never negative. With the other experts held constant, expert i's
     gradient is $\frac{2E}{(E-1)\,T}\, p_i\, (h_i - \langle p_i, h_i \rangle)$.
@@ -220,7 +221,8 @@ def distillation_kl(
 ) -> Tensor:
     r"""Sum over experts of the knowledge-distillation divergence from a teacher.
 
-    $$D = T^2 \sum_i \mathrm{KL}\bigl(\mathrm{softmax}(t / T) \,\|\, \mathrm{softmax}(z_i / T)\bigr).$$
+    $$D = T^2 \sum_i
+    \mathrm{KL}\bigl(\mathrm{softmax}(t / T) \,\|\, \mathrm{softmax}(z_i / T)\bigr).$$
 
     Args:
         expert_logits: the student's ``[B, E, C]``.
@@ -241,7 +243,7 @@ def distillation_kl(
     if teacher_logits.shape != (batch, classes):
         raise ArgumentError(
             f"Expected argument `teacher_logits` to be of shape {[batch, classes]}, to fit expert "
-            f"logits {list(expert_logits.shape)}, but got {list(teacher_logits.shape)}. Teacher and "
-            "student must see the same batch and know the same classes."
+            f"logits {list(expert_logits.shape)}, but got {list(teacher_logits.shape)}. Teacher "
+            "and student must see the same batch and know the same classes."
         )
     return temperature**2 * kl_from_reference(expert_logits, teacher_logits, temperature)
