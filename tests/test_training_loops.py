@@ -1,0 +1,230 @@
+"""The training loops that users have: what they do around the model must keep working."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ride_plugin import (
+    DiversityLoss,
+    ExpertRouter,
+    RIDEWrapper,
+    RoutingLoss,
+    expert_logits,
+    experts_loss,
+)
+from ride_plugin._errors import MissingExpertLogitsError
+
+from .backbones import CifarResNet, GluedNet, VisionTransformer, mlp
+
+COUNTS = [60, 30, 20, 12, 8, 5, 3]
+
+
+def batch(size: int = 16) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 20), torch.randint(0, 7, (size,))
+
+
+def loss_of(model: nn.Module, diversity: DiversityLoss, x: Tensor, y: Tensor) -> Tensor:
+    out = model(x)
+    return experts_loss(nn.functional.cross_entropy, out, y) + diversity(out, y)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch() -> None:
+    model, diversity = RIDEWrapper(mlp(), 3), DiversityLoss(COUNTS)
+    x, y = batch(16)
+    loss_of(model, diversity, x, y).backward()
+    whole = gradients(model)
+    model.zero_grad()
+    for part_x, part_y in zip(x.chunk(4), y.chunk(4), strict=True):
+        (loss_of(model, diversity, part_x, part_y) / 4).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_mixup_targets_at_share_one_equal_hard_targets() -> None:
+    model, diversity = RIDEWrapper(mlp(), 3), DiversityLoss(COUNTS)
+    x, y = batch()
+    hard = loss_of(model, diversity, x, y)
+    soft = loss_of(model, diversity, x, nn.functional.one_hot(y, 7).float())
+    torch.testing.assert_close(hard, soft)
+    order = torch.randperm(16)
+    mixed = 0.7 * nn.functional.one_hot(y, 7) + 0.3 * nn.functional.one_hot(y[order], 7)
+    loss_of(model, diversity, 0.7 * x + 0.3 * x[order], mixed).backward()
+    assert all(g.isfinite().all() for g in gradients(model).values())
+
+
+@pytest.mark.parametrize("backbone", [CifarResNet(7, n=1), VisionTransformer(7)])
+def test_autocast_trains_with_losses_in_full_precision(backbone: nn.Module) -> None:
+    model, diversity = RIDEWrapper(backbone, 2), DiversityLoss(COUNTS)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    x, y = torch.randn(8, 3, 32, 32), torch.randint(0, 7, (8,))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+        loss = experts_loss(nn.CrossEntropyLoss(), out, y) + diversity(out, y)
+    assert expert_logits(out).dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_exponential_moving_average_of_the_model() -> None:
+    model = RIDEWrapper(CifarResNet(7, n=1), 2).train()
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=True
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x, y = torch.randn(8, 3, 32, 32), torch.randint(0, 7, (8,))
+    first = copy.deepcopy(average.module.state_dict())
+    for _ in range(2):
+        optimizer.zero_grad()
+        experts_loss(nn.functional.cross_entropy, model(x), y).backward()
+        optimizer.step()
+        average.update_parameters(model)
+    assert expert_logits(average(x)).shape == (8, 2, 7)
+    moved = average.module.state_dict()
+    name = "experts.1.layer3.0.conv1.weight"
+    assert not torch.equal(moved[name], first[name])
+    assert not torch.equal(moved[name], model.state_dict()[name])
+
+
+def test_output_that_lost_its_experts_is_refused() -> None:
+    model, diversity = RIDEWrapper(mlp(), 3), DiversityLoss(COUNTS)
+    x, y = batch()
+    for lost in (model(x) * 1.0, model(x)[:, :], model(x).detach(), model(x).double()):
+        with pytest.raises(MissingExpertLogitsError, match="return_experts = True"):
+            diversity(lost, y)
+
+
+# While it traces, torch instantiates autograd functions, of which it warns others.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break_and_without_recompiling(training: bool) -> None:
+    torch.compiler.reset()
+    model = RIDEWrapper(VisionTransformer(7), 3).train(training)
+    diversity = DiversityLoss(COUNTS, start_epoch=1)
+    compilations: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        compilations.append(1)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def compute(x: Tensor, y: Tensor) -> Tensor:
+        out = model(x)
+        return experts_loss(nn.functional.cross_entropy, out, y) + diversity(out, y)
+
+    y = torch.randint(0, 7, (4,))
+    for epoch in range(3):
+        x = torch.randn(4, 3, 32, 32)
+        torch.manual_seed(epoch)
+        got = compute(x, y)
+        torch.manual_seed(epoch)
+        torch.testing.assert_close(got, loss_of(model, diversity, x, y))
+        diversity.step()  # other temperatures, in place
+    assert len(compilations) == 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_exports(strict: bool) -> None:
+    model = RIDEWrapper(CifarResNet(7, n=1), 3).eval()
+    x = torch.randn(4, 3, 32, 32)
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_gradient_checkpointing_of_the_whole_model() -> None:
+    model = RIDEWrapper(GluedNet(7), 2).eval()  # no dropout, so that both passes agree
+    x, y = torch.randn(4, 3, 16, 16, requires_grad=True), torch.randint(0, 7, (4,))
+    experts_loss(nn.functional.cross_entropy, model(x), y).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.return_experts = True
+    out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    experts_loss(nn.functional.cross_entropy, out, y).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_stage_two_is_an_ordinary_loop_with_everything_else_frozen() -> None:
+    model = RIDEWrapper(CifarResNet(7, n=1), 3).train()
+    router, criterion = ExpertRouter.for_model(model), RoutingLoss()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Adam(router.parameters(), 1e-2)
+    x, y = torch.randn(32, 3, 32, 32), torch.randint(0, 7, (32,))
+    losses = []
+    for _ in range(20):
+        inputs = model.router_inputs(x)  # could be stored: they do not change
+        loss = criterion(router(inputs), inputs.expert_logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+# ------------------------------------------------------------- two processes
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _train_on_rank(rank: int, port: int, folder: str, options: dict[str, bool]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = RIDEWrapper(CifarResNet(7, n=1), 3, return_experts=bool(options))
+    ddp = DistributedDataParallel(model, **options)
+    diversity = DiversityLoss(COUNTS)
+    torch.manual_seed(rank)
+    for _ in range(2):
+        x, y = torch.randn(4, 3, 32, 32), torch.randint(0, 7, (4,))
+        model.zero_grad()
+        out = ddp(x)
+        (experts_loss(nn.functional.cross_entropy, out, y) + diversity(out, y)).backward()
+    torch.save((x, y, gradients(model), model.state_dict()), f"{folder}/{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(params=[{}, {"static_graph": True}, {"find_unused_parameters": True}])
+def ranks(request: pytest.FixtureRequest, tmp_path: Path) -> list[tuple]:
+    mp.spawn(_train_on_rank, (_free_port(), str(tmp_path), request.param), nprocs=2)
+    return [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
+
+
+def test_distributed_gradients_are_the_mean_of_both_processes(ranks: list[tuple]) -> None:
+    diversity = DiversityLoss(COUNTS)
+    expected: dict[str, Tensor] = {}
+    for x, y, _, state in ranks:
+        torch.manual_seed(0)
+        model = RIDEWrapper(CifarResNet(7, n=1), 3)
+        model.load_state_dict(state)
+        model.train()
+        loss_of(model, diversity, x, y).backward()
+        for name, gradient in gradients(model).items():
+            expected[name] = expected.get(name, 0) + gradient / 2
+    for _, _, got, _ in ranks:
+        assert got.keys() == expected.keys()
+        for name, gradient in got.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
