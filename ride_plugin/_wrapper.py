@@ -116,8 +116,7 @@ class RIDEWrapper(nn.Module):
         if classifier is not None:
             for expert in self.experts:
                 replace_classifier(expert, self._classifier, classifier, self.num_classes)
-            for head in self.classifiers:
-                head.register_forward_pre_hook(FeatureHook(self._running))
+            self._watch_classifiers()
         if num_experts > 1:
             self._initialise(init)
         self.feature_dim = self._measure_feature_dim()
@@ -163,6 +162,7 @@ class RIDEWrapper(nn.Module):
             Its logits ``[B, C]``, and what its classifier received, pooled to ``[B, D]``.
         """
         expert = self.experts[index]
+        self._watch_classifiers()
         write_attributes(expert, self._attributes, state.attributes)
         self._running.features = None
         try:
@@ -180,6 +180,7 @@ class RIDEWrapper(nn.Module):
         Returns:
             :class:`RouterInputs`: expert logits ``[B, E, C]`` and features ``[B, E, D]``.
         """
+        self._watch_classifiers()
         with self.evaluating(), torch.no_grad():
             logits, features = zip(*self._all_experts(args, kwargs), strict=True)
             return RouterInputs(torch.stack(logits, dim=1), torch.stack(features, dim=1))
@@ -220,6 +221,12 @@ class RIDEWrapper(nn.Module):
         state = replace(state, attributes=before)
         results += [self.run_expert(index, state) for index in range(1, self.num_experts)]
         return results
+
+    def _watch_classifiers(self) -> None:
+        # A classifier that somebody replaced has lost the hook that keeps its input.
+        for head in self.classifiers:
+            if not any(isinstance(h, FeatureHook) for h in head._forward_pre_hooks.values()):
+                head.register_forward_pre_hook(FeatureHook(self._running))
 
     def _read(self, output: Any) -> tuple[Tensor, Tensor]:
         logits = logits_in(output)

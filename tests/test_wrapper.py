@@ -214,11 +214,21 @@ def test_cosine_classifier_bounds_the_logits_of_every_expert() -> None:
     x = torch.randn(4, 3, 32, 32)
     logits = expert_logits(model(x))
     assert logits.abs().max() <= 30.001
-    head = model.classifiers[1]
-    state = model.run_trunk(x)
-    _, features = model.run_expert(1, state)
-    cosine = nn.functional.cosine_similarity(features[:, None], head.weight[None], dim=2)
-    torch.testing.assert_close(logits[:, 1], 30 * cosine, rtol=1e-4, atol=1e-4)
+    features = model.router_inputs(x).expert_features
+    for k, head in enumerate(model.classifiers):
+        cosine = nn.functional.cosine_similarity(features[:, k, None], head.weight[None], dim=2)
+        torch.testing.assert_close(logits[:, k], 30 * cosine, rtol=1e-4, atol=1e-4)
+
+
+def test_a_classifier_replaced_by_the_user_is_the_one_that_runs() -> None:
+    model = RIDEWrapper(CifarResNet(10, n=1), 3).eval()
+    for k, expert in enumerate(model.experts):
+        expert.linear = nn.Linear(64, 10)
+        nn.init.zeros_(expert.linear.weight)
+        nn.init.constant_(expert.linear.bias, k)
+    inputs = model.router_inputs(torch.randn(2, 3, 32, 32))
+    assert torch.equal(inputs.expert_logits[0, :, 0], torch.tensor([0.0, 1.0, 2.0]))
+    assert inputs.expert_features.shape == (2, 3, 64)
 
 
 def test_classifier_factory() -> None:

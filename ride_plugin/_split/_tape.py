@@ -221,27 +221,40 @@ class FeatureHook:
 
 
 class _Substitute(nn.Module):
-    """Stands where another module stood; has no parameters, but answers for its attributes."""
+    """Stands where another module stood; has no parameters, but answers for its attributes.
 
-    def __init__(self, running: Running, key: str, real: nn.Module) -> None:
+    The module it stands for is looked up by name in the view that owns it, at each use: somebody
+    may replace it there, a classifier for example.
+    """
+
+    def __init__(self, running: Running, key: str) -> None:
         super().__init__()
         self.running = running
         self.key = key
-        self.__dict__["real"] = real  # not registered: its parameters belong to somebody else
+
+    def stand_for(self, owner: nn.Module) -> None:
+        """Set the view that owns the module; not registered, since it is no part of this one."""
+        self.__dict__["owner"] = owner
+
+    @property
+    def real(self) -> nn.Module:
+        """The module that this one stands for."""
+        owner: nn.Module = self.__dict__["owner"]
+        return owner.get_submodule(self.key)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "real" not in self.__dict__:
+            if name == "real" or name.startswith("__") or "owner" not in self.__dict__:
                 raise
-            return getattr(self.__dict__["real"], name)
+            return getattr(self.real, name)
 
     def __len__(self) -> int:
-        return len(self.__dict__["real"])
+        return len(self.real)  # type: ignore[arg-type]
 
     def __getitem__(self, index: Any) -> Any:
-        return self.__dict__["real"][index]
+        return self.real[index]  # type: ignore[index]
 
     def __bool__(self) -> bool:
         return True
@@ -256,7 +269,7 @@ class Recorded(_Substitute):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         player = self.running.player
         if player is None or player.position >= len(player.keys):
-            return self.__dict__["real"](*args, **kwargs)  # a shared module used after the fork
+            return self.real(*args, **kwargs)  # a shared module used after the fork
         if player.keys[player.position] != self.key:
             raise player.out_of_step(self.key)
         return player.next_value()
@@ -269,7 +282,7 @@ class Forked(_Substitute):
         recorder = self.running.recorder
         if recorder is not None and not recorder.reached_fork:
             recorder.fork_begins()
-        return self.__dict__["real"](*args, **kwargs)
+        return self.real(*args, **kwargs)
 
 
 def _name(func: Callable[..., Any]) -> str:

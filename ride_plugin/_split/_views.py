@@ -128,10 +128,7 @@ def build_views(
     for name in trunk_units:
         for tensor in [*modules[name].parameters(), *modules[name].buffers()]:
             tied[id(tensor)] = tensor
-    stand_ins: dict[int, Any] = {
-        key: Recorded(running, name, next(m for m in modules.values() if id(m) == key))
-        for key, name in in_trunk.items()
-    }
+    stand_ins: dict[int, Any] = {key: Recorded(running, name) for key, name in in_trunk.items()}
     outside = [
         (name, module, key)
         for name, module in spine
@@ -150,17 +147,16 @@ def build_views(
     for name in forked_units:
         expert_modules[name].register_forward_pre_hook(ForkHook(running), prepend=True)
 
-    replaced: dict[int, Any] = {
-        key: Forked(running, name, expert_modules[name]) for key, name in in_expert.items()
-    }
+    replaced: dict[int, Any] = {key: Forked(running, name) for key, name in in_expert.items()}
     trunk = copy.deepcopy(source, {**replaced, **{id(t): t for t in _tensors(source)}})
     trunk_modules = dict(trunk.named_modules(remove_duplicate=False))
     for name in trunk_units:
         hooks = UnitHooks(running, name)
         trunk_modules[name].register_forward_pre_hook(hooks.before)
         trunk_modules[name].register_forward_hook(hooks.after)
-    for name, stand_in in ((n, expert_modules[n]) for n in trunk_units):
-        stand_in.__dict__["real"] = trunk_modules[name]
+    for stand_in, owner in ((stand_ins, trunk), (replaced, expert)):
+        for module in stand_in.values():
+            module.stand_for(owner)
 
     links: list[Link] = []
     for name, _, key in outside:
