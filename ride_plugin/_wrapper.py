@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checkpointing import checkpointed
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, mean_logits
 from ride_plugin._split import TrunkState, split_backbone
@@ -58,6 +60,8 @@ class RIDEWrapper(nn.Module):
         return_experts: return :class:`ExpertOutput` instead of a tensor that carries the experts'
             logits; can be set at any time. Needed under DistributedDataParallel with
             ``static_graph`` or ``find_unused_parameters``, and under DataParallel.
+        checkpoint_experts: compute the experts' activations a second time in the backward pass
+            instead of keeping them; can be set at any time. BatchNorm statistics are updated once.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -84,6 +88,7 @@ class RIDEWrapper(nn.Module):
         classifier: Literal["cosine"] | Callable[[int, int], nn.Module] | None = None,
         example_input: Any = None,
         return_experts: bool = False,
+        checkpoint_experts: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(num_experts, int) or num_experts < 1:
@@ -100,6 +105,7 @@ class RIDEWrapper(nn.Module):
         self.num_classes = split.num_classes
         self.fork_at = split.fork_at
         self.return_experts = return_experts
+        self.checkpoint_experts = checkpoint_experts
         self._running = views.running
         self._layouts = split.layouts
         self._attributes = split.attributes
@@ -136,7 +142,11 @@ class RIDEWrapper(nn.Module):
             logits (read them with :func:`ride_plugin.expert_logits`), or an
             :class:`ExpertOutput` if ``return_experts`` is set.
         """
-        stacked = torch.stack([logits for logits, _ in self._all_experts(args, kwargs)], dim=1)
+        if self.checkpoint_experts and torch.is_grad_enabled():
+            each = self._checkpointed_experts(args, kwargs)
+        else:
+            each = [logits for logits, _ in self._all_experts(args, kwargs)]
+        stacked = torch.stack(each, dim=1)
         logits = mean_logits(stacked)
         if self.return_experts:
             return ExpertOutput(logits, stacked)
@@ -221,6 +231,16 @@ class RIDEWrapper(nn.Module):
         state = replace(state, attributes=before)
         results += [self.run_expert(index, state) for index in range(1, self.num_experts)]
         return results
+
+    def _checkpointed_experts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        state = self.run_trunk(*args, **kwargs)
+
+        def logits_of(index: int) -> Tensor:
+            return self.run_expert(index, state)[0]
+
+        return [
+            checkpointed(partial(logits_of, k), self.experts[k]) for k in range(len(self.experts))
+        ]
 
     def _watch_classifiers(self) -> None:
         # A classifier that somebody replaced has lost the hook that keeps its input.

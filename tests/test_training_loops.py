@@ -228,3 +228,24 @@ def test_distributed_gradients_are_the_mean_of_both_processes(ranks: list[tuple]
         assert got.keys() == expected.keys()
         for name, gradient in got.items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_checkpointed_experts_give_equal_gradients_statistics_and_random_numbers() -> None:
+    model = RIDEWrapper(GluedNet(7), 3).train()
+    resnet = RIDEWrapper(CifarResNet(7, n=1), 3).train()
+    for plain, size in ((model, 16), (resnet, 32)):
+        other = copy.deepcopy(plain)
+        other.checkpoint_experts = True
+        x, y = torch.randn(6, 3, size, size), torch.randint(0, 7, (6,))
+        diversity = DiversityLoss(COUNTS)
+        results = []
+        for one in (plain, other):
+            torch.manual_seed(3)
+            loss_of(one, diversity, x, y).backward()
+            results.append((gradients(one), one.state_dict(), torch.rand(1)))
+        for name, gradient in results[0][0].items():
+            torch.testing.assert_close(results[1][0][name], gradient, atol=1e-6, rtol=1e-5)
+        for name, tensor in results[0][1].items():
+            assert torch.equal(results[1][1][name], tensor), name
+        assert torch.equal(results[0][2], results[1][2])
+        assert not any("features" in vars(m) for m in other.modules())
