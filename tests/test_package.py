@@ -1,0 +1,185 @@
+"""What the package is from outside: its imports, its version, its wheel, its layers."""
+
+import ast
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import zipfile
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import ride_plugin
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ride_plugin"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+LOSSES = {
+    "ride_plugin._distillation",
+    "ride_plugin._divergence",
+    "ride_plugin._diversity",
+    "ride_plugin._experts_loss",
+    "ride_plugin._routing_loss",
+    "ride_plugin._target",
+    "ride_plugin._temperature",
+    "ride_plugin.functional",
+}
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level modules that are neither built in nor ours after ``statement`` in a new process."""
+    code = (
+        f"import sys; {statement}; "
+        "print(*{name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(result.stdout.split()) - {"ride_plugin"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that ``path`` imports anywhere but under TYPE_CHECKING."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute in this package"
+            # `from ride_plugin import functional` reads a module, `... import Name` its namespace.
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else str(node.module))
+    return {name for name in found if name.split(".")[0] == "ride_plugin"}
+
+
+GRAPH = {name: imports_of(path) for name, path in MODULES.items()}
+
+
+def reachable_from(name: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for imported in GRAPH.get(waiting.pop(), set()) - found:
+            found.add(imported)
+            waiting.append(imported)
+    return found
+
+
+def test_importing_brings_in_no_package_beyond_the_three_it_requires() -> None:
+    allowed = loaded_after("import torch, numpy, typing_extensions")
+    assert {"torch", "numpy"} <= allowed
+    assert loaded_after("import ride_plugin") - allowed == set()
+
+
+def test_optional_subpackages_import_nothing_more_either() -> None:
+    allowed = loaded_after("import torch, numpy, typing_extensions")
+    public = [name for name in MODULES if not any(p.startswith("_") for p in name.split("."))]
+    assert "ride_plugin.longtail" in public
+    assert loaded_after(f"import {', '.join(public)}") - allowed == set()
+
+
+def test_version_is_that_of_the_metadata_and_of_the_changelog() -> None:
+    assert importlib.metadata.version("ride-plugin") == ride_plugin.__version__
+    assert f"## [{ride_plugin.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_requirements_are_torch_numpy_and_typing_extensions() -> None:
+    required = [
+        line.split(";")[0].split(">")[0].strip()
+        for line in importlib.metadata.requires("ride-plugin") or []
+        if "extra ==" not in line
+    ]
+    assert sorted(required) == ["numpy", "torch", "typing-extensions"]
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    for name in ride_plugin.__all__:
+        if name != "__version__":
+            assert (getattr(ride_plugin, name).__doc__ or "").strip(), name
+
+
+def test_imports_of_the_package_have_no_cycle() -> None:
+    order = list(TopologicalSorter(GRAPH).static_order())
+    assert order.index("ride_plugin._errors") < order.index("ride_plugin._wrapper")
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_users_import_the_public_namespace(name: str) -> None:
+    assert "ride_plugin" not in GRAPH[name], "import from the module that defines the name"
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_losses_know_neither_wrapper_nor_splitter(name: str) -> None:
+    assert name in MODULES
+    above = {n for n in reachable_from(name) if n.split(".")[1] in {"_wrapper", "_split"}}
+    assert above == set()
+
+
+def test_the_splitter_imports_only_the_errors_of_what_is_above_it() -> None:
+    inside = "ride_plugin._split"
+    outside = {
+        imported
+        for name, imports in GRAPH.items()
+        if name.startswith(inside)
+        for imported in imports
+        if not imported.startswith(inside)
+    }
+    assert outside == {"ride_plugin._errors"}
+
+
+def test_longtail_knows_neither_wrapper_nor_splitter() -> None:
+    members = [name for name in MODULES if name.startswith("ride_plugin.longtail")]
+    above = {
+        imported
+        for name in members
+        for imported in reachable_from(name)
+        if imported.split(".")[1] in {"_wrapper", "_split"}
+    }
+    assert above == set()
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_file_is_longer_than_300_lines(name: str) -> None:
+    assert len(MODULES[name].read_text().splitlines()) <= 300
+
+
+def test_the_wheel_holds_the_package_with_py_typed_and_nothing_else(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    # A copy: building in place would leave files in the working tree, or pick up stale ones.
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for directory in ("ride_plugin", "tests", "examples", "docs"):
+        shutil.copytree(
+            ROOT / directory, source / directory, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source],
+        capture_output=True,
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    metadata = f"ride_plugin-{ride_plugin.__version__}.dist-info/"
+    package = {str(path.relative_to(ROOT)) for path in SOURCES} | {"ride_plugin/py.typed"}
+    assert {name for name in held if not name.startswith(metadata)} == package
