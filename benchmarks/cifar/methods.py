@@ -1,0 +1,62 @@
+"""What is compared, each method as a few fields; nothing here runs anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        loss: the criterion, applied to each expert by itself.
+        num_experts: 0 for the plain backbone.
+        diversity: form of the diversity term, or None for the ablation without it.
+        expert_width: share of the channels that an expert keeps.
+        cosine: cosine classifiers times 30, as LDAM needs; the others have a linear classifier.
+        mixup: parameter of the Beta distribution; 0 for none.
+        adjustments: logit adjustment of each expert, in units of the log prior.
+        teacher: method whose run distils into this one.
+        after: method whose run this one starts from; it trains only a second stage.
+        second_stage: what that stage trains.
+    """
+
+    loss: Literal["ce", "ldam_drw", "balanced_softmax", "adjusted"] = "ce"
+    num_experts: int = 0
+    diversity: Literal["paper", "official"] | None = None
+    expert_width: float = 0.75
+    cosine: bool = False
+    mixup: float = 0.0
+    adjustments: tuple[float, ...] = ()
+    teacher: str | None = None
+    after: str | None = None
+    second_stage: Literal["crt", "tau_norm"] | None = None
+
+
+def _ride(
+    num_experts: int, diversity: Literal["paper", "official"] | None, **more: object
+) -> Method:
+    return Method("ldam_drw", num_experts, diversity, cosine=True, **more)  # type: ignore[arg-type]
+
+
+METHODS: dict[str, Method] = {
+    "ce": Method(),
+    "ldam_drw": Method("ldam_drw", cosine=True),
+    "balanced_softmax": Method("balanced_softmax"),
+    "crt": Method("ce", after="ce", second_stage="crt"),
+    "tau_norm": Method("ce", after="ce", second_stage="tau_norm"),
+    "ride2_official": _ride(2, "official"),
+    "ride3_official": _ride(3, "official"),
+    "ride3_paper": _ride(3, "paper"),
+    "ride3_no_diversity": _ride(3, None),
+    "ride3_full_width": _ride(3, "official", expert_width=1.0),
+    "ride4_official": _ride(4, "official"),
+    "ride6_official": _ride(6, "official"),
+    "ride4_distilled": _ride(4, "official", teacher="ride6_official"),
+    "ride3_adjusted": Method("adjusted", 3, "paper", adjustments=(0.0, 1.0, 2.0)),
+    "ride3_adjusted_mixup": Method("adjusted", 3, "paper", adjustments=(0.0, 1.0, 2.0), mixup=0.3),
+}
+"""RIDE follows the authors: LDAM with deferred re-weighting on cosine classifiers, diversity weight
+0.45, width 3/4. The adjusted rows give the experts different logit adjustments instead."""

@@ -1,0 +1,220 @@
+"""One run: train a method with the field's recipe, resume after a kill, write one JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.cifar.data import Split, augment, batches, normalise
+from benchmarks.cifar.evaluate import device_name, evaluate
+from benchmarks.cifar.methods import METHODS, Method
+from benchmarks.cifar.resnet import ResNet32
+from ride_plugin import (
+    CosineClassifier,
+    DistillationLoss,
+    DiversityLoss,
+    RIDEWrapper,
+    experts_loss,
+)
+from ride_plugin.longtail import LDAMLoss, LogitAdjustedLoss, effective_number_weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The field's recipe; every milestone scales with the number of epochs."""
+
+    epochs: int = 200
+    batch_size: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    warmup: float = 0.025
+    milestones: tuple[float, float] = (0.8, 0.9)
+    lr_factor: float = 0.1
+    reweight_from: float = 0.8
+    degrees: float = 0.0
+    diversity_weight: float = 0.45
+    precision: str = "float32"
+
+    def lr_at(self, epoch: int) -> float:
+        """Learning rate of an epoch counted from zero."""
+        warmup = max(1, round(self.warmup * self.epochs))
+        if epoch < warmup:
+            return self.lr * (epoch + 1) / warmup
+        return self.lr * self.lr_factor ** sum(epoch >= m * self.epochs for m in self.milestones)
+
+
+class Run:
+    """A method, a seed, and where its checkpoint and result lie."""
+
+    def __init__(
+        self, name: str, seed: int, recipe: Recipe, data: tuple[Split, Split, Tensor], folder: Path
+    ) -> None:
+        self.name, self.seed, self.recipe, self.folder = name, seed, recipe, folder
+        self.method: Method = METHODS[name]
+        self.train_split, self.test_split, self.class_counts = data
+        self.device = self.train_split.labels.device
+        self.result_file = folder / f"{name}-seed{seed}.json"
+        self.checkpoint_file = folder / f"{name}-seed{seed}.pth"
+        self.generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        self.model = self._build()
+        self.diversity = DiversityLoss(
+            self.class_counts.tolist(),
+            weight=recipe.diversity_weight if self.method.diversity else 0.0,
+            start_epoch=round(recipe.reweight_from * recipe.epochs),
+            form=self.method.diversity or "paper",
+        ).to(self.device)
+
+    def _build(self) -> nn.Module:
+        method, num_classes = self.method, len(self.class_counts)
+        model: nn.Module = ResNet32(num_classes)
+        if method.num_experts:
+            model = RIDEWrapper(
+                model,
+                method.num_experts,
+                expert_width=method.expert_width,
+                classifier="cosine" if method.cosine else None,
+            )
+        elif method.cosine:
+            model.linear = CosineClassifier(64, num_classes)
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def execute(self) -> dict[str, Any]:
+        """Train unless done, evaluate the last epoch, write and return the result."""
+        if self.result_file.exists():
+            return json.loads(self.result_file.read_text())
+        seconds = self._first_stage()
+        result = {
+            "method": self.name,
+            "seed": self.seed,
+            "recipe": asdict(self.recipe),
+            "torch": torch.__version__,
+            "device": device_name(self.device),
+            "train_seconds": round(seconds, 1),
+            "class_counts": self.class_counts.tolist(),
+            **evaluate(self.model, self.test_split, self.class_counts),
+        }
+        torch.save(self.model.state_dict(), self.folder / f"{self.name}-seed{self.seed}-model.pth")
+        self.result_file.write_text(json.dumps(result, indent=1))
+        self.checkpoint_file.unlink(missing_ok=True)
+        return result
+
+    # ---------------------------------------------------------------- stage one
+
+    def _first_stage(self) -> float:
+        recipe, seconds, first = self.recipe, 0.0, 0
+        optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            recipe.lr,
+            0.9,
+            weight_decay=recipe.weight_decay,
+            nesterov=True,
+            fused=True,
+        )
+        if self.checkpoint_file.exists():
+            state = torch.load(self.checkpoint_file, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+            torch.set_rng_state(state["random"])
+            first, seconds = state["epoch"], state["seconds"]
+        teacher = self._teacher()
+        for _ in range(first):
+            self.diversity.step()
+        progress = tqdm(range(first, recipe.epochs), desc=f"{self.name} seed {self.seed}")
+        for epoch in progress:
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr_at(epoch)
+            criterion = self._criterion(epoch)
+            self.model.train()
+            losses = []
+            for indices in batches(self.train_split, recipe.batch_size, self.generator):
+                losses.append(self._step(indices, criterion, optimizer, teacher))
+            self.diversity.step()
+            seconds += time.perf_counter() - started
+            progress.set_postfix(loss=float(torch.stack(losses).mean()))
+            self._save(epoch + 1, optimizer, seconds)
+        return seconds
+
+    def _step(
+        self, indices: Tensor, criterion: Any, optimizer: torch.optim.Optimizer, teacher: Any
+    ) -> Tensor:
+        x = augment(self.train_split.images[indices], self.generator, self.recipe.degrees)
+        x, y = normalise(x), self.train_split.labels[indices]
+        target = y
+        if self.method.mixup:
+            x, target = self._mix(x, y)
+        with self._autocast():
+            out = self.model(x)
+        if self.method.num_experts:
+            loss = experts_loss(criterion, out, target) + self.diversity(out, target)
+        else:
+            loss = criterion(out.float(), target)
+        if teacher is not None:
+            with torch.no_grad(), self._autocast():
+                taught = teacher(x)
+            loss = loss + DistillationLoss()(out, taught.float())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def _mix(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        beta = torch.distributions.Beta(self.method.mixup, self.method.mixup)
+        share = float(beta.sample())
+        order = torch.randperm(len(y), generator=self.generator).to(self.device)
+        hard = F.one_hot(y, len(self.class_counts)).float()
+        return share * x + (1 - share) * x[order], share * hard + (1 - share) * hard[order]
+
+    def _criterion(self, epoch: int) -> Any:
+        counts = self.class_counts.tolist()
+        late = epoch >= self.recipe.reweight_from * self.recipe.epochs
+        if self.method.loss == "ldam_drw":
+            weight = effective_number_weights(counts, beta=0.9999) if late else None
+            return LDAMLoss(counts, weight=weight).to(self.device)
+        if self.method.loss == "balanced_softmax":
+            return LogitAdjustedLoss(counts, tau=1.0).to(self.device)
+        if self.method.loss == "adjusted":
+            taus = self.method.adjustments
+            return nn.ModuleList(LogitAdjustedLoss(counts, tau=t) for t in taus).to(self.device)
+        return nn.CrossEntropyLoss()
+
+    def _teacher(self) -> nn.Module | None:
+        if self.method.teacher is None:
+            return None
+        data = self.train_split, self.test_split, self.class_counts
+        teacher = Run(self.method.teacher, self.seed, self.recipe, data, self.folder)
+        teacher.execute()
+        return teacher.load_model().eval()
+
+    def _autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.recipe.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _save(self, epoch: int, optimizer: torch.optim.Optimizer, seconds: float) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            "epoch": epoch,
+            "seconds": seconds,
+        }
+        temporary = self.checkpoint_file.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(self.checkpoint_file)  # a kill leaves the old one or the new one
+
+    def load_model(self) -> nn.Module:
+        """The trained model of a finished run."""
+        file = self.folder / f"{self.name}-seed{self.seed}-model.pth"
+        self.model.load_state_dict(torch.load(file, weights_only=True, map_location=self.device))
+        return self.model
