@@ -1,0 +1,265 @@
+"""Choosing the routing threshold: what accuracy costs, measured once and swept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._confidence import ConfidenceRouter, Kind
+from ride_plugin._cost import cost_report
+from ride_plugin._errors import ArgumentError
+from ride_plugin._split._example import as_inputs
+from ride_plugin._split._tree import map_tensors
+from ride_plugin._stages import RoutableModel, Router, goes_on
+
+LONG_TAIL_RATIO = 10
+"""Calibration labels whose most and least frequent classes differ by more are long-tailed."""
+
+_POINTS = 100
+
+
+class LongTailedCalibrationWarning(UserWarning):
+    """The calibration data are long-tailed: the threshold will be right for such data only."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExitCurve:
+    """Accuracy against cost for one kind of gate, from all experts to one; all tensors ``[P]``.
+
+    Attributes:
+        thresholds: rising; the first is 0 (all experts), the last 1 (one expert).
+        mean_experts: mean number of experts for each row.
+        flops: mean FLOPs for each row.
+        relative_flops: the same, divided by those of running every expert without a router.
+        accuracy: top-1 accuracy, from 0 to 1.
+    """
+
+    thresholds: Tensor
+    mean_experts: Tensor
+    flops: Tensor
+    relative_flops: Tensor
+    accuracy: Tensor
+
+    def best_within(self, max_experts: float) -> int:
+        """Index of the most accurate point with at most so many experts; of equals, the cheapest.
+
+        Raises:
+            ArgumentError: ``max_experts`` is below 1, which no point reaches.
+        """
+        return _most_accurate(self, self.mean_experts, "max_experts", max_experts)
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationResult:
+    """What `RoutingInference.calibrate` measured and chose; ``print`` shows the comparison.
+
+    Attributes:
+        curve: of the router.
+        index: the chosen point of the curve.
+        baselines: curves of the confidence exits on the same samples, by kind.
+        num_samples: how many samples the loader held.
+    """
+
+    curve: ExitCurve
+    index: int
+    baselines: Mapping[str, ExitCurve] = field(default_factory=dict)
+    num_samples: int = 0
+
+    @property
+    def threshold(self) -> float:
+        """The chosen threshold, common to all gates."""
+        return float(self.curve.thresholds[self.index])
+
+    def __str__(self) -> str:
+        budget = float(self.curve.mean_experts[self.index])
+        chosen = {"router": (self.curve, self.index)} | {
+            kind: (curve, curve.best_within(budget)) for kind, curve in self.baselines.items()
+        }
+        chosen |= {"all experts": (self.curve, 0)}
+        lines = [
+            f"{self.num_samples} samples, at most {budget:.3f} experts each",
+            f"{'gate':16} {'threshold':>10} {'experts':>8} {'x all':>6} {'accuracy':>9}",
+        ]
+        for name, (curve, index) in chosen.items():
+            lines.append(
+                f"{name:16} {curve.thresholds[index]:>10.3g} {curve.mean_experts[index]:>8.3f} "
+                f"{curve.relative_flops[index]:>6.2f} {curve.accuracy[index]:>9.4f}"
+            )
+        return "\n".join(lines)
+
+
+def calibrate(
+    model: RoutableModel,
+    router: Router,
+    loader: Iterable[Any],
+    *,
+    device: torch.device,
+    max_experts: float | None = None,
+    max_flops: float | None = None,
+    max_accuracy_drop: float | None = None,
+) -> CalibrationResult:
+    """See `RoutingInference.calibrate`; this does not set the threshold."""
+    targets = {
+        "max_experts": max_experts,
+        "max_flops": max_flops,
+        "max_accuracy_drop": max_accuracy_drop,
+    }
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise ArgumentError(
+            "Expected exactly one of the arguments `max_experts`, `max_flops` and "
+            f"`max_accuracy_drop`, but got {sorted(given) or 'none'}."
+        )
+    ((name, value),) = given.items()
+    if not 0 <= value < float("inf"):
+        raise ArgumentError(
+            f"Expected argument `{name}` to be finite and not negative, but got {value}."
+        )
+    baselines: dict[str, ConfidenceRouter] = {
+        kind: ConfidenceRouter(kind) for kind in get_args(Kind)
+    }
+    gates, right, labels, flops, all_flops = _measure(
+        model, {"router": router, **baselines}, loader, device
+    )
+    _warn_if_long_tailed(labels)
+    curves = {kind: _sweep(logits, right, flops[kind], all_flops) for kind, logits in gates.items()}
+    curve = curves.pop("router")
+    index = _choose(curve, name, value)
+    return CalibrationResult(curve, index, curves, num_samples=len(labels))
+
+
+@torch.no_grad()
+def _measure(
+    model: RoutableModel,
+    routers: Mapping[str, Router],
+    loader: Iterable[Any],
+    device: torch.device,
+) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor], int]:
+    """One pass: gate logits ``[N, E-1]`` by router, hits ``[N, E]``, labels, FLOPs by router."""
+    gates: dict[str, list[Tensor]] = {kind: [] for kind in routers}
+    right: list[Tensor] = []
+    labels: list[Tensor] = []
+    flops: dict[str, Tensor] = {}
+    all_flops = 0
+    for batch in loader:
+        inputs, target = _unpack(batch, device)
+        args, kwargs = as_inputs(inputs)
+        logits, features = model.router_inputs(*args, **kwargs)
+        num_experts = logits.shape[1]
+        if target.shape != (len(logits),) or target.is_floating_point():
+            raise ArgumentError(
+                f"Expected argument `loader` to yield class indices of shape [{len(logits)}] with "
+                f"each batch, but got {target.dtype} of shape {list(target.shape)}."
+            )
+        if len(target) == 0:
+            continue
+        # Summed one by one, as inference does, so that the curve is what inference will give.
+        total, means = logits[:, 0], [logits[:, 0]]
+        for index in range(1, num_experts):
+            total = total + logits[:, index]
+            means.append(total / (index + 1))
+        for kind, router in routers.items():
+            columns = [router.gate(i, means[i], features[:, i]) for i in range(num_experts - 1)]
+            gates[kind].append(torch.stack(columns, dim=1).float().cpu())
+        predictions = torch.stack([mean.argmax(dim=1) for mean in means], dim=1)
+        right.append((predictions == target[:, None]).cpu())
+        labels.append(target.cpu())
+        if not flops:
+            for kind, router in routers.items():
+                report = cost_report(
+                    model, example_input=(args, kwargs), router=cast("nn.Module", router)
+                )
+                flops[kind] = torch.tensor(report.flops_by_experts, dtype=torch.float64)
+                all_flops = report.flops
+    if not labels:
+        raise ArgumentError(
+            "Expected argument `loader` to yield at least one sample, but it is empty. If it is a "
+            "generator it may have been used up: pass a DataLoader or a list of batches."
+        )
+    joined = {kind: torch.cat(parts) for kind, parts in gates.items()}
+    return joined, torch.cat(right), torch.cat(labels), flops, all_flops
+
+
+def _sweep(gates: Tensor, right: Tensor, flops: Tensor, all_flops: int) -> ExitCurve:
+    thresholds = _candidates(gates)
+    mean_experts, mean_flops, accuracy = [], [], []
+    for limit in thresholds.logit():
+        used = 1 + goes_on(gates, limit).long().cumprod(dim=1).sum(dim=1)
+        mean_experts.append(used.double().mean())
+        mean_flops.append(flops[used - 1].mean())
+        accuracy.append(right.gather(1, used[:, None] - 1).double().mean())
+    cost = torch.stack(mean_flops)
+    relative = cost / max(all_flops, 1)
+    return ExitCurve(thresholds, torch.stack(mean_experts), cost, relative, torch.stack(accuracy))
+
+
+def _candidates(gates: Tensor) -> Tensor:
+    """0, 1, and values half way between observed gate logits, so that no sample sits on one."""
+    values = gates[gates.isfinite()].double().unique()
+    between = (values[1:] + values[:-1]) / 2
+    if len(between) > _POINTS:
+        between = between[torch.linspace(0, len(between) - 1, _POINTS).round().long()]
+    # float32, like the buffer that will hold the choice: the curve is then what inference gives.
+    ends = torch.tensor([0.0, 1.0])
+    candidates: Tensor = torch.cat((ends, between.sigmoid().float())).unique()
+    return candidates
+
+
+def _choose(curve: ExitCurve, name: str, value: float) -> int:
+    if name == "max_experts":
+        return curve.best_within(value)
+    if name == "max_flops":
+        return _most_accurate(curve, curve.flops, name, value)
+    good = curve.accuracy >= curve.accuracy[0] - value - 1e-12
+    return int(curve.flops.masked_fill(~good, torch.inf).argmin())
+
+
+def _most_accurate(curve: ExitCurve, cost: Tensor, name: str, budget: float) -> int:
+    within = cost <= budget * (1 + 1e-9)
+    if not within.any():
+        raise ArgumentError(
+            f"Expected argument `{name}` to be at least {float(cost.min()):g}, the cost of one "
+            f"expert for every row, but got {budget:g}."
+        )
+    accuracy = curve.accuracy.masked_fill(~within, -1.0)
+    best = accuracy == accuracy.max()
+    return int(cost.masked_fill(~best, torch.inf).argmin())
+
+
+def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        raise ArgumentError(
+            "Expected argument `loader` to yield pairs (x, y) with y a tensor of class indices, "
+            f"but got {type(batch).__name__}. Wrap the loader in a generator that yields pairs; x "
+            "may be a tensor, a tuple of positional or a dict of keyword arguments."
+        )
+    inputs, target = batch
+    if isinstance(inputs, list):  # what a DataLoader's default collation makes of tuples
+        inputs = tuple(inputs)
+    if not isinstance(inputs, Tensor | tuple | Mapping):
+        raise ArgumentError(
+            "Expected argument `loader` to yield pairs (x, y) with x a tensor, a tuple of "
+            f"positional or a dict of keyword arguments, but got x of {type(inputs).__name__}."
+        )
+    moved: Any = map_tensors(lambda tensor: tensor.to(device), inputs)
+    return moved, target.to(device)
+
+
+def _warn_if_long_tailed(labels: Tensor) -> None:
+    counts = labels.bincount()
+    counts = counts[counts > 0]
+    ratio = float(counts.max() / counts.min())
+    if ratio > LONG_TAIL_RATIO:
+        warnings.warn(
+            f"The calibration labels are long-tailed: the most frequent class has {ratio:.0f} "
+            f"times the samples of the rarest (more than {LONG_TAIL_RATIO}). The threshold then "
+            "suits frequent classes, which need few experts; on balanced data accuracy and cost "
+            "will differ. Pass a balanced held-out set if you serve or report on balanced data.",
+            LongTailedCalibrationWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,227 @@
+"""What a wrapped model costs: parameters and FLOPs of trunk, experts and router."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin._split._example import as_inputs, batch_size_of
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """Parameters, and FLOPs for one row; ``print`` shows a table. See `cost_report`.
+
+    Attributes:
+        trunk_parameters: of the shared part.
+        expert_parameters: of each expert.
+        router_parameters: of all gates together; 0 without a router.
+        trunk_flops: of the shared part.
+        expert_flops: of each expert.
+        gate_flops: of each gate; zeros without a router.
+        shares: share of rows that used 1, 2, ... E experts, or None.
+        backbone_parameters: of the plain backbone, or None.
+        backbone_flops: of the plain backbone, or None.
+    """
+
+    trunk_parameters: int
+    expert_parameters: tuple[int, ...]
+    router_parameters: int
+    trunk_flops: int
+    expert_flops: tuple[int, ...]
+    gate_flops: tuple[int, ...]
+    shares: tuple[float, ...] | None = None
+    backbone_parameters: int | None = None
+    backbone_flops: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Of trunk and experts, without the router."""
+        return self.trunk_parameters + sum(self.expert_parameters)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of a row that every expert sees, without the router."""
+        return self.trunk_flops + sum(self.expert_flops)
+
+    @property
+    def flops_by_experts(self) -> tuple[int, ...]:
+        """FLOPs of a routed row that uses 1, 2, ... E experts, with the gates it passes."""
+        gates = (*self.gate_flops, 0)
+        total, totals = self.trunk_flops, []
+        for expert, gate in zip(self.expert_flops, gates, strict=True):
+            total += expert + gate
+            totals.append(total)
+        return tuple(totals)
+
+    @property
+    def routed_flops(self) -> float | None:
+        """Expected FLOPs of a row at ``shares``, or None without shares."""
+        if self.shares is None:
+            return None
+        pairs = zip(self.shares, self.flops_by_experts, strict=True)
+        return sum(share * flops for share, flops in pairs)
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, int | None, float | None]] = [
+            ("trunk", self.trunk_parameters, self.trunk_flops)
+        ]
+        experts = zip(self.expert_parameters, self.expert_flops, strict=True)
+        rows += [
+            (f"expert {i}", parameters, flops) for i, (parameters, flops) in enumerate(experts)
+        ]
+        if self.router_parameters:
+            rows.append(("router", self.router_parameters, sum(self.gate_flops)))
+        rows.append(("all experts", self.parameters, self.flops))
+        if self.shares is not None:
+            shown = ", ".join(f"{share:.2f}" for share in self.shares)
+            rows.append((f"routed ({shown})", None, self.routed_flops))
+        if self.backbone_flops is not None:
+            rows.append(("plain backbone", self.backbone_parameters, self.backbone_flops))
+        width = max(len(name) for name, _, _ in rows)
+        lines = [f"{'':{width}}  {'parameters':>12}  {'MFLOPs':>10}"]
+        if self.backbone_flops:
+            lines[0] += f"  {'x backbone':>10}"
+        for name, parameters, flops in rows:
+            count = "" if parameters is None else f"{parameters:,}"
+            line = f"{name:{width}}  {count:>12}  {(flops or 0) / 1e6:>10.3f}"
+            if self.backbone_flops:
+                line += f"  {(flops or 0) / self.backbone_flops:>10.2f}"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def cost_report(
+    model: Any,
+    *,
+    example_input: Any = None,
+    router: nn.Module | None = None,
+    shares: Sequence[float] | None = None,
+    backbone: nn.Module | None = None,
+) -> CostReport:
+    """Count what trunk, experts and router cost, and what a routed row is expected to cost.
+
+    FLOPs are those of ``torch.utils.flop_counter``: matrix products, convolutions and attention,
+    2 for each multiply-add; what else a model does (BatchNorm, activations, pooling, top-k) is not
+    counted. Nothing is trained or changed, and BatchNorm statistics stay as they are.
+
+    Args:
+        model: a ``RIDEWrapper``.
+        example_input: a batch (a tensor, a tuple of arguments, a dict of keyword arguments); by
+            default ``model.example_input()``. FLOPs are divided by its number of rows.
+        router: counted as well if given.
+        shares: E numbers, share of rows that used 1, 2, ... E experts; they sum to one.
+        backbone: the plain network to compare with.
+
+    Raises:
+        ArgumentError: ``shares`` are not E numbers that sum to one, or ``model`` is not split.
+
+    Example:
+        >>> from ride_plugin import RIDEWrapper
+        >>> backbone = nn.Sequential(
+        ...     nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
+        ... )
+        >>> model = RIDEWrapper(backbone, num_experts=2, fork_at="2")
+        >>> print(cost_report(model, backbone=backbone, shares=(0.5, 0.5)))
+                               parameters      MFLOPs  x backbone
+        trunk                     200,960       0.401        0.85
+        expert 0                   34,186       0.068        0.15
+        expert 1                   34,186       0.068        0.15
+        all experts               269,332       0.538        1.15
+        routed (0.50, 0.50)                     0.504        1.07
+        plain backbone            235,146       0.470        1.00
+    """
+    missing = [name for name in ("run_trunk", "run_expert", "experts") if not hasattr(model, name)]
+    if missing:
+        raise ArgumentError(
+            f"Expected argument `model` to be a RIDEWrapper, but got {type(model).__name__} "
+            f"without {missing}. Count a plain module with `count_flops`."
+        )
+    checked = None if shares is None else _check_shares(shares, model.num_experts)
+    args, kwargs = model.example_input() if example_input is None else as_inputs(example_input)
+    rows = batch_size_of((args, kwargs))
+    with model.evaluating(), torch.no_grad():
+        trunk_flops, state = _counted(model.run_trunk, *args, **kwargs)
+        expert_flops, gate_flops = [], []
+        for index in range(model.num_experts):
+            flops, (logits, features) = _counted(model.run_expert, index, state)
+            expert_flops.append(flops // rows)
+            if index < model.num_experts - 1:
+                gate = 0
+                if router is not None:
+                    gate, _ = _counted(router.gate, index, logits, features)
+                gate_flops.append(gate // rows)
+    names = dict(model.named_parameters())  # a tensor shared by several modules is listed once
+    expert_parameters = tuple(
+        sum(p.numel() for name, p in names.items() if name.startswith(f"experts.{index}."))
+        for index in range(model.num_experts)
+    )
+    return CostReport(
+        trunk_parameters=sum(p.numel() for p in names.values()) - sum(expert_parameters),
+        expert_parameters=expert_parameters,
+        router_parameters=0 if router is None else _parameters(router),
+        trunk_flops=trunk_flops // rows,
+        expert_flops=tuple(expert_flops),
+        gate_flops=tuple(gate_flops),
+        shares=checked,
+        backbone_parameters=None if backbone is None else _parameters(backbone),
+        backbone_flops=None if backbone is None else count_flops(backbone, *args, **kwargs) // rows,
+    )
+
+
+def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of one call of any module, in evaluation mode and without gradients.
+
+    As torch counts them: 2 for each multiply-add, of matrix products, convolutions and attention.
+
+    Args:
+        module: left in the mode it was in.
+        *args: what its forward takes, and ``**kwargs``.
+        **kwargs: see ``*args``.
+
+    Example:
+        >>> count_flops(nn.Linear(10, 5), torch.zeros(1, 10))
+        100
+    """
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        with torch.no_grad():
+            return _counted(module, *args, **kwargs)[0]
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _counted(function: Any, *args: Any, **kwargs: Any) -> tuple[int, Any]:
+    with FlopCounterMode(display=False) as counter:
+        result = function(*args, **kwargs)
+    return counter.get_total_flops(), result
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _check_shares(shares: Sequence[float], num_experts: int) -> tuple[float, ...]:
+    values = tuple(shares.tolist() if isinstance(shares, Tensor) else map(float, shares))
+    if len(values) != num_experts:
+        raise ArgumentError(
+            f"Expected argument `shares` to hold {num_experts} numbers, one for each number of "
+            f"experts used, but got {len(values)}."
+        )
+    # `not all` rather than `any`: a NaN compares false.
+    if not all(value >= 0 for value in values) or not abs(sum(values) - 1) < 1e-3:
+        raise ArgumentError(
+            "Expected argument `shares` to be non-negative and to sum to 1, but got "
+            f"{values}, whose sum is {sum(values):g}. Pass the shares of samples that used 1 to "
+            f"{num_experts} experts, for example from `routing_report`."
+        )
+    return values

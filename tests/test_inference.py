@@ -1,0 +1,324 @@
+"""Routed inference against the dense selection, the authors' numbers, and its own promises."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ride_plugin import ExpertRouter, RIDEWrapper, experts_loss
+from ride_plugin._confidence import ConfidenceRouter
+from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
+from ride_plugin._inference import RoutingInference, RoutingOutput
+from tests.handmade import REFERENCE, SHARED, reference_arrays, resnet32_ride, small_model
+
+needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="reference numbers absent")
+OFFICIAL, CIFAR = REFERENCE / "official_ride_ea.pth", SHARED / "data" / "cifar100_lt.npz"
+needs_official = pytest.mark.skipif(
+    not (OFFICIAL.exists() and CIFAR.exists()), reason="trained network or images absent"
+)
+
+
+def conv_backbone():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
+    )  # fmt: skip
+
+
+def serving(model=None, threshold=0.5, seed=0):
+    """A model and a router whose gates fall on both sides of one half."""
+    torch.manual_seed(seed)
+    model = small_model() if model is None else model
+    with torch.no_grad():
+        for expert in model.experts:
+            for parameter in expert.parameters():
+                parameter.mul_(3.0)
+    router = ExpertRouter.for_model(model)
+    x = torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        router.output.weight.mul_(10)
+        router.output.bias.sub_(router(model.router_inputs(x)).median())
+    return RoutingInference(model, router, threshold), x
+
+
+def selected_by_hand(serve, x):
+    """Everything computed for all rows, then chosen row by row with Python floats."""
+    logits, features = serve.model.router_inputs(x)
+    outputs, used = [], []
+    for row in range(len(x)):
+        count = 1
+        while count < serve.model.num_experts:
+            mean = logits[row : row + 1, :count].mean(1)
+            gate = serve.router.gate(count - 1, mean, features[row : row + 1, count - 1])
+            threshold = serve.threshold[count - 1].item()
+            if threshold != 0 and (threshold == 1 or not gate.sigmoid().item() > threshold):
+                break
+            count += 1
+        outputs.append(logits[row, :count].mean(0))
+        used.append(count)
+    return torch.stack(outputs), torch.tensor(used)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64])
+@pytest.mark.parametrize("kind", ["handmade", "wrapper"])
+def test_routed_and_dense_equal_the_selection_row_by_row(kind, batch):
+    wrapped = kind == "wrapper"
+    model = RIDEWrapper(conv_backbone(), 3, example_input=torch.zeros(2, 3, 8, 8))
+    serve, x = serving(model if wrapped else None, threshold=(0.5, 0.4))
+    x = x[-batch:]
+    logits, used = selected_by_hand(serve, x)
+    if batch == 64:
+        assert used.unique().tolist() == [1, 2, 3]  # else the comparison says nothing
+    for path in (serve, serve.dense):
+        got = path(x, return_routing=True)
+        assert isinstance(got, RoutingOutput)
+        assert got.num_experts_used.dtype == torch.int64
+        assert torch.equal(got.num_experts_used, used)
+        torch.testing.assert_close(got.logits, logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(path(x), got.logits)
+
+
+MODELS = {num_experts: small_model(num_experts).eval() for num_experts in (2, 3, 5)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_experts=st.sampled_from(sorted(MODELS)),
+    batch=st.integers(1, 12),
+    quantiles=st.lists(st.floats(0, 1), min_size=4, max_size=4),
+    seed=st.integers(0, 2**16),
+)
+def test_routed_equals_dense_for_random_routers_and_thresholds(num_experts, batch, quantiles, seed):
+    serve, x = serving(copy.deepcopy(MODELS[num_experts]), seed=seed)
+    serve.set_threshold(quantiles[: num_experts - 1])
+    x = x[:batch]
+    routed, dense = serve(x, return_routing=True), serve.dense(x, return_routing=True)
+    assert torch.equal(routed.num_experts_used, dense.num_experts_used)
+    torch.testing.assert_close(routed.logits, dense.logits, rtol=1e-4, atol=1e-4)
+
+
+class FixedGate(nn.Module):
+    """A gate that returns what it was given, whatever it reads."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def gate(self, index, mean_logits, features):
+        return mean_logits.new_full((len(mean_logits),), self.value)
+
+
+@pytest.mark.parametrize("value", [-torch.inf, -1e4, 0.0, 1e4, torch.inf])
+def test_threshold_zero_runs_all_and_one_runs_one_however_saturated(value):
+    model, x = small_model().eval(), torch.randn(6, 3, 8, 8)
+    for threshold, count in ((0.0, 3), (1.0, 1)):
+        serve = RoutingInference(model, FixedGate(value), threshold)
+        for path in (serve, serve.dense):
+            logits, used = path(x, return_routing=True)
+            assert used.tolist() == [count] * 6
+            expected = model.router_inputs(x).expert_logits[:, :count].mean(1)
+            torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(RoutingInference(model, FixedGate(value), 0.0)(x), model(x))
+
+
+def test_a_gate_on_the_threshold_does_not_go_on():
+    serve = RoutingInference(small_model(), FixedGate(0.0), 0.5)
+    assert serve(torch.randn(2, 3, 8, 8), return_routing=True).num_experts_used.tolist() == [1, 1]
+
+
+def test_trunk_runs_once_and_experts_see_only_active_rows():
+    serve, x = serving(threshold=(0.5, 0.4))
+    model = serve.model
+    model.trunk_runs, model.rows_of_expert = 0, [[], [], []]
+    used = serve(x, return_routing=True).num_experts_used
+    assert model.trunk_runs == 1
+    assert model.rows_of_expert == [[64], [int((used > 1).sum())], [int((used > 2).sum())]]
+
+
+@pytest.mark.parametrize(("value", "runs"), [(-9.0, [[5], [], []]), (9.0, [[5], [5], [5]])])
+def test_nothing_runs_for_no_rows_and_nothing_is_gathered_for_all_rows(value, runs, monkeypatch):
+    model = small_model().eval()
+
+    def refuse(state, rows):
+        raise AssertionError("gathered")
+
+    monkeypatch.setattr("tests.handmade.HandmadeState.select", refuse)
+    RoutingInference(model, FixedGate(value))(torch.randn(5, 3, 8, 8))
+    assert model.rows_of_expert == runs
+
+
+def test_at_most_one_nonzero_per_gate_and_no_item():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        seen: list[str] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    serve, x = serving(threshold=(0.5, 0.4))
+    serve.router = ConfidenceRouter()  # ExpertRouter looks for NaN, on the CPU only
+    with Count():
+        serve(x)
+    assert Count.seen.count("nonzero") == 2
+    assert "_local_scalar_dense" not in Count.seen
+
+
+def test_an_empty_batch_gives_empty_logits():
+    serve, x = serving()
+    logits, used = serve(x[:0], return_routing=True)
+    assert (tuple(logits.shape), tuple(used.shape)) == ((0, 5), (0,))
+
+
+@pytest.mark.parametrize("path", ["forward", "dense"])
+def test_a_model_in_training_mode_is_evaluated_and_left_as_it_was(path):
+    serve, x = serving()
+    expected = serve.eval()(x)
+    serve.train()
+    serve.model.experts[1].eval()
+    modes = [module.training for module in serve.modules()]
+    before = {key: value.clone() for key, value in serve.state_dict().items()}
+    torch.testing.assert_close(getattr(serve, path)(x), expected, rtol=1e-5, atol=1e-5)
+    assert [module.training for module in serve.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in serve.state_dict().items())
+
+
+def test_no_gradient_and_no_expert_logits_leave():
+    serve, x = serving()
+    logits = serve(x)
+    assert not logits.requires_grad
+    with pytest.raises(MissingExpertLogitsError, match="RoutingInference"):
+        experts_loss(nn.CrossEntropyLoss(), logits, torch.zeros(64, dtype=torch.long))
+
+
+def test_the_model_output_is_not_written_to():
+    serve, x = serving(threshold=(0.5, 0.4))
+    outputs = []
+    run_expert = serve.model.run_expert
+
+    def keep(index, state):
+        result = run_expert(index, state)
+        outputs.append((result[0], result[0].clone()))
+        return result
+
+    serve.model.run_expert = keep
+    serve(x)
+    assert all(torch.equal(now, then) for now, then in outputs)
+
+
+def test_thresholds_change_in_place_and_are_saved():
+    serve, _ = serving()
+    address = serve.threshold.data_ptr()
+    serve.set_threshold((0.25, 0.75))
+    assert serve.threshold.data_ptr() == address
+    other, _ = serving()
+    other.load_state_dict(serve.state_dict())
+    assert other.threshold.tolist() == [0.25, 0.75]
+    assert "0.25" in repr(serve)
+
+
+def test_dense_compiles_into_one_graph_that_new_thresholds_do_not_change():
+    serve, x = serving()
+    serve.eval()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(serve.dense, backend=backend, fullgraph=True)
+    for threshold in (0.5, 0.2, 0.9):
+        serve.set_threshold(threshold)
+        logits, used = compiled(x, return_routing=True)
+        expected = serve.dense(x, return_routing=True)
+        torch.testing.assert_close(logits, expected.logits)
+        assert torch.equal(used, expected.num_experts_used)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_dense_exports_with_a_free_batch_size():
+    class Dense(nn.Module):
+        def __init__(self, serve):
+            super().__init__()
+            self.serve = serve
+
+        def forward(self, x):
+            return tuple(self.serve.dense(x, return_routing=True))
+
+    serve, x = serving()
+    module = Dense(serve).eval()
+    free = {"x": {0: torch.export.Dim("batch", min=2, max=1024)}}
+    exported = torch.export.export(module, (x,), dynamic_shapes=free).module()
+    for rows in (64, 7):
+        logits, used = exported(x[:rows])
+        torch.testing.assert_close(logits, serve.dense(x[:rows]))
+        assert torch.equal(used, serve(x[:rows], return_routing=True).num_experts_used)
+
+
+@needs_reference
+def test_the_authors_routed_numbers():
+    arrays, state = reference_arrays()
+    model, router = resnet32_ride(state)
+    inputs = model.router_inputs(arrays["x"])
+    close = {"rtol": 1e-5, "atol": 1e-5 * float(arrays["expert_logits"].abs().max())}
+    torch.testing.assert_close(inputs.expert_logits, arrays["expert_logits"], **close)
+    serve = RoutingInference(model, router)
+    for path in (serve, serve.dense):
+        logits, used = path(arrays["x"], return_routing=True)
+        assert torch.equal(used, arrays["experts_used"])
+        torch.testing.assert_close(logits, arrays["routed_logits"], **close)
+
+
+@needs_official
+def test_the_authors_trained_network_routes_the_same_way():
+    saved = torch.load(OFFICIAL, weights_only=True)
+    model, router = resnet32_ride(saved["state_dict"])
+    expected = np.load(REFERENCE / "official_ride_ea_outputs.npz")
+    with np.load(CIFAR) as data:
+        images = torch.from_numpy(data["test_images"][:128]).permute(0, 3, 1, 2).float() / 255
+    mean, deviation = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]])
+    x = (images - mean[:, None, None]) / deviation[:, None, None]
+    logits, used = RoutingInference(model, router)(x, return_routing=True)
+    assert torch.equal(used, torch.from_numpy(expected["experts_used"][:128]))
+    assert torch.equal(logits.argmax(1), torch.from_numpy(expected["routed_argmax"][:128]))
+    reference = torch.from_numpy(expected["routed_logits_first64"])
+    torch.testing.assert_close(logits[:64], reference, rtol=1e-5, atol=3e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda m: RoutingInference(nn.Linear(2, 2), ConfidenceRouter()), "to be a RIDEWrapper"),
+        (lambda m: RoutingInference(m, nn.Linear(2, 2)), "`router` to be an ExpertRouter"),
+        (lambda m: RoutingInference(small_model(1), ConfidenceRouter()), "nothing to route"),
+        (
+            lambda m: RoutingInference(m, ExpertRouter(12, 4, num_classes=5)),
+            "the model's num_experts 3, but got 4",
+        ),
+        (
+            lambda m: RoutingInference(m, ExpertRouter(9, 3, num_classes=5)),
+            "the model's feature_dim 12, but got 9",
+        ),
+        (lambda m: RoutingInference(m, ConfidenceRouter(), 1.5), "probability from 0"),
+        (lambda m: RoutingInference(m, ConfidenceRouter(), float("nan")), "probability from 0"),
+        (lambda m: RoutingInference(m, ConfidenceRouter(), [0.5] * 3), "each of the 2 gates"),
+    ],
+)
+def test_bad_arguments_are_named(build, message):
+    with pytest.raises(ArgumentError, match=message):
+        build(small_model())
+
+
+def test_nan_logits_raise():
+    serve, x = serving()
+    with torch.no_grad():
+        serve.model.experts[0].fc.bias[0] = torch.nan
+    with pytest.raises(ArgumentError, match="experts' logits to be free of NaN"):
+        serve(x)

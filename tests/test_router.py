@@ -1,0 +1,302 @@
+"""The router and its loss against loops, the authors' numbers, and bad input."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ride_plugin import (
+    ExpertRouter,
+    RIDEWrapper,
+    RouterInputs,
+    RoutingLoss,
+)
+from ride_plugin._confidence import ConfidenceRouter
+from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
+from ride_plugin._routing_loss import routing_loss, routing_targets
+from tests.handmade import REFERENCE, reference_arrays, resnet32_ride, small_model
+
+needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="reference numbers absent")
+
+
+def inputs(batch=6, num_experts=3, num_classes=10, feature_dim=7, dtype=torch.float64):
+    logits = torch.randn(batch, num_experts, num_classes, dtype=dtype)
+    return RouterInputs(logits, torch.randn(batch, num_experts, feature_dim, dtype=dtype))
+
+
+def loop_gates(router, expert_logits, expert_features):
+    """The gates written out sample by sample."""
+    rows = []
+    for logits, features in zip(expert_logits, expert_features, strict=True):
+        row = []
+        for i in range(router.num_experts - 1):
+            mean = sum(logits[j] for j in range(i + 1)) / (i + 1)
+            top = torch.tensor(sorted(mean.tolist(), reverse=True)[: router.top_k]).to(mean)
+            norm = sum(value * value for value in features[i].tolist()) ** 0.5
+            hidden = router.hidden[i].weight @ (features[i] / norm) + router.hidden[i].bias
+            z = torch.cat([top, hidden.clamp(min=0)])
+            row.append(router.output.weight[0] @ z + router.output.bias[0])
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def loop_targets(expert_logits, target):
+    batch, num_experts, _ = expert_logits.shape
+    out = torch.zeros(batch, num_experts - 1, dtype=torch.bool)
+    for b in range(batch):
+        right = []
+        for i in range(num_experts):
+            mean = sum(expert_logits[b, j] for j in range(i + 1)) / (i + 1)
+            right.append(int(mean.argmax()) == int(target[b]))
+        for i in range(num_experts - 1):
+            out[b, i] = not right[i] and any(right[i + 1 :])
+    return out
+
+
+@pytest.mark.parametrize(("num_experts", "num_classes"), [(2, 10), (3, 40), (5, 3)])
+def test_gates_equal_loops(num_experts, num_classes):
+    data = inputs(num_experts=num_experts, num_classes=num_classes)
+    router = ExpertRouter(7, num_experts, num_classes=num_classes, top_k=4, hidden_dim=5).double()
+    torch.testing.assert_close(router(data), loop_gates(router, *data))
+
+
+def test_gate_gives_the_column_of_forward():
+    data = inputs(num_experts=4)
+    router = ExpertRouter(7, 4, num_classes=10).double()
+    together = router(data)
+    for i in range(3):
+        alone = router.gate(i, data.expert_logits[:, : i + 1].mean(1), data.expert_features[:, i])
+        torch.testing.assert_close(alone, together[:, i])
+
+
+def test_the_last_expert_does_not_reach_any_gate():
+    data = inputs()
+    router = ExpertRouter(7, 3, num_classes=10).double()
+    changed = RouterInputs(data.expert_logits.clone(), data.expert_features.clone())
+    changed.expert_logits[:, 2] += 5
+    changed.expert_features[:, 2] += 5
+    assert torch.equal(router(data), router(changed))
+    changed.expert_logits[:, 1] += torch.arange(10.0)
+    assert not torch.equal(router(data), router(changed))
+
+
+def test_few_classes_shrink_top_k():
+    assert ExpertRouter(7, 2, num_classes=3).top_k == 3
+    assert ExpertRouter(7, 2, num_classes=100).top_k == 30
+
+
+def test_all_zero_features_stay_finite_with_finite_gradients():
+    router = ExpertRouter(7, 3, num_classes=10)
+    gate_logits = router((torch.zeros(4, 3, 10), torch.zeros(4, 3, 7)))
+    gate_logits.sum().backward()
+    assert gate_logits.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in router.parameters())
+
+
+def test_masked_classes_count_as_zero():
+    data = inputs()
+    data.expert_logits[:, :, 3:] = -torch.inf
+    router = ExpertRouter(7, 3, num_classes=10, top_k=5).double()
+    zeros = torch.cat([data.expert_logits[:, :2, :3].cumsum(1), torch.zeros(6, 2, 2)], dim=2)
+    expected = []
+    for i in range(2):
+        top = torch.cat(
+            [zeros[:, i, :3].sort(descending=True).values / (i + 1), zeros[:, i, 3:]], 1
+        )
+        hidden = router.hidden[i](F.normalize(data.expert_features[:, i], dim=1)).relu()
+        expected.append(router.output(torch.cat([top, hidden], 1)).squeeze(1))
+    torch.testing.assert_close(router(data), torch.stack(expected, 1))
+
+
+def test_half_precision_features_do_not_overflow_when_normalised():
+    data = inputs(dtype=torch.float32)
+    features = (data.expert_features * 1e4).half()
+    router = ExpertRouter(7, 3, num_classes=10)
+    with torch.autocast("cpu", torch.bfloat16):
+        gate_logits = router((data.expert_logits.half(), features))
+    exact = router((data.expert_logits.half().float(), features.float()))
+    assert gate_logits.dtype == torch.float32
+    torch.testing.assert_close(gate_logits, exact)
+
+
+def test_half_precision_router_runs():
+    router = ExpertRouter(7, 3, num_classes=10).bfloat16()
+    assert router(inputs(dtype=torch.bfloat16)).isfinite().all()
+
+
+@pytest.mark.parametrize("num_experts", [2, 3, 6])
+def test_targets_equal_loops(num_experts):
+    logits, target = torch.randn(200, num_experts, 4), torch.randint(4, (200,))
+    targets = routing_targets(logits, target)
+    assert torch.equal(targets, loop_targets(logits, target))
+    assert 0 < targets.float().mean() < 1
+
+
+def test_soft_targets_count_as_their_most_probable_class():
+    logits, target = torch.randn(50, 3, 4), torch.randint(4, (50,))
+    soft = 0.9 * F.one_hot(target, 4) + 0.025
+    assert torch.equal(routing_targets(logits, soft), routing_targets(logits, target))
+
+
+def test_loss_equals_loops():
+    gate_logits = torch.randn(9, 2, dtype=torch.float64)
+    logits, target = torch.randn(9, 3, 4), torch.randint(4, (9,))
+    expected = 0.0
+    for g, y in zip(gate_logits.flatten(), loop_targets(logits, target).flatten(), strict=True):
+        p = 1 / (1 + torch.exp(-g))
+        expected += -7 * torch.log(p) if y else -0.5 * torch.log(1 - p)
+    loss = RoutingLoss(7.0, 0.5)(gate_logits, logits, target)
+    torch.testing.assert_close(loss, expected / 18)
+
+
+def test_loss_reads_the_logits_from_every_form_of_output():
+    logits, target = torch.randn(9, 3, 7), torch.randint(7, (9,))
+    gate_logits = torch.randn(9, 2)
+    criterion = RoutingLoss()
+    # Features of the same shape: the loss must not mistake them for logits.
+    pair = RouterInputs(logits, torch.randn(9, 3, 7))
+    assert torch.equal(criterion(gate_logits, pair, target), criterion(gate_logits, logits, target))
+    with pytest.raises(MissingExpertLogitsError, match="bare logits"):
+        criterion(gate_logits, logits.mean(1), target)
+
+
+def test_gradcheck():
+    gate_logits = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    targets = torch.rand(5, 2) > 0.5
+    assert torch.autograd.gradcheck(lambda g: routing_loss(g, targets), (gate_logits,))
+
+
+@pytest.mark.parametrize("extreme", [1e4, -1e4])
+def test_extreme_gates_give_finite_loss_and_gradient(extreme):
+    gate_logits = torch.full((2, 2), extreme, requires_grad=True)
+    loss = routing_loss(gate_logits, torch.tensor([[True, False], [False, True]]))
+    loss.backward()
+    assert loss.isfinite()
+    assert gate_logits.grad.isfinite().all()
+
+
+@needs_reference
+def test_the_authors_numbers():
+    arrays, state = reference_arrays()
+    _, router = resnet32_ride(state)
+    router.double()
+    data = RouterInputs(arrays["expert_logits"].double(), arrays["expert_features"].double())
+    loss = RoutingLoss()(router(data), data, arrays["target"])
+    torch.testing.assert_close(loss.float(), arrays["routing_loss"][0], rtol=1e-5, atol=0)
+    loss.backward()
+    grads = {
+        "expert_help_pred_hidden_fcs.0": router.hidden[0],
+        "expert_help_pred_hidden_fcs.1": router.hidden[1],
+        "expert_help_pred_fc": router.output,
+    }
+    for name, layer in grads.items():
+        for kind in ("weight", "bias"):
+            expected = arrays[f"routing_grad/{name}.{kind}"]
+            got = getattr(layer, kind).grad.float()
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["handmade", "wrapper"])
+def test_stage_two_trains_the_router_only(kind):
+    model = small_model()
+    if kind == "wrapper":
+        backbone = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
+            torch.nn.Conv2d(8, 12, 3), torch.nn.BatchNorm2d(12), torch.nn.ReLU(),
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(12, 5),
+        )  # fmt: skip
+        model = RIDEWrapper(backbone, 3, example_input=torch.zeros(2, 3, 8, 8))
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    router = ExpertRouter.for_model(model)
+    criterion, optimizer = RoutingLoss(), torch.optim.SGD(router.parameters(), lr=0.01)
+    x, y = torch.randn(64, 3, 8, 8), torch.randint(5, (64,))
+    losses = []
+    for _ in range(30):
+        cached = model.router_inputs(x) if not losses or len(losses) == 5 else cached
+        loss = criterion(router(cached), cached, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_confidence_gates_equal_one_minus_confidence():
+    logits = torch.randn(50, 6, dtype=torch.float64) * 3
+    p = logits.softmax(1).sort(descending=True).values
+    for kind, confidence in (("max_probability", p[:, 0]), ("margin", p[:, 0] - p[:, 1])):
+        gate = ConfidenceRouter(kind).gate(0, logits, torch.empty(50, 0))
+        torch.testing.assert_close(gate.sigmoid(), 1 - confidence)
+
+
+def test_confidence_tells_very_confident_rows_apart():
+    logits = torch.tensor([[40.0, 0.0], [60.0, 0.0], [0.0, 0.0]])
+    for kind in ("max_probability", "margin"):
+        gate = ConfidenceRouter(kind).gate(0, logits, torch.empty(3, 0))
+        assert gate[1] < gate[0] < gate[2]
+        assert not gate.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ExpertRouter(7, 1, num_classes=4), "nothing to route"),
+        (lambda: ExpertRouter(0, 3, num_classes=4), "`feature_dim` to be at least 1"),
+        (lambda: ExpertRouter(7, 3, num_classes=4, top_k=0), "`top_k` to be at least 1"),
+        (lambda: RoutingLoss(pos_weight=-1), "`pos_weight` to be finite"),
+        (lambda: RoutingLoss(neg_weight=float("nan")), "`neg_weight` to be finite"),
+        (lambda: ConfidenceRouter("entropy"), "`kind` to be one of"),
+    ],
+)
+def test_bad_settings_are_named(build, message):
+    with pytest.raises(ArgumentError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("logits", "features", "message"),
+    [
+        (
+            torch.zeros(4, 2, 10),
+            torch.zeros(4, 3, 7),
+            r"`expert_logits` to have shape \[B, 3, 10\]",
+        ),
+        (torch.zeros(4, 3, 10), torch.zeros(4, 3, 8), r"`expert_features` to have shape"),
+        (torch.zeros(4, 3, 10), torch.zeros(5, 3, 7), "the same batch"),
+        (torch.full((4, 3, 10), torch.nan), torch.zeros(4, 3, 7), "experts' logits to be free"),
+        (torch.zeros(4, 3, 10), torch.full((4, 3, 7), torch.nan), "experts' features to be free"),
+    ],
+)
+def test_bad_inputs_are_named(logits, features, message):
+    with pytest.raises(ArgumentError, match=message):
+        ExpertRouter(7, 3, num_classes=10)((logits, features))
+
+
+def test_a_diverged_router_is_named():
+    router = ExpertRouter(7, 3, num_classes=10)
+    torch.nn.init.constant_(router.output.bias, torch.nan)
+    with pytest.raises(ArgumentError, match="router's parameters"):
+        router(inputs(dtype=torch.float32))
+
+
+def test_a_tensor_instead_of_a_pair_is_named():
+    with pytest.raises(ArgumentError, match="router_inputs"):
+        ExpertRouter(7, 3, num_classes=10)(torch.zeros(4, 3, 10))
+
+
+@pytest.mark.parametrize(
+    ("gate_logits", "logits", "target", "message"),
+    [
+        (torch.zeros(4, 3), torch.zeros(4, 3, 5), torch.zeros(4).long(), "`gate_logits` to have"),
+        (torch.zeros(4, 2), torch.zeros(4, 3, 5), torch.full((4,), 5), "from 0 to 4, but got 5"),
+        (torch.zeros(4, 2), torch.zeros(4, 3, 5), torch.full((4,), -1), "from 0 to 4, but got -1"),
+        (torch.zeros(4, 2), torch.zeros(4, 3, 5), torch.zeros(3).long(), "`target`"),
+        (torch.zeros(4, 0), torch.zeros(4, 1, 5), torch.zeros(4).long(), "at least two experts"),
+    ],
+)
+def test_bad_loss_arguments_are_named(gate_logits, logits, target, message):
+    with pytest.raises(ArgumentError, match=message):
+        RoutingLoss()(gate_logits, logits, target)
