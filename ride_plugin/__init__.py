@@ -1,30 +1,63 @@
 """RIDE for any PyTorch codebase: see https://arxiv.org/abs/2010.01809 and the README."""
 
 from ride_plugin import functional
+from ride_plugin._calibration import CalibrationResult, LongTailedCalibrationWarning
+from ride_plugin._confidence import ConfidenceRouter
+from ride_plugin._cost import CostReport, cost_report, count_flops
 from ride_plugin._distillation import DistillationLoss
 from ride_plugin._diversity import DiversityLoss
+from ride_plugin._errors import (
+    ArgumentError,
+    CheckpointError,
+    MissingExpertLogitsError,
+    ReplayError,
+    RIDEError,
+    SplitError,
+    WidthError,
+)
 from ride_plugin._experts_loss import experts_loss
+from ride_plugin._inference import RoutingInference, RoutingOutput
+from ride_plugin._optimize import optimize_for_inference
 from ride_plugin._output import ExpertOutput, RouterInputs, expert_logits
 from ride_plugin._router import ExpertRouter
 from ride_plugin._routing_loss import RoutingLoss
+from ride_plugin._routing_report import RoutingReport, routing_report
 from ride_plugin._split import CosineClassifier, TrunkState
 from ride_plugin._temperature import TemperatureSchedule
 from ride_plugin._version import __version__
 from ride_plugin._wrapper import RIDEWrapper
 
 __all__ = [
+    "ArgumentError",
+    "CalibrationResult",
+    "CheckpointError",
+    "ConfidenceRouter",
     "CosineClassifier",
+    "CostReport",
     "DistillationLoss",
     "DiversityLoss",
     "ExpertOutput",
     "ExpertRouter",
+    "LongTailedCalibrationWarning",
+    "MissingExpertLogitsError",
+    "RIDEError",
     "RIDEWrapper",
+    "ReplayError",
     "RouterInputs",
+    "RoutingInference",
     "RoutingLoss",
+    "RoutingOutput",
+    "RoutingReport",
+    "SplitError",
     "TemperatureSchedule",
     "TrunkState",
+    "WidthError",
     "__version__",
+    "cost_report",
+    "count_flops",
     "expert_logits",
     "experts_loss",
     "functional",
+    "optimize_for_inference",
+    "routing_report",
 ]
