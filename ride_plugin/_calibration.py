@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ride_plugin._confidence import ConfidenceRouter, Kind
-from ride_plugin._cost import cost_report
+from ride_plugin._cost import CostReport, cost_report
 from ride_plugin._errors import ArgumentError
 from ride_plugin._split._example import as_inputs
 from ride_plugin._split._tree import map_tensors
@@ -123,13 +123,12 @@ def calibrate(
     baselines: dict[str, ConfidenceRouter] = {
         kind: ConfidenceRouter(kind) for kind in get_args(Kind)
     }
-    gates, right, labels, flops, all_flops = _measure(
-        model, {"router": router, **baselines}, loader, device
-    )
+    gates, right, labels, cost = _measure(model, {"router": router, **baselines}, loader, device)
     _warn_if_long_tailed(labels)
-    curves = {kind: _sweep(logits, right, flops[kind], all_flops) for kind, logits in gates.items()}
-    curve = curves.pop("router")
+    curve = _sweep(gates.pop("router"), right, cost)
     index = _choose(curve, name, value)
+    free = replace(cost, gate_flops=(0,) * len(cost.gate_flops))
+    curves = {kind: _sweep(logits, right, free) for kind, logits in gates.items()}
     return CalibrationResult(curve, index, curves, num_samples=len(labels))
 
 
@@ -139,13 +138,12 @@ def _measure(
     routers: Mapping[str, Router],
     loader: Iterable[Any],
     device: torch.device,
-) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor], int]:
-    """One pass: gate logits ``[N, E-1]`` by router, hits ``[N, E]``, labels, FLOPs by router."""
+) -> tuple[dict[str, Tensor], Tensor, Tensor, CostReport]:
+    """One pass: gate logits ``[N, E-1]`` by router, hits ``[N, E]``, labels ``[N]``, the cost."""
     gates: dict[str, list[Tensor]] = {kind: [] for kind in routers}
     right: list[Tensor] = []
     labels: list[Tensor] = []
-    flops: dict[str, Tensor] = {}
-    all_flops = 0
+    cost: CostReport | None = None
     for batch in loader:
         inputs, target = _unpack(batch, device)
         args, kwargs = as_inputs(inputs)
@@ -169,23 +167,20 @@ def _measure(
         predictions = torch.stack([mean.argmax(dim=1) for mean in means], dim=1)
         right.append((predictions == target[:, None]).cpu())
         labels.append(target.cpu())
-        if not flops:
-            for kind, router in routers.items():
-                report = cost_report(
-                    model, example_input=(args, kwargs), router=cast("nn.Module", router)
-                )
-                flops[kind] = torch.tensor(report.flops_by_experts, dtype=torch.float64)
-                all_flops = report.flops
-    if not labels:
+        if cost is None:
+            learned = cast("nn.Module", routers["router"])
+            cost = cost_report(model, example_input=(args, kwargs), router=learned)
+    if cost is None:
         raise ArgumentError(
             "Expected argument `loader` to yield at least one sample, but it is empty. If it is a "
             "generator it may have been used up: pass a DataLoader or a list of batches."
         )
     joined = {kind: torch.cat(parts) for kind, parts in gates.items()}
-    return joined, torch.cat(right), torch.cat(labels), flops, all_flops
+    return joined, torch.cat(right), torch.cat(labels), cost
 
 
-def _sweep(gates: Tensor, right: Tensor, flops: Tensor, all_flops: int) -> ExitCurve:
+def _sweep(gates: Tensor, right: Tensor, report: CostReport) -> ExitCurve:
+    flops = torch.tensor(report.flops_by_experts, dtype=torch.float64)
     thresholds = _candidates(gates)
     mean_experts, mean_flops, accuracy = [], [], []
     for limit in thresholds.logit():
@@ -194,7 +189,7 @@ def _sweep(gates: Tensor, right: Tensor, flops: Tensor, all_flops: int) -> ExitC
         mean_flops.append(flops[used - 1].mean())
         accuracy.append(right.gather(1, used[:, None] - 1).double().mean())
     cost = torch.stack(mean_flops)
-    relative = cost / max(all_flops, 1)
+    relative = cost / max(report.flops, 1)
     return ExitCurve(thresholds, torch.stack(mean_experts), cost, relative, torch.stack(accuracy))
 
 

@@ -67,9 +67,8 @@ def selected_by_hand(serve, x):
 @pytest.mark.parametrize("batch", [1, 2, 7, 64])
 @pytest.mark.parametrize("kind", ["handmade", "wrapper"])
 def test_routed_and_dense_equal_the_selection_row_by_row(kind, batch):
-    wrapped = kind == "wrapper"
     model = RIDEWrapper(conv_backbone(), 3, example_input=torch.zeros(2, 3, 8, 8))
-    serve, x = serving(model if wrapped else None, threshold=(0.5, 0.4))
+    serve, x = serving(model if kind == "wrapper" else None, threshold=(0.5, 0.4))
     x = x[-batch:]
     logits, used = selected_by_hand(serve, x)
     if batch == 64:
@@ -223,8 +222,10 @@ def test_thresholds_change_in_place_and_are_saved():
     assert "0.25" in repr(serve)
 
 
-def test_dense_compiles_into_one_graph_that_new_thresholds_do_not_change():
-    serve, x = serving()
+@pytest.mark.parametrize("kind", ["handmade", "wrapper"])
+def test_dense_compiles_into_one_graph_that_new_thresholds_do_not_change(kind):
+    model = RIDEWrapper(conv_backbone(), 3, example_input=torch.zeros(2, 3, 8, 8))
+    serve, x = serving(model if kind == "wrapper" else None)
     serve.eval()
     graphs = []
 
@@ -240,6 +241,15 @@ def test_dense_compiles_into_one_graph_that_new_thresholds_do_not_change():
         torch.testing.assert_close(logits, expected.logits)
         assert torch.equal(used, expected.num_experts_used)
     assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_a_model_in_training_mode_is_not_compiled():
+    serve, x = serving()
+    serve.train()
+    compiled = torch.compile(serve.dense, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"Call `.eval\(\)` first"):
+        compiled(x)
     torch._dynamo.reset()
 
 

@@ -1,0 +1,206 @@
+"""Calibration against what inference then does, and the routing report."""
+
+import warnings
+
+import pytest
+import torch
+
+from ride_plugin import ExpertRouter
+from ride_plugin._calibration import LongTailedCalibrationWarning
+from ride_plugin._confidence import ConfidenceRouter
+from ride_plugin._cost import cost_report
+from ride_plugin._errors import ArgumentError
+from ride_plugin._inference import RoutingInference
+from ride_plugin._routing_report import routing_report
+from tests.handmade import small_model
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Labels that the ensemble gets right more often than the first expert does."""
+    torch.manual_seed(1)
+    model = small_model()
+    with torch.no_grad():
+        for expert in model.experts:
+            expert.fc.weight.mul_(5)
+    router = ExpertRouter.for_model(model)
+    x = torch.randn(200, 3, 8, 8)
+    logits, features = model.router_inputs(x)
+    noisy = logits.mean(1) + 0.2 * torch.randn(200, 5)
+    order = noisy.argmax(1).argsort(stable=True)
+    with torch.no_grad():
+        router.output.bias.sub_(router((logits, features)).median())
+    return model, router, x[order], noisy.argmax(1)[order]
+
+
+def batches(x, y, size=64):
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def calibrated(data, **target):
+    model, router, x, y = data
+    serve = RoutingInference(model, router)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LongTailedCalibrationWarning)
+        return serve, serve.calibrate(batches(x, y), **target)
+
+
+def measured(serve, data):
+    _, _, x, y = data
+    logits, used = serve(x, return_routing=True)
+    return used.double().mean().item(), (logits.argmax(1) == y).double().mean().item()
+
+
+def test_every_point_of_the_curve_is_what_inference_gives(data):
+    serve, result = calibrated(data, max_experts=2.0)
+    costs = torch.tensor(cost_report(serve.model, router=serve.router).flops_by_experts).double()
+    curve = result.curve
+    assert len(curve.thresholds) > 50
+    for i in range(0, len(curve.thresholds), 7):
+        serve.set_threshold(float(curve.thresholds[i]))
+        mean_experts, accuracy = measured(serve, data)
+        used = serve(data[2], return_routing=True).num_experts_used
+        assert curve.mean_experts[i].item() == pytest.approx(mean_experts)
+        assert curve.accuracy[i].item() == pytest.approx(accuracy)
+        assert curve.flops[i].item() == pytest.approx(costs[used - 1].mean().item())
+
+
+def test_the_curve_runs_from_all_experts_to_one(data):
+    _, result = calibrated(data, max_experts=2.0)
+    for curve in (result.curve, *result.baselines.values()):
+        assert (curve.thresholds[0], curve.thresholds[-1]) == (0, 1)
+        assert (curve.mean_experts[0], curve.mean_experts[-1]) == (3, 1)
+        assert (curve.mean_experts.diff() <= 0).all()
+        assert (curve.flops.diff() <= 0).all()
+
+
+def test_mean_number_of_experts_is_kept_to_and_the_threshold_is_set(data):
+    serve, result = calibrated(data, max_experts=1.8)
+    assert serve.threshold.tolist() == pytest.approx([result.threshold] * 2)
+    mean_experts, accuracy = measured(serve, data)
+    assert 1 < mean_experts <= 1.8
+    within = result.curve.mean_experts <= 1.8
+    assert accuracy == pytest.approx(result.curve.accuracy[within].max().item())
+
+
+def test_flops_are_kept_to(data):
+    costs = cost_report(data[0], router=data[1]).flops_by_experts
+    budget = (costs[0] + costs[1]) / 2
+    _, result = calibrated(data, max_flops=budget)
+    assert costs[0] < result.curve.flops[result.index] <= budget
+
+
+def test_accuracy_drop_is_kept_to_at_the_least_cost(data):
+    serve, result = calibrated(data, max_accuracy_drop=0.02)
+    curve = result.curve
+    _, accuracy = measured(serve, data)
+    assert accuracy >= curve.accuracy[0].item() - 0.02 - 1e-9
+    cheaper = curve.flops < curve.flops[result.index]
+    assert cheaper.any()
+    assert (curve.accuracy[cheaper] < curve.accuracy[0] - 0.02).all()
+
+
+def test_the_model_runs_once_over_the_loader(data):
+    model, _, x, y = data
+    before = model.trunk_runs
+    calibrated(data, max_experts=2.0)
+    assert model.trunk_runs - before == len(batches(x, y)) + 1  # one more to count FLOPs
+
+
+def test_baselines_equal_a_calibration_of_their_own(data):
+    model, _, x, y = data
+    _, result = calibrated(data, max_experts=2.0)
+    assert set(result.baselines) == {"max_probability", "margin"}
+    for kind, curve in result.baselines.items():
+        serve = RoutingInference(model, ConfidenceRouter(kind), float(curve.thresholds[40]))
+        logits, used = serve(x, return_routing=True)
+        assert curve.mean_experts[40].item() == pytest.approx(used.double().mean().item())
+        hits = (logits.argmax(1) == y).double().mean().item()
+        assert curve.accuracy[40].item() == pytest.approx(hits)
+
+
+def test_the_comparison_prints(data):
+    _, result = calibrated(data, max_experts=2.0)
+    text = str(result)
+    assert "200 samples, at most" in text
+    for name in ("router", "max_probability", "margin", "all experts"):
+        assert f"\n{name} " in text
+
+
+@pytest.mark.parametrize("wrap", [lambda x: (x,), lambda x: [x], lambda x: {"x": x}])
+def test_inputs_may_be_arguments_by_position_or_name(data, wrap):
+    model, router, x, y = data
+    loader = [(wrap(a), b) for a, b in batches(x, y)]
+    serve = RoutingInference(model, router)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LongTailedCalibrationWarning)
+        result = serve.calibrate(loader, max_experts=2.0)
+    assert result.threshold == calibrated(data, max_experts=2.0)[1].threshold
+
+
+def test_long_tailed_labels_warn_and_balanced_ones_do_not(data):
+    model, router, x, _ = data
+    serve = RoutingInference(model, router)
+    tailed = torch.tensor([0] * 110 + [1] * 80 + [2] * 10)
+    with pytest.warns(LongTailedCalibrationWarning, match="11 times the samples"):
+        serve.calibrate(batches(x, tailed), max_experts=2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        serve.calibrate(batches(x, torch.arange(200) % 5), max_experts=2.0)
+
+
+@pytest.mark.parametrize(
+    ("loader", "target", "message"),
+    [
+        ([], {"max_experts": 2}, "at least one sample, but it is empty"),
+        (iter(()), {"max_experts": 2}, "at least one sample, but it is empty"),
+        (None, {}, "exactly one of the arguments.*but got none"),
+        (None, {"max_experts": 2, "max_flops": 5}, r"\['max_experts', 'max_flops'\]"),
+        (None, {"max_experts": 0.5}, "`max_experts` to be at least 1"),
+        (None, {"max_flops": 10}, "`max_flops` to be at least"),
+        (None, {"max_accuracy_drop": -0.1}, "`max_accuracy_drop` to be finite"),
+        ([torch.zeros(2, 3, 8, 8)], {"max_experts": 2}, "yield pairs"),
+        ([("a", torch.zeros(2).long())], {"max_experts": 2}, "but got x of str"),
+        ([(torch.zeros(2, 3, 8, 8), torch.zeros(2))], {"max_experts": 2}, "class indices"),
+    ],
+)
+def test_bad_arguments_are_named(data, loader, target, message):
+    model, router, x, _ = data
+    serve = RoutingInference(model, router)
+    pairs = batches(x, torch.arange(200) % 5) if loader is None else loader
+    with pytest.raises(ArgumentError, match=message):
+        serve.calibrate(pairs, **target)
+    assert serve.threshold.tolist() == [0.5, 0.5]
+
+
+def test_report_counts_shares_by_shot():
+    counts = [500, 101, 100, 20, 19]
+    target = torch.tensor([0, 0, 1, 2, 3, 3, 4])
+    used = torch.tensor([1, 2, 1, 3, 3, 1, 2])
+    report = routing_report(used, target, counts, num_experts=4)
+    assert report.overall == pytest.approx((3 / 7, 2 / 7, 2 / 7, 0))
+    assert report.many == pytest.approx((2 / 3, 1 / 3, 0, 0))
+    assert report.medium == pytest.approx((1 / 3, 0, 2 / 3, 0))
+    assert report.few == pytest.approx((0, 1, 0, 0))
+
+
+def test_empty_shots_are_absent():
+    report = routing_report(torch.tensor([1]), torch.tensor([0]), [500, 5], num_experts=2)
+    assert (report.medium, report.few) == (None, None)
+    assert "few       absent" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("used", "target", "message"),
+    [
+        ([0], [0], "`num_experts_used` to hold integers from 1 to 3"),
+        ([4], [0], "`num_experts_used` to hold integers from 1 to 3"),
+        ([1], [2], "`target` to hold integers from 0 to 1"),
+        ([1, 2], [0], r"the same shape \[N\]"),
+        ([], [], "N >= 1"),
+    ],
+)
+def test_bad_reports_are_named(used, target, message):
+    used, target = torch.tensor(used).long(), torch.tensor(target).long()
+    with pytest.raises(ArgumentError, match=message):
+        routing_report(used, target, [10, 10], num_experts=3)

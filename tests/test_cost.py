@@ -1,0 +1,104 @@
+"""Cost reports against counts by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from ride_plugin import ExpertRouter, RIDEWrapper
+from ride_plugin._confidence import ConfidenceRouter
+from ride_plugin._cost import cost_report, count_flops
+from ride_plugin._errors import ArgumentError
+from tests.handmade import resnet32_plain, resnet32_ride, small_model
+
+TRUNK = 2 * 8 * (3 * 9) * 8 * 8
+EXPERT = 2 * 12 * (8 * 9) * 4 * 4 + 2 * 12 * 5
+GATE = 2 * 12 * 16 + 2 * (5 + 16)
+
+
+def test_counts_equal_those_by_hand():
+    model = small_model()
+    report = cost_report(model, router=ExpertRouter.for_model(model))
+    assert report.trunk_flops == TRUNK
+    assert report.expert_flops == (EXPERT,) * 3
+    assert report.gate_flops == (GATE,) * 2
+    assert report.trunk_parameters == (3 * 9 * 8 + 8) + 16
+    assert report.expert_parameters == ((8 * 9 * 12 + 12) + 24 + (12 * 5 + 5),) * 3
+    assert report.router_parameters == 2 * (12 * 16 + 16) + (5 + 16 + 1)
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert report.flops == TRUNK + 3 * EXPERT
+    assert report.routed_flops is None
+    assert report.backbone_flops is None
+
+
+def test_routed_cost_charges_each_row_for_the_gates_it_passes():
+    model = small_model()
+    report = cost_report(model, router=ExpertRouter.for_model(model), shares=(0.5, 0.2, 0.3))
+    used = (TRUNK + EXPERT + GATE, TRUNK + 2 * EXPERT + 2 * GATE, TRUNK + 3 * EXPERT + 2 * GATE)
+    assert report.flops_by_experts == used
+    assert report.routed_flops == pytest.approx(0.5 * used[0] + 0.2 * used[1] + 0.3 * used[2])
+
+
+def test_counts_do_not_depend_on_the_batch():
+    model = small_model()
+    router = ExpertRouter.for_model(model)
+    one = cost_report(model, router=router)
+    for example in (
+        torch.zeros(6, 3, 8, 8),
+        (torch.zeros(6, 3, 8, 8),),
+        {"x": torch.zeros(6, 3, 8, 8)},
+    ):
+        assert cost_report(model, router=router, example_input=example) == one
+
+
+def test_a_confidence_exit_costs_nothing():
+    report = cost_report(small_model(), router=ConfidenceRouter())
+    assert (report.router_parameters, report.gate_flops) == (0, (0, 0))
+
+
+def test_the_papers_network_costs_what_was_published():
+    model, router = resnet32_ride()
+    shares = (0.41, 0.09, 0.50)
+    report = cost_report(model, router=router, shares=shares, backbone=resnet32_plain())
+    assert report.flops / report.backbone_flops == pytest.approx(1.46, abs=0.005)
+    assert report.routed_flops / report.backbone_flops == pytest.approx(1.12, abs=0.005)
+    assert sum(report.gate_flops) < 1e-4 * report.flops
+    assert "routed (0.41, 0.09, 0.50)" in str(report)
+    assert "1.12" in str(report)
+
+
+def test_the_wrapper_is_counted_and_left_as_it_was():
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    ).train()  # fmt: skip
+    model = RIDEWrapper(backbone, 3, example_input=torch.zeros(2, 3, 8, 8)).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    report = cost_report(model, router=ExpertRouter.for_model(model), backbone=backbone)
+    assert report.trunk_flops + report.expert_flops[0] == report.backbone_flops
+    assert report.trunk_parameters + report.expert_parameters[0] == report.backbone_parameters
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(module.training for module in (*model.modules(), *backbone.modules()))
+
+
+def test_count_flops_counts_two_for_each_multiply_add():
+    assert count_flops(nn.Linear(10, 5, bias=False), torch.zeros(3, 10)) == 2 * 3 * 10 * 5
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ((0.5, 0.5), "to hold 3 numbers"),
+        ((0.5, 0.5, 0.5), "sum to 1"),
+        ((1.5, -0.5, 0.0), "non-negative"),
+        ((float("nan"), 0.5, 0.5), "non-negative"),
+    ],
+)
+def test_bad_shares_are_named(shares, message):
+    with pytest.raises(ArgumentError, match=message):
+        cost_report(small_model(), shares=shares)
+
+
+def test_a_plain_module_is_refused():
+    with pytest.raises(ArgumentError, match="count_flops"):
+        cost_report(nn.Linear(2, 2))
