@@ -45,30 +45,24 @@ def compare(experts: Tensor, reference: Tensor, temperature: Tensor | float) -> 
         reference: logits ``[B, 1, C]``.
         temperature: broadcasts against the logits.
     """
-    scaled, scaled_reference = experts / temperature, reference / temperature
+    sharpness = 1 / temperature
+    scaled, scaled_reference = experts * sharpness, reference * sharpness
     p, q = scaled.softmax(dim=-1), scaled_reference.softmax(dim=-1)
     # log-sum-exp read off the largest class: two reductions instead of a pass of exponentials. Its
     # rounding error enters the divergences squared only, because p and q both sum to one.
     top_logit = scaled.amax(-1, keepdim=True) - scaled_reference.amax(-1, keepdim=True)
     top_ratio = p.amax(-1, keepdim=True) / q.amax(-1, keepdim=True)
-    normaliser = top_logit - top_ratio.log()
-    log_ratio = (experts - reference).div_(temperature).sub_(normaliser)
+    half_normaliser = (top_logit - top_ratio.log()) / 2
+    h = (experts - reference).mul_(sharpness / 2).sub_(half_normaliser)
     # A class masked with -inf on both sides gives NaN here and has no probability on either side.
-    return Comparison(p, q, log_ratio.nan_to_num_(nan=0.0).mul_(0.5))
+    return Comparison(p, q, h.nan_to_num_(nan=0.0))
 
 
-def tanh_gap(h: Tensor) -> Tensor:
-    r"""Return $h \tanh h - (h - \tanh h)$ without cancellation near zero.
-
-    The direct form loses $\epsilon / h$, two terms of the series for $h - \tanh h$ lose $h^5$; they
-    change over where both are equal, at the sixth root of the machine precision.
-    """
-    tanh = h.tanh()
-    direct = h.mul(tanh).sub_(h).add_(tanh)
-    square = h.square()
-    series = square.mul(2 / 15).sub_(1 / 3).mul_(h).mul_(square).add_(tanh.mul_(h))
-    small: float = torch.finfo(h.dtype).eps ** (1 / 6)
-    return torch.where(h.abs() < small, series, direct)
+def sum_over_both(p: Tensor, q: Tensor, terms: Tensor) -> Tensor:
+    """Return the sum of ``(p + q) * terms`` over experts and classes, ``[B]``; overwrites terms."""
+    # q is summed against all experts at once: a pass over [B, C] and no copy of [B, E, C].
+    of_q = (terms.sum(dim=1, keepdim=True) * q).sum(dim=(1, 2))
+    return terms.mul_(p).sum(dim=(1, 2)).add_(of_q)
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -115,7 +115,7 @@ class TemperatureSchedule(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Temperatures differ in the third digit, which a cast to half precision would round away.
         self.temperature = float32_or_better(self.temperature)
         self._refresh()

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ride_plugin._divergence import compare, float32_or_better, tanh_gap, with_gradient
+from ride_plugin._divergence import compare, float32_or_better, sum_over_both, with_gradient
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import mean_logits
 from ride_plugin._routing_loss import routing_loss, routing_targets
@@ -149,7 +149,7 @@ def pairwise_kl(
     factor = num_experts / max(num_experts - 1, 1)
     with torch.no_grad():
         p, q, h = compare(logits, logits.mean(dim=1, keepdim=True), temperature)
-        value = h.tanh().mul_(h).mul_(p + q).sum(dim=(1, 2)).mul_(2 * factor)
+        value = sum_over_both(p, q, h.tanh().mul_(h)).mul_(2 * factor)
         gradient = h.sub_((p * h).sum(-1, keepdim=True)).mul_(p).mul_(2)
         if not detach_others:
             gradient += p - p.mean(dim=1, keepdim=True)
@@ -185,8 +185,10 @@ def kl_from_reference(
         temperature = temperature.detach().to(logits.dtype)
     with torch.no_grad():
         p, q, h = compare(logits, reference_logits[:, None].to(logits.dtype), temperature)
-        value = tanh_gap(h).mul_(p + q).sum(dim=(1, 2))
-        gradient = p.sub_(q).div_(temperature)
+        # Beyond h = 40 the bracket is one; unclamped, the h of a masked class would cancel it.
+        tanh = h.clamp_(max=40.0).tanh()
+        value = sum_over_both(p, q, (tanh - h).add_(tanh.mul_(h)))
+        gradient = p.sub_(q).mul_(1 / temperature)
     return with_gradient(logits, value, gradient)
 
 
