@@ -26,7 +26,8 @@ def accuracy(logits: Tensor, labels: Tensor, class_counts: Tensor) -> dict[str, 
     groups = {name: getattr(report, name) for name in ("overall", "many", "medium", "few")}
     correct = (logits.argmax(1) == labels).float().cpu()
     hits = torch.zeros(len(class_counts)).index_add_(0, labels.cpu(), correct)
-    return {"accuracy": groups, "per_class": (hits / labels.cpu().bincount()).tolist()}
+    size = labels.cpu().bincount(minlength=len(class_counts))
+    return {"accuracy": groups, "per_class": (hits / size).tolist()}
 
 
 @torch.no_grad()

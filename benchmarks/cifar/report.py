@@ -25,7 +25,7 @@ def write(folder: Path) -> str:
         runs[result["method"]].append(result)
     if not runs:
         raise SystemExit(f"No finished run in {folder}.")
-    rows = [_row(name, results) for name, results in runs.items()]
+    rows = [row for name, results in runs.items() for row in _rows(name, results)]
     header = ["method", "seeds", *_COLUMNS, "MFLOPs", "mean experts", "minutes"]
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     table = "\n".join(f"| {line} |" for line in lines + [" | ".join(row) for row in rows])
@@ -41,20 +41,20 @@ def write(folder: Path) -> str:
     return text
 
 
-def _row(name: str, results: list[dict[str, Any]]) -> list[str]:
-    cells = [name, str(len(results))]
-    cells += [_spread([r["accuracy"][column] for r in results]) for column in _COLUMNS]
-    cells.append(f"{mean(r['flops'] for r in results) / 1e6:.0f}")
-    cells.append(f"{mean(r.get('mean_experts', 1.0) for r in results):.2f}")
-    cells.append(f"{mean(r['train_seconds'] for r in results) / 60:.1f}")
+def _rows(name: str, results: list[dict[str, Any]]) -> list[list[str]]:
+    """One row for all experts, then one for each way of exiting early."""
+    minutes = f"{mean(r['train_seconds'] for r in results) / 60:.1f}"
+    rows = [_cells(name, results, minutes)]
     for kind in sorted(results[0].get("routed", {})):
-        routed = [r["routed"][kind] for r in results]
-        cells[0] += f"<br>{kind}"
-        for i, column in enumerate(_COLUMNS):
-            cells[2 + i] += "<br>" + _spread([r["accuracy"][column] for r in routed])
-        cells[6] += f"<br>{mean(r['flops'] for r in routed) / 1e6:.0f}"
-        cells[7] += f"<br>{mean(r['mean_experts'] for r in routed):.2f}"
-    return cells
+        rows.append(_cells(f"{name}, {kind}", [r["routed"][kind] for r in results], ""))
+    return rows
+
+
+def _cells(name: str, results: list[dict[str, Any]], minutes: str) -> list[str]:
+    accuracy = [_spread([r["accuracy"][column] for r in results]) for column in _COLUMNS]
+    flops = f"{mean(r['flops'] for r in results) / 1e6:.0f}"
+    experts = f"{mean(r.get('mean_experts', 1.0) for r in results):.2f}"
+    return [name, str(len(results)), *accuracy, flops, experts, minutes]
 
 
 def _spread(values: list[float | None]) -> str:

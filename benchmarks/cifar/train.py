@@ -17,6 +17,7 @@ from benchmarks.cifar.data import Split, augment, batches, normalise
 from benchmarks.cifar.evaluate import device_name, evaluate
 from benchmarks.cifar.methods import METHODS, Method
 from benchmarks.cifar.resnet import ResNet32
+from benchmarks.cifar.routing import route
 from ride_plugin import (
     CosineClassifier,
     DistillationLoss,
@@ -101,7 +102,11 @@ class Run:
             "train_seconds": round(seconds, 1),
             "class_counts": self.class_counts.tolist(),
             **evaluate(self.model, self.test_split, self.class_counts),
+            "mean_experts": float(max(1, self.method.num_experts)),
         }
+        if isinstance(self.model, RIDEWrapper) and self.method.num_experts > 1:
+            data = self.train_split, self.test_split, self.class_counts
+            result.update(route(self.model, *data, self.seed, self.recipe.degrees))
         torch.save(self.model.state_dict(), self.folder / f"{self.name}-seed{self.seed}-model.pth")
         self.result_file.write_text(json.dumps(result, indent=1))
         self.checkpoint_file.unlink(missing_ok=True)
