@@ -65,13 +65,14 @@ class HandmadeModel(nn.Module):
 
     @contextmanager
     def evaluating(self):
-        modes = [(m, m.training) for m in self.modules()]
-        self.eval()
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
         try:
             yield self
         finally:
-            for module, mode in modes:
-                module.training = mode
+            for module in training:
+                module.training = True
 
     def example_input(self, batch_size=1):
         return (self._example.expand(batch_size, *self._example.shape[1:]),), {}
