@@ -32,18 +32,23 @@ class ExitCurve:
     """Accuracy against cost for one kind of gate, from all experts to one; all tensors ``[P]``.
 
     Attributes:
-        thresholds: rising; the first is 0 (all experts), the last 1 (one expert).
+        threshold_logits: rising, from -inf (threshold 0, all experts) to +inf (1, one expert).
         mean_experts: mean number of experts for each row.
         flops: mean FLOPs for each row.
         relative_flops: the same, divided by those of running every expert without a router.
         accuracy: top-1 accuracy, from 0 to 1.
     """
 
-    thresholds: Tensor
+    threshold_logits: Tensor
     mean_experts: Tensor
     flops: Tensor
     relative_flops: Tensor
     accuracy: Tensor
+
+    @property
+    def thresholds(self) -> Tensor:
+        """The thresholds as probabilities, float64: many may lie very close to one."""
+        return self.threshold_logits.double().sigmoid()
 
     def best_within(self, max_experts: float) -> int:
         """Index of the most accurate point with at most so many experts; of equals, the cheapest.
@@ -75,6 +80,11 @@ class CalibrationResult:
         """The chosen threshold, common to all gates."""
         return float(self.curve.thresholds[self.index])
 
+    @property
+    def threshold_logit(self) -> float:
+        """Its logit, which is what `RoutingInference` compares gates with."""
+        return float(self.curve.threshold_logits[self.index])
+
     def __str__(self) -> str:
         budget = float(self.curve.mean_experts[self.index])
         chosen = {"router": (self.curve, self.index)} | {
@@ -83,11 +93,12 @@ class CalibrationResult:
         chosen |= {"all experts": (self.curve, 0)}
         lines = [
             f"{self.num_samples} samples, at most {budget:.3f} experts each",
-            f"{'gate':16} {'threshold':>10} {'experts':>8} {'x all':>6} {'accuracy':>9}",
+            f"{'gate':16} {'logit >':>10} {'experts':>8} {'x all':>6} {'accuracy':>9}",
         ]
         for name, (curve, index) in chosen.items():
             lines.append(
-                f"{name:16} {curve.thresholds[index]:>10.3g} {curve.mean_experts[index]:>8.3f} "
+                f"{name:16} {curve.threshold_logits[index]:>10.3f} "
+                f"{curve.mean_experts[index]:>8.3f} "
                 f"{curve.relative_flops[index]:>6.2f} {curve.accuracy[index]:>9.4f}"
             )
         return "\n".join(lines)
@@ -181,27 +192,27 @@ def _measure(
 
 def _sweep(gates: Tensor, right: Tensor, report: CostReport) -> ExitCurve:
     flops = torch.tensor(report.flops_by_experts, dtype=torch.float64)
-    thresholds = _candidates(gates)
+    limits = _candidates(gates)
     mean_experts, mean_flops, accuracy = [], [], []
-    for limit in thresholds.logit():
+    for limit in limits:
         used = 1 + goes_on(gates, limit).long().cumprod(dim=1).sum(dim=1)
         mean_experts.append(used.double().mean())
         mean_flops.append(flops[used - 1].mean())
         accuracy.append(right.gather(1, used[:, None] - 1).double().mean())
     cost = torch.stack(mean_flops)
     relative = cost / max(report.flops, 1)
-    return ExitCurve(thresholds, torch.stack(mean_experts), cost, relative, torch.stack(accuracy))
+    return ExitCurve(limits, torch.stack(mean_experts), cost, relative, torch.stack(accuracy))
 
 
 def _candidates(gates: Tensor) -> Tensor:
-    """0, 1, and values half way between observed gate logits, so that no sample sits on one."""
+    """-inf, +inf, and values half way between observed gates, so that no sample sits on one."""
     values = gates[gates.isfinite()].double().unique()
     between = (values[1:] + values[:-1]) / 2
     if len(between) > _POINTS:
         between = between[torch.linspace(0, len(between) - 1, _POINTS).round().long()]
     # float32, like the buffer that will hold the choice: the curve is then what inference gives.
-    ends = torch.tensor([0.0, 1.0])
-    candidates: Tensor = torch.cat((ends, between.sigmoid().float())).unique()
+    ends = torch.tensor([-torch.inf, torch.inf])
+    candidates: Tensor = torch.cat((ends, between.float())).unique()
     return candidates
 
 

@@ -37,7 +37,8 @@ class RoutingInference(nn.Module):
     A call always runs without gradients and evaluates the model in evaluation mode, whatever its
     mode; modes and BatchNorm statistics are left as they were. The output carries no expert
     logits, so a loss refuses it. The thresholds are a buffer: saved in the state dict, moved by
-    ``.to()``, changed in place by `set_threshold` and `calibrate`.
+    ``.to()``, changed in place by `set_threshold` and `calibrate`. It holds their logits, since
+    trained gates reach logits of 30, where float32 probabilities are all 1.
 
     Args:
         model: a ``RIDEWrapper`` with at least two experts.
@@ -60,7 +61,7 @@ class RoutingInference(nn.Module):
         ((4, 10), (4,))
     """
 
-    threshold: Tensor
+    threshold_logits: Tensor
 
     def __init__(
         self, model: nn.Module, router: nn.Module, threshold: float | Sequence[float] = 0.5
@@ -71,8 +72,13 @@ class RoutingInference(nn.Module):
         self.router = router
         parameter = next(model.parameters(), torch.empty(0))
         gates = cast("RoutableModel", model).num_experts - 1
-        self.register_buffer("threshold", torch.full((gates,), 0.5, device=parameter.device))
+        self.register_buffer("threshold_logits", torch.zeros(gates, device=parameter.device))
         self.set_threshold(threshold)
+
+    @property
+    def threshold(self) -> Tensor:
+        """The thresholds as probabilities ``[E-1]``; change them with `set_threshold`."""
+        return self.threshold_logits.sigmoid()
 
     def set_threshold(self, threshold: float | Sequence[float] | Tensor) -> None:
         """Change the thresholds in place, which makes no compiled graph stale.
@@ -83,18 +89,19 @@ class RoutingInference(nn.Module):
         Raises:
             ArgumentError: a value is not from 0 to 1, or their number is not 1 or E-1.
         """
-        values = torch.as_tensor(threshold, dtype=self.threshold.dtype).detach()
-        if values.dim() > 1 or values.numel() not in (1, self.threshold.numel()):
+        # In float64 on the CPU: its logit keeps apart probabilities that are close to one.
+        values = torch.as_tensor(threshold).detach().to("cpu", torch.float64)
+        if values.dim() > 1 or values.numel() not in (1, self.threshold_logits.numel()):
             raise ArgumentError(
                 "Expected argument `threshold` to be one number or one for each of the "
-                f"{self.threshold.numel()} gates, but got shape {list(values.shape)}."
+                f"{self.threshold_logits.numel()} gates, but got shape {list(values.shape)}."
             )
         if not ((values >= 0) & (values <= 1)).all():
             raise ArgumentError(
                 "Expected argument `threshold` to be a probability from 0 (all experts always) to "
                 f"1 (one expert always), but got {threshold}."
             )
-        self.threshold.copy_(values)
+        self.threshold_logits.copy_(values.logit())
 
     @torch.no_grad()
     def forward(
@@ -120,7 +127,7 @@ class RoutingInference(nn.Module):
             total, features = model.run_expert(0, state)
             logits = mean = total
             used = torch.ones(len(total), dtype=torch.int64, device=total.device)
-            limits = self.threshold.logit()
+            limits = self.threshold_logits
             rows: Tensor | None = None  # which rows are still carried; None means all of them
             for index in range(1, model.num_experts):
                 gate = router.gate(index - 1, mean, features)
@@ -166,7 +173,7 @@ class RoutingInference(nn.Module):
             logits = mean = total
             active = torch.ones_like(total[:, 0], dtype=torch.bool)
             used = active.to(torch.int64)
-            limits = self.threshold.logit()
+            limits = self.threshold_logits
             for index in range(1, model.num_experts):
                 gate = router.gate(index - 1, mean, features)
                 active = active & goes_on(gate, limits[index - 1])
@@ -216,12 +223,12 @@ class RoutingInference(nn.Module):
             cast("RoutableModel", self.model),
             cast("Router", self.router),
             loader,
-            device=self.threshold.device,
+            device=self.threshold_logits.device,
             max_experts=max_experts,
             max_flops=max_flops,
             max_accuracy_drop=max_accuracy_drop,
         )
-        self.set_threshold(result.threshold)
+        self.threshold_logits.fill_(result.threshold_logit)
         return result
 
     def extra_repr(self) -> str:

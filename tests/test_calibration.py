@@ -1,5 +1,6 @@
 """Calibration against what inference then does, and the routing report."""
 
+import copy
 import warnings
 
 import pytest
@@ -81,6 +82,24 @@ def test_mean_number_of_experts_is_kept_to_and_the_threshold_is_set(data):
     assert 1 < mean_experts <= 1.8
     within = result.curve.mean_experts <= 1.8
     assert accuracy == pytest.approx(result.curve.accuracy[within].max().item())
+
+
+def test_saturated_gates_are_calibrated_as_finely_as_others(data):
+    model, router, x, y = data
+    steep = copy.deepcopy(router)
+    with torch.no_grad():  # the same order of samples, with logits around 25
+        steep.output.bias.add_(25)
+    results = []
+    for one in (router, steep):
+        serve = RoutingInference(model, one)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LongTailedCalibrationWarning)
+            results.append(serve.calibrate(batches(x, y), max_experts=1.8))
+        got = serve(x, return_routing=True).num_experts_used.double().mean().item()
+        assert got == pytest.approx(results[-1].curve.mean_experts[results[-1].index].item())
+    plain, saturated = (result.curve.mean_experts for result in results)
+    assert len(saturated) > 0.9 * len(plain)
+    assert saturated.diff().abs().max() < 0.2
 
 
 def test_flops_are_kept_to(data):

@@ -55,8 +55,7 @@ def selected_by_hand(serve, x):
         while count < serve.model.num_experts:
             mean = logits[row : row + 1, :count].mean(1)
             gate = serve.router.gate(count - 1, mean, features[row : row + 1, count - 1])
-            threshold = serve.threshold[count - 1].item()
-            if threshold != 0 and (threshold == 1 or not gate.sigmoid().item() > threshold):
+            if not gate.sigmoid().item() > serve.threshold[count - 1].item():
                 break
             count += 1
         outputs.append(logits[row, :count].mean(0))
@@ -213,12 +212,12 @@ def test_the_model_output_is_not_written_to():
 
 def test_thresholds_change_in_place_and_are_saved():
     serve, _ = serving()
-    address = serve.threshold.data_ptr()
+    address = serve.threshold_logits.data_ptr()
     serve.set_threshold((0.25, 0.75))
-    assert serve.threshold.data_ptr() == address
+    assert serve.threshold_logits.data_ptr() == address
     other, _ = serving()
     other.load_state_dict(serve.state_dict())
-    assert other.threshold.tolist() == [0.25, 0.75]
+    assert other.threshold.tolist() == pytest.approx([0.25, 0.75])
     assert "0.25" in repr(serve)
 
 
@@ -251,6 +250,14 @@ def test_a_model_in_training_mode_is_not_compiled():
     with pytest.raises(Exception, match=r"Call `.eval\(\)` first"):
         compiled(x)
     torch._dynamo.reset()
+
+
+def test_thresholds_keep_apart_gates_whose_float32_probabilities_are_one():
+    model, x = small_model().eval(), torch.randn(2, 3, 8, 8)
+    for limit, count in ((29.0, 3), (31.0, 1)):
+        serve = RoutingInference(model, FixedGate(30.0))
+        serve.set_threshold(torch.tensor(limit, dtype=torch.float64).sigmoid())
+        assert serve(x, return_routing=True).num_experts_used.tolist() == [count] * 2
 
 
 def test_dense_exports_with_a_free_batch_size():
