@@ -1,7 +1,7 @@
 """RIDE for any PyTorch codebase: see https://arxiv.org/abs/2010.01809 and the README."""
 
 from ride_plugin import functional
-from ride_plugin._calibration import CalibrationResult, LongTailedCalibrationWarning
+from ride_plugin._calibration import CalibrationResult, ExitCurve, LongTailedCalibrationWarning
 from ride_plugin._confidence import ConfidenceRouter
 from ride_plugin._cost import CostReport, cost_report, count_flops
 from ride_plugin._distillation import DistillationLoss
@@ -36,6 +36,7 @@ __all__ = [
     "CostReport",
     "DistillationLoss",
     "DiversityLoss",
+    "ExitCurve",
     "ExpertOutput",
     "ExpertRouter",
     "LongTailedCalibrationWarning",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -161,27 +160,21 @@ class RoutingInference(nn.Module):
         ``torch.export`` the model must be in evaluation mode already.
         """
         model, router = cast("RoutableModel", self.model), cast("Router", self.router)
-        tracing = torch.compiler.is_compiling()
-        if tracing and self.model.training:
+        if torch.compiler.is_compiling() and self.model.training:
             raise ArgumentError(
                 "Expected the model to be in evaluation mode when the dense path is compiled or "
                 "exported, but it is in training mode. Call `.eval()` first."
             )
-        with nullcontext() if tracing else model.evaluating():
-            state = model.run_trunk(*args, **kwargs)
-            total, features = model.run_expert(0, state)
-            logits = mean = total
-            active = torch.ones_like(total[:, 0], dtype=torch.bool)
-            used = active.to(torch.int64)
-            limits = self.threshold_logits
-            for index in range(1, model.num_experts):
-                gate = router.gate(index - 1, mean, features)
-                active = active & goes_on(gate, limits[index - 1])
-                more, features = model.run_expert(index, state)
-                total = total + more
-                mean = total / (index + 1)
-                logits = torch.where(active[:, None], mean, logits)
-                used = used + active
+        experts, features = model.router_inputs(*args, **kwargs)
+        logits = total = experts[:, 0]
+        active = torch.ones_like(total[:, 0], dtype=torch.bool)
+        used = active.to(torch.int64)
+        for index in range(1, model.num_experts):
+            gate = router.gate(index - 1, total / index, features[:, index - 1])
+            active = active & goes_on(gate, self.threshold_logits[index - 1])
+            total = total + experts[:, index]
+            logits = torch.where(active[:, None], total / (index + 1), logits)
+            used = used + active
         return RoutingOutput(logits, used) if return_routing else logits
 
     def calibrate(

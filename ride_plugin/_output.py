@@ -34,8 +34,20 @@ class ExpertOutput(NamedTuple):
     expert_logits: Tensor
 
 
-Output: TypeAlias = Tensor | ExpertOutput
-"""Whatever a loss accepts: a carrying ``[B, C]``, an :class:`ExpertOutput`, or ``[B, E, C]``."""
+class RouterInputs(NamedTuple):
+    """What the router reads of a batch; plain tensors, so they can be computed once and stored.
+
+    Attributes:
+        expert_logits: ``[B, E, C]``, the logits of each expert.
+        expert_features: ``[B, E, D]``, what each expert's classifier received, pooled.
+    """
+
+    expert_logits: Tensor
+    expert_features: Tensor
+
+
+Output: TypeAlias = Tensor | ExpertOutput | RouterInputs
+"""Whatever holds expert logits: a carrying ``[B, C]``, a tuple from a model, or ``[B, E, C]``."""
 
 
 def attach_expert_logits(logits: Tensor, experts: Tensor) -> Tensor:
@@ -49,7 +61,8 @@ def expert_logits(output: Output) -> Tensor:
 
     Args:
         output: what the wrapped model returned: the plain ``[B, C]`` tensor that carries its
-            expert logits, an :class:`ExpertOutput`, or a raw floating ``[B, E, C]`` tensor.
+            expert logits, an :class:`ExpertOutput`, :class:`RouterInputs`, or a raw floating
+            ``[B, E, C]`` tensor.
 
     Returns:
         ``[B, E, C]``, same dtype and device, with its gradient history.
@@ -75,6 +88,8 @@ def expert_logits(output: Output) -> Tensor:
                 "model's output itself to the loss, or set `model.return_experts = True`, which "
                 "returns ExpertOutput(logits, expert_logits)."
             )
+    elif isinstance(output, RouterInputs):
+        experts = output.expert_logits
     elif isinstance(output, tuple) and len(output) == 2:
         # A plain tuple too: wrappers such as DDP or accelerate rebuild containers by their type.
         experts = output[1]
@@ -94,15 +109,3 @@ def expert_logits(output: Output) -> Tensor:
 def mean_logits(experts: Tensor) -> Tensor:
     """Ensemble prediction: mean over experts, ``[B, E, C]`` -> ``[B, C]`` (paper, section 3)."""
     return torch.mean(experts, dim=1)
-
-
-class RouterInputs(NamedTuple):
-    """What the router reads of a batch; plain tensors, so they can be computed once and stored.
-
-    Attributes:
-        expert_logits: ``[B, E, C]``, the logits of each expert.
-        expert_features: ``[B, E, D]``, what each expert's classifier received, pooled.
-    """
-
-    expert_logits: Tensor
-    expert_features: Tensor

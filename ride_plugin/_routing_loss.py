@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ride_plugin._divergence import float32_or_better
 from ride_plugin._errors import ArgumentError
-from ride_plugin._output import Output, RouterInputs, expert_logits
+from ride_plugin._output import Output, expert_logits
 from ride_plugin._target import check_target
 
 
@@ -111,7 +111,7 @@ class RoutingLoss(nn.Module):
         self.pos_weight = pos_weight
         self.neg_weight = neg_weight
 
-    def forward(self, gate_logits: Tensor, output: Output | RouterInputs, target: Tensor) -> Tensor:
+    def forward(self, gate_logits: Tensor, output: Output, target: Tensor) -> Tensor:
         """Return the loss, a scalar.
 
         Args:
@@ -124,8 +124,7 @@ class RoutingLoss(nn.Module):
             MissingExpertLogitsError: ``output`` is a bare ``[B, C]`` tensor.
             ArgumentError: a shape does not fit, or (on the CPU only) an index is out of range.
         """
-        # Told apart first: like ExpertOutput it is a pair, but with the experts' logits in front.
-        logits = output.expert_logits if isinstance(output, RouterInputs) else expert_logits(output)
+        logits = expert_logits(output)
         targets = routing_targets(logits, target)
         return routing_loss(gate_logits, targets, self.pos_weight, self.neg_weight)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
@@ -122,7 +122,8 @@ class RIDEWrapper(nn.Module):
         if classifier is not None:
             for expert in self.experts:
                 replace_classifier(expert, self._classifier, classifier, self.num_classes)
-            self._watch_classifiers()
+            for expert in self.experts:
+                self._watch_classifier(expert)
         if num_experts > 1:
             self._initialise(init)
         self.feature_dim = self._measure_feature_dim()
@@ -172,7 +173,7 @@ class RIDEWrapper(nn.Module):
             Its logits ``[B, C]``, and what its classifier received, pooled to ``[B, D]``.
         """
         expert = self.experts[index]
-        self._watch_classifiers()
+        self._watch_classifier(expert)
         write_attributes(expert, self._attributes, state.attributes)
         self._running.features = None
         try:
@@ -190,22 +191,31 @@ class RIDEWrapper(nn.Module):
         Returns:
             :class:`RouterInputs`: expert logits ``[B, E, C]`` and features ``[B, E, D]``.
         """
-        self._watch_classifiers()
-        with self.evaluating(), torch.no_grad():
+        for expert in self.experts:
+            self._watch_classifier(expert)
+        # A graph cannot restore modes; compile and export what is in evaluation mode already.
+        mode = nullcontext() if torch.compiler.is_compiling() else self.evaluating()
+        with mode, torch.no_grad():
             logits, features = zip(*self._all_experts(args, kwargs), strict=True)
             return RouterInputs(torch.stack(logits, dim=1), torch.stack(features, dim=1))
 
     @contextmanager
     def evaluating(self) -> Iterator[Self]:
         """Evaluation mode for the duration of a block; every submodule's mode is restored."""
-        modes = [(module, module.training) for module in self.modules() if module.training]
-        if modes:
+        training: list[nn.Module] = []
+        rest: list[nn.Module] = [self]
+        while rest:  # `modules()` spends most of its time on names
+            module = rest.pop()
+            rest.extend(child for child in module._modules.values() if child is not None)
+            if module.training:
+                training.append(module)
+        if training:
             self.eval()
         try:
             yield self
         finally:
-            for module, mode in modes:
-                module.training = mode
+            for module in training:
+                module.training = True
 
     def example_input(self, batch_size: int = 1) -> Inputs:
         """Inputs ``(args, kwargs)`` that the backbone accepts, for cost reports and export."""
@@ -242,9 +252,10 @@ class RIDEWrapper(nn.Module):
             checkpointed(partial(logits_of, k), self.experts[k]) for k in range(len(self.experts))
         ]
 
-    def _watch_classifiers(self) -> None:
+    def _watch_classifier(self, expert: nn.Module) -> None:
         # A classifier that somebody replaced has lost the hook that keeps its input.
-        for head in self.classifiers:
+        if self._classifier is not None:
+            head = expert.get_submodule(self._classifier)
             if not any(isinstance(h, FeatureHook) for h in head._forward_pre_hooks.values()):
                 head.register_forward_pre_hook(FeatureHook(self._running))
 

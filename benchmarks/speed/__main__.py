@@ -1,0 +1,35 @@
+"""Print the tables of docs/performance.md: ratios of ours to others, interleaved in one process.
+
+python -m benchmarks.speed [--threads 1] [--only training loss routing memory scaling]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import torch
+
+from benchmarks.speed import cases
+
+
+def main() -> None:
+    """Run the chosen cases and print each as a Markdown table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=list(cases.CASES), default=list(cases.CASES))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads")
+    for name in options.only:
+        title, header, rows = cases.CASES[name]()
+        print(f"\n### {title}\n\n| {' | '.join(header)} |\n|{' --- |' * len(header)}", flush=True)
+        for row in rows:
+            print(f"| {' | '.join(str(cell) for cell in row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
