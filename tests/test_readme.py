@@ -1,0 +1,54 @@
+"""The README and docs hold together: links lead somewhere, every page is listed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *PAGES]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_relative_links_lead_to_files(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text())
+    missing = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_anchors_lead_to_headings(path: Path) -> None:
+    for name, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)]*)\)", path.read_text()):
+        target = path.parent / name if name else path
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+        slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert anchor in slugs, f"{name}#{anchor}"
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    unlisted = [page.name for page in PAGES if f"({page.name})" not in index]
+    assert unlisted == ["index.md"]
+
+
+def test_each_readme_command_is_one_line_that_pins_versions() -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        (line,) = block.splitlines()
+        assert line.startswith("pip install -c constraints.txt ")
+
+
+def test_torch_is_pinned_to_the_version_the_readme_states() -> None:
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    (torch,) = [pin for pin in pins if pin.startswith("torch==")]
+    assert f"torch {torch.removeprefix('torch==')}" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_uses_the_packages_public_names_only() -> None:
+    import ride_plugin
+
+    text = (ROOT / "README.md").read_text()
+    for imported in re.findall(r"from ride_plugin import (.*)", text):
+        assert {name.strip() for name in imported.split(",")} <= set(ride_plugin.__all__)
