@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Comparison(NamedTuple):
@@ -45,24 +44,17 @@ def compare(experts: Tensor, reference: Tensor, temperature: Tensor | float) -> 
         reference: logits ``[B, 1, C]``.
         temperature: broadcasts against the logits.
     """
-    sharpness = 1 / temperature
-    scaled, scaled_reference = experts * sharpness, reference * sharpness
+    scaled, scaled_reference = experts / temperature, reference / temperature
     p, q = scaled.softmax(dim=-1), scaled_reference.softmax(dim=-1)
     # log-sum-exp read off the largest class: two reductions instead of a pass of exponentials. Its
     # rounding error enters the divergences squared only, because p and q both sum to one.
     top_logit = scaled.amax(-1, keepdim=True) - scaled_reference.amax(-1, keepdim=True)
     top_ratio = p.amax(-1, keepdim=True) / q.amax(-1, keepdim=True)
-    half_normaliser = (top_logit - top_ratio.log()) / 2
-    h = (experts - reference).mul_(sharpness / 2).sub_(half_normaliser)
+    normaliser = top_logit - top_ratio.log()
+    # From the difference of the logits, not from `scaled`, whose rounding would drown it.
+    h = torch.sub(experts, reference, out=scaled).div_(2 * temperature).sub_(normaliser, alpha=0.5)
     # A class masked with -inf on both sides gives NaN here and has no probability on either side.
     return Comparison(p, q, h.nan_to_num_(nan=0.0))
-
-
-def sum_over_both(p: Tensor, q: Tensor, terms: Tensor) -> Tensor:
-    """Return the sum of ``(p + q) * terms`` over experts and classes, ``[B]``; overwrites terms."""
-    # q is summed against all experts at once: a pass over [B, C] and no copy of [B, E, C].
-    of_q = (terms.sum(dim=1, keepdim=True) * q).sum(dim=(1, 2))
-    return terms.mul_(p).sum(dim=(1, 2)).add_(of_q)
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -81,8 +73,12 @@ class _KnownGradient(torch.autograd.Function):
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            # once_differentiable would let it pass, as a constant, where grad_value is one.
+            raise NotImplementedError(
+                "The divergences have no second derivative: call backward without create_graph."
+            )
         (gradient,) = ctx.saved_tensors
         return gradient * grad_value[:, None, None], None, None
 

@@ -120,7 +120,7 @@ class DiversityLoss(nn.Module):
             divergence = functional.pairwise_kl(
                 logits, temperature, detach_others=self.detach_others
             )
-        return -self.weight * divergence.mean()
+        return divergence.sum() * (-self.weight / batch)
 
     def step(self) -> None:
         """End the epoch: the class temperatures act from ``start_epoch`` on."""

@@ -147,5 +147,5 @@ def _check(eta: float, gamma: float, start_epoch: int, form: str) -> None:
         )
     if form not in get_args(Form):
         raise ArgumentError(
-            f"Expected argument `form` to be one of {get_args(Form)}, got {form!r}."
+            f"Expected argument `form` to be one of {get_args(Form)}, but got {form!r}."
         )

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ride_plugin._divergence import compare, float32_or_better, sum_over_both, with_gradient
+from ride_plugin._divergence import compare, float32_or_better, with_gradient
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import mean_logits
 from ride_plugin._routing_loss import routing_loss, routing_targets
@@ -149,11 +149,11 @@ def pairwise_kl(
     factor = num_experts / max(num_experts - 1, 1)
     with torch.no_grad():
         p, q, h = compare(logits, logits.mean(dim=1, keepdim=True), temperature)
-        value = sum_over_both(p, q, h.tanh().mul_(h)).mul_(2 * factor)
-        gradient = h.sub_((p * h).sum(-1, keepdim=True)).mul_(p).mul_(2)
+        value = h.tanh().mul_(h).mul_(p + q).sum(dim=(1, 2)).mul_(2 * factor)
+        gradient = h.sub_((p * h).sum(-1, keepdim=True)).mul_(p)
         if not detach_others:
-            gradient += p - p.mean(dim=1, keepdim=True)
-        gradient.mul_(factor / temperature)
+            gradient.add_(p - p.mean(dim=1, keepdim=True), alpha=0.5)
+        gradient.div_(temperature / (2 * factor))
     return with_gradient(logits, value, gradient)
 
 
@@ -187,8 +187,9 @@ def kl_from_reference(
         p, q, h = compare(logits, reference_logits[:, None].to(logits.dtype), temperature)
         # Beyond h = 40 the bracket is one; unclamped, the h of a masked class would cancel it.
         tanh = h.clamp_(max=40.0).tanh()
-        value = sum_over_both(p, q, (tanh - h).add_(tanh.mul_(h)))
-        gradient = p.sub_(q).mul_(1 / temperature)
+        bracket = (tanh - h).add_(tanh.mul_(h))
+        value = bracket.mul_(torch.add(p, q, out=h)).sum(dim=(1, 2))
+        gradient = p.sub_(q).div_(temperature)
     return with_gradient(logits, value, gradient)
 
 

@@ -1,0 +1,153 @@
+"""Every expert is trained by itself, with whatever criterion."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
+from ride_plugin._experts_loss import experts_loss
+from ride_plugin._output import ExpertOutput, attach_expert_logits
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 3, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 0, 0, 1])
+
+
+WEIGHT = torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0])
+CRITERIA = [
+    F.cross_entropy,
+    nn.CrossEntropyLoss(),
+    nn.CrossEntropyLoss(weight=WEIGHT),
+    nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=0),
+    nn.CrossEntropyLoss(label_smoothing=0.1, weight=WEIGHT),
+    nn.CrossEntropyLoss(reduction="sum"),
+    nn.MultiMarginLoss(),
+    lambda logits, target: F.cross_entropy(logits, target, weight=WEIGHT) ** 2,
+]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_joins_the_losses_of_each_expert(criterion, reduction: str) -> None:
+    logits, target = batch()
+    ours = experts_loss(criterion, logits, target, reduction=reduction)
+    one_by_one = torch.stack([criterion(logits[:, i], target) for i in range(3)])
+    expected = one_by_one.sum() if reduction == "sum" else one_by_one.mean()
+    torch.testing.assert_close(ours, expected)
+    ours_grad, expected_grad = (torch.autograd.grad(x, logits)[0] for x in (ours, expected))
+    torch.testing.assert_close(ours_grad, expected_grad)
+
+
+def test_probabilities_as_target() -> None:
+    logits, target = batch()
+    smooth = 0.9 * F.one_hot(target, 5).float() + 0.1 / 5
+    expected = sum(F.cross_entropy(logits[:, i], smooth) for i in range(3))
+    torch.testing.assert_close(experts_loss(nn.CrossEntropyLoss(), logits, smooth), expected)
+
+
+def test_it_is_not_the_loss_of_the_mean() -> None:
+    logits, target = batch()
+    of_mean = F.cross_entropy(logits.mean(1), target)
+    assert experts_loss(F.cross_entropy, logits, target, reduction="mean") > of_mean + 0.01
+
+
+def test_one_expert_is_the_plain_criterion() -> None:
+    logits, target = batch()
+    loss = experts_loss(F.cross_entropy, logits[:, :1], target)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:, 0], target), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("container", [list, tuple, nn.ModuleList])
+def test_a_criterion_for_each_expert(container) -> None:
+    logits, target = batch()
+    criteria = [nn.CrossEntropyLoss(label_smoothing=s) for s in (0.0, 0.2, 0.4)]
+    expected = sum(one(logits[:, i], target) for i, one in enumerate(criteria))
+    torch.testing.assert_close(experts_loss(container(criteria), logits, target), expected)
+
+
+def test_every_form_of_output_gives_the_same_loss() -> None:
+    logits, target = batch()
+    mean = logits.mean(1)
+    raw = experts_loss(F.cross_entropy, logits, target)
+    for output in (attach_expert_logits(mean, logits), ExpertOutput(mean, logits)):
+        assert experts_loss(F.cross_entropy, output, target).equal(raw)
+    with pytest.raises(MissingExpertLogitsError):
+        experts_loss(F.cross_entropy, logits.mean(1), target)
+
+
+def test_half_precision_reaches_the_criterion_as_float32() -> None:
+    logits, target = batch()
+    seen = []
+
+    def criterion(expert: Tensor, target: Tensor) -> Tensor:
+        seen.append(expert.dtype)
+        return F.cross_entropy(expert, target)
+
+    experts_loss(criterion, logits.bfloat16(), target).backward()
+    assert seen == [torch.float32] * 3
+    assert logits.grad.abs().sum() > 0
+
+
+def test_custom_subclasses_of_cross_entropy_see_one_expert_at_a_time() -> None:
+    shapes = []
+
+    class Custom(nn.CrossEntropyLoss):
+        def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+            shapes.append(tuple(logits.shape))
+            return super().forward(logits, target)
+
+    experts_loss(Custom(), *batch())
+    assert shapes == [(8, 5)] * 3
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.MultiMarginLoss()])
+def test_compiles_whole(criterion) -> None:
+    logits, target = batch()
+    compiled = torch.compile(
+        lambda z, y: experts_loss(criterion, z, y), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(logits, target), experts_loss(criterion, logits, target))
+
+
+@pytest.mark.parametrize("label", [5, -1])
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.MultiMarginLoss()])
+def test_index_out_of_range_is_named(label: int, criterion) -> None:
+    logits, target = batch()
+    target[3] = label
+    with pytest.raises(ArgumentError, match="`target` to hold class indices from 0 to 4, but got"):
+        experts_loss(criterion, logits, target)
+
+
+def test_errors_of_the_criterion_itself_pass_through() -> None:
+    def broken(logits: Tensor, target: Tensor) -> Tensor:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        experts_loss(broken, *batch())
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (nn.CrossEntropyLoss(reduction="none"), r'shape \[8\].*reduction="none" must be averaged'),
+        (lambda logits, target: 1.0, "return a scalar tensor, but got 1.0"),
+        ([nn.CrossEntropyLoss()] * 2, "one entry for each of 3 experts, but got 2"),
+        ([nn.CrossEntropyLoss(), None, nn.CrossEntropyLoss()], "callable.*got NoneType"),
+        (None, "callable.*got NoneType"),
+    ],
+)
+def test_criteria_that_do_not_fit_are_named(criterion, message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"Expected argument `criterion`.*{message}"):
+        experts_loss(criterion, *batch())
+
+
+def test_unknown_reduction_is_named() -> None:
+    with pytest.raises(ArgumentError, match=r"`reduction`.*but got 'none'"):
+        experts_loss(F.cross_entropy, *batch(), reduction="none")
+
+
+def test_target_of_another_batch_is_named() -> None:
+    logits, target = batch()
+    with pytest.raises(ArgumentError, match=r"`target`.*shape \[8\].*of shape \[7\]"):
+        experts_loss(F.cross_entropy, logits, target[:-1])

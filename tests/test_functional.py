@@ -1,0 +1,230 @@
+"""The equations against naive recomputation, at their limits, and at the edge of the numbers."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import profile
+
+from ride_plugin import functional
+from ride_plugin._errors import ArgumentError
+from tests import oracles
+from tests.reference import losses  # noqa: F401
+
+BATCH, CLASSES = 6, 7
+
+
+def make_logits(num_experts: int, spread: float = 3.0, classes: int = CLASSES) -> Tensor:
+    generator = torch.Generator().manual_seed(num_experts)
+    shape = (BATCH, num_experts, classes)
+    logits = spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return logits.requires_grad_()
+
+
+def temperatures() -> Tensor:
+    return torch.linspace(0.5, 1.2, BATCH, dtype=torch.float64)
+
+
+def assert_same(ours: Tensor, oracle: Tensor, logits: Tensor) -> None:
+    weights = torch.linspace(-1, 2, BATCH, dtype=torch.float64)
+    torch.testing.assert_close(ours, oracle, rtol=1e-10, atol=1e-12)
+    (ours_grad,) = torch.autograd.grad(ours @ weights, logits)
+    (oracle_grad,) = torch.autograd.grad(oracle @ weights, logits)
+    torch.testing.assert_close(ours_grad, oracle_grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("num_experts", [2, 3, 5])
+@pytest.mark.parametrize("detach_others", [True, False])
+def test_pairwise_kl_equals_loop_over_pairs(num_experts: int, detach_others: bool) -> None:
+    logits, temperature = make_logits(num_experts), temperatures()
+    ours = functional.pairwise_kl(logits, temperature, detach_others=detach_others)
+    assert_same(ours, oracles.pairwise_kl(logits, temperature, detach_others), logits)
+
+
+@pytest.mark.parametrize("num_experts", [2, 3, 5])
+def test_kl_from_mean_equals_loop_over_experts(num_experts: int) -> None:
+    logits = make_logits(num_experts)
+    temperature = torch.linspace(0.6, 1.0, CLASSES, dtype=torch.float64)
+    ours = functional.kl_from_mean(logits, temperature)
+    assert_same(ours, oracles.kl_from_mean(logits, temperature), logits)
+
+
+def test_distillation_kl_equals_loop_over_experts() -> None:
+    logits, teacher = make_logits(3), make_logits(1)[:, 0]
+    ours = functional.distillation_kl(logits, teacher, 1.5)
+    oracle = sum(1.5**2 * oracles.kl(teacher.detach() / 1.5, logits[:, i] / 1.5) for i in range(3))
+    assert_same(ours, oracle, logits)
+    assert not torch.autograd.grad(ours.sum(), teacher, allow_unused=True)[0]
+
+
+def test_gradient_check_of_what_is_a_true_gradient() -> None:
+    logits, temperature = make_logits(3, classes=4), temperatures()
+    torch.autograd.gradcheck(
+        lambda z: functional.pairwise_kl(z, temperature, detach_others=False), logits
+    )
+    reference = make_logits(1, classes=4)[:, 0].detach()
+    torch.autograd.gradcheck(lambda z: functional.kl_from_reference(z, reference, 0.8), logits)
+
+
+def test_gradient_with_others_constant_is_that_of_each_expert_alone() -> None:
+    logits = make_logits(3)
+    (ours,) = torch.autograd.grad(functional.pairwise_kl(logits).sum(), logits)
+    log_p = logits.detach().log_softmax(-1)
+    for i in range(3):
+        others = log_p[:, [j for j in range(3) if j != i]].mean(1)
+        d, p = log_p[:, i] - others, log_p[:, i].exp()
+        torch.testing.assert_close(ours[:, i], p * (d - (p * d).sum(-1, keepdim=True)))
+
+
+def test_second_derivative_is_refused_instead_of_wrong() -> None:
+    logits = make_logits(2)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(functional.pairwise_kl(logits).sum(), logits, create_graph=True)
+
+
+@pytest.mark.parametrize("divergence", [functional.pairwise_kl, functional.kl_from_mean])
+def test_single_expert_and_equal_experts_give_zero_and_no_gradient(divergence) -> None:
+    for logits in (make_logits(1), make_logits(1).detach().repeat(1, 4, 1).requires_grad_()):
+        value = divergence(logits)
+        value.sum().backward()
+        assert value.abs().max() <= 1e-30
+        assert logits.grad.abs().max() <= 1e-15
+    single = make_logits(1).float().detach().requires_grad_()
+    assert divergence(single).equal(torch.zeros(BATCH))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.77])
+@pytest.mark.parametrize("classes", [10, 100, 1000])
+def test_close_experts_keep_their_digits_in_float32(classes: int, temperature: float) -> None:
+    base = torch.randn(64, 1, classes)
+    logits = base + 1e-3 * torch.randn(64, 3, classes)
+    assert_digits = {"rtol": 1e-5, "atol": 0.0, "check_dtype": False}
+    pairwise = functional.pairwise_kl(logits, temperature)
+    exact = functional.pairwise_kl(logits.double(), temperature)
+    torch.testing.assert_close(pairwise, exact, **assert_digits)
+    mean = functional.kl_from_mean(logits, temperature).mean()
+    exact = functional.kl_from_mean(logits.double(), temperature).mean()
+    torch.testing.assert_close(mean, exact, **assert_digits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.01, 1.0])
+@pytest.mark.parametrize("detach_others", [True, False])
+def test_extreme_logits_and_temperatures_stay_finite(dtype, temperature, detach_others) -> None:
+    logits = torch.tensor([[[1e4, -1e4, 0], [-1e4, 1e4, 0], [0, 0, 1e4]]], dtype=dtype)
+    logits.requires_grad_()
+    value = functional.pairwise_kl(logits, temperature, detach_others=detach_others)
+    value = value + functional.kl_from_mean(logits, temperature)
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert logits.grad.isfinite().all()
+
+
+def test_extreme_values_are_right_and_not_only_finite() -> None:
+    logits = torch.tensor([[[1e4, 0.0], [0.0, 1e4]]])
+    torch.testing.assert_close(functional.pairwise_kl(logits), torch.tensor([2e4]))
+    expected = torch.tensor([2 * (5e3 - math.log(2))])
+    torch.testing.assert_close(functional.kl_from_mean(logits), expected)
+
+
+@pytest.mark.parametrize("divergence", [functional.pairwise_kl, functional.kl_from_mean])
+def test_class_masked_in_all_experts_is_as_if_it_were_not_there(divergence) -> None:
+    without = make_logits(3)
+    mask = torch.full((BATCH, 3, 1), -torch.inf, dtype=torch.float64)
+    masked = torch.cat([without.detach(), mask], dim=-1).requires_grad_()
+    divergence(masked).sum().backward()
+    divergence(without).sum().backward()
+    torch.testing.assert_close(divergence(masked), divergence(without))
+    torch.testing.assert_close(masked.grad[..., :-1], without.grad)
+    assert masked.grad[..., -1].eq(0).all()
+
+
+@pytest.mark.parametrize("divergence", [functional.pairwise_kl, functional.kl_from_mean])
+def test_nan_logits_are_not_hidden(divergence) -> None:
+    logits = make_logits(3).detach()
+    logits[2, 1, 0] = math.nan
+    assert divergence(logits).isnan().tolist() == [False, False, True, False, False, False]
+
+
+def test_teacher_that_masks_a_class_the_student_knows() -> None:
+    student = torch.tensor([[[1.0, 2.0, 3.0]]], requires_grad=True)
+    teacher = torch.tensor([[0.5, 0.0, -torch.inf]])
+    value = functional.kl_from_reference(student, teacher)
+    q = teacher.softmax(-1)[0, :2]
+    log_p = student.detach().log_softmax(-1)[0, 0, :2]
+    torch.testing.assert_close(value.detach(), (q * (q.log() - log_p)).sum()[None])
+    value.backward()
+    torch.testing.assert_close(
+        student.grad[0], student.detach()[0].softmax(-1) - teacher.softmax(-1)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    logits = make_logits(3).detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = functional.pairwise_kl(logits, 0.9)
+    assert value.dtype == torch.float32
+    assert value.equal(functional.pairwise_kl(logits.float(), 0.9))
+    value.sum().backward()
+    assert logits.grad.dtype == dtype
+
+
+def test_psi_has_mean_one_and_follows_the_counts() -> None:
+    counts = torch.tensor([100.0, 10.0, 1.0], dtype=torch.float64)
+    psi = functional.class_balance(counts, gamma=0.05)
+    expected = [0.05 * n / 37 + 0.95 for n in (100, 10, 1)]
+    torch.testing.assert_close(psi, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(psi.mean(), torch.tensor(1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("form", ["paper", "official"])
+def test_most_frequent_class_has_the_base_temperature(form) -> None:
+    counts = torch.tensor([5.0, 100.0, 10.0])
+    temperature = functional.class_temperatures(counts, eta=1.3, gamma=0.1, form=form)
+    assert temperature.argmax() == 1
+    torch.testing.assert_close(temperature.max(), torch.tensor(1.3))
+
+
+@pytest.mark.parametrize("form", ["paper", "official"])
+def test_uniform_counts_give_one_temperature(form) -> None:
+    temperature = functional.class_temperatures(torch.full((4,), 7.0), gamma=0.05, form=form)
+    torch.testing.assert_close(temperature, torch.ones(4))
+
+
+def test_official_temperatures_equal_the_reference(losses) -> None:  # noqa: F811
+    ours = functional.class_temperatures(losses["class_counts"].double(), form="official")
+    torch.testing.assert_close(ours.float(), losses["diversity_temperature_after_drw"])
+
+
+def test_one_hot_targets_look_up_what_indices_look_up() -> None:
+    temperature, target = torch.linspace(0.7, 1.0, 5), torch.tensor([4, 0, 2])
+    hard = functional.sample_temperatures(temperature, target)
+    assert hard.equal(temperature[target])
+    one_hot = torch.nn.functional.one_hot(target, 5).float()
+    assert functional.sample_temperatures(temperature, one_hot).equal(hard)
+    mixed = 0.3 * one_hot + 0.7 * one_hot.flip(0)
+    expected = 0.3 * hard + 0.7 * hard.flip(0)
+    torch.testing.assert_close(functional.sample_temperatures(temperature, mixed), expected)
+
+
+def test_teacher_of_other_shape_is_named() -> None:
+    with pytest.raises(ArgumentError, match=r"`teacher_logits` to be of shape \[6, 7\].*\[6, 8\]"):
+        functional.distillation_kl(make_logits(3), torch.zeros(6, 8))
+
+
+@pytest.mark.parametrize("divergence", [functional.pairwise_kl, functional.kl_from_mean])
+def test_peak_memory_is_at_most_six_copies_of_the_logits(divergence) -> None:
+    logits = torch.randn(64, 4, 500, requires_grad=True)
+    with profile(profile_memory=True) as profiler:
+        divergence(
+            logits, torch.rand(64 if divergence is functional.pairwise_kl else 500) + 0.5
+        ).mean().backward()
+    allocated = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    copies = 1 + peak / (logits.numel() * logits.element_size())  # one is the logits themselves
+    assert 2 < copies <= 6.1

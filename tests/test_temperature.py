@@ -1,0 +1,153 @@
+"""The schedule behaves like an LR scheduler and refuses what would give wrong temperatures."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin._temperature import TemperatureSchedule
+
+COUNTS = [500, 100, 20, 5]
+
+
+def paper(gamma: float = 0.05, eta: float = 1.0) -> torch.Tensor:
+    mean = sum(COUNTS) / len(COUNTS)
+    psi = [gamma * n / mean + 1 - gamma for n in COUNTS]
+    return torch.tensor([eta * value + eta * (1 - max(psi)) for value in psi])
+
+
+def test_class_temperatures_act_from_the_start_epoch_on() -> None:
+    schedule = TemperatureSchedule(COUNTS, eta=1.1, start_epoch=2)
+    for epoch in range(5):
+        assert schedule.last_epoch == epoch
+        expected = torch.full((4,), 1.1) if epoch < 2 else paper(eta=1.1)
+        torch.testing.assert_close(schedule.temperature, expected)
+        schedule.step()
+
+
+def test_starts_with_class_temperatures_by_default() -> None:
+    torch.testing.assert_close(TemperatureSchedule(COUNTS).temperature, paper())
+
+
+@pytest.mark.parametrize(
+    "counts", [COUNTS, tuple(COUNTS), np.array(COUNTS), torch.tensor(COUNTS), np.float32(COUNTS)]
+)
+def test_takes_counts_in_any_usual_form(counts) -> None:
+    torch.testing.assert_close(TemperatureSchedule(counts).temperature, paper())
+
+
+def test_uniform_counts_and_zero_gamma_give_one_temperature() -> None:
+    for schedule in (TemperatureSchedule([7, 7, 7]), TemperatureSchedule(COUNTS, gamma=0.0)):
+        assert schedule.temperature.equal(torch.ones(schedule.num_classes))
+
+
+def test_resumes_from_its_state_dict_as_if_never_stopped() -> None:
+    schedule = TemperatureSchedule(COUNTS, start_epoch=2)
+    for _ in range(3):
+        schedule.step()
+    file = io.BytesIO()
+    torch.save(schedule.state_dict(), file)
+    file.seek(0)
+    resumed = TemperatureSchedule(COUNTS, start_epoch=2)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.last_epoch == 3
+    assert resumed.temperature.equal(schedule.temperature)
+
+
+def test_state_survives_inside_another_module() -> None:
+    owner = nn.ModuleDict({"schedule": TemperatureSchedule(COUNTS, start_epoch=1)})
+    owner["schedule"].step()
+    fresh = nn.ModuleDict({"schedule": TemperatureSchedule(COUNTS, start_epoch=1)})
+    fresh.load_state_dict(owner.state_dict())
+    torch.testing.assert_close(fresh["schedule"].temperature, paper())
+
+
+def test_going_back_to_an_earlier_epoch_takes_temperatures_back() -> None:
+    schedule = TemperatureSchedule(COUNTS, start_epoch=1)
+    early = copy.deepcopy(schedule.state_dict())
+    schedule.step()
+    schedule.load_state_dict(early)
+    assert schedule.temperature.equal(torch.ones(4))
+
+
+def test_step_keeps_the_buffer_in_place() -> None:
+    schedule = TemperatureSchedule(COUNTS, start_epoch=1)
+    buffer = schedule.temperature
+    schedule.step()
+    assert schedule.temperature is buffer
+    torch.testing.assert_close(buffer, paper())
+
+
+def test_temperatures_lose_nothing_when_cast_back_and_forth() -> None:
+    schedule = TemperatureSchedule(COUNTS).to(torch.bfloat16)
+    assert schedule.temperature.dtype == torch.float32
+    assert schedule.temperature.equal(TemperatureSchedule(COUNTS).temperature)
+    exact = TemperatureSchedule(COUNTS).double().temperature
+    assert exact.dtype == torch.float64
+    assert schedule.to(torch.float64).temperature.equal(exact)
+    assert exact[-1] != exact[-1].float()
+
+
+def test_copy_steps_by_itself() -> None:
+    schedule = TemperatureSchedule(COUNTS, start_epoch=1)
+    other = copy.deepcopy(schedule)
+    other.step()
+    assert schedule.last_epoch == 0
+    assert schedule.temperature.equal(torch.ones(4))
+
+
+def test_repr_names_every_argument() -> None:
+    assert repr(TemperatureSchedule(COUNTS)) == (
+        "TemperatureSchedule(num_classes=4, eta=1.0, gamma=0.05, start_epoch=0, form='paper', "
+        "last_epoch=0)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([10, 0, 5], r"positive and finite, but got 0 for class 1 \(1 such classes\)"),
+        ([10, -3, -5], r"got -3 for class 1 \(2 such classes\)"),
+        ([10, float("nan")], "got nan for class 1"),
+        ([10, float("inf")], "got inf for class 1"),
+        ([[1, 2]], r"one-dimensional.*got shape \[1, 2\]"),
+        ([], r"got shape \[0\]"),
+        (7, r"got shape \[\]"),
+        ("abc", "to be numbers, one for each class, but got str"),
+        ([[1, 2], [3]], "to be numbers, one for each class, but got list"),
+    ],
+)
+def test_impossible_counts_are_named(counts, message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"`class_counts`.*{message}"):
+        TemperatureSchedule(counts)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("eta", 0.0),
+        ("eta", -1.0),
+        ("eta", float("nan")),
+        ("gamma", -0.1),
+        ("gamma", 1.5),
+        ("gamma", float("nan")),
+        ("start_epoch", -1),
+        ("start_epoch", 0.5),
+        ("form", "paperr"),
+    ],
+)
+def test_arguments_out_of_range_are_named(argument: str, value) -> None:
+    with pytest.raises(ArgumentError, match=f"Expected argument `{argument}`.*but got '?{value}"):
+        TemperatureSchedule(COUNTS, **{argument: value})
+
+
+def test_gamma_that_makes_a_temperature_negative_is_told_its_limit() -> None:
+    with pytest.raises(ArgumentError, match=r"must be below 0\.316") as error:
+        TemperatureSchedule(COUNTS, gamma=0.5)
+    assert "gamma=0.5" in str(error.value)
+    TemperatureSchedule(COUNTS, gamma=0.315)
+    TemperatureSchedule(COUNTS, gamma=0.5, form="official")
