@@ -1,0 +1,147 @@
+"""What the quickstart prints and draws: one table and one picture over all seeds."""
+
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+import matplotlib
+import torch
+from _data import FEW, MANY
+from torch import Tensor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+GROUPS = ("overall", "many", "medium", "few")
+NUM_EXPERTS = 3
+
+
+@dataclass
+class Result:
+    """One method on one seed; shares are None where nothing is routed."""
+
+    accuracy: dict[str, float]  # percent, by group
+    flops: float  # for each image
+    shares: dict[str, list[float]] | None  # of images that used 1, 2, 3 experts, by group
+
+
+def evaluate(
+    logits: Tensor, target: Tensor, class_counts: list[int], flops: float, used: Tensor | None
+) -> Result:
+    """Accuracy, and who used how many experts, overall and by the frequency of the class."""
+    count = torch.tensor(class_counts)[target]
+    rows = {
+        "overall": count > 0,
+        "many": count > MANY,
+        "medium": (count <= MANY) & (count >= FEW),
+        "few": count < FEW,
+    }
+    right = (logits.argmax(dim=1) == target).double()
+    accuracy = {group: 100 * right[rows[group]].mean().item() for group in GROUPS}
+    if used is None:
+        return Result(accuracy, flops, None)
+    one_hot = torch.nn.functional.one_hot(used - 1, NUM_EXPERTS).double()
+    return Result(accuracy, flops, {g: one_hot[rows[g]].mean(dim=0).tolist() for g in GROUPS})
+
+
+def table(results: dict[str, list[Result]]) -> str:
+    """Every method in a row; a Markdown table, so that it can be pasted as printed."""
+    plain_flops = mean(r.flops for r in next(iter(results.values())))
+    plain = [r.accuracy["overall"] for r in next(iter(results.values()))]
+    header = ["", *GROUPS, "gain", "kFLOPs", "x plain", "used 1 / 2 / 3 experts"]
+    lines = [header]
+    for name, runs in results.items():
+        flops = mean(r.flops for r in runs)
+        used = "-"
+        if runs[0].shares is not None:
+            shares = [mean(r.shares["overall"][i] for r in runs) for i in range(NUM_EXPERTS)]
+            used = " / ".join(f"{100 * share:.0f} %" for share in shares)
+        accuracies = [_spread([r.accuracy[group] for r in runs]) for group in GROUPS]
+        # Seed by seed: which images were drawn moves every method, and cancels here.
+        gains = [r.accuracy["overall"] - p for r, p in zip(runs, plain, strict=True)]
+        gain = _spread(gains) if name != next(iter(results)) else "-"
+        lines.append(
+            [name, *accuracies, gain, f"{flops / 1e3:.0f}", f"{flops / plain_flops:.2f}", used]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    shown = [" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(f"| {line} |" for line in shown)
+
+
+def plot(results: dict[str, list[Result]], path: str) -> None:
+    """Three panels: what accuracy costs, where it is gained, and who gets more experts."""
+    colours = dict(zip(results, plt.get_cmap("tab10").colors, strict=False))
+    figure, (cost, shots, routing) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+
+    plain_flops = mean(r.flops for r in next(iter(results.values())))
+    taken: list[float] = []
+    for name, runs in results.items():
+        flops = mean(r.flops for r in runs) / plain_flops
+        while any(abs(flops - other) < 0.02 for other in taken):
+            flops += 0.02  # side by side, where two methods cost the same
+        taken.append(flops)
+        values = [r.accuracy["overall"] for r in runs]
+        cost.errorbar(
+            flops, mean(values), _deviation(values), fmt="o", capsize=4, color=colours[name]
+        )
+    cost.set(
+        title="Accuracy against computation",
+        xlabel="FLOPs per image (plain backbone = 1)",
+        ylabel="test accuracy (%)",
+        xlim=(0, max(taken) + 0.2),
+    )
+    cost.grid(alpha=0.3)
+
+    step = 0.8 / len(results)
+    for i, (name, runs) in enumerate(results.items()):
+        values = [[r.accuracy[group] for r in runs] for group in GROUPS]
+        shots.bar(
+            [x + (i - (len(results) - 1) / 2) * step for x in range(len(GROUPS))],
+            [mean(v) for v in values],
+            width=step,
+            yerr=[_deviation(v) for v in values],
+            error_kw={"elinewidth": 1},
+            color=colours[name],
+            label=name,
+        )
+    low = min(min(r.accuracy.values()) for runs in results.values() for r in runs)
+    shots.set(
+        title="Accuracy by number of training images",
+        xticks=range(len(GROUPS)),
+        xticklabels=[
+            "overall",
+            f"many\n(> {MANY})",
+            f"medium\n({FEW} to {MANY})",
+            f"few\n(< {FEW})",
+        ],
+        ylim=(max(0, low - 5), 101),
+        ylabel="test accuracy (%)",
+    )
+
+    name, runs = next((n, r) for n, r in results.items() if r[0].shares is not None)
+    left = [0.0] * len(GROUPS)
+    for i in range(NUM_EXPERTS):
+        shares = [100 * mean(r.shares[group][i] for r in runs) for group in GROUPS]
+        label = f"{i + 1} expert{'s' if i else ''}"
+        blue = plt.get_cmap("Blues")(0.3 + 0.3 * i)
+        bars = routing.barh(GROUPS, shares, left=left, color=blue, label=label)
+        shown = [f"{share:.0f} %" if share >= 6 else "" for share in shares]
+        routing.bar_label(bars, shown, label_type="center", color="white" if i == 2 else "black")
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    routing.invert_yaxis()
+    routing.set(title=f"{name}: who used how many experts", xlabel="share of test images (%)")
+    routing.set_xlim(0, 100)
+    routing.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
+    figure.legend(*shots.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    seeds = len(next(iter(results.values())))
+    figure.suptitle(f"Long-tailed handwritten digits, mean and deviation over {seeds} seeds")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.1f} +- {_deviation(values):.1f}"
+
+
+def _deviation(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,44 @@
+"""The quickstart runs from start to end on one seed and one epoch."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+METHODS = (
+    "plain backbone",
+    "RIDE, no diversity term",
+    "RIDE, all experts",
+    "RIDE, routed",
+    "RIDE, routed by confidence",
+)
+
+
+def test_quickstart_prints_one_table_and_draws_one_plot(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "quickstart.py", "--seeds", "1", "--epochs", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "seed 1 of 1: 100%" in result.stderr
+
+    rows = [line.strip("| ").split("|") for line in result.stdout.splitlines() if line[:1] == "|"]
+    cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows[2:]}
+    assert tuple(cells) == METHODS
+    for name, (*accuracies, _, _, relative, used) in cells.items():
+        for accuracy in accuracies:
+            value, deviation = map(float, accuracy.split(" +- "))
+            assert 0 <= value <= 100
+            assert deviation == 0  # a single seed has none
+        shares = [int(share) for share in re.findall(r"(\d+) %", used)]
+        assert len(shares) == (3 if "routed" in name else 0)
+        assert not shares or 98 <= sum(shares) <= 102  # each is rounded
+        assert float(relative) > 0
+    assert cells["plain backbone"][-2] == "1.00"
+    assert float(cells["RIDE, routed"][-2]) < float(cells["RIDE, all experts"][-2])
+    assert (tmp_path / "quickstart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
