@@ -1,0 +1,220 @@
+"""The whole report of a multi-expert model in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import permutations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin.longtail._arguments import Numbers, as_class_counts, as_cpu_tensor, as_labels
+from ride_plugin.longtail._calibration import expected_calibration_error
+from ride_plugin.longtail._shots import ShotReport, shot_report
+from ride_plugin.longtail._splits import (
+    SPLITS,
+    BySplit,
+    by_split,
+    masks_by_split,
+    mean_by_split,
+    shot_groups,
+    shown,
+)
+
+_CHUNK = 1024  # samples at a time, so that float64 copies of large outputs stay small
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a paper reports of a multi-expert model. Print it for a table.
+
+    Every :class:`BySplit` is a mean over samples, overall and by shot.
+
+    Attributes:
+        report: accuracy overall, by shot and by class, of the prediction described below.
+        calibration_error: expected calibration error of that prediction.
+        expert_accuracy: accuracy of each expert alone, a tuple of E.
+        disagreement: share of pairs of experts whose predicted classes differ; None for E = 1.
+        kl: KL(p_i || p_j), mean over ordered pairs of experts, in nats; None for E = 1.
+        num_experts_used: mean number of experts used; E where the model was not routed.
+        costs: what was handed in, such as FLOPs and parameters.
+    """
+
+    report: ShotReport
+    calibration_error: BySplit
+    expert_accuracy: tuple[BySplit, ...]
+    disagreement: BySplit | None
+    kl: BySplit | None
+    num_experts_used: BySplit
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        top1 = BySplit(self.report.overall, self.report.many, self.report.medium, self.report.few)
+        rows = [("top-1", top1), ("calibration error", self.calibration_error)]
+        rows += [(f"expert {i} top-1", value) for i, value in enumerate(self.expert_accuracy)]
+        if self.disagreement is not None and self.kl is not None:
+            rows += [("expert disagreement", self.disagreement), ("expert KL (nats)", self.kl)]
+        rows.append(("experts used", self.num_experts_used))
+        lines = [f"{'':<20}" + "".join(f"{name:>9}" for name in ("overall", *SPLITS))]
+        lines += [f"{name:<20}" + "".join(f"{shown(v):>9}" for v in row) for name, row in rows]
+        lines += [f"{name:<20}{value:>9.4g}" for name, value in self.costs.items()]
+        return "\n".join(lines)
+
+
+def analyze(
+    expert_logits: Tensor,
+    target: Numbers,
+    class_counts: Numbers,
+    *,
+    num_experts_used: Numbers | None = None,
+    many: float = 100,
+    few: float = 20,
+    num_bins: int = 15,
+    costs: Mapping[str, float] | None = None,
+) -> Analysis:
+    r"""Report accuracy, calibration, experts' agreement and routing, overall and by shot.
+
+    The prediction is the mean of the experts' logits: of all E, or, with ``num_experts_used``, of
+    each sample's first k, which is what routed inference returns.
+
+    Args:
+        expert_logits: ``[N, E, C]``.
+        target: ``[N]`` true classes.
+        class_counts: **training** images per class, ``[C]``, positive.
+        num_experts_used: ``[N]`` integers 1 .. E, from routed inference.
+        many: see :func:`shot_report`.
+        few: see :func:`shot_report`.
+        num_bins: of the calibration error; see :func:`expected_calibration_error`.
+        costs: further numbers for the report, such as ``{"MFLOPs": 104.0}``; kept and printed.
+
+    Returns:
+        An :class:`Analysis`.
+
+    Raises:
+        ArgumentError: shapes do not fit, a label is out of range, or the logits hold NaN.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 0.0], [3.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]])
+        >>> print(analyze(logits, [0, 1], [150, 30], costs={"MFLOPs": 104}))
+                              overall     many   medium      few
+        top-1                   0.500    1.000    0.000   absent
+        calibration error       0.288    0.076    0.500   absent
+        expert 0 top-1          1.000    1.000    1.000   absent
+        expert 1 top-1          0.500    1.000    0.000   absent
+        expert disagreement     0.500    0.000    1.000   absent
+        expert KL (nats)        0.249    0.036    0.462   absent
+        experts used            2.000    2.000    2.000   absent
+        MFLOPs                    104
+    """
+    counts = as_class_counts(class_counts)
+    labels = as_labels(target, "target", len(counts))
+    logits = as_cpu_tensor(expert_logits, "expert_logits")
+    _check_expert_logits(logits, len(labels), len(counts))
+    num_experts = logits.shape[1]
+    if num_experts_used is None:
+        used = torch.full((len(labels),), num_experts)
+    else:
+        used = _check_used(num_experts_used, len(labels), num_experts)
+
+    routed = _in_chunks(logits, used, running_mean)
+    probabilities = routed.softmax(1)
+    confidence, predicted = (x.numpy() for x in probabilities.max(1))
+    correct = predicted == labels.numpy()
+    groups = shot_groups(counts, many, few)[labels.numpy()]
+    errors = [
+        expected_calibration_error(confidence[mask], correct[mask], num_bins)
+        if mask.any()
+        else None
+        for mask in masks_by_split(groups)
+    ]
+    choices = logits.argmax(2)
+    accuracy = (choices == labels[:, None]).numpy()
+    pairs = num_experts > 1
+    return Analysis(
+        report=shot_report(routed, labels, counts, many=many, few=few),
+        calibration_error=by_split(errors),
+        expert_accuracy=tuple(mean_by_split(accuracy[:, i], groups) for i in range(num_experts)),
+        disagreement=mean_by_split(pairwise_disagreement(choices), groups) if pairs else None,
+        kl=mean_by_split(_in_chunks(logits, used, lambda x, _: pairwise_kl(x)).numpy(), groups)
+        if pairs
+        else None,
+        num_experts_used=mean_by_split(used.numpy(), groups),
+        costs=dict(costs or {}),
+    )
+
+
+def running_mean(expert_logits: Tensor, num_experts_used: Tensor) -> Tensor:
+    """Mean of each sample's first k experts, ``[N, E, C]`` and ``[N]`` -> ``[N, C]``."""
+    experts = torch.arange(expert_logits.shape[1])
+    share = (experts < num_experts_used[:, None]) / num_experts_used[:, None].double()
+    # An unused expert's masked logit must not meet its share of zero: 0 * inf is NaN.
+    return expert_logits.double().masked_fill(share[..., None] == 0, 0).mul(share[..., None]).sum(1)
+
+
+def pairwise_disagreement(choices: Tensor) -> NDArray[np.float64]:
+    """Share of pairs of experts that predict different classes, ``[N, E]`` -> ``[N]``."""
+    num_experts = choices.shape[1]
+    differ = (choices[:, :, None] != choices[:, None, :]).sum((1, 2))
+    share: NDArray[np.float64] = (differ.double() / (num_experts * (num_experts - 1))).numpy()
+    return share
+
+
+def pairwise_kl(expert_logits: Tensor) -> Tensor:
+    r"""Mean of KL(p_i || p_j) over ordered pairs of experts, ``[N, E, C]`` -> ``[N]``, float64.
+
+    .. math:: \frac{1}{E (E - 1)} \sum_i \sum_{j \ne i} \sum_c p_{ic} (\log p_{ic} - \log p_{jc})
+
+    Infinite where an expert excludes (logit -inf) a class that another does not.
+    """
+    log_p = expert_logits.double().log_softmax(2)
+    pairs = list(permutations(range(expert_logits.shape[1]), 2))
+    total = torch.zeros(len(log_p), dtype=torch.float64)
+    for i, j in pairs:
+        p = log_p[:, i].exp()
+        # What has no probability adds nothing, also where both logits are masked.
+        gap = (log_p[:, i] - log_p[:, j]).masked_fill(p == 0, 0.0)
+        total += (p * gap).sum(1)
+    return total / len(pairs)
+
+
+def _in_chunks(
+    logits: Tensor, used: Tensor, function: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    parts = zip(logits.split(_CHUNK), used.split(_CHUNK), strict=True)
+    return torch.cat([function(*part) for part in parts])
+
+
+def _check_expert_logits(logits: Tensor, num_samples: int, num_classes: int) -> None:
+    shape = list(logits.shape)
+    fits = logits.dim() == 3 and shape[1] > 0 and [shape[0], shape[2]] == [num_samples, num_classes]
+    if not fits or not logits.is_floating_point():
+        raise ArgumentError(
+            f"Expected argument `expert_logits` to be floating point [{num_samples}, E, "
+            f"{num_classes}], as `target` and `class_counts` have it, but got shape {shape} and "
+            f"dtype {logits.dtype}. Collect expert_logits(model(x)) over the test set."
+        )
+    # The largest logit is NaN if one is, +inf if one is, and -inf only if all classes are masked.
+    broken = ~logits.amax(2).isfinite().all(1)
+    if bool(broken.any()):
+        raise ArgumentError(
+            "Expected argument `expert_logits` to hold no NaN, no +inf and no row that is -inf "
+            f"throughout, but got such in {int(broken.sum())} of {num_samples} samples. Look for a "
+            "diverged training."
+        )
+
+
+def _check_used(num_experts_used: Numbers, num_samples: int, num_experts: int) -> Tensor:
+    used = as_cpu_tensor(num_experts_used, "num_experts_used")
+    whole = not (used.is_floating_point() or used.is_complex())
+    if not whole or list(used.shape) != [num_samples] or used.min() < 1 or used.max() > num_experts:
+        span = f" from {used.min()} to {used.max()}" if whole and used.numel() else ""
+        raise ArgumentError(
+            f"Expected argument `num_experts_used` to be integers 1 .. {num_experts} of shape "
+            f"[{num_samples}], but got shape {list(used.shape)} and dtype {used.dtype}{span}. Pass "
+            "what RoutingOutput.num_experts_used holds."
+        )
+    return used.long()

@@ -1,0 +1,54 @@
+"""Expected calibration error."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin.longtail._arguments import Numbers, as_cpu_tensor
+
+
+def expected_calibration_error(confidence: Numbers, correct: Numbers, num_bins: int = 15) -> float:
+    r"""Gap between confidence and accuracy, averaged over bins of equal width.
+
+    .. math:: \text{ECE} = \sum_b \frac{|B_b|}{N}
+        \left| \text{acc}(B_b) - \text{conf}(B_b) \right|
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3: bin b
+    of K holds confidences in ``((b - 1) / K, b / K]``.
+
+    Args:
+        confidence: ``[N]``, probability of the predicted class, in ``[0, 1]``.
+        correct: ``[N]``, whether the prediction is right.
+        num_bins: K (the common choice: 15).
+
+    Returns:
+        A number in ``[0, 1]``.
+
+    Raises:
+        ArgumentError: shapes do not fit, there is no sample, or a confidence is no probability.
+
+    Example:
+        >>> expected_calibration_error([0.9, 0.9], [True, False])
+        0.4
+    """
+    confident = as_cpu_tensor(confidence, "confidence").double().numpy()
+    right = as_cpu_tensor(correct, "correct").double().numpy()
+    if confident.ndim != 1 or confident.shape != right.shape or not len(confident):
+        raise ArgumentError(
+            "Expected arguments `confidence` and `correct` to be [N] each with N > 0, but got "
+            f"shapes {list(confident.shape)} and {list(right.shape)}. Pass one entry per sample."
+        )
+    # A softmax may exceed 1 by rounding.
+    if not bool(np.all((confident >= 0) & (confident <= 1 + 1e-6))):
+        raise ArgumentError(
+            "Expected argument `confidence` to hold probabilities in [0, 1], but got values from "
+            f"{confident.min():g} to {confident.max():g}. Pass the largest softmax probability."
+        )
+    if num_bins < 1:
+        raise ArgumentError(
+            f"Expected argument `num_bins` to be >= 1, but got {num_bins}. The common choice is 15."
+        )
+    bins = np.clip(np.ceil(confident * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+    gaps = np.bincount(bins, weights=right - confident, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(confident))

@@ -1,0 +1,144 @@
+"""The classifiers of a model, and what classifier re-training (cRT) does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ride_plugin._errors import ArgumentError
+
+Classifiers: TypeAlias = nn.Module | Sequence[nn.Module]
+"""A wrapped model, a plain model (with its classifier's name), a layer, or a list of layers."""
+
+
+def find_classifiers(model: Classifiers, classifier: str | None = None) -> list[nn.Module]:
+    """Return the classifier layers of a model, one per expert.
+
+    Args:
+        model: a wrapped model (anything with ``classifiers``), a linear layer, a list of layers,
+            or any model together with ``classifier``.
+        classifier: dotted name of the classifier in a plain model, such as ``"fc"``.
+
+    Returns:
+        The layers themselves, not copies.
+
+    Raises:
+        ArgumentError: the model has no layer of that name, or is plain and no name was given.
+
+    Example:
+        >>> find_classifiers(nn.Sequential(nn.ReLU(), nn.Linear(4, 3)), "1")
+        [Linear(in_features=4, out_features=3, bias=True)]
+    """
+    if classifier is not None:
+        if not isinstance(model, nn.Module) or classifier not in dict(model.named_modules()):
+            last = list(dict(model.named_modules()))[-5:] if isinstance(model, nn.Module) else []
+            raise ArgumentError(
+                f"Expected argument `classifier` to name a layer of {type(model).__name__}, but "
+                f"got {classifier!r}. Its last layers are {last}."
+            )
+        return [model.get_submodule(classifier)]
+    if isinstance(model, nn.Linear):
+        return [model]
+    found = getattr(model, "classifiers", model)
+    layers = list(found) if isinstance(found, (list, tuple, nn.ModuleList)) else []
+    if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
+        raise ArgumentError(
+            "Expected argument `model` to be a wrapped model, a linear layer or a list of "
+            f"classifier layers, but got {type(model).__name__}. For a plain model, name its "
+            'classifier: classifier="fc".'
+        )
+    return layers
+
+
+def linear_classifiers(model: Classifiers, classifier: str | None, method: str) -> list[nn.Linear]:
+    """Return the classifiers if all are plain ``nn.Linear``, whose weights ``method`` may scale."""
+    layers = []
+    for layer in find_classifiers(model, classifier):
+        _refuse_parametrized(layer, method)
+        if not isinstance(layer, nn.Linear):
+            raise ArgumentError(
+                f"Expected argument `model` to have nn.Linear classifiers for {method}, but got "
+                f"{type(layer).__name__}. A cosine classifier has unit weights already: its norms "
+                "carry nothing to rescale."
+            )
+        layers.append(layer)
+    return layers
+
+
+def _refuse_parametrized(layer: nn.Module, method: str) -> None:
+    if parametrize.is_parametrized(layer):
+        raise ArgumentError(
+            f"Expected argument `model` to have plain classifiers for {method}, but got one whose "
+            "weight is parametrized, as by learnable weight scaling. Fold it in first with "
+            'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight").'
+        )
+
+
+def reset_classifiers(model: Classifiers, classifier: str | None = None) -> None:
+    """Draw the weights of every expert's classifier anew, as cRT asks before it retrains them.
+
+    Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition",
+    ICLR 2020, section 4 (cRT).
+
+    Args:
+        model: see :func:`find_classifiers`.
+        classifier: see :func:`find_classifiers`.
+
+    Raises:
+        ArgumentError: no classifier is found, or one has no ``reset_parameters``.
+
+    Example:
+        >>> layer = nn.Linear(4, 3)
+        >>> before = layer.weight.clone()
+        >>> reset_classifiers(layer)
+        >>> bool((layer.weight == before).any())
+        False
+    """
+    layers = find_classifiers(model, classifier)
+    for layer in layers:
+        _refuse_parametrized(layer, "reset_classifiers")
+        if not callable(getattr(layer, "reset_parameters", None)):
+            raise ArgumentError(
+                "Expected argument `model` to have classifiers with reset_parameters(), but got "
+                f"{type(layer).__name__}. Initialise it by hand."
+            )
+    for layer in layers:
+        layer.reset_parameters()  # type: ignore[operator]
+
+
+def freeze_representation(model: nn.Module, classifier: str | None = None) -> list[nn.Parameter]:
+    """Freeze everything but the classifiers, and return what is left to train.
+
+    Parameters outside the classifiers stop requiring gradients, and the model goes into eval mode,
+    so that BatchNorm statistics stay as they are. **Leave it in eval mode**: in the retraining
+    loop, do not call ``model.train()``.
+
+    Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition",
+    ICLR 2020, section 4.
+
+    Args:
+        model: a wrapped model, or a plain model together with ``classifier``.
+        classifier: see :func:`find_classifiers`.
+
+    Returns:
+        The classifiers' parameters, for the optimiser.
+
+    Raises:
+        ArgumentError: no classifier is found.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+        >>> len(freeze_representation(model, "1")), model[0].weight.requires_grad
+        (2, False)
+    """
+    layers = find_classifiers(model, classifier)
+    model.requires_grad_(False)
+    model.eval()
+    parameters: list[nn.Parameter] = []
+    for layer in layers:
+        layer.requires_grad_(True)
+        parameters.extend(layer.parameters())
+    return parameters

@@ -1,0 +1,147 @@
+"""Label-distribution-aware margin loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin.longtail._arguments import (
+    Numbers,
+    as_class_counts,
+    as_weight,
+    check_logits_target,
+    check_number,
+    full_precision,
+)
+
+# Cosines computed in bfloat16 or TF32 exceed 1 by up to about 1 %; linear heads exceed it by far.
+_COSINE_TOLERANCE = 2e-2
+
+
+def ldam_loss(
+    logits: Tensor, target: Tensor, margins: Tensor, *, scale: float, weight: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy after the target's logit was lowered by ``scale * margins[target]``.
+
+    Args:
+        logits: ``[B, C]``, already multiplied by ``scale``.
+        target: ``[B]`` int64.
+        margins: ``[C]``, in units of the cosine.
+        scale: what the cosines were multiplied by.
+        weight: ``[C]`` class weights; the mean is then weighted, as in ``F.cross_entropy``.
+
+    Returns:
+        The mean over the batch, a scalar of float32 or better.
+
+    Example:
+        >>> ldam_loss(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(2), scale=30.0)
+        tensor(0.6931)
+    """
+    logits = full_precision(logits)
+    lowered = -scale * margins.to(logits.dtype)[target]
+    shifted = logits.scatter_add(1, target[:, None], lowered[:, None])
+    return F.cross_entropy(shifted, target, None if weight is None else weight.to(logits.dtype))
+
+
+class LDAMLoss(nn.Module):
+    r"""Label-distribution-aware margin loss: rare classes must win by a larger margin.
+
+    With :math:`z = s \cos\theta` the logits of a cosine classifier and :math:`n_c` the training
+    images of class c,
+
+    .. math::
+        L = -\log \frac{e^{z_y - s m_y}}{e^{z_y - s m_y} + \sum_{c \ne y} e^{z_c}},
+        \qquad m_c = m_{\max} \frac{n_c^{-1/4}}{\max_k n_k^{-1/4}}
+
+    Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
+    NeurIPS 2019, section 3.2. Differs from the LDAM authors' code: that one multiplies cosines
+    by ``scale`` inside the loss. Here, as in the RIDE authors' code, the head does it, so **the
+    logits arrive already multiplied by** ``scale``.
+
+    A margin of ``0.5 * 30`` only makes sense for a cosine head, whose logits lie within
+    ``[-scale, scale]``. Logits beyond that range (by more than 2 %, the rounding of bfloat16)
+    raise. On the CPU every batch is checked; on an accelerator only the first, since reading
+    values stops the queue; never inside ``torch.compile``.
+
+    Attributes:
+        weight: ``[C]`` class weights, ones unless given; changed in place by DeferredReweighting.
+        margins: ``[C]``, in units of the cosine.
+
+    Example:
+        >>> criterion = LDAMLoss([500, 50, 5])
+        >>> criterion.margins
+        tensor([0.1581, 0.2812, 0.5000])
+        >>> cosines = torch.tensor([[0.9, 0.1, -0.2]])
+        >>> criterion(30 * cosines, torch.tensor([2])).item() > 30
+        True
+    """
+
+    margins: Tensor
+    weight: Tensor
+
+    def __init__(
+        self,
+        class_counts: Numbers,
+        *,
+        max_margin: float = 0.5,
+        scale: float = 30.0,
+        weight: Numbers | None = None,
+    ) -> None:
+        """Compute the margins.
+
+        Args:
+            class_counts: training images per class, ``[C]``, positive.
+            max_margin: margin of the rarest class, in units of the cosine (paper: 0.5).
+            scale: what the head multiplies cosines by (LDAM and RIDE code: 30).
+            weight: ``[C]`` class weights; ones if None.
+
+        Raises:
+            ArgumentError: a count is not positive, ``weight`` does not fit, or ``max_margin`` is
+                negative, or ``scale`` is not positive.
+        """
+        super().__init__()
+        counts = as_class_counts(class_counts)
+        self.max_margin = check_number(max_margin, "max_margin", 0)
+        self.scale = check_number(scale, "scale", 0, open_low=True)
+        rarity = counts.pow(-0.25)
+        margins = (self.max_margin * rarity / rarity.max()).float()
+        ones = torch.ones(len(counts))
+        # Not persistent: a schedule rebuilds the weights, so checkpoints need no loss in them.
+        self.register_buffer("margins", margins, persistent=False)
+        self.register_buffer(
+            "weight", ones if weight is None else as_weight(weight, len(counts)), persistent=False
+        )
+        self._checked = False
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss, a scalar of float32 or better.
+
+        Args:
+            logits: ``[B, C]``, a cosine head's output times ``scale``.
+            target: ``[B]`` int64.
+
+        Raises:
+            ArgumentError: shapes or labels do not fit, or the logits are no cosines times
+                ``scale``.
+        """
+        check_logits_target(logits, target, len(self.margins), soft=False)
+        if not torch.compiler.is_compiling() and (logits.is_cpu or not self._checked):
+            self._check_cosine(logits)
+            self._checked = True
+        return ldam_loss(logits, target, self.margins, scale=self.scale, weight=self.weight)
+
+    def _check_cosine(self, logits: Tensor) -> None:
+        largest = logits.detach().masked_fill(logits.isneginf(), 0).abs().max()
+        if bool(largest > self.scale * (1 + _COSINE_TOLERANCE)):
+            raise ArgumentError(
+                f"Expected argument `logits` to be cosines times scale, within +-{self.scale:g}, "
+                f"but got {largest.item():g}. A margin needs a normalised head: build the model "
+                f'with classifier="cosine" and scale={self.scale:g}, or pass the head\'s own scale '
+                "to LDAMLoss, or use BalancedSoftmaxLoss with a linear head."
+            )
+
+    def extra_repr(self) -> str:
+        """Return what ``print`` shows."""
+        return f"num_classes={len(self.margins)}, max_margin={self.max_margin}, scale={self.scale}"

@@ -1,0 +1,129 @@
+"""Logit-adjusted cross-entropy, of which balanced softmax is the case tau = 1."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin.longtail._arguments import (
+    Numbers,
+    as_class_counts,
+    check_logits_target,
+    full_precision,
+)
+
+
+def logit_adjusted_loss(logits: Tensor, target: Tensor, adjustment: Tensor) -> Tensor:
+    """Cross-entropy of ``logits + adjustment``, the mean over the batch.
+
+    Args:
+        logits: ``[B, C]``.
+        target: ``[B]`` int64, or probabilities ``[B, C]``.
+        adjustment: ``[C]``, added to every row while training.
+
+    Returns:
+        A scalar of float32 or better.
+
+    Example:
+        >>> import torch
+        >>> prior = torch.tensor([0.75, 0.25])
+        >>> logit_adjusted_loss(torch.zeros(1, 2), torch.tensor([1]), prior.log())
+        tensor(1.3863)
+    """
+    logits = full_precision(logits)
+    adjusted = logits + adjustment.to(logits.dtype)
+    if not target.is_floating_point():
+        return F.cross_entropy(adjusted, target)
+    # A class of probability zero must not meet a masked logit: 0 * inf is NaN.
+    log_p = F.log_softmax(adjusted, dim=1).masked_fill(target == 0, 0.0)
+    return -(target.to(log_p.dtype) * log_p).sum(1).mean()
+
+
+class LogitAdjustedLoss(nn.Module):
+    r"""Cross-entropy with the class prior added to the logits, so that the model learns without it.
+
+    .. math:: L = -\log \frac{e^{z_y + \tau \log \pi_y}}{\sum_c e^{z_c + \tau \log \pi_c}},
+        \qquad \pi_c = \frac{n_c}{\sum_k n_k}
+
+    Source: Menon et al., "Long-tail Learning via Logit Adjustment", ICLR 2021, section 5.
+    Test with the plain logits: the adjustment is for training only. Experts with
+    different tau (0, 1, 2) specialise on the head, a balanced set and the tail.
+
+    Attributes:
+        adjustment: ``[C]``, :math:`\tau \log \pi_c`.
+
+    Example:
+        >>> import torch
+        >>> criterion = LogitAdjustedLoss([75, 25], tau=1.0)
+        >>> criterion(torch.zeros(1, 2), torch.tensor([1]))
+        tensor(1.3863)
+    """
+
+    adjustment: Tensor
+
+    def __init__(self, class_counts: Numbers, tau: float = 1.0) -> None:
+        """Compute the adjustment.
+
+        Args:
+            class_counts: training images per class, ``[C]``, positive.
+            tau: strength (paper: 1); 0 gives cross-entropy, negative favours the head.
+
+        Raises:
+            ArgumentError: a count is not positive or ``tau`` is not finite.
+        """
+        super().__init__()
+        counts = as_class_counts(class_counts)
+        if not math.isfinite(tau):
+            raise ArgumentError(
+                f"Expected argument `tau` to be finite, but got {tau!r}. The paper takes 1."
+            )
+        self.tau = float(tau)
+        adjustment = self.tau * (counts / counts.sum()).log()
+        self.register_buffer("adjustment", adjustment.float(), persistent=False)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss, a scalar of float32 or better.
+
+        Args:
+            logits: ``[B, C]``.
+            target: ``[B]`` int64, or probabilities ``[B, C]``.
+
+        Raises:
+            ArgumentError: shapes or labels do not fit.
+        """
+        check_logits_target(logits, target, len(self.adjustment))
+        return logit_adjusted_loss(logits, target, self.adjustment)
+
+    def extra_repr(self) -> str:
+        """Return what ``print`` shows."""
+        return f"num_classes={len(self.adjustment)}, tau={self.tau}"
+
+
+class BalancedSoftmaxLoss(LogitAdjustedLoss):
+    r"""Balanced softmax: the softmax whose classes are weighted by their training counts.
+
+    .. math:: L = -\log \frac{n_y e^{z_y}}{\sum_c n_c e^{z_c}}
+
+    Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020,
+    theorem 1. It is logit adjustment with tau = 1: dividing every count by their sum changes
+    nothing in the fraction.
+
+    Example:
+        >>> import torch
+        >>> BalancedSoftmaxLoss([75, 25])(torch.zeros(1, 2), torch.tensor([1]))
+        tensor(1.3863)
+    """
+
+    def __init__(self, class_counts: Numbers) -> None:
+        """Store the prior.
+
+        Args:
+            class_counts: training images per class, ``[C]``, positive.
+
+        Raises:
+            ArgumentError: a count is not positive.
+        """
+        super().__init__(class_counts, tau=1.0)

@@ -1,0 +1,136 @@
+"""Class weights by effective numbers, and their deferred use (DRW)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin.longtail._arguments import Numbers, as_class_counts, check_number
+
+
+def effective_number_weights(class_counts: Numbers, beta: float = 0.9999) -> Tensor:
+    r"""Class weights inverse to the effective number of samples, with mean 1.
+
+    .. math:: w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \qquad \sum_c w_c = C
+
+    Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019,
+    section 4; normalised as in LDAM-DRW.
+
+    Args:
+        class_counts: training images per class, ``[C]``, positive.
+        beta: 0 gives equal weights, towards 1 they approach ``1 / n_c`` (LDAM-DRW: 0.9999).
+
+    Returns:
+        ``[C]`` float32 on the CPU.
+
+    Raises:
+        ArgumentError: a count is not positive or ``beta`` is outside ``[0, 1)``.
+
+    Example:
+        >>> effective_number_weights([100, 10, 1])
+        tensor([0.0272, 0.2704, 2.7025])
+    """
+    counts = as_class_counts(class_counts)
+    log_beta = torch.tensor(check_number(beta, "beta", 0, 1), dtype=torch.float64).log()
+    # expm1 keeps the digits that 1 - beta ** n loses where beta is close to 1.
+    weights = -1 / torch.expm1(counts * log_beta)
+    return (weights / weights.mean()).float()
+
+
+class DeferredReweighting:
+    """Schedule that switches a criterion's class weights on at a late epoch.
+
+    Before ``start_epoch`` the criterion keeps the weights it came with; from then on it has
+    :func:`effective_number_weights`. The criterion's ``weight`` buffer is overwritten in place, so
+    it stays on its device and compiled code stays valid.
+
+    Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
+    NeurIPS 2019, algorithm 1 (epoch 160 of 200 on CIFAR).
+
+    It behaves as a learning-rate scheduler does: ``last_epoch`` is 0 at construction, and
+    ``step()`` is called once at the end of each epoch.
+
+    Attributes:
+        last_epoch: index of the current epoch, from 0.
+        weight: ``[C]``, the class weights used from ``start_epoch`` on.
+
+    Example:
+        >>> criterion = torch.nn.CrossEntropyLoss(weight=torch.ones(2))
+        >>> drw = DeferredReweighting(criterion, [90, 10], start_epoch=1)
+        >>> drw.is_active
+        False
+        >>> drw.step()
+        >>> criterion.weight
+        tensor([0.2007, 1.7993])
+    """
+
+    def __init__(
+        self,
+        criterion: nn.Module,
+        class_counts: Numbers,
+        *,
+        start_epoch: int,
+        beta: float = 0.9999,
+    ) -> None:
+        """Compute the weights and apply those of epoch 0.
+
+        Args:
+            criterion: a module with a ``weight`` tensor ``[C]``: LDAMLoss, or CrossEntropyLoss and
+                FocalLoss built with ``weight=torch.ones(C)``.
+            class_counts: training images per class, ``[C]``, positive.
+            start_epoch: first epoch (from 0) with class weights.
+            beta: see :func:`effective_number_weights`.
+
+        Raises:
+            ArgumentError: the criterion has no weights of this length, or a number is out of range.
+        """
+        self.weight = effective_number_weights(class_counts, beta)
+        held = getattr(criterion, "weight", None)
+        if not isinstance(held, Tensor) or held.shape != self.weight.shape:
+            got = list(held.shape) if isinstance(held, Tensor) else held
+            raise ArgumentError(
+                f"Expected argument `criterion` to hold class weights [{len(self.weight)}] in "
+                f"`criterion.weight`, but got {got!r} in {type(criterion).__name__}. Build it with "
+                f"weight=torch.ones({len(self.weight)}): a weight that exists can be switched in "
+                "place."
+            )
+        self.criterion = criterion
+        self.start_epoch = int(check_number(start_epoch, "start_epoch", 0))
+        self._initial = held.detach().clone()
+        self.last_epoch = 0
+        self._apply()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the class weights act in the current epoch."""
+        return self.last_epoch >= self.start_epoch
+
+    def step(self) -> None:
+        """Move on to the next epoch; call it once at the end of each."""
+        self.last_epoch += 1
+        self._apply()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what a checkpoint needs."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take up the epoch of a checkpoint and apply its weights.
+
+        Raises:
+            ArgumentError: the state is not one of :meth:`state_dict`.
+        """
+        if set(state_dict) != {"last_epoch"}:
+            raise ArgumentError(
+                "Expected argument `state_dict` to hold `last_epoch` alone, but got "
+                f"{sorted(state_dict)}. Pass what DeferredReweighting.state_dict() returned."
+            )
+        self.last_epoch = int(check_number(state_dict["last_epoch"], "last_epoch", 0))
+        self._apply()
+
+    def _apply(self) -> None:
+        held = self.criterion.weight
+        assert isinstance(held, Tensor)
+        with torch.no_grad():
+            held.copy_(self.weight if self.is_active else self._initial)

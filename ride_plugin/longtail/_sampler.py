@@ -1,0 +1,136 @@
+"""Class-balanced sampling that is right under distributed training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import distributed
+from torch.utils.data import Sampler
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin.longtail._arguments import Numbers, as_labels, check_number
+
+
+def balanced_draw(
+    labels: NDArray[np.int64], num_samples: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Draw ``num_samples`` indices so that every class that occurs comes up equally often.
+
+    Classes come in rounds, each a fresh permutation of all of them; within a class, images come in
+    passes, each a fresh permutation too. So counts of classes, and of images within a class,
+    differ by one at most, while each image keeps the probability ``1 / (C n_c)`` of a free draw.
+
+    Example:
+        >>> draw = balanced_draw(np.array([0, 0, 0, 1]), 4, np.random.default_rng(0))
+        >>> sorted(np.array([0, 0, 0, 1])[draw].tolist())
+        [0, 0, 1, 1]
+    """
+    by_class = _groups(labels)
+    rounds = -(-num_samples // len(by_class))
+    order = np.concatenate([generator.permutation(len(by_class)) for _ in range(rounds)])
+    order = order[:num_samples]
+    draw = np.empty(num_samples, dtype=np.int64)
+    for places in _groups(order):
+        members = by_class[order[places[0]]]
+        passes = -(-len(places) // len(members))
+        images = np.concatenate([generator.permutation(members) for _ in range(passes)])
+        draw[places] = images[: len(places)]
+    return draw
+
+
+def _groups(values: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Positions of each distinct value, in ascending order of the values."""
+    order = np.argsort(values, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
+
+
+class ClassBalancedSampler(Sampler[int]):
+    r"""Sampler that shows every class equally often, alone or under distributed training.
+
+    .. math:: p_i = \frac{1}{C \, n_{y_i}}
+
+    first a class uniformly, then an image of it. Source: Kang et al., "Decoupling Representation
+    and Classifier for Long-Tailed Recognition", ICLR 2020, section 3 (class-balanced sampling).
+    Differs from independent draws by drawing in rounds (:func:`balanced_draw`): same
+    probabilities, less variance.
+
+    Every rank computes the same draw from ``(seed, epoch)`` and takes its own part of it, so the
+    ranks' parts are disjoint and of equal length. The epoch is the whole state: after a restart,
+    ``set_epoch`` alone continues the run.
+
+    Example:
+        >>> labels = [0] * 90 + [1] * 10
+        >>> sampler = ClassBalancedSampler(labels)
+        >>> sum(labels[i] for i in sampler), len(sampler)
+        (50, 100)
+    """
+
+    def __init__(
+        self,
+        labels: Numbers,
+        *,
+        num_samples: int | None = None,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Sort the images by class.
+
+        Args:
+            labels: class of every image of the data set, ``[N]``.
+            num_samples: length of an epoch over all ranks; N if None. It is rounded up to a
+                multiple of ``num_replicas``.
+            num_replicas: number of ranks; that of torch.distributed if None, or 1.
+            rank: this process's rank; that of torch.distributed if None, or 0.
+            seed: the same on every rank.
+
+        Raises:
+            ArgumentError: labels are not integers ``[N]``, or a number is out of range.
+        """
+        self.labels = as_labels(labels).numpy()
+        running = distributed.is_available() and distributed.is_initialized()
+        if num_replicas is None:
+            num_replicas = distributed.get_world_size() if running else 1
+        if rank is None:
+            rank = distributed.get_rank() if running else 0
+        self.num_replicas = _whole(num_replicas, "num_replicas", 1)
+        self.rank = _whole(rank, "rank", 0)
+        if self.rank >= self.num_replicas:
+            raise ArgumentError(
+                f"Expected argument `rank` to be below num_replicas = {self.num_replicas}, but got "
+                f"{rank}. Ranks count from 0."
+            )
+        total = len(self.labels) if num_samples is None else _whole(num_samples, "num_samples", 1)
+        self.num_samples = -(-total // self.num_replicas)
+        self.seed = _whole(seed, "seed", 0)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's draw; call it before each epoch, else every epoch repeats the first.
+
+        Raises:
+            ArgumentError: ``epoch`` is not a whole number >= 0.
+        """
+        self.epoch = _whole(epoch, "epoch", 0)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield this rank's indices of the current epoch."""
+        # A sequence as seed keeps (seed, epoch) pairs apart, where seed + epoch would collide.
+        generator = np.random.default_rng([self.seed, self.epoch])
+        draw = balanced_draw(self.labels, self.num_samples * self.num_replicas, generator)
+        yield from draw[self.rank :: self.num_replicas].tolist()
+
+    def __len__(self) -> int:
+        """Return the number of indices that each rank gets per epoch."""
+        return self.num_samples
+
+
+def _whole(value: int, name: str, low: int) -> int:
+    check_number(value, name, low)
+    if value != int(value):
+        raise ArgumentError(
+            f"Expected argument `{name}` to be a whole number, but got {value!r}. Round it."
+        )
+    return int(value)

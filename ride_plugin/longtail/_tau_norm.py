@@ -1,0 +1,89 @@
+"""Tau-normalisation of classifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin.longtail._arguments import check_number
+from ride_plugin.longtail._classifiers import Classifiers, linear_classifiers
+
+
+def tau_normalized(weight: Tensor, tau: float) -> Tensor:
+    r"""Class weights divided by their norm to the power tau.
+
+    .. math:: \tilde w_c = \frac{w_c}{\lVert w_c \rVert^\tau}
+
+    Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition",
+    ICLR 2020, section 4.
+
+    Args:
+        weight: ``[C, D]``.
+        tau: 0 changes nothing, 1 gives unit vectors; the best is chosen on held-out data.
+
+    Returns:
+        ``[C, D]``, differentiable. To compare many tau, compute the features once and use
+        ``features @ tau_normalized(weight, tau).T``.
+
+    Raises:
+        ArgumentError: ``weight`` is not ``[C, D]``, a row is zero, or ``tau`` is negative.
+
+    Example:
+        >>> tau_normalized(torch.tensor([[3.0, 4.0]]), 1.0)
+        tensor([[0.6000, 0.8000]])
+    """
+    tau = check_number(tau, "tau", 0)
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ArgumentError(
+            "Expected argument `weight` to be floating point [C, D], but got shape "
+            f"{list(weight.shape)} and dtype {weight.dtype}. Pass a linear layer's weight."
+        )
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    if not bool((norms > 0).all() & norms.isfinite().all()):
+        raise ArgumentError(
+            "Expected argument `weight` to have a finite norm > 0 in every row, but got norms from "
+            f"{norms.min().item():g} to {norms.max().item():g}. Train the classifier first."
+        )
+    return weight / norms.pow(tau)
+
+
+def tau_normalize(
+    model: Classifiers, tau: float | Sequence[float], *, classifier: str | None = None
+) -> None:
+    """Tau-normalise every classifier in place and set its bias to zero, as the paper does.
+
+    In place means that calls add up: to try several tau, start each time from the trained weights
+    (keep a ``copy.deepcopy``, or use :func:`tau_normalized`).
+
+    Args:
+        model: a wrapped model, an ``nn.Linear``, a list of them, or any model with ``classifier``.
+        tau: one number, or one per classifier. See :func:`tau_normalized`.
+        classifier: dotted name of the classifier in a plain model.
+
+    Raises:
+        ArgumentError: a classifier is not an ``nn.Linear`` (cosine classifiers have unit weights
+            already), or tau does not fit.
+
+    Example:
+        >>> layer = torch.nn.Linear(8, 5)
+        >>> tau_normalize(layer, 1.0)
+        >>> layer.weight.norm(dim=1).detach(), layer.bias.norm().item()
+        (tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000]), 0.0)
+    """
+    layers = linear_classifiers(model, classifier, "tau_normalize")
+    taus = list(tau) if isinstance(tau, Sequence) else [tau] * len(layers)
+    if len(taus) != len(layers):
+        raise ArgumentError(
+            f"Expected argument `tau` to be one number or {len(layers)}, one per classifier, but "
+            f"got {len(taus)}. Pass one number for all."
+        )
+    with torch.no_grad():
+        # All are computed before any is written, so that an error leaves the model as it was.
+        weights = [tau_normalized(x.weight, t) for x, t in zip(layers, taus, strict=True)]
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.copy_(weight)
+            if layer.bias is not None:
+                layer.bias.zero_()
