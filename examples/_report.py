@@ -8,6 +8,8 @@ import torch
 from _data import FEW, MANY
 from torch import Tensor
 
+from ride_plugin.longtail import shot_groups, shot_report
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -28,19 +30,15 @@ def evaluate(
     logits: Tensor, target: Tensor, class_counts: list[int], flops: float, used: Tensor | None
 ) -> Result:
     """Accuracy, and who used how many experts, overall and by the frequency of the class."""
-    count = torch.tensor(class_counts)[target]
-    rows = {
-        "overall": count > 0,
-        "many": count > MANY,
-        "medium": (count <= MANY) & (count >= FEW),
-        "few": count < FEW,
-    }
-    right = (logits.argmax(dim=1) == target).double()
-    accuracy = {group: 100 * right[rows[group]].mean().item() for group in GROUPS}
+    report = shot_report(logits, target, class_counts, many=MANY, few=FEW)
+    accuracy = {group: 100 * getattr(report, group) for group in GROUPS}
     if used is None:
         return Result(accuracy, flops, None)
     one_hot = torch.nn.functional.one_hot(used - 1, NUM_EXPERTS).double()
-    return Result(accuracy, flops, {g: one_hot[rows[g]].mean(dim=0).tolist() for g in GROUPS})
+    group_of = torch.from_numpy(shot_groups(class_counts, MANY, FEW))[target]
+    shares = {group: one_hot[group_of == i].mean(dim=0) for i, group in enumerate(GROUPS[1:])}
+    shares["overall"] = one_hot.mean(dim=0)
+    return Result(accuracy, flops, {group: share.tolist() for group, share in shares.items()})
 
 
 def table(results: dict[str, list[Result]]) -> str:

@@ -106,14 +106,14 @@ def run(seed: int, epochs: int, bar: tqdm) -> dict[str, Result]:
     x = digits.test.tensors[0]
 
     def test(logits: Tensor, flops: float, used: Tensor | None = None) -> Result:
-        return evaluate(logits, digits.test.tensors[1], digits.class_counts, flops, used)
+        return evaluate(logits, digits.test.tensors[1], digits.train.class_counts, flops, used)
 
     torch.manual_seed(seed)
     plain = train_plain(loader, epochs, bar)
     torch.manual_seed(seed)
-    undiverse = train_experts(loader, epochs, bar, digits.class_counts, weight=0.0)
+    undiverse = train_experts(loader, epochs, bar, digits.train.class_counts, weight=0.0)
     torch.manual_seed(seed)
-    model = train_experts(loader, epochs, bar, digits.class_counts, weight=0.2)
+    model = train_experts(loader, epochs, bar, digits.train.class_counts, weight=0.2)
     router = train_router(model, loader, epochs // 2, bar)
 
     cost = cost_report(model, backbone=plain, example_input=x[:1])
