@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin.longtail._arguments import Numbers, as_class_counts, as_cpu_tensor, as_labels
+from ride_plugin._target import check_class_counts
+from ride_plugin.longtail._arguments import Numbers, as_cpu_tensor, as_labels
 from ride_plugin.longtail._calibration import expected_calibration_error
 from ride_plugin.longtail._shots import ShotReport, shot_report
 from ride_plugin.longtail._splits import (
@@ -110,7 +111,7 @@ def analyze(
         experts used            2.000    2.000    2.000   absent
         MFLOPs                    104
     """
-    counts = as_class_counts(class_counts)
+    counts = check_class_counts(class_counts)
     labels = as_labels(target, "target", len(counts))
     logits = as_cpu_tensor(expert_logits, "expert_logits")
     _check_expert_logits(logits, len(labels), len(counts))
@@ -166,7 +167,7 @@ def pairwise_disagreement(choices: Tensor) -> NDArray[np.float64]:
 def pairwise_kl(expert_logits: Tensor) -> Tensor:
     r"""Mean of KL(p_i || p_j) over ordered pairs of experts, ``[N, E, C]`` -> ``[N]``, float64.
 
-    .. math:: \frac{1}{E (E - 1)} \sum_i \sum_{j \ne i} \sum_c p_{ic} (\log p_{ic} - \log p_{jc})
+    $$\frac{1}{E (E - 1)} \sum_i \sum_{j \ne i} \sum_c p_{ic} (\log p_{ic} - \log p_{jc})$$
 
     Infinite where an expert excludes (logit -inf) a class that another does not.
     """

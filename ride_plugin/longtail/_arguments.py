@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError
+from ride_plugin._target import check_target
 
 Numbers: TypeAlias = Sequence[int] | Sequence[float] | Tensor | NDArray[np.generic]
 """A list, tuple, array or tensor of numbers."""
@@ -29,33 +30,10 @@ def as_cpu_tensor(values: object, name: str) -> Tensor:
         ) from error
 
 
-def as_class_counts(class_counts: Numbers, num_classes: int | None = None) -> Tensor:
-    """Return training images per class as float64 ``[C]`` on the CPU; every count is positive."""
-    counts = as_cpu_tensor(class_counts, "class_counts")
-    if counts.dim() != 1 or len(counts) == 0 or counts.is_complex():
-        raise ArgumentError(
-            "Expected argument `class_counts` to be one number per class, [C], but got shape "
-            f"{list(counts.shape)}. Pass the number of training images of each class."
-        )
-    counts = counts.double()
-    bad = (~(counts.isfinite() & (counts > 0))).nonzero().flatten()
-    if len(bad):
-        raise ArgumentError(
-            "Expected argument `class_counts` to be positive and finite, but got "
-            f"{counts[bad[0]].item():g} for class {int(bad[0])} ({len(bad)} such of {len(counts)})."
-            " Count the training images of every class; merge or drop classes that have none."
-        )
-    if num_classes is not None and len(counts) != num_classes:
-        raise ArgumentError(
-            f"Expected argument `class_counts` to have {num_classes} entries, one per class, but "
-            f"got {len(counts)}. Count over all classes of the model, in the order of its labels."
-        )
-    return counts
-
-
 def as_weight(weight: Numbers, num_classes: int | None = None) -> Tensor:
     """Return class weights as float32 ``[C]`` on the CPU; none negative, not all zero."""
-    values = as_cpu_tensor(weight, "weight").float()
+    # A copy: reweighting writes into it, and the caller may keep the tensor.
+    values = as_cpu_tensor(weight, "weight").float().clone()
     good = values.dim() == 1 and len(values) > 0 and (num_classes in (None, len(values)))
     if not good or not bool(values.isfinite().all() & (values >= 0).all() & values.any()):
         wanted = "[C]" if num_classes is None else f"[{num_classes}]"
@@ -111,34 +89,21 @@ def check_logits_target(
             f"Expected argument `logits` to have {num_classes} classes, as the loss was built for, "
             f"but got shape {shape}. Build the loss from counts of the model's own classes."
         )
-    readable = target.device.type == "cpu" and not torch.compiler.is_compiling()
-    if target.dtype == torch.int64 and list(target.shape) == shape[:1]:
-        if readable:
+    if target.is_floating_point() and soft:
+        check_target(target, shape[0], shape[1])
+    elif target.dtype == torch.int64 and list(target.shape) == shape[:1]:
+        if target.device.type == "cpu" and not torch.compiler.is_compiling():
             check_label_range(target, "target", shape[1])
-    elif soft and target.is_floating_point() and list(target.shape) == shape:
-        if readable:
-            _check_probabilities(target)
     else:
         wanted = f"int64 [{shape[0]}]" + (f" or probabilities {shape}" if soft else "")
         hint = (
-            "Convert indices with .long()."
-            if soft
-            else "For mixed labels, add two losses: lam * loss(logits, a) + (1 - lam) * "
-            "loss(logits, b)."
+            "For mixed labels, add two losses: lam * loss(logits, a) + (1 - lam) * loss(logits, b)."
+            if target.is_floating_point()
+            else "Convert class indices with .long()."
         )
         raise ArgumentError(
             f"Expected argument `target` to be {wanted}, but got shape {list(target.shape)} and "
             f"dtype {target.dtype}. {hint}"
-        )
-
-
-def _check_probabilities(target: Tensor) -> None:
-    sums = target.detach().double().sum(1)
-    if not bool((target >= 0).all() & ((sums - 1).abs() < 1e-2).all()):
-        raise ArgumentError(
-            "Expected argument `target` to hold probabilities that sum to 1 in each row, but got "
-            f"values from {target.min().item():g} to {target.max().item():g} and row sums from "
-            f"{sums.min().item():g} to {sums.max().item():g}. Normalise the rows."
         )
 
 
@@ -154,8 +119,3 @@ def check_number(
             f"Choose `{name}` in that range."
         )
     return float(value)
-
-
-def full_precision(values: Tensor) -> Tensor:
-    """Return float32 or better; the losses hold no matrix product that autocast would lower."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ride_plugin._errors import ArgumentError
+from ride_plugin._target import check_class_counts
 from ride_plugin.longtail._arguments import (
     Numbers,
-    as_class_counts,
     as_cpu_tensor,
     as_labels,
     check_label_range,
@@ -65,11 +65,11 @@ def bias_variance(
 ) -> BiasVariance:
     r"""Split the error of M models into bias and variance, by many, medium and few shot.
 
-    With :math:`y_m(x)` the prediction of model m and :math:`\bar y(x)` the main (most frequent)
+    With $y_m(x)$ the prediction of model m and $\bar y(x)$ the main (most frequent)
     one,
 
-    .. math:: \text{bias} = \mathbb{E}_x [\bar y(x) \ne y], \qquad
-        \text{variance} = \mathbb{E}_x \frac{1}{M} \sum_m [y_m(x) \ne \bar y(x)]
+    $$\text{bias} = \mathbb{E}_x [\bar y(x) \ne y], \qquad
+    \text{variance} = \mathbb{E}_x \frac{1}{M} \sum_m [y_m(x) \ne \bar y(x)]$$
 
     Source: Domingos, "A Unified Bias-Variance Decomposition", ICML 2000 (zero-one loss), used in
     Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR
@@ -97,7 +97,7 @@ def bias_variance(
         variance  overall 0.167, many 0.000, medium 0.333, few absent
         error     overall 0.333, many 0.000, medium 0.667, few absent
     """
-    counts = as_class_counts(class_counts)
+    counts = check_class_counts(class_counts)
     labels = as_labels(target, "target", len(counts)).numpy()
     stacked = as_cpu_tensor(predictions, "predictions")
     integral = not (stacked.is_floating_point() or stacked.is_complex())

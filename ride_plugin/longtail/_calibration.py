@@ -11,8 +11,7 @@ from ride_plugin.longtail._arguments import Numbers, as_cpu_tensor
 def expected_calibration_error(confidence: Numbers, correct: Numbers, num_bins: int = 15) -> float:
     r"""Gap between confidence and accuracy, averaged over bins of equal width.
 
-    .. math:: \text{ECE} = \sum_b \frac{|B_b|}{N}
-        \left| \text{acc}(B_b) - \text{conf}(B_b) \right|
+    $$\text{ECE} = \sum_b \frac{|B_b|}{N} \left| \text{acc}(B_b) - \text{conf}(B_b) \right|$$
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3: bin b
     of K holds confidences in ``((b - 1) / K, b / K]``.
@@ -29,7 +28,7 @@ def expected_calibration_error(confidence: Numbers, correct: Numbers, num_bins: 
         ArgumentError: shapes do not fit, there is no sample, or a confidence is no probability.
 
     Example:
-        >>> expected_calibration_error([0.9, 0.9], [True, False])
+        >>> round(expected_calibration_error([0.9, 0.9], [True, False]), 6)
         0.4
     """
     confident = as_cpu_tensor(confidence, "confidence").double().numpy()

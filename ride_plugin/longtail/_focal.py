@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ride_plugin._divergence import float32_or_better
 from ride_plugin.longtail._arguments import (
     Numbers,
     as_weight,
     check_logits_target,
     check_number,
-    full_precision,
 )
 
 
@@ -33,7 +33,7 @@ def focal_loss(
         >>> focal_loss(torch.zeros(1, 2), torch.tensor([0]), gamma=1.0)
         tensor(0.3466)
     """
-    log_p = F.log_softmax(full_precision(logits), dim=1)
+    log_p = F.log_softmax(float32_or_better(logits), dim=1)
     if weight is None:
         weight = log_p.new_ones(log_p.shape[1])
     weight = weight.to(log_p.dtype)
@@ -52,9 +52,9 @@ def focal_loss(
 class FocalLoss(nn.Module):
     r"""Focal loss: cross-entropy that plays down samples the model already gets right.
 
-    .. math:: L = -(1 - p_y)^\gamma \log p_y
+    $$L = -(1 - p_y)^\gamma \log p_y$$
 
-    and for probabilities q as targets :math:`-\sum_c q_c (1 - p_c)^\gamma \log p_c`.
+    and for probabilities q as targets $-\sum_c q_c (1 - p_c)^\gamma \log p_c$.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, section 3.2, with the
     softmax in place of the sigmoid. With class weights, the weighted mean of ``F.cross_entropy``

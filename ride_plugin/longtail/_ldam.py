@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ride_plugin._divergence import float32_or_better
 from ride_plugin._errors import ArgumentError
+from ride_plugin._target import check_class_counts
 from ride_plugin.longtail._arguments import (
     Numbers,
-    as_class_counts,
     as_weight,
     check_logits_target,
     check_number,
-    full_precision,
 )
 
 # Cosines computed in bfloat16 or TF32 exceed 1 by up to about 1 %; linear heads exceed it by far.
@@ -39,7 +39,7 @@ def ldam_loss(
         >>> ldam_loss(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(2), scale=30.0)
         tensor(0.6931)
     """
-    logits = full_precision(logits)
+    logits = float32_or_better(logits)
     lowered = -scale * margins.to(logits.dtype)[target]
     shifted = logits.scatter_add(1, target[:, None], lowered[:, None])
     return F.cross_entropy(shifted, target, None if weight is None else weight.to(logits.dtype))
@@ -48,12 +48,11 @@ def ldam_loss(
 class LDAMLoss(nn.Module):
     r"""Label-distribution-aware margin loss: rare classes must win by a larger margin.
 
-    With :math:`z = s \cos\theta` the logits of a cosine classifier and :math:`n_c` the training
+    With $z = s \cos\theta$ the logits of a cosine classifier and $n_c$ the training
     images of class c,
 
-    .. math::
-        L = -\log \frac{e^{z_y - s m_y}}{e^{z_y - s m_y} + \sum_{c \ne y} e^{z_c}},
-        \qquad m_c = m_{\max} \frac{n_c^{-1/4}}{\max_k n_k^{-1/4}}
+    $$L = -\log \frac{e^{z_y - s m_y}}{e^{z_y - s m_y} + \sum_{c \ne y} e^{z_c}}, \qquad
+    m_c = m_{\max} \frac{n_c^{-1/4}}{\max_k n_k^{-1/4}}$$
 
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
     NeurIPS 2019, section 3.2. Differs from the LDAM authors' code: that one multiplies cosines
@@ -102,7 +101,7 @@ class LDAMLoss(nn.Module):
                 negative, or ``scale`` is not positive.
         """
         super().__init__()
-        counts = as_class_counts(class_counts)
+        counts = check_class_counts(class_counts)
         self.max_margin = check_number(max_margin, "max_margin", 0)
         self.scale = check_number(scale, "scale", 0, open_low=True)
         rarity = counts.pow(-0.25)

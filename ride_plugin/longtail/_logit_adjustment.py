@@ -7,12 +7,12 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ride_plugin._divergence import float32_or_better
 from ride_plugin._errors import ArgumentError
+from ride_plugin._target import check_class_counts
 from ride_plugin.longtail._arguments import (
     Numbers,
-    as_class_counts,
     check_logits_target,
-    full_precision,
 )
 
 
@@ -33,7 +33,7 @@ def logit_adjusted_loss(logits: Tensor, target: Tensor, adjustment: Tensor) -> T
         >>> logit_adjusted_loss(torch.zeros(1, 2), torch.tensor([1]), prior.log())
         tensor(1.3863)
     """
-    logits = full_precision(logits)
+    logits = float32_or_better(logits)
     adjusted = logits + adjustment.to(logits.dtype)
     if not target.is_floating_point():
         return F.cross_entropy(adjusted, target)
@@ -45,15 +45,15 @@ def logit_adjusted_loss(logits: Tensor, target: Tensor, adjustment: Tensor) -> T
 class LogitAdjustedLoss(nn.Module):
     r"""Cross-entropy with the class prior added to the logits, so that the model learns without it.
 
-    .. math:: L = -\log \frac{e^{z_y + \tau \log \pi_y}}{\sum_c e^{z_c + \tau \log \pi_c}},
-        \qquad \pi_c = \frac{n_c}{\sum_k n_k}
+    $$L = -\log \frac{e^{z_y + \tau \log \pi_y}}{\sum_c e^{z_c + \tau \log \pi_c}}, \qquad
+    \pi_c = \frac{n_c}{\sum_k n_k}$$
 
     Source: Menon et al., "Long-tail Learning via Logit Adjustment", ICLR 2021, section 5.
     Test with the plain logits: the adjustment is for training only. Experts with
     different tau (0, 1, 2) specialise on the head, a balanced set and the tail.
 
     Attributes:
-        adjustment: ``[C]``, :math:`\tau \log \pi_c`.
+        adjustment: ``[C]``, $\tau \log \pi_c$.
 
     Example:
         >>> import torch
@@ -75,7 +75,7 @@ class LogitAdjustedLoss(nn.Module):
             ArgumentError: a count is not positive or ``tau`` is not finite.
         """
         super().__init__()
-        counts = as_class_counts(class_counts)
+        counts = check_class_counts(class_counts)
         if not math.isfinite(tau):
             raise ArgumentError(
                 f"Expected argument `tau` to be finite, but got {tau!r}. The paper takes 1."
@@ -105,7 +105,7 @@ class LogitAdjustedLoss(nn.Module):
 class BalancedSoftmaxLoss(LogitAdjustedLoss):
     r"""Balanced softmax: the softmax whose classes are weighted by their training counts.
 
-    .. math:: L = -\log \frac{n_y e^{z_y}}{\sum_c n_c e^{z_c}}
+    $$L = -\log \frac{n_y e^{z_y}}{\sum_c n_c e^{z_c}}$$
 
     Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020,
     theorem 1. It is logit adjustment with tau = 1: dividing every count by their sum changes

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin.longtail._arguments import Numbers, as_class_counts, check_number
+from ride_plugin._target import check_class_counts
+from ride_plugin.longtail._arguments import Numbers, check_number
 
 
 def effective_number_weights(class_counts: Numbers, beta: float = 0.9999) -> Tensor:
     r"""Class weights inverse to the effective number of samples, with mean 1.
 
-    .. math:: w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \qquad \sum_c w_c = C
+    $$w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \qquad
+    \sum_c w_c = C$$
 
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019,
     section 4; normalised as in LDAM-DRW.
@@ -31,7 +33,7 @@ def effective_number_weights(class_counts: Numbers, beta: float = 0.9999) -> Ten
         >>> effective_number_weights([100, 10, 1])
         tensor([0.0272, 0.2704, 2.7025])
     """
-    counts = as_class_counts(class_counts)
+    counts = check_class_counts(class_counts)
     log_beta = torch.tensor(check_number(beta, "beta", 0, 1), dtype=torch.float64).log()
     # expm1 keeps the digits that 1 - beta ** n loses where beta is close to 1.
     weights = -1 / torch.expm1(counts * log_beta)

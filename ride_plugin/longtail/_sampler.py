@@ -49,7 +49,7 @@ def _groups(values: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 class ClassBalancedSampler(Sampler[int]):
     r"""Sampler that shows every class equally often, alone or under distributed training.
 
-    .. math:: p_i = \frac{1}{C \, n_{y_i}}
+    $$p_i = \frac{1}{C \, n_{y_i}}$$
 
     first a class uniformly, then an image of it. Source: Kang et al., "Decoupling Representation
     and Classifier for Long-Tailed Recognition", ICLR 2020, section 3 (class-balanced sampling).

@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError
+from ride_plugin._target import check_class_counts
 from ride_plugin.longtail._arguments import (
     Numbers,
-    as_class_counts,
     as_cpu_tensor,
     as_labels,
     check_label_range,
@@ -140,7 +140,7 @@ def shot_report(
         medium (20 <= n <= 100)        2        3   0.667       0.750
         few (n < 20)                   0        0  absent      absent
     """
-    counts = as_class_counts(class_counts)
+    counts = check_class_counts(class_counts)
     truth = as_labels(target, "target", len(counts))
     predicted = _predictions(output, len(truth), len(counts))
     groups = shot_groups(counts, many, few)

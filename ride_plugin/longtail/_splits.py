@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin.longtail._arguments import Numbers, as_class_counts
+from ride_plugin._target import check_class_counts
+from ride_plugin.longtail._arguments import Numbers
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -32,7 +33,7 @@ def shot_groups(class_counts: Numbers, many: float = 100, few: float = 20) -> In
         >>> shot_groups([101, 100, 20, 19]).tolist()
         [0, 1, 1, 2]
     """
-    counts = as_class_counts(class_counts).numpy()
+    counts = check_class_counts(class_counts).numpy()
     if not 0 <= few <= many:
         raise ArgumentError(
             f"Expected arguments `many` and `few` to satisfy 0 <= few <= many, but got many={many} "

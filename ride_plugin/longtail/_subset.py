@@ -19,11 +19,11 @@ def long_tailed_counts(
 ) -> list[int]:
     r"""Images per class of a long-tailed data set, class 0 the most frequent.
 
-    With M images in class 0 and imbalance factor :math:`\rho`,
+    With M images in class 0 and imbalance factor $\rho$,
 
-    .. math:: n_c = \lfloor M \rho^{-c / (C - 1)} \rfloor \quad\text{(exp)}, \qquad
-        n_c = M \text{ if } c < \lfloor C / 2 \rfloor \text{ else } \lfloor M / \rho \rfloor
-        \quad\text{(step)}
+    $$n_c = \lfloor M \rho^{-c / (C - 1)} \rfloor \quad\text{(exp)}, \qquad
+    n_c = M \text{ if } c < \lfloor C / 2 \rfloor \text{ else } \lfloor M / \rho \rfloor
+    \quad\text{(step)}$$
 
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
     NeurIPS 2019, section 4 (CIFAR-LT); the formula, with its rounding, is the field's common one.

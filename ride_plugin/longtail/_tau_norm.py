@@ -15,7 +15,7 @@ from ride_plugin.longtail._classifiers import Classifiers, linear_classifiers
 def tau_normalized(weight: Tensor, tau: float) -> Tensor:
     r"""Class weights divided by their norm to the power tau.
 
-    .. math:: \tilde w_c = \frac{w_c}{\lVert w_c \rVert^\tau}
+    $$\tilde w_c = \frac{w_c}{\lVert w_c \rVert^\tau}$$
 
     Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition",
     ICLR 2020, section 4.

@@ -13,12 +13,12 @@ from ride_plugin.longtail._classifiers import Classifiers, linear_classifiers
 class LearnableWeightScaling(nn.Module):
     r"""One learnable factor per class on a frozen classifier.
 
-    .. math:: \tilde w_c = f_c w_c
+    $$\tilde w_c = f_c w_c$$
 
-    with :math:`f_c` starting at 1 and trained by class-balanced sampling while the weights keep
+    with $f_c$ starting at 1 and trained by class-balanced sampling while the weights keep
     their direction. Source: Kang et al., "Decoupling Representation and Classifier for
     Long-Tailed Recognition", ICLR 2020, section 4. The bias is scaled along, so that the whole
-    logit is multiplied by :math:`f_c`.
+    logit is multiplied by $f_c$.
 
     It is a parametrization in the sense of ``torch.nn.utils.parametrize``: the layer stays the
     same object at the same place, so it also works inside a wrapped model.
