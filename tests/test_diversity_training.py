@@ -19,7 +19,7 @@ from ride_plugin._diversity import DiversityLoss
 from ride_plugin._experts_loss import experts_loss
 
 SEEDS = (0, 1, 2)
-EPOCHS = 25
+EPOCHS = 20
 
 
 class Experts(nn.Module):
@@ -75,7 +75,7 @@ def train(seed: int, weight: float, form: str = "paper", detach_others: bool = T
     torch.manual_seed(seed)
     model = Experts()
     diversity = DiversityLoss(
-        data.counts, weight=weight, form=form, detach_others=detach_others, start_epoch=15
+        data.counts, weight=weight, form=form, detach_others=detach_others, start_epoch=12
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     for _ in range(EPOCHS):
