@@ -48,8 +48,15 @@ class CosineClassifier(nn.Module):
             self.weight.copy_(F.normalize(self.weight, dim=1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features ``[..., D]`` to logits ``[..., C]``."""
-        return self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=1))
+        """Map features ``[..., D]`` to logits ``[..., C]``, in float32 also under autocast.
+
+        Times 30, a cosine rounded to bfloat16 would move logits by a tenth.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            if features.dtype != self.weight.dtype:  # what autocast made of them
+                features = features.to(self.weight.dtype)
+            directions = F.normalize(features, dim=-1), F.normalize(self.weight, dim=1)
+            return self.scale * F.linear(*directions)
 
     def extra_repr(self) -> str:
         """Sizes, as other layers print them."""
