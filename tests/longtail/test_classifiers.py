@@ -1,0 +1,198 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ride_plugin import RIDEError, RIDEWrapper
+from ride_plugin.longtail import (
+    find_classifiers,
+    freeze_representation,
+    learnable_weight_scaling,
+    reset_classifiers,
+    tau_normalize,
+    tau_normalized,
+)
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, padding=1, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+@pytest.fixture
+def model() -> RIDEWrapper:
+    return RIDEWrapper(net(), num_experts=2, example_input=torch.randn(2, 3, 8, 8))
+
+
+X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Cosine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+
+def test_classifiers_are_found_in_every_form(model) -> None:
+    plain = net()
+    assert find_classifiers(model) == model.classifiers != []
+    assert find_classifiers(plain, "8") == [plain[8]]
+    assert find_classifiers(plain[8]) == [plain[8]]
+    assert find_classifiers([plain[8], plain[0]]) == [plain[8], plain[0]]
+    assert find_classifiers(nn.ModuleList([plain[8]])) == [plain[8]]
+
+
+def test_classifiers_not_found_are_named() -> None:
+    with pytest.raises(RIDEError, match=r"`classifier`.*Sequential.*'fc'.*'8'"):
+        find_classifiers(net(), "fc")
+    with pytest.raises(RIDEError, match=r'`model`.*Sequential.*classifier="fc"'):
+        find_classifiers(net())
+    with pytest.raises(RIDEError, match=r"`model`.*list"):
+        find_classifiers([])
+
+
+def test_crt_retrains_the_classifiers_and_nothing_else(model) -> None:
+    before = copy.deepcopy(model.state_dict())
+    trained = freeze_representation(model)
+    reset_classifiers(model)
+    optimizer = torch.optim.SGD(trained, lr=1.0, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X), torch.tensor([0, 1, 2])).backward()
+        optimizer.step()
+    heads = {id(p) for layer in model.classifiers for p in layer.parameters()}
+    names = {name for name, p in model.named_parameters() if id(p) in heads}
+    assert len(names) == 4
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in names), name
+
+
+def test_reset_draws_each_expert_anew(model) -> None:
+    with torch.no_grad():
+        for layer in model.classifiers:
+            layer.weight.zero_()
+    reset_classifiers(model)
+    first, second = (layer.weight for layer in model.classifiers)
+    assert not (first == 0).any()
+    assert not torch.equal(first, second)
+
+
+def test_reset_and_freeze_work_with_cosine_classifiers() -> None:
+    model = RIDEWrapper(
+        net(), num_experts=2, classifier="cosine", example_input=torch.randn(2, 3, 8, 8)
+    )
+    old = [layer.weight.clone() for layer in model.classifiers]
+    reset_classifiers(model)
+    assert not any(torch.equal(a, b.weight) for a, b in zip(old, model.classifiers, strict=True))
+    assert len(freeze_representation(model)) == 2
+    with pytest.raises(RIDEError, match=r"tau_normalize, but got CosineClassifier.*unit weights"):
+        tau_normalize(model, 1.0)
+
+
+def test_reset_without_initialisation_is_refused() -> None:
+    with pytest.raises(RIDEError, match=r"reset_parameters\(\), but got Cosine"):
+        reset_classifiers([Cosine()])
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
+def test_tau_norm_equals_the_equation_by_loops(tau: float) -> None:
+    weight = torch.randn(5, 3, dtype=torch.float64)
+    for row, out in zip(weight.tolist(), tau_normalized(weight, tau).tolist(), strict=True):
+        norm = sum(w * w for w in row) ** 0.5
+        assert out == pytest.approx([w / norm**tau for w in row])
+
+
+def test_tau_norm_changes_every_experts_classifier_in_place(model) -> None:
+    layers = model.classifiers
+    old = [layer.weight.detach().clone() for layer in layers]
+    tau_normalize(model, [0.5, 1.0])
+    for layer, weight, tau in zip(layers, old, (0.5, 1.0), strict=True):
+        assert torch.equal(layer.weight, tau_normalized(weight, tau))
+        assert not layer.bias.any()
+    assert layers == model.classifiers
+
+
+def test_tau_norm_of_a_plain_model_and_of_a_layer_without_bias() -> None:
+    plain, layer = net(), nn.Linear(8, 4, bias=False)
+    tau_normalize(plain, 1, classifier="8")
+    tau_normalize(layer, 1)
+    for weight in (plain[8].weight, layer.weight):
+        torch.testing.assert_close(weight.norm(dim=1), torch.ones(4))
+
+
+def test_tau_norm_leaves_the_model_alone_when_it_fails(model) -> None:
+    with torch.no_grad():
+        model.classifiers[1].weight[2] = 0
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RIDEError, match=r"`weight`.*norm > 0"):
+        tau_normalize(model, 1.0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_bad_tau_is_named(model) -> None:
+    with pytest.raises(RIDEError, match=r"`tau`.*-1"):
+        tau_normalize(model, -1.0)
+    with pytest.raises(RIDEError, match=r"`tau` to be one number or 2.*got 3"):
+        tau_normalize(model, [1.0, 1.0, 1.0])
+    with pytest.raises(RIDEError, match=r"`weight`.*\[C, D\].*\[3\]"):
+        tau_normalized(torch.ones(3), 1.0)
+
+
+def test_weight_scaling_starts_as_the_identity(model) -> None:
+    model.eval()
+    before = model(X)
+    learnable_weight_scaling(model)
+    assert torch.equal(model(X), before)
+
+
+def test_weight_scaling_multiplies_the_whole_logit() -> None:
+    layer, x = nn.Linear(8, 4), torch.randn(5, 8)
+    logits = layer(x)
+    [scaling] = learnable_weight_scaling(layer)
+    factors = torch.tensor([0.5, 1.0, 2.0, 3.0])
+    with torch.no_grad():
+        scaling.scale.copy_(factors)
+    torch.testing.assert_close(layer(x), factors * logits)
+
+
+def test_weight_scaling_trains_the_scales_alone_inside_a_wrapped_model(model) -> None:
+    freeze_representation(model)
+    scalings = learnable_weight_scaling(model)
+    assert [id(p) for p in model.parameters() if p.requires_grad] == [id(s.scale) for s in scalings]
+    optimizer = torch.optim.SGD([s.scale for s in scalings], lr=1.0)
+    nn.functional.cross_entropy(model(X), torch.tensor([0, 1, 2])).backward()
+    optimizer.step()
+    assert all((s.scale != 1).all() for s in scalings)
+
+
+def test_weight_scaling_folds_into_the_layer(model) -> None:
+    model.eval()
+    for scaling in learnable_weight_scaling(model):
+        nn.init.uniform_(scaling.scale, 0.5, 2.0)
+    scaled = model(X)
+    with pytest.raises(RIDEError, match=r"reset_classifiers.*remove_parametrizations"):
+        reset_classifiers(model)
+    with pytest.raises(RIDEError, match=r"tau_normalize.*remove_parametrizations"):
+        tau_normalize(model, 1.0)
+    for layer in model.classifiers:
+        for name in ("weight", "bias"):
+            parametrize.remove_parametrizations(layer, name)
+    torch.testing.assert_close(model(X), scaled)
+    tau_normalize(model, 1.0)
+
+
+def test_weight_scaling_twice_is_refused(model) -> None:
+    learnable_weight_scaling(model)
+    with pytest.raises(RIDEError, match=r"learnable_weight_scaling.*parametrized"):
+        learnable_weight_scaling(model)

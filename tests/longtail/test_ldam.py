@@ -1,0 +1,152 @@
+import math
+
+import pytest
+import torch
+
+from ride_plugin import RIDEError
+from ride_plugin.longtail import LDAMLoss
+from tests.reference import losses  # noqa: F401
+
+COUNTS = [400, 60, 9, 2]
+
+
+def naive(logits, target, counts, weight, max_margin=0.5, scale=30.0):
+    rarity = [n**-0.25 for n in counts]
+    total, weights = 0.0, 0.0
+    for row, y in zip(logits.double().tolist(), target.tolist(), strict=True):
+        row = list(row)
+        row[y] -= scale * max_margin * rarity[y] / max(rarity)
+        peak = max(row)
+        total += weight[y] * (peak + math.log(sum(math.exp(z - peak) for z in row)) - row[y])
+        weights += weight[y]
+    return total / weights
+
+
+def batch(dtype=torch.float64):
+    return (30 * (2 * torch.rand(7, 4) - 1)).to(dtype), torch.tensor([0, 3, 1, 2, 2, 0, 3])
+
+
+@pytest.mark.parametrize("weight", [None, [0.2, 0.5, 1.0, 2.3]])
+def test_equals_the_equation_by_loops(weight) -> None:
+    logits, target = batch()
+    loss = LDAMLoss(COUNTS, weight=weight).double()(logits, target)
+    assert loss.item() == pytest.approx(naive(logits, target, COUNTS, weight or [1.0] * 4), 1e-6)
+
+
+def test_margin_and_scale_are_those_of_the_arguments() -> None:
+    logits, target = batch()
+    logits = logits / 3
+    loss = LDAMLoss(COUNTS, max_margin=0.2, scale=10.0)(logits, target)
+    expected = naive(logits, target, COUNTS, [1.0] * 4, 0.2, 10.0)
+    assert loss.item() == pytest.approx(expected, 1e-6)
+
+
+@pytest.mark.parametrize("phase", ["before", "after"])
+def test_equals_the_authors_numbers(losses, phase: str) -> None:  # noqa: F811
+    experts = losses["expert_logits"].clone().requires_grad_()
+    weight = losses["drw_class_weights"] if phase == "after" else None
+    loss = LDAMLoss(losses["class_counts"], weight=weight)(experts[:, 0], losses["target"])
+    loss.backward()
+    torch.testing.assert_close(loss, losses[f"ldam_{phase}_drw_loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(experts.grad, losses[f"ldam_{phase}_drw_grad"], rtol=1e-5, atol=1e-9)
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    logits, target = batch()
+    criterion = LDAMLoss(COUNTS).double()
+    logits = (logits / 10).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: criterion(z, target), (logits,))
+
+
+def test_zero_margin_is_cross_entropy() -> None:
+    logits, target = batch(torch.float32)
+    expected = torch.nn.functional.cross_entropy(logits, target)
+    torch.testing.assert_close(LDAMLoss(COUNTS, max_margin=0)(logits, target), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype) -> None:
+    logits, target = batch(dtype)
+    criterion = LDAMLoss(COUNTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = criterion(logits, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, criterion(logits.float(), target), rtol=1e-6, atol=0)
+
+
+def test_masked_class_leaves_loss_and_gradient_finite() -> None:
+    logits, target = batch(torch.float32)
+    logits[:, 1] = -math.inf
+    logits.requires_grad_()
+    loss = LDAMLoss(COUNTS)(logits[[0, 1]], target[[0, 1]])
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
+
+
+def test_logits_of_a_linear_head_are_refused_with_the_remedy() -> None:
+    logits, target = batch(torch.float32)
+    logits[0, 0] = 45.0
+    with pytest.raises(RIDEError, match=r'within \+-30, but got 45\..*classifier="cosine"'):
+        LDAMLoss(COUNTS)(logits, target)
+    assert LDAMLoss(COUNTS, scale=45.0)(logits, target).isfinite()
+
+
+def test_refused_in_a_later_batch_too_on_the_cpu() -> None:
+    logits, target = batch(torch.float32)
+    criterion = LDAMLoss(COUNTS)
+    criterion(logits, target)
+    with pytest.raises(RIDEError, match="cosines times scale"):
+        criterion(logits * 10, target)
+
+
+def test_cosines_that_round_above_one_pass() -> None:
+    logits = torch.tensor([[30.25, -30.0, 0.0, 0.0]], dtype=torch.bfloat16)
+    assert LDAMLoss(COUNTS)(logits, torch.tensor([0])).isfinite()
+
+
+def test_checkpoints_hold_nothing_of_it_and_it_moves_with_to() -> None:
+    criterion = LDAMLoss(COUNTS)
+    assert not criterion.state_dict()
+    assert criterion.double().margins.dtype == torch.float64
+
+
+def test_the_callers_weight_tensor_stays_untouched() -> None:
+    weight = torch.ones(4)
+    LDAMLoss(COUNTS, weight=weight).weight.fill_(3.0)
+    assert weight.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_counts": [3, 0]}, "`class_counts` to be positive.*0 for class 1"),
+        ({"class_counts": [3, -1]}, "`class_counts`.*-1 for class 1"),
+        ({"class_counts": [[3, 1]]}, "`class_counts`.*one-dimensional"),
+        ({"class_counts": COUNTS, "max_margin": -0.1}, "`max_margin`.*-0.1"),
+        ({"class_counts": COUNTS, "scale": 0}, "`scale`.*> 0.*got 0"),
+        ({"class_counts": COUNTS, "scale": math.nan}, "`scale`"),
+        ({"class_counts": COUNTS, "weight": [1.0, 1.0]}, r"`weight`.*\[4\].*\[2\]"),
+        ({"class_counts": COUNTS, "weight": [1.0, 1.0, 1.0, -1.0]}, "`weight`.*non-negative"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message: str) -> None:
+    with pytest.raises(RIDEError, match=message):
+        LDAMLoss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2).long(), r"`logits` to have 4 classes.*\[2, 3\]"),
+        (torch.zeros(2, 3, 4), torch.zeros(2).long(), "`logits`.*experts_loss"),
+        (torch.zeros(2, 4), torch.tensor([0, 4]), r"`target`.*0 \.\. 3.*to 4"),
+        (torch.zeros(2, 4), torch.tensor([-1, 0]), "`target`.*from -1"),
+        (torch.zeros(2, 4), torch.zeros(3).long(), r"`target`.*int64 \[2\].*\[3\]"),
+        (torch.zeros(2, 4), torch.zeros(2).int(), r"`target`.*int32.*\.long\(\)"),
+        (torch.zeros(2, 4), torch.full((2, 4), 0.25), r"`target`.*lam \* loss"),
+    ],
+)
+def test_bad_batches_are_named(logits, target, message: str) -> None:
+    with pytest.raises(RIDEError, match=message):
+        LDAMLoss(COUNTS)(logits, target)

@@ -1,0 +1,86 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ride_plugin import RIDEError, experts_loss
+from ride_plugin.longtail import BalancedSoftmaxLoss, LogitAdjustedLoss
+
+COUNTS = [300, 40, 5]
+
+
+def naive(logits, target, counts, tau):
+    """Counts to the power tau in the softmax itself; ``target`` as probabilities."""
+    total = 0.0
+    for row, q in zip(logits.tolist(), target.tolist(), strict=True):
+        terms = [n**tau * math.exp(z) for n, z in zip(counts, row, strict=True)]
+        total -= sum(a * math.log(t / sum(terms)) for a, t in zip(q, terms, strict=True))
+    return total / len(logits)
+
+
+@pytest.mark.parametrize("tau", [-1.0, 0.0, 1.0, 2.0])
+def test_equals_the_equation_by_loops_for_indices_and_probabilities(tau: float) -> None:
+    logits, target = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 0])
+    one_hot = F.one_hot(target, 3).double()
+    mixed = 0.6 * one_hot + 0.4 * one_hot.flip(0)
+    criterion = LogitAdjustedLoss(COUNTS, tau)
+    expected = naive(logits, one_hot, COUNTS, tau)
+    assert criterion(logits, target).item() == pytest.approx(expected, 1e-6)
+    expected = naive(logits, mixed, COUNTS, tau)
+    assert criterion(logits, mixed).item() == pytest.approx(expected, 1e-6)
+
+
+def test_balanced_softmax_equals_its_own_equation() -> None:
+    logits, target = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 0])
+    expected = naive(logits, F.one_hot(target, 3).double(), COUNTS, 1)
+    assert BalancedSoftmaxLoss(COUNTS)(logits, target).item() == pytest.approx(expected, 1e-6)
+
+
+def test_uniform_counts_give_cross_entropy() -> None:
+    logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 2, 0])
+    expected = F.cross_entropy(logits, target)
+    torch.testing.assert_close(LogitAdjustedLoss([7, 7, 7], 1.5)(logits, target), expected)
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    criterion = BalancedSoftmaxLoss(COUNTS)
+    soft = torch.rand(4, 3).softmax(1)
+    assert torch.autograd.gradcheck(lambda z: criterion(z, soft), (logits,))
+
+
+def test_masked_class_and_extreme_logits_stay_finite() -> None:
+    logits = torch.tensor([[1e4, 0.0, -math.inf], [-1e4, 1.0, -math.inf]], requires_grad=True)
+    for target in (torch.tensor([0, 0]), torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])):
+        loss = BalancedSoftmaxLoss(COUNTS)(logits, target)
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite()
+        assert grad.isfinite().all()
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    logits, target = torch.randn(4, 3).bfloat16(), torch.tensor([0, 1, 2, 0])
+    criterion = BalancedSoftmaxLoss(COUNTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = criterion(logits, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, criterion(logits.float(), target))
+
+
+def test_each_expert_may_have_its_own_tau() -> None:
+    experts, target = torch.randn(4, 3, 3), torch.tensor([0, 1, 2, 0])
+    criteria = [LogitAdjustedLoss(COUNTS, tau) for tau in (0.0, 1.0, 2.0)]
+    expected = sum(c(experts[:, i], target) for i, c in enumerate(criteria))
+    torch.testing.assert_close(experts_loss(criteria, experts, target), expected)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(RIDEError, match=r"`tau` to be finite.*nan"):
+        LogitAdjustedLoss(COUNTS, math.nan)
+    with pytest.raises(RIDEError, match=r"`class_counts`.*0 for class 1"):
+        BalancedSoftmaxLoss([1, 0])
+    with pytest.raises(RIDEError, match=r"`logits` to have 3 classes.*\[1, 2\]"):
+        BalancedSoftmaxLoss(COUNTS)(torch.zeros(1, 2), torch.tensor([0]))
+    with pytest.raises(RIDEError, match=r"`target`.*to 3"):
+        BalancedSoftmaxLoss(COUNTS)(torch.zeros(1, 3), torch.tensor([3]))

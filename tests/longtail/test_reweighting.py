@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from ride_plugin import RIDEError
+from ride_plugin.longtail import (
+    DeferredReweighting,
+    FocalLoss,
+    LDAMLoss,
+    effective_number_weights,
+)
+from tests.reference import losses  # noqa: F401
+
+COUNTS = [500, 40, 3]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999])
+def test_weights_equal_the_series_of_the_effective_number(beta: float) -> None:
+    inverse = [1 / sum(beta**k for k in range(n)) for n in COUNTS]
+    expected = [3 * w / sum(inverse) for w in inverse]
+    assert effective_number_weights(COUNTS, beta).tolist() == pytest.approx(expected, 1e-6)
+
+
+def test_weights_equal_the_authors_numbers(losses) -> None:  # noqa: F811
+    weights = effective_number_weights(losses["class_counts"])
+    torch.testing.assert_close(weights, losses["drw_class_weights"].float(), rtol=1e-5, atol=0)
+
+
+def test_beta_close_to_one_keeps_its_digits() -> None:
+    weights = effective_number_weights(COUNTS, 1 - 1e-14)
+    assert (weights[2] / weights[0]).item() == pytest.approx(500 / 3, rel=1e-4)
+
+
+def criteria():
+    return [
+        LDAMLoss(COUNTS),
+        FocalLoss(weight=torch.ones(3)),
+        torch.nn.CrossEntropyLoss(weight=torch.ones(3)),
+    ]
+
+
+@pytest.mark.parametrize("criterion", criteria(), ids=lambda c: type(c).__name__)
+def test_weights_switch_in_place_at_the_start_epoch(criterion) -> None:
+    buffer = criterion.weight
+    drw = DeferredReweighting(criterion, COUNTS, start_epoch=2)
+    seen = []
+    for epoch in range(4):
+        assert drw.last_epoch == epoch
+        seen.append((drw.is_active, criterion.weight.tolist()))
+        drw.step()
+    after = effective_number_weights(COUNTS).tolist()
+    assert seen == [(False, [1.0] * 3)] * 2 + [(True, after)] * 2
+    assert criterion.weight is buffer
+
+
+def test_the_loss_changes_with_the_weights() -> None:
+    logits, target = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
+    criterion = LDAMLoss(COUNTS)
+    drw = DeferredReweighting(criterion, COUNTS, start_epoch=1)
+    before = criterion(logits, target)
+    drw.step()
+    weighted = LDAMLoss(COUNTS, weight=effective_number_weights(COUNTS))(logits, target)
+    assert criterion(logits, target) != before
+    torch.testing.assert_close(criterion(logits, target), weighted, rtol=1e-6, atol=0)
+
+
+def test_start_epoch_zero_acts_at_once() -> None:
+    criterion = LDAMLoss(COUNTS)
+    assert DeferredReweighting(criterion, COUNTS, start_epoch=0).is_active
+    assert criterion.weight.tolist() != [1.0] * 3
+
+
+def test_resuming_restores_the_weights_in_both_directions() -> None:
+    first = LDAMLoss(COUNTS)
+    drw = DeferredReweighting(first, COUNTS, start_epoch=1)
+    early = drw.state_dict()
+    drw.step()
+    resumed = LDAMLoss(COUNTS)
+    again = DeferredReweighting(resumed, COUNTS, start_epoch=1)
+    again.load_state_dict(drw.state_dict())
+    assert again.last_epoch == 1
+    assert torch.equal(resumed.weight, first.weight)
+    again.load_state_dict(early)
+    assert resumed.weight.tolist() == [1.0] * 3
+
+
+def test_it_follows_a_criterion_that_was_cast_after_construction() -> None:
+    criterion = LDAMLoss(COUNTS)
+    drw = DeferredReweighting(criterion, COUNTS, start_epoch=1)
+    criterion.double()
+    drw.step()
+    assert criterion.weight.dtype == torch.float64
+    torch.testing.assert_close(criterion.weight, drw.weight.double())
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(RIDEError, match=r"`criterion`.*None in CrossEntropyLoss.*torch.ones\(3\)"):
+        DeferredReweighting(torch.nn.CrossEntropyLoss(), COUNTS, start_epoch=1)
+    with pytest.raises(RIDEError, match=r"`criterion`.*\[3\].*\[2\]"):
+        DeferredReweighting(LDAMLoss([2, 1]), COUNTS, start_epoch=1)
+    with pytest.raises(RIDEError, match=r"`start_epoch`.*-1"):
+        DeferredReweighting(LDAMLoss(COUNTS), COUNTS, start_epoch=-1)
+    with pytest.raises(RIDEError, match=r"`beta`.*< 1, but got 1"):
+        effective_number_weights(COUNTS, 1.0)
+    drw = DeferredReweighting(LDAMLoss(COUNTS), COUNTS, start_epoch=1)
+    with pytest.raises(RIDEError, match=r"`state_dict`.*epoch"):
+        drw.load_state_dict({"epoch": 3})

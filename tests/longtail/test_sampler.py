@@ -1,0 +1,108 @@
+from collections import Counter
+
+import pytest
+import torch
+
+from ride_plugin import RIDEError
+from ride_plugin.longtail import ClassBalancedSampler
+
+LABELS = torch.tensor([0, 1, 0, 0, 1, 0, 2, 0, 0, 0, 1, 0, 0] * 5)  # 45, 15 and 5 images
+
+
+def test_classes_come_up_equally_often() -> None:
+    counts = Counter(LABELS[list(ClassBalancedSampler(LABELS))].tolist())
+    assert sum(counts.values()) == 65
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_images_of_a_class_come_up_equally_often() -> None:
+    drawn = Counter(ClassBalancedSampler(LABELS))
+    for c in range(3):
+        times = [drawn[i] for i in (c == LABELS).nonzero().flatten().tolist()]
+        assert max(times) - min(times) <= 1
+
+
+def test_every_image_has_the_probability_of_the_equation() -> None:
+    sampler = ClassBalancedSampler(LABELS, num_samples=10)
+    drawn: Counter[int] = Counter()
+    for epoch in range(3000):
+        sampler.set_epoch(epoch)
+        drawn.update(sampler)
+    for i, label in enumerate(LABELS.tolist()):
+        expected = 30000 / 3 / int((label == LABELS).sum())
+        assert drawn[i] == pytest.approx(expected, abs=5 * expected**0.5)
+
+
+@pytest.mark.parametrize("num_replicas", [2, 3, 4])
+def test_ranks_split_one_common_draw_evenly(num_replicas: int) -> None:
+    ranks = [
+        ClassBalancedSampler(LABELS, num_replicas=num_replicas, rank=r, seed=3)
+        for r in range(num_replicas)
+    ]
+    parts = [list(r) for r in ranks]
+    length = -(-65 // num_replicas)
+    assert {len(p) for p in parts} == {length} == {len(r) for r in ranks}
+    whole = list(ClassBalancedSampler(LABELS, num_samples=length * num_replicas, seed=3))
+    assert [parts[i % num_replicas][i // num_replicas] for i in range(len(whole))] == whole
+
+
+def test_the_epoch_is_the_whole_state() -> None:
+    sampler = ClassBalancedSampler(LABELS, seed=5)
+    first = list(sampler)
+    sampler.set_epoch(4)
+    fifth = list(sampler)
+    resumed = ClassBalancedSampler(LABELS, seed=5)
+    resumed.set_epoch(4)
+    assert list(resumed) == fifth != first
+
+
+def test_seed_and_epoch_do_not_collide() -> None:
+    a, b = ClassBalancedSampler(LABELS, seed=0), ClassBalancedSampler(LABELS, seed=1)
+    a.set_epoch(1)
+    assert list(a) != list(b)
+
+
+def test_fewer_samples_than_classes_are_distinct_classes() -> None:
+    drawn = list(ClassBalancedSampler(LABELS, num_samples=2))
+    assert len(set(LABELS[drawn].tolist())) == 2
+
+
+def test_global_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    list(ClassBalancedSampler(LABELS))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_feeds_a_data_loader() -> None:
+    data = torch.utils.data.TensorDataset(LABELS)
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=15, sampler=ClassBalancedSampler(LABELS, num_samples=30)
+    )
+    assert [Counter(y.tolist()) for (y,) in loader] == [Counter({0: 5, 1: 5, 2: 5})] * 2
+
+
+def test_rank_and_size_come_from_the_process_group(tmp_path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        sampler = ClassBalancedSampler(LABELS)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (sampler.rank, sampler.num_replicas) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "arguments", "message"),
+    [
+        ([], {}, "`labels`.*N > 0"),
+        ([0.5, 1.0], {}, "`labels`.*integer"),
+        ([0, -1], {}, "`labels`.*from -1"),
+        ([0, 1], {"num_samples": 0}, "`num_samples`.*got 0"),
+        ([0, 1], {"num_samples": 2.5}, "`num_samples`.*whole.*2.5"),
+        ([0, 1], {"num_replicas": 2, "rank": 2}, "`rank`.*below num_replicas = 2.*got 2"),
+        ([0, 1], {"seed": -1}, "`seed`.*-1"),
+    ],
+)
+def test_bad_arguments_are_named(labels, arguments, message: str) -> None:
+    with pytest.raises(RIDEError, match=message):
+        ClassBalancedSampler(labels, **arguments)

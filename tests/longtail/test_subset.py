@@ -1,0 +1,122 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from ride_plugin import RIDEError
+from ride_plugin.longtail import LongTailedSubset, long_tailed_counts, long_tailed_indices
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar100_lt.npz"
+LABELS = torch.arange(120) % 4  # 30 images a class
+
+
+def test_counts_of_cifar_100_lt_are_the_fields() -> None:
+    counts = long_tailed_counts(100, 500, 100)
+    assert counts[:5] == [500, 477, 455, 434, 415]
+    assert (counts[-1], sum(counts)) == (5, 10847)
+    assert [sum(long_tailed_counts(10, 5000, rho)) for rho in (10, 50, 100)] == [
+        20431,
+        13996,
+        12406,
+    ]
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the images are not part of the repository")
+def test_counts_equal_those_of_the_real_data_set() -> None:
+    with np.load(DATA) as arrays:
+        there = np.bincount(arrays["train_labels"]).tolist()
+    assert long_tailed_counts(100, 500, 100) == there
+
+
+def test_step_profile_halves_the_classes() -> None:
+    assert long_tailed_counts(5, 50, 10, "step") == [50, 50, 5, 5, 5]
+
+
+def test_factor_one_keeps_everything() -> None:
+    assert long_tailed_counts(3, 8, 1) == [8, 8, 8]
+    assert long_tailed_indices(LABELS, 1).tolist() == list(range(120))
+
+
+@pytest.mark.parametrize("profile", ["exp", "step"])
+def test_indices_hold_the_counts_without_repetition(profile) -> None:
+    indices = long_tailed_indices(LABELS, 10, profile=profile)
+    assert LABELS[indices].bincount().tolist() == long_tailed_counts(4, 30, 10, profile)
+    assert len(set(indices.tolist())) == len(indices)
+
+
+def test_the_seed_or_generator_chooses_the_images() -> None:
+    def draw(**how):
+        return long_tailed_indices(LABELS, 10, **how).tolist()
+
+    assert draw(seed=1) == draw(seed=1) == draw(generator=torch.Generator().manual_seed(1))
+    assert draw(seed=1) != draw(seed=2)
+
+
+def test_every_image_of_a_class_is_as_likely() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.zeros(120)
+    for _ in range(600):
+        kept[long_tailed_indices(LABELS, 10, generator=generator)] += 1
+    for c, count in enumerate(long_tailed_counts(4, 30, 10)):
+        share = count / 30
+        deviation = (600 * share * (1 - share)) ** 0.5
+        assert ((kept[c == LABELS] - 600 * share).abs() <= 5 * deviation).all()
+
+
+def test_global_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    long_tailed_indices(LABELS, 10)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+class Labelled(torch.utils.data.Dataset):
+    def __init__(self, **labels) -> None:
+        self.__dict__.update(labels)
+
+    def __len__(self) -> int:
+        return 120
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Labelled(targets=LABELS.tolist()),
+        Labelled(labels=LABELS.numpy()),
+        TensorDataset(torch.arange(120), LABELS),
+    ],
+    ids=["targets", "labels", "tensors"],
+)
+def test_subset_finds_the_labels_and_describes_itself(dataset) -> None:
+    data = LongTailedSubset(dataset, 10)
+    assert data.class_counts == [30, 13, 6, 3]
+    assert data.labels.bincount().tolist() == data.class_counts
+    assert len(data) == 52
+    images = [x[0] if isinstance(x, tuple) else x for x in (data[i] for i in range(52))]
+    assert LABELS[torch.tensor(images)].tolist() == data.labels.tolist()
+
+
+def test_labels_may_be_handed_in() -> None:
+    assert LongTailedSubset(Labelled(), 10, labels=LABELS).class_counts == [30, 13, 6, 3]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: long_tailed_counts(10, 500, 0.01), "`imbalance_factor`.*100 where.*0.01"),
+        (lambda: long_tailed_counts(10, 50, 100), "`imbalance_factor`.*rarest.*at most 50"),
+        (lambda: long_tailed_counts(10, 50, 10, "linear"), "`profile`.*'exp' or 'step'.*linear"),
+        (lambda: long_tailed_counts(0, 50, 10), "`num_classes`"),
+        (lambda: long_tailed_indices(LABELS, 10, max_count=31), "31 images of class 0, but got 30"),
+        (lambda: long_tailed_indices([0, 0, 2, 2], 1), "`labels`.*none of class 1"),
+        (lambda: LongTailedSubset(Labelled()), "`dataset`.*Labelled.*labels="),
+        (lambda: LongTailedSubset(Labelled(), labels=[0, 1]), "120 samples, but got 2"),
+    ],
+)
+def test_bad_input_is_named(call, message: str) -> None:
+    with pytest.raises(RIDEError, match=message):
+        call()
