@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,15 +26,15 @@ from ride_plugin._split._initialise import (
     renew_classifier,
     warn_if_trained,
 )
+from ride_plugin._split._linked import LinkedModule
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
-from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import FeatureHook
 from ride_plugin._split._tree import logits_in
 from ride_plugin._split._views import Views
 
 
-class RIDEWrapper(nn.Module):
+class RIDEWrapper(LinkedModule):
     r"""Turns a backbone into a shared trunk with forked experts (paper, section 3).
 
     The early submodules run once; the late ones and the classifier exist once for each expert.
@@ -68,6 +67,7 @@ class RIDEWrapper(nn.Module):
         SplitError: the backbone cannot be split; the message says where, why and what to pass.
 
     Example:
+        >>> from ride_plugin import expert_logits
         >>> backbone = nn.Sequential(
         ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
         ...     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
@@ -111,7 +111,7 @@ class RIDEWrapper(nn.Module):
         self._attributes = split.attributes
         self._inputs = split.inputs
         self._classifier = split.classifier
-        self._links = list(views.links)
+        self._links.extend(views.links)
 
         self.trunk = views.trunk
         self.experts = nn.ModuleList([views.expert])
@@ -157,10 +157,17 @@ class RIDEWrapper(nn.Module):
         """Run the shared part only; hand the result to :meth:`run_expert`."""
         before = read_attributes(self.trunk, self._attributes)
         state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
-        if state.layout is None and not torch.compiler.is_compiling():
-            # A path not seen at the build, for example padding at another input size.
-            state = replace(state, layout=self._learn_layout(args, kwargs))
-        return replace(state.hollowed(), attributes=before)
+        return self._settled(replace(state, attributes=before), args, kwargs)
+
+    def start(self, *args: Any, **kwargs: Any) -> tuple[TrunkState, Tensor, Tensor]:
+        """Run the shared part and expert 0 in one pass; equal to running one after the other.
+
+        Returns:
+            The state for the other experts, and expert 0's logits ``[B, C]`` and features
+            ``[B, D]``, as :meth:`run_expert` returns them.
+        """
+        state, logits, features = self._first_expert(args, kwargs)
+        return self._settled(state, args, kwargs), logits, features
 
     def run_expert(self, index: int, state: TrunkState) -> tuple[Tensor, Tensor]:
         """Run one expert on the trunk's state, or on some rows of it.
@@ -228,6 +235,17 @@ class RIDEWrapper(nn.Module):
     def _all_experts(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[tuple[Tensor, Tensor]]:
+        state, logits, features = self._first_expert(args, kwargs)
+        rest = [self.run_expert(index, state) for index in range(1, self.num_experts)]
+        return [(logits, features), *rest]
+
+    def _first_expert(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[TrunkState, Tensor, Tensor]:
+        if self.num_experts > 1 and any(layout.changes_in_place for layout in self._layouts):
+            # Going on into expert 0 would let it write into what the others read.
+            state = self.run_trunk(*args, **kwargs)
+            return (state, *self.run_expert(0, state))
         before = read_attributes(self.trunk, self._attributes)
         self._running.features = None
         try:
@@ -235,12 +253,17 @@ class RIDEWrapper(nn.Module):
             state, output = record(
                 self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=False
             )
-            results = [self._read(output)]
+            return (replace(state, attributes=before), *self._read(output))
         finally:
             self._running.features = None
-        state = replace(state, attributes=before)
-        results += [self.run_expert(index, state) for index in range(1, self.num_experts)]
-        return results
+
+    def _settled(
+        self, state: TrunkState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TrunkState:
+        if state.layout is None and not torch.compiler.is_compiling():
+            # A path not seen at the build, for example padding at another input size.
+            state = replace(state, layout=self._learn_layout(args, kwargs))
+        return state.hollowed()
 
     def _checkpointed_experts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         state = self.run_trunk(*args, **kwargs)
@@ -303,26 +326,3 @@ class RIDEWrapper(nn.Module):
             if init == "copy":
                 renew_classifier(head)
             break_tie(head)
-
-    def _relink(self) -> None:
-        for link in self._links:
-            link.refresh()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # Activations that a backbone keeps (`self.feat = out`) would make deepcopy fail.
-        memo.update(detached_activations(self))
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return copied
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load a state dict; as in torch, with ``assign=True`` tensors are replaced."""
-        result = super().load_state_dict(*args, **kwargs)
-        self._relink()
-        return result
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._relink()
-        return self

@@ -44,7 +44,7 @@ def choose_fork(root: Call, fork_at: str | None) -> Fork:
             "torch.nn.Module built from submodules."
         )
     last = max(i for i, has in enumerate(parametric) if has)  # the classifier, or ends in it
-    index, reason = _by_resolution(units, parametric, last) or _by_blocks(units, parametric, last)
+    index, reason = _by_resolution(units, parametric, last) or _by_blocks(units, last)
     # Parameter-free units cost nothing to share; a module that also ran before cannot be forked.
     called_before = {id(unit.module) for unit in units[:index]}
     while index < last and (not parametric[index] or id(units[index].module) in called_before):
@@ -90,7 +90,7 @@ def _by_resolution(
         if current is None or positions <= _NEW_LEVEL * current:
             levels.append((i, False))
             current = positions
-        if any(p.dim() >= 2 for p in unit.module.parameters()):
+        if _has_matrix(unit):
             levels[-1] = (levels[-1][0], True)
     starts = [start for start, has_weights in levels if has_weights]
     for kept, reason in ((2, "last two"), (1, "last")):
@@ -99,9 +99,10 @@ def _by_resolution(
     return None
 
 
-def _by_blocks(units: Sequence[Call], parametric: Sequence[bool], last: int) -> tuple[int, str]:
+def _by_blocks(units: Sequence[Call], last: int) -> tuple[int, str]:
     """Fork the last third of the heaviest run of equal blocks, or of all units with parameters."""
-    body = [i for i in range(last) if parametric[i]]
+    # A unit without a weight matrix (BatchNorm after its convolution) is no place to begin.
+    body = [i for i in range(last) if _has_matrix(units[i])]
     if not body:
         return last, "classifier only"
     runs: dict[type, list[int]] = {}
@@ -112,6 +113,10 @@ def _by_blocks(units: Sequence[Call], parametric: Sequence[bool], last: int) -> 
         return body[-max(1, round(len(body) / 3))], f"last third of {len(body)} units"
     kind = type(units[run[0]].module).__name__
     return run[-max(1, round(len(run) / 3))], f"last third of {len(run)} {kind} blocks"
+
+
+def _has_matrix(unit: Call) -> bool:
+    return any(p.dim() >= 2 for p in unit.module.parameters())
 
 
 def _trunk_share(units: Sequence[Call], index: int) -> float:
