@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ride_plugin._calibration import CalibrationResult, calibrate
 from ride_plugin._errors import ArgumentError
-from ride_plugin._stages import RoutableModel, Router, goes_on
+from ride_plugin._stages import RoutableModel, Router, goes_on, start
 
 
 class RoutingOutput(NamedTuple):
@@ -122,8 +122,7 @@ class RoutingInference(nn.Module):
         """
         model, router = cast("RoutableModel", self.model), cast("Router", self.router)
         with model.evaluating():
-            state = model.run_trunk(*args, **kwargs)
-            total, features = model.run_expert(0, state)
+            state, total, features = start(model, args, kwargs)
             logits = mean = total
             used = torch.ones(len(total), dtype=torch.int64, device=total.device)
             limits = self.threshold_logits

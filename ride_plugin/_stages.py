@@ -57,3 +57,14 @@ def goes_on(gate_logits: Tensor, limit: Tensor) -> Tensor:
     whose logit is -inf; a threshold of 1 (limit +inf) lets none.
     """
     return gate_logits.clamp(min=torch.finfo(gate_logits.dtype).min) > limit
+
+
+def start(
+    model: RoutableModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Tensor, Tensor]:
+    """Run trunk and expert 0, in one pass where the model can: state, logits and features."""
+    if hasattr(model, "start"):
+        result: tuple[Any, Tensor, Tensor] = model.start(*args, **kwargs)
+        return result
+    state = model.run_trunk(*args, **kwargs)
+    return (state, *model.run_expert(0, state))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ class Layout:
     rows: tuple[tuple[Rows | None, ...], ...]
     live: tuple[tuple[bool, ...], ...]
     clone: tuple[tuple[bool, ...], ...]
+
+    @cached_property
+    def changes_in_place(self) -> bool:
+        """Whether an expert changes anything in place."""
+        return any(any(flags) for flags in self.clone)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class TrunkState:
 
     def own_values(self) -> list[Any]:
         """The values for one expert: what it changes in place is cloned, once per tensor."""
-        if self.layout is None or not any(any(flags) for flags in self.layout.clone):
+        if self.layout is None or not self.layout.changes_in_place:
             return self.values
         done: dict[int, Tensor] = {}
 
@@ -107,8 +113,13 @@ def hollow(value: Tensor) -> Tensor:
     return value.new_full((), float("nan")).expand(value.shape)
 
 
+def is_hollow(value: Tensor) -> bool:
+    """Whether a value takes no memory: what `hollow` made, or the like."""
+    return value.dim() > 1 and not any(value.stride())
+
+
 def _keep_or_hollow(value: Tensor, live: bool) -> Tensor:
-    return value if live else hollow(value)
+    return value if live or is_hollow(value) else hollow(value)
 
 
 def _map_with(function: Any, value: Any, infos: tuple[Any, ...]) -> Any:
