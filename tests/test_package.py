@@ -1,6 +1,7 @@
 """What the package is from outside: its imports, its version, its wheel, its layers."""
 
 import ast
+import functools
 import importlib.metadata
 import shutil
 import subprocess
@@ -29,7 +30,8 @@ LOSSES = {
 }
 
 
-def loaded_after(statement: str) -> set[str]:
+@functools.cache
+def loaded_after(statement: str) -> frozenset[str]:
     """Top-level modules that are neither built in nor ours after ``statement`` in a new process."""
     code = (
         f"import sys; {statement}; "
@@ -42,7 +44,7 @@ def loaded_after(statement: str) -> set[str]:
         text=True,
         check=True,
     )
-    return set(result.stdout.split()) - {"ride_plugin"}
+    return frozenset(result.stdout.split()) - {"ride_plugin"}
 
 
 def module_name(path: Path) -> str:
