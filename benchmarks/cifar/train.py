@@ -30,13 +30,16 @@ from ride_plugin.longtail import LDAMLoss, LogitAdjustedLoss, effective_number_w
 
 @dataclass(frozen=True)
 class Recipe:
-    """The field's recipe; every milestone scales with the number of epochs."""
+    """The field's recipe; every milestone scales with the number of epochs.
+
+    The warm-up does not: at 24 epochs, without it, LDAM-DRW reached 31.6 % instead of more.
+    """
 
     epochs: int = 200
     batch_size: int = 128
     lr: float = 0.1
     weight_decay: float = 5e-4
-    warmup: float = 0.025
+    warmup: int = 5  # epochs; at most a fifth of all
     milestones: tuple[float, float] = (0.8, 0.9)
     lr_factor: float = 0.1
     reweight_from: float = 0.8
@@ -46,7 +49,7 @@ class Recipe:
 
     def lr_at(self, epoch: int) -> float:
         """Learning rate of an epoch counted from zero."""
-        warmup = max(1, round(self.warmup * self.epochs))
+        warmup = min(self.warmup, max(1, round(self.epochs / 5)))
         if epoch < warmup:
             return self.lr * (epoch + 1) / warmup
         return self.lr * self.lr_factor ** sum(epoch >= m * self.epochs for m in self.milestones)

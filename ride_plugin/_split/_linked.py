@@ -18,7 +18,7 @@ class LinkedModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._links: list[Link] = []
-        self.register_load_state_dict_post_hook(_relink)
+        self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # Activations that a backbone keeps (`self.feat = out`) would make deepcopy fail.
