@@ -70,17 +70,18 @@ def test_start_epoch_zero_acts_at_once() -> None:
 
 
 def test_resuming_restores_the_weights_in_both_directions() -> None:
-    first = LDAMLoss(COUNTS)
+    own = [0.5, 1.0, 2.0]
+    first = LDAMLoss(COUNTS, weight=own)
     drw = DeferredReweighting(first, COUNTS, start_epoch=1)
     early = drw.state_dict()
     drw.step()
-    resumed = LDAMLoss(COUNTS)
+    resumed = LDAMLoss(COUNTS, weight=own)
     again = DeferredReweighting(resumed, COUNTS, start_epoch=1)
     again.load_state_dict(drw.state_dict())
     assert again.last_epoch == 1
     assert torch.equal(resumed.weight, first.weight)
     again.load_state_dict(early)
-    assert resumed.weight.tolist() == [1.0] * 3
+    assert resumed.weight.tolist() == own
 
 
 def test_it_follows_a_criterion_that_was_cast_after_construction() -> None:
@@ -104,3 +105,14 @@ def test_bad_input_is_named() -> None:
     drw = DeferredReweighting(LDAMLoss(COUNTS), COUNTS, start_epoch=1)
     with pytest.raises(RIDEError, match=r"`state_dict`.*epoch"):
         drw.load_state_dict({"epoch": 3})
+
+
+@pytest.mark.parametrize("criterion", criteria()[:2], ids=lambda c: type(c).__name__)
+def test_compiled_in_one_graph_the_switch_needs_no_recompilation(criterion) -> None:
+    logits, target = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
+    drw = DeferredReweighting(criterion, COUNTS, start_epoch=1)
+    compiled = torch.compile(criterion, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(compiled(logits, target), criterion(logits, target))
+        drw.step()
+        torch.testing.assert_close(compiled(logits, target), criterion(logits, target))
