@@ -1,0 +1,196 @@
+"""A split backbone as one module: its trunk and its experts, run one at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._errors import RIDEError
+from ride_plugin._split._analysis import layout_of, random_state_kept
+from ride_plugin._split._build import Split, another_expert
+from ride_plugin._split._example import Inputs, resize_batch
+from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
+from ride_plugin._split._probe import detached_activations
+from ride_plugin._split._state import Layout, TrunkState
+from ride_plugin._split._tape import FeatureHook
+from ride_plugin._split._tree import logits_in
+from ride_plugin._split._views import Views
+
+
+class SplitModule(nn.Module):
+    """Trunk and experts; knows nothing of losses, routing or initialisation.
+
+    Attributes:
+        trunk: the shared part, under the backbone's names.
+        experts: one forked part for each expert, under the backbone's names.
+        num_experts: ``E``.
+        num_classes: ``C``.
+        fork_at: name of the first forked submodule.
+    """
+
+    def __init__(self, split: Split, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.num_classes = split.num_classes
+        self.fork_at = split.fork_at
+        self._running = split.views.running
+        self._layouts = split.layouts
+        self._attributes = split.attributes
+        self._inputs = split.inputs
+        self._classifier = split.classifier
+        self._links = list(split.views.links)
+        self.trunk = split.views.trunk
+        self.experts = nn.ModuleList([split.views.expert])
+        for _ in range(num_experts - 1):
+            expert, links = another_expert(split.views)
+            self.experts.append(expert)
+            self._links.extend(links)
+        self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
+
+    @property
+    def classifiers(self) -> list[nn.Module]:
+        """The classifier of each expert, in order; for cRT, tau-normalisation and the like."""
+        if self._classifier is None:
+            return []
+        return [expert.get_submodule(self._classifier) for expert in self.experts]
+
+    def run_trunk(self, *args: Any, **kwargs: Any) -> TrunkState:
+        """Run the shared part only; hand the result to :meth:`run_expert`."""
+        before = read_attributes(self.trunk, self._attributes)
+        state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
+        return self._settled(replace(state, attributes=before), args, kwargs)
+
+    def start(self, *args: Any, **kwargs: Any) -> tuple[TrunkState, Tensor, Tensor]:
+        """Run the shared part and expert 0 in one pass; equal to running one after the other.
+
+        Returns:
+            The state for the other experts, and expert 0's logits ``[B, C]`` and features
+            ``[B, D]``, as :meth:`run_expert` returns them.
+        """
+        state, logits, features = self._first_expert(args, kwargs)
+        return self._settled(state, args, kwargs), logits, features
+
+    def run_expert(self, index: int, state: TrunkState) -> tuple[Tensor, Tensor]:
+        """Run one expert on the trunk's state, or on some rows of it.
+
+        Args:
+            index: the expert, ``0 <= index < num_experts``.
+            state: what :meth:`run_trunk` returned, or ``state.select(rows)``.
+
+        Returns:
+            Its logits ``[B, C]``, and what its classifier received, pooled to ``[B, D]``.
+        """
+        expert = self.experts[index]
+        self._watch_classifier(expert)
+        write_attributes(expert, self._attributes, state.attributes)
+        self._running.features = None
+        try:
+            output = play(expert, self._running, state)
+            return self._read(output)
+        finally:
+            self._running.features = None
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Self]:
+        """Evaluation mode for the duration of a block; every submodule's mode is restored."""
+        training: list[nn.Module] = []
+        rest: list[nn.Module] = [self]
+        while rest:  # `modules()` spends most of its time on names
+            module = rest.pop()
+            rest.extend(child for child in module._modules.values() if child is not None)
+            if module.training:
+                training.append(module)
+        if training:
+            self.eval()
+        try:
+            yield self
+        finally:
+            for module in training:
+                module.training = True
+
+    def example_input(self, batch_size: int = 1) -> Inputs:
+        """Inputs ``(args, kwargs)`` that the backbone accepts, for cost reports and export."""
+        return resize_batch(self._inputs, batch_size)
+
+    def _all_experts(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[Tensor, Tensor]]:
+        state, logits, features = self._first_expert(args, kwargs)
+        rest = [self.run_expert(index, state) for index in range(1, self.num_experts)]
+        return [(logits, features), *rest]
+
+    def _first_expert(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[TrunkState, Tensor, Tensor]:
+        if self.num_experts > 1 and any(layout.changes_in_place for layout in self._layouts):
+            # Going on into expert 0 would let it write into what the others read.
+            state = self.run_trunk(*args, **kwargs)
+            return (state, *self.run_expert(0, state))
+        before = read_attributes(self.trunk, self._attributes)
+        self._running.features = None
+        try:
+            # The recording goes on into expert 0: one pass fewer over the backbone's own code.
+            state, output = record(
+                self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=False
+            )
+            return (replace(state, attributes=before), *self._read(output))
+        finally:
+            self._running.features = None
+
+    def _settled(
+        self, state: TrunkState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TrunkState:
+        if state.layout is None and not torch.compiler.is_compiling():
+            # A path not seen at the build, for example padding at another input size.
+            state = replace(state, layout=self._learn_layout(args, kwargs))
+        return state.hollowed()
+
+    def _watch_classifier(self, expert: nn.Module) -> None:
+        # A classifier that somebody replaced has lost the hook that keeps its input.
+        if self._classifier is not None:
+            head = expert.get_submodule(self._classifier)
+            if not any(isinstance(h, FeatureHook) for h in head._forward_pre_hooks.values()):
+                head.register_forward_pre_hook(FeatureHook(self._running))
+
+    def _read(self, output: Any) -> tuple[Tensor, Tensor]:
+        logits = logits_in(output)
+        if logits is None:
+            raise RIDEError("An expert returned no logits [B, C]; the backbone's output changed.")
+        features = pooled(self._running.features)
+        # A classifier that is not a module of its own leaves no feature; its logits stand in.
+        return logits, logits if features is None else features
+
+    def _learn_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
+        views = Views(self.trunk, self.experts[0], self._running, [], [])
+        with random_state_kept(self):
+            try:
+                layout = layout_of(views, (args, kwargs), self.trunk.training, self._attributes)
+            except RIDEError:
+                return None  # every row can still go on; only `select` needs the layout
+        self._layouts.append(layout)
+        return layout
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Activations that a backbone keeps (`self.feat = out`) would make deepcopy fail.
+        memo.update(detached_activations(self))
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _relink(self)
+        return self
+
+
+def _relink(module: SplitModule, *_: Any) -> None:
+    """Follow tensors that ``.to()`` or loading (with ``assign=True``) has replaced."""
+    for link in module._links:
+        link.refresh()
