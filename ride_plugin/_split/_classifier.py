@@ -20,7 +20,7 @@ class CosineClassifier(nn.Module):
     r"""Linear classifier on the sphere: scale times the cosine between feature and class weight.
 
     $\text{logit}_c = s \, \frac{w_c^\top x}{\lVert w_c \rVert \lVert x \rVert}$, as the LDAM paper
-    (Cao et al., NeurIPS 2019, section 3.3) and the authors' RIDE use it, with $s = 30$.
+    (Cao et al., NeurIPS 2019, section 3.2) and the authors' RIDE use it, with $s = 30$.
 
     Args:
         in_features: size of a feature, ``D``.
