@@ -249,3 +249,28 @@ def test_checkpointed_experts_give_equal_gradients_statistics_and_random_numbers
             assert torch.equal(results[1][1][name], tensor), name
         assert torch.equal(results[0][2], results[1][2])
         assert not any("features" in vars(m) for m in other.modules())
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """What DataParallel makes of a module for another device, as torch's `replicate` does it."""
+    modules = list(module.modules())
+    copies = {id(m): m._replicate_for_data_parallel() for m in modules}
+    for m in modules:
+        for name, child in m._modules.items():
+            copies[id(m)]._modules[name] = None if child is None else copies[id(child)]
+        for name, tensor in m._parameters.items():
+            setattr(copies[id(m)], name, None if tensor is None else 2 * tensor.detach())
+        for name, tensor in m._buffers.items():
+            copies[id(m)]._buffers[name] = tensor
+    return copies[id(module)]
+
+
+@pytest.mark.parametrize("backbone", [GluedNet(7), VisionTransformer(7)])
+def test_data_parallel_replicas_use_their_own_parameters(backbone: nn.Module) -> None:
+    model = RIDEWrapper(backbone, 3, return_experts=True).eval()
+    doubled = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in doubled.parameters():
+            parameter.mul_(2)
+        x = torch.randn(4, 3, 32, 32)
+        torch.testing.assert_close(_replica(model)(x).expert_logits, doubled(x).expert_logits)

@@ -128,8 +128,10 @@ class SplitModule(nn.Module):
     def _first_expert(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[TrunkState, Tensor, Tensor]:
-        if self.num_experts > 1 and any(layout.changes_in_place for layout in self._layouts):
-            # Going on into expert 0 would let it write into what the others read.
+        changes = self.num_experts > 1 and any(known.changes_in_place for known in self._layouts)
+        # Going on into expert 0 would let it write into what the others read; and DataParallel's
+        # replica of the trunk leads to the original's expert, on another device.
+        if changes or getattr(self, "_is_replica", False):
             state = self.run_trunk(*args, **kwargs)
             return (state, *self.run_expert(0, state))
         before = read_attributes(self.trunk, self._attributes)
