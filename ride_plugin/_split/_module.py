@@ -100,10 +100,10 @@ class SplitModule(nn.Module):
     def evaluating(self) -> Iterator[Self]:
         """Evaluation mode for the duration of a block; every submodule's mode is restored."""
         training: list[nn.Module] = []
-        rest: list[nn.Module] = [self]
-        while rest:  # `modules()` spends most of its time on names
-            module = rest.pop()
-            rest.extend(child for child in module._modules.values() if child is not None)
+        found: list[nn.Module] = [self]
+        for module in found:  # grows on the way; `modules()` spends most of its time on names
+            if module._modules:
+                found += [child for child in module._modules.values() if child is not None]
             if module.training:
                 training.append(module)
         if training:
