@@ -34,8 +34,18 @@ SHARES = ((0.41, 0.09, 0.50), (0.8, 0.1, 0.1))
 
 def network(num_experts: int = 3, channels_last: bool = True) -> RIDEWrapper:
     """The paper's CIFAR network: ResNet-32, experts of 3/4 width, cosine classifiers."""
-    model = RIDEWrapper(ResNet32(100), num_experts, expert_width=0.75, classifier="cosine")
+    model = RIDEWrapper(_Narrow(), num_experts, fork_at="layer2", classifier="cosine")
     return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+class _Narrow(ResNet32):
+    """Full width up to the fork and 3/4 of it from there on."""
+
+    def __init__(self) -> None:
+        super().__init__(100)
+        self.layer2 = self._stage(16, 24, 2)
+        self.layer3 = self._stage(24, 48, 2)
+        self.linear = nn.Linear(48, 100)
 
 
 def images(batch: int, channels_last: bool = True) -> Tensor:

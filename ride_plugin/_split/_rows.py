@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ride_plugin._errors import SplitError
+from ride_plugin._errors import ArgumentError, SplitError
 
 
 class Rows(NamedTuple):
@@ -51,7 +52,7 @@ def take_rows(value: Tensor, spec: Rows | None, rows: Tensor) -> Tensor:
     if spec is None:
         return value
     dim, per_sample = spec
-    if value.dim() > 1 and all(stride == 0 for stride in value.stride()):  # a hollow value
+    if is_hollow(value):
         shape = list(value.shape)
         shape[dim] = rows.numel() * per_sample
         return value[(0,) * value.dim()].expand(shape)
@@ -63,3 +64,36 @@ def take_rows(value: Tensor, spec: Rows | None, rows: Tensor) -> Tensor:
     order = sorted(range(value.dim()), key=value.stride, reverse=True)
     back = sorted(range(value.dim()), key=order.__getitem__)
     return value.permute(order).index_select(order.index(dim), rows).permute(back)
+
+
+def join_rows(values: Sequence[Tensor], spec: Rows | None) -> Tensor:
+    """Concatenate values of several batches along their batch dimension, in their layout.
+
+    Raises:
+        ArgumentError: they differ in another dimension, or where they do not depend on the batch.
+    """
+    first = values[0]
+    if spec is None:
+        if any(other is not first and not torch.equal(other, first) for other in values[1:]):
+            raise ArgumentError(
+                "Expected batches that differ in their rows only, but a value that has no batch "
+                "dimension differs between them. Run them apart."
+            )
+        return first
+    dim = spec.dim
+    shapes = {(*value.shape[:dim], *value.shape[dim + 1 :]) for value in values}
+    if len(shapes) > 1:
+        raise ArgumentError(
+            "Expected batches of one input size, but got trunk values of shapes "
+            f"{[list(value.shape) for value in values]}. Run inputs of different sizes apart."
+        )
+    if all(is_hollow(value) for value in values):
+        shape = list(first.shape)
+        shape[dim] = sum(value.shape[dim] for value in values)
+        return first[(0,) * first.dim()].expand(shape)
+    return torch.cat(list(values), dim)
+
+
+def is_hollow(value: Tensor) -> bool:
+    """Whether a value takes no memory, as one that nobody reads."""
+    return value.dim() > 1 and not any(value.stride())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -10,8 +11,14 @@ import torch
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError, ReplayError
-from ride_plugin._split._rows import Rows, take_rows
+from ride_plugin._split._rows import Rows, is_hollow, join_rows, take_rows
 from ride_plugin._split._tree import map_tensors, tensors_in
+
+_UNKNOWN_PATH = (
+    "The backbone's forward took a path that was not seen when it was wrapped (another input size, "
+    "or training mode), so it is not known which dimension of its values is the batch. Wrap it "
+    "with `example_input=` of the size in use."
+)
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,7 @@ class TrunkState:
                 "`mask.nonzero().squeeze(1)`."
             )
         if self.layout is None:
-            raise ReplayError(
-                "The backbone's forward took a path that was not seen when it was wrapped (another "
-                "input size, or training mode), so it is not known which dimension of its values "
-                "is the batch. Wrap it with `example_input=` of the size in use."
-            )
+            raise ReplayError(_UNKNOWN_PATH)
         specs = self.layout.rows
         done: dict[int, Tensor] = {}
 
@@ -83,6 +86,38 @@ class TrunkState:
 
         values = [_map_with(gather, v, s) for v, s in zip(self.values, specs, strict=True)]
         return replace(self, batch_size=rows.numel(), values=values)
+
+    @staticmethod
+    def cat(states: Sequence[TrunkState]) -> TrunkState:
+        """Join states of several batches into one, rows in the order given.
+
+        Args:
+            states: of one model and one input size; a single one is returned as it is.
+
+        Raises:
+            ReplayError: the backbone took a path that was not seen when it was wrapped.
+            ArgumentError: the states differ in more than their rows.
+        """
+        first, *others = states
+        if not others:
+            return first
+        if first.layout is None:
+            raise ReplayError(_UNKNOWN_PATH)
+        for other in others:
+            if other.keys != first.keys or other.attributes != first.attributes:
+                raise ArgumentError(
+                    "Expected argument `states` to come from one path through the backbone, but "
+                    "they differ. Keep inputs of different kinds apart."
+                )
+        values = []
+        for *entries, specs in zip(*(s.values for s in states), first.layout.rows, strict=True):
+            rest = zip(*map(tensors_in, entries[1:]), strict=True)
+
+            def join(value: Tensor, spec: Rows | None, rest: Any = rest) -> Tensor:
+                return join_rows((value, *next(rest)), spec)
+
+            values.append(_map_with(join, entries[0], specs))
+        return replace(first, batch_size=sum(state.batch_size for state in states), values=values)
 
     def hollowed(self) -> TrunkState:
         """Replace what no expert reads by NaNs of the same shape that take no memory."""
@@ -111,11 +146,6 @@ class TrunkState:
 def hollow(value: Tensor) -> Tensor:
     """A tensor of the same shape that takes no memory, and NaN, should anybody read it."""
     return value.new_full((), float("nan")).expand(value.shape)
-
-
-def is_hollow(value: Tensor) -> bool:
-    """Whether a value takes no memory: what `hollow` made, or the like."""
-    return value.dim() > 1 and not any(value.stride())
 
 
 def _keep_or_hollow(value: Tensor, live: bool) -> Tensor:

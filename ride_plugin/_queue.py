@@ -1,0 +1,206 @@
+"""Routed inference over several small batches: the rows that go on run together."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin._inference import RoutingInference, RoutingOutput
+from ride_plugin._stages import RoutableModel, Router, goes_on, start
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that wait for one expert, of one or several submissions, oldest first."""
+
+    state: Any
+    total: Tensor  # [n, C], sum of the logits so far
+    tickets: Tensor  # int64 [n] on the CPU, ascending: whose row it is
+    places: Tensor  # int64 [n], which row of that submission
+
+    def __len__(self) -> int:
+        return len(self.tickets)
+
+    @property
+    def oldest(self) -> int:
+        return int(self.tickets[0])
+
+    def select(self, rows: Tensor) -> _Rows:
+        return _Rows(
+            self.state.select(rows),
+            self.total.index_select(0, rows),
+            self.tickets.index_select(0, rows.to(self.tickets.device)),
+            self.places.index_select(0, rows),
+        )
+
+    @staticmethod
+    def cat(parts: list[_Rows]) -> _Rows:
+        if len(parts) == 1:
+            return parts[0]
+        return _Rows(
+            type(parts[0].state).cat([part.state for part in parts]),
+            torch.cat([part.total for part in parts]),
+            torch.cat([part.tickets for part in parts]),
+            torch.cat([part.places for part in parts]),
+        )
+
+
+class RoutingQueue:
+    """Serves small batches with early exit, and lets later experts run on full batches.
+
+    Trunk and expert 0 run on each submission at once. Rows that go on wait until ``batch_size`` of
+    them, from any submissions, need the same expert, and then run together. No row waits for
+    longer than ``max_wait`` further submissions. Each row gets what `RoutingInference` gives it.
+    Not in the paper.
+
+    Args:
+        serve: the routed model. Its thresholds can change at any time.
+        batch_size: how many waiting rows make an expert run.
+        max_wait: after how many further submissions a row is finished in any case; 0 finishes
+            every submission at once.
+
+    Raises:
+        ArgumentError: an argument is out of range, or the model's states cannot be joined.
+
+    Example:
+        >>> from torch import nn
+        >>> from ride_plugin import ConfidenceRouter, RIDEWrapper
+        >>> backbone = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
+        ...     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+        ... )
+        >>> serve = RoutingInference(RIDEWrapper(backbone, 3), ConfidenceRouter(), 0.1)
+        >>> queue = RoutingQueue(serve, batch_size=4, max_wait=2)
+        >>> tickets = [queue.submit(torch.randn(2, 3, 32, 32)) for _ in range(3)]
+        >>> [ticket for ticket, output in queue.flush().items()]
+        [0, 1, 2]
+    """
+
+    def __init__(self, serve: RoutingInference, *, batch_size: int = 64, max_wait: int = 4) -> None:
+        for name, value, least in (("batch_size", batch_size, 1), ("max_wait", max_wait, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ArgumentError(
+                    f"Expected argument `{name}` to be an integer >= {least}, but got {value!r}."
+                )
+        self.serve = serve
+        self.batch_size = batch_size
+        self.max_wait = max_wait
+        self._next_ticket = 0
+        self._unfinished: dict[int, RoutingOutput] = {}
+        self._finished: dict[int, RoutingOutput] = {}
+        gates = cast("RoutableModel", serve.model).num_experts - 1
+        self._waiting: list[deque[_Rows]] = [deque() for _ in range(gates)]
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of rows that wait for an expert."""
+        return sum(len(rows) for stage in self._waiting for rows in stage)
+
+    @torch.no_grad()
+    def submit(self, *args: Any, **kwargs: Any) -> int:
+        """Run trunk and expert 0 on a batch, and whatever expert has now enough rows.
+
+        Args:
+            *args: what the model takes, and ``**kwargs``; one input size for all submissions.
+            **kwargs: see ``*args``.
+
+        Returns:
+            The ticket under which `results` returns this batch: 0, 1, 2, ...
+
+        Raises:
+            ArgumentError: (on the CPU only) an expert's logits hold NaN; the submissions whose
+                rows ran together then have no result.
+        """
+        model = cast("RoutableModel", self.serve.model)
+        with model.evaluating():
+            state, logits, features = start(model, args, kwargs)
+            if not hasattr(type(state), "cat"):
+                raise ArgumentError(
+                    f"Expected the model's state to have a static method `cat`, but got "
+                    f"{type(state).__name__} without it. Wrap the model with RIDEWrapper."
+                )
+            ticket = self._next_ticket
+            self._next_ticket += 1
+            used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
+            self._unfinished[ticket] = RoutingOutput(logits.clone(), used)
+            tickets = torch.full((len(logits),), ticket)
+            places = torch.arange(len(logits), device=logits.device)
+            self._send_on(0, _Rows(state, logits, tickets, places), logits, features)
+            self._run_what_is_due(newest=ticket - self.max_wait)
+        return ticket
+
+    def results(self) -> dict[int, RoutingOutput]:
+        """Hand out the batches that are finished and were not handed out yet, by ticket.
+
+        Returns:
+            ``{ticket: RoutingOutput}``, tickets ascending.
+        """
+        finished, self._finished = self._finished, {}
+        return dict(sorted(finished.items()))
+
+    @torch.no_grad()
+    def flush(self) -> dict[int, RoutingOutput]:
+        """Finish everything that waits, and return `results`."""
+        with cast("RoutableModel", self.serve.model).evaluating():
+            self._run_what_is_due(newest=self._next_ticket)
+        return self.results()
+
+    def _run_what_is_due(self, newest: int) -> None:
+        """Run stages with a full batch, or with a row of ticket ``newest`` or older."""
+        for index, stage in enumerate(self._waiting, start=1):
+            while stage and (stage[0].oldest <= newest or sum(map(len, stage)) >= self.batch_size):
+                rows = self._take(stage)
+                try:
+                    self._run(index, rows)
+                except Exception:
+                    for ticket in rows.tickets.unique().tolist():
+                        self._unfinished.pop(ticket, None)
+                    raise
+        waiting = {
+            ticket for stage in self._waiting for r in stage for ticket in r.tickets.tolist()
+        }
+        for ticket in self._unfinished.keys() - waiting:
+            self._finished[ticket] = self._unfinished.pop(ticket)
+
+    def _take(self, stage: deque[_Rows]) -> _Rows:
+        """Take up to ``batch_size`` rows, the oldest first."""
+        parts, missing = [], self.batch_size
+        while stage and missing > 0:
+            rows = stage.popleft()
+            if len(rows) > missing:
+                order = torch.arange(len(rows), device=rows.places.device)
+                stage.appendleft(rows.select(order[missing:]))
+                rows = rows.select(order[:missing])
+            parts.append(rows)
+            missing -= len(rows)
+        return _Rows.cat(parts)
+
+    def _run(self, index: int, rows: _Rows) -> None:
+        more, features = cast("RoutableModel", self.serve.model).run_expert(index, rows.state)
+        total = rows.total + more
+        mean = total / (index + 1)
+        owners, counts = rows.tickets.unique_consecutive(return_counts=True)
+        sizes = counts.tolist()
+        for ticket, logits, places in zip(
+            owners.tolist(), mean.split(sizes), rows.places.split(sizes), strict=True
+        ):
+            if ticket in self._unfinished:  # absent if another of its rows has failed
+                output = self._unfinished[ticket]
+                output.logits.index_copy_(0, places, logits)
+                output.num_experts_used.index_fill_(0, places, index + 1)
+        rows = _Rows(rows.state, total, rows.tickets, rows.places)
+        self._send_on(index, rows, mean, features)
+
+    def _send_on(self, index: int, rows: _Rows, mean: Tensor, features: Tensor) -> None:
+        """Let the rows that need one more expert after expert ``index`` wait for it."""
+        if index == len(self._waiting):
+            return
+        gate = cast("Router", self.serve.router).gate(index, mean, features)
+        stay = goes_on(gate, self.serve.threshold_logits[index]).nonzero().squeeze(1)
+        if len(stay):
+            self._waiting[index].append(rows if len(stay) == len(rows) else rows.select(stay))

@@ -1,0 +1,188 @@
+"""The queue against routed inference, row by row, and its bound on how long a row waits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
+from ride_plugin._errors import ArgumentError
+from ride_plugin._queue import RoutingQueue
+from ride_plugin._split import TrunkState
+from tests.handmade import small_model
+
+
+def serving(threshold=0.5, channels_last=False):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
+    )  # fmt: skip
+    model = RIDEWrapper(backbone, 3, example_input=torch.zeros(2, 3, 8, 8))
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    router = ExpertRouter.for_model(model)
+    with torch.no_grad():
+        for parameter in model.experts.parameters():
+            parameter.mul_(3.0)
+        router.output.weight.mul_(10)
+        x = torch.randn(64, 3, 8, 8)
+        router.output.bias.sub_(router(model.router_inputs(x)).median())
+    return RoutingInference(model, router, threshold)
+
+
+SERVE = serving()
+
+
+def batches(sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 3, 8, 8, generator=generator) for size in sizes]
+
+
+def assert_equal_row_by_row(got, serve, x):
+    expected = serve(x, return_routing=True)
+    assert torch.equal(got.num_experts_used, expected.num_experts_used)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    batch_size=st.integers(1, 20),
+    max_wait=st.integers(0, 5),
+    collect=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_queue_equals_routed_inference_and_keeps_its_bound(
+    sizes, batch_size, max_wait, collect, seed
+):
+    queue = RoutingQueue(SERVE, batch_size=batch_size, max_wait=max_wait)
+    inputs, results = batches(sizes, seed), {}
+    for number, x in enumerate(inputs):
+        assert queue.submit(x) == number
+        assert all(ticket > number - max_wait for ticket in queue._unfinished)
+        assert all(sum(map(len, stage)) < batch_size for stage in queue._waiting)
+        if number % collect == 0:
+            got = queue.results()
+            assert list(got) == sorted(got)
+            assert not got.keys() & results.keys()
+            results |= got
+    results |= queue.flush()
+    assert sorted(results) == list(range(len(inputs)))
+    assert queue.num_waiting == 0
+    assert queue.flush() == {}
+    for ticket, x in enumerate(inputs):
+        assert_equal_row_by_row(results[ticket], SERVE, x)
+
+
+def test_later_experts_run_on_full_batches():
+    sizes = []
+    serve = serving(threshold=0.0)
+    run = serve.model.run_expert
+
+    def counted(index, state):
+        sizes.append((index, state.batch_size))
+        return run(index, state)
+
+    serve.model.run_expert = counted
+    queue = RoutingQueue(serve, batch_size=8, max_wait=100)
+    for x in batches([2] * 10):
+        queue.submit(x)
+    assert [s for s in sizes if s[0]] == [(1, 8), (2, 8), (1, 8), (2, 8)]
+    assert queue.num_waiting == 4
+    queue.flush()
+    assert sizes[-2:] == [(1, 4), (2, 4)]
+
+
+def test_threshold_one_finishes_at_once():
+    queue = RoutingQueue(serving(threshold=1.0))
+    (x,) = batches([5])
+    ticket = queue.submit(x)
+    assert_equal_row_by_row(queue.results()[ticket], queue.serve, x)
+
+
+def test_modes_and_statistics_are_left_as_they_were():
+    serve = serving()
+    serve.model.train()
+    before = {key: value.clone() for key, value in serve.state_dict().items()}
+    queue = RoutingQueue(serve, batch_size=3)
+    for x in batches([2, 2, 2]):
+        queue.submit(x)
+    queue.flush()
+    assert all(module.training for module in serve.model.modules())
+    for key, value in serve.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_nan_logits_raise_and_the_other_submissions_keep_their_results():
+    queue = RoutingQueue(SERVE, batch_size=4)
+    good, bad = batches([3, 2])
+    with pytest.raises(ArgumentError, match="NaN"):
+        queue.submit(bad * torch.nan)
+    ticket = queue.submit(good)
+    assert_equal_row_by_row(queue.flush()[ticket], SERVE, good)
+
+
+def test_an_expert_that_fails_drops_the_submissions_it_ran_on():
+    serve = serving(threshold=0.0)
+    queue = RoutingQueue(serve, batch_size=4)
+    first, second, third = batches([2, 2, 2])
+    queue.submit(first)
+    run = serve.model.run_expert
+    serve.model.run_expert = lambda index, state: (_ for _ in ()).throw(RuntimeError("no memory"))
+    with pytest.raises(RuntimeError, match="no memory"):
+        queue.submit(second)
+    serve.model.run_expert = run
+    ticket = queue.submit(third)
+    assert list(queue.flush()) == [ticket]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` to be an integer >= 1, but got 0"),
+        ({"batch_size": 2.5}, "`batch_size` to be an integer >= 1, but got 2.5"),
+        ({"max_wait": -1}, "`max_wait` to be an integer >= 0, but got -1"),
+    ],
+)
+def test_arguments_are_checked(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        RoutingQueue(SERVE, **options)
+
+
+def test_a_model_whose_states_cannot_be_joined_is_refused():
+    model = small_model()
+    queue = RoutingQueue(RoutingInference(model, ExpertRouter.for_model(model)))
+    with pytest.raises(ArgumentError, match="HandmadeState without it"):
+        queue.submit(torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_joined_states_give_the_rows_of_each(channels_last):
+    model = serving(channels_last=channels_last).model.eval()
+    inputs = batches([1, 3, 2])
+    if channels_last:
+        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    with torch.no_grad():
+        states = [model.run_trunk(x) for x in inputs]
+        joined = TrunkState.cat(states)
+        assert joined.batch_size == 6
+        layout = joined.layout
+        for value, flags in zip(joined.values, layout.live, strict=True):
+            if any(flags):
+                assert value.shape[0] == 6
+                if channels_last:
+                    assert value.is_contiguous(memory_format=torch.channels_last)
+        for index in range(3):
+            each = torch.cat([model.run_expert(index, state)[0] for state in states])
+            torch.testing.assert_close(model.run_expert(index, joined)[0], each)
+
+
+def test_states_of_different_input_sizes_are_not_joined():
+    model = serving().model.eval()
+    with torch.no_grad():
+        states = [model.run_trunk(torch.randn(2, 3, size, size)) for size in (8, 10)]
+    with pytest.raises(ArgumentError, match="one input size"):
+        TrunkState.cat(states)
