@@ -126,11 +126,11 @@ class RoutingQueue:
                 )
             ticket = self._next_ticket
             self._next_ticket += 1
-            used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
-            self._unfinished[ticket] = RoutingOutput(logits.clone(), used)
             tickets = torch.full((len(logits),), ticket)
             places = torch.arange(len(logits), device=logits.device)
             self._send_on(0, _Rows(state, logits, tickets, places), logits, features)
+            used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
+            self._unfinished[ticket] = RoutingOutput(logits.clone(), used)
             self._run_what_is_due(newest=ticket - self.max_wait)
         return ticket
 

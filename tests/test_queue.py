@@ -122,7 +122,9 @@ def test_nan_logits_raise_and_the_other_submissions_keep_their_results():
     with pytest.raises(ArgumentError, match="NaN"):
         queue.submit(bad * torch.nan)
     ticket = queue.submit(good)
-    assert_equal_row_by_row(queue.flush()[ticket], SERVE, good)
+    results = queue.flush()
+    assert list(results) == [ticket]
+    assert_equal_row_by_row(results[ticket], SERVE, good)
 
 
 def test_an_expert_that_fails_drops_the_submissions_it_ran_on():
