@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
+_FEW_ROWS = 8
 
 
 def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
@@ -55,7 +56,7 @@ def break_tie(classifier: nn.Module) -> None:
     """
     with torch.no_grad():
         for parameter in classifier.parameters():
-            if parameter.dim() >= 2 and _is_constant(parameter):
+            if parameter.dim() >= 2 and is_constant(parameter):
                 parameter.add_(0.01 * torch.randn_like(parameter))
 
 
@@ -75,12 +76,12 @@ def warn_if_trained(expert: nn.Module) -> None:
 
 
 def _redraw(parameter: Tensor) -> bool:
-    if not parameter.is_floating_point() or parameter.numel() < 2 or _is_constant(parameter):
+    if not parameter.is_floating_point() or parameter.numel() < 2 or is_constant(parameter):
         return True
     flat = parameter.flatten()
-    if float((flat == 0).float().mean()) > 0.5:
-        return False  # identity, dirac or a pruned weight: its zeros have places
-    if _has_orthogonal_rows(parameter):
+    if is_sparse(parameter):
+        return False
+    if has_orthogonal_rows(parameter):
         # Shuffled entries would not be orthogonal; signed permutations of rows and columns are.
         matrix = parameter.flatten(1)
         for dim in (0, 1):
@@ -96,11 +97,18 @@ def _redraw(parameter: Tensor) -> bool:
     return True
 
 
-def _is_constant(parameter: Tensor) -> bool:
+def is_constant(parameter: Tensor) -> bool:
+    """Whether all entries are equal."""
     return bool((parameter == parameter.flatten()[0]).all())
 
 
-def _has_orthogonal_rows(parameter: Tensor) -> bool:
+def is_sparse(parameter: Tensor) -> bool:
+    """Whether most entries are zero: an identity, dirac or pruned weight, whose zeros have places."""
+    return float((parameter == 0).float().mean()) > 0.5
+
+
+def has_orthogonal_rows(parameter: Tensor) -> bool:
+    """Whether the rows of a matrix, or its columns if there are fewer, are orthogonal."""
     if parameter.dim() < 2 or min(parameter.shape[0], parameter[0].numel()) < 2:
         return False
     matrix = parameter.flatten(1).float()
@@ -108,6 +116,11 @@ def _has_orthogonal_rows(parameter: Tensor) -> bool:
         matrix = matrix.t()
     if matrix.shape[0] > _LARGEST_CHECKED:
         return False
+    # A few rows tell almost always, and the product of all would cost more than a forward.
+    return _is_orthogonal(matrix[:_FEW_ROWS]) and _is_orthogonal(matrix)
+
+
+def _is_orthogonal(matrix: Tensor) -> bool:
     gram = matrix @ matrix.t()
     scale = gram.diagonal().mean()
     identity = torch.eye(gram.shape[0], device=gram.device) * scale
