@@ -147,6 +147,9 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
         height, width = side if isinstance(side, list | tuple) else (side, side)
         channels = int(getattr(config, "num_channels", 3))
         yield (), {"pixel_values": floats(2, channels, height, width)}
+    if config is not None and name == "input_values":  # a waveform
+        for length in (16000, *_LENGTHS):  # a second, as such models take it
+            yield (), {"input_values": floats(2, length)}
     size = (getattr(backbone, "default_cfg", None) or {}).get("input_size")
     if size is not None:
         yield (floats(2, *size),), {}
@@ -159,6 +162,8 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
     elif isinstance(first, nn.Conv1d):
         for length in _LENGTHS:
             yield (floats(2, first.in_channels, length),), {}
+            if first.in_channels == 1:
+                yield (floats(2, length),), {}
     elif isinstance(first, nn.Conv3d):
         for side in (32, 112, 64, 224):
             yield (floats(2, first.in_channels, 8, side, side),), {}
