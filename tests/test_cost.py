@@ -8,6 +8,7 @@ from ride_plugin import ExpertRouter, RIDEWrapper
 from ride_plugin._confidence import ConfidenceRouter
 from ride_plugin._cost import cost_report, count_flops
 from ride_plugin._errors import ArgumentError
+from tests.backbones import VisionTransformer
 from tests.handmade import resnet32_plain, resnet32_ride, small_model
 
 TRUNK = 2 * 8 * (3 * 9) * 8 * 8
@@ -103,3 +104,9 @@ def test_bad_shares_are_named(shares, message):
 def test_a_plain_module_is_refused():
     with pytest.raises(ArgumentError, match="count_flops"):
         cost_report(nn.Linear(2, 2))
+
+
+def test_a_transformer_is_counted_alike_alone_and_wrapped() -> None:
+    backbone = VisionTransformer(depth=3)
+    report = cost_report(RIDEWrapper(backbone, 1), backbone=backbone)
+    assert report.flops == report.backbone_flops

@@ -165,8 +165,8 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
             if first.in_channels == 1:
                 yield (floats(2, length),), {}
     elif isinstance(first, nn.Conv3d):
-        for side in (32, 112, 64, 224):
-            yield (floats(2, first.in_channels, 8, side, side),), {}
+        for frames, side in ((8, 32), (8, 112), (16, 112), (16, 224)):
+            yield (floats(2, first.in_channels, frames, side, side),), {}
     elif isinstance(first, nn.Embedding):
         yield (tokens(16, first.num_embeddings),), {}
     elif isinstance(first, nn.Linear):
