@@ -1,0 +1,238 @@
+"""Early exit without this library's Python: trunk, experts and gates exported one by one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin._inference import RoutingInference, RoutingOutput
+from ride_plugin._split import TrunkState
+from ride_plugin._split._example import Inputs, as_inputs, resize_batch
+from ride_plugin._split._rows import Rows, take_rows
+from ride_plugin._split._state import hollow
+from ride_plugin._split._tree import map_tensors, tensors_in
+from ride_plugin._stages import Router, goes_on
+from ride_plugin._wrapper import RIDEWrapper
+
+_FIRST_DIM = Rows(0, 1)
+
+
+def export_stages(serve: RoutingInference, example_input: Any = None) -> dict[str, ExportedProgram]:
+    """Export trunk, experts and gates of a routed model as programs of their own.
+
+    Early exit cannot be one graph, since how many rows reach an expert depends on values. Its
+    parts can: each takes any number of rows, and what remains is a loop of a few lines, which
+    `StagedRunner` shows. Every tensor between the parts has the rows in its first dimension.
+
+    Args:
+        serve: a routed model whose `model` is a ``RIDEWrapper``; it is not changed. Thresholds
+            are exported as they stand.
+        example_input: a batch as for ``RIDEWrapper``; by default the model's own example. All
+            sizes but the batch are fixed by it.
+
+    Returns:
+        Programs by name, each of which `torch.export.save` can store:
+        ``trunk``: the model's input tensors -> the tensors that cross the cut;
+        ``expert_0``, ``expert_1``, ...: those -> logits ``[b, C]``, features ``[b, D]``;
+        ``gate_0``, ...: mean logits ``[b, C]``, features ``[b, D]`` -> bool ``[b]``, goes on.
+
+    Raises:
+        ArgumentError: the model is not a ``RIDEWrapper``, or its path for this input is unknown.
+
+    Example:
+        >>> from ride_plugin import ConfidenceRouter
+        >>> backbone = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
+        ...     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+        ... )
+        >>> serve = RoutingInference(RIDEWrapper(backbone, 2), ConfidenceRouter())
+        >>> sorted(export_stages(serve))
+        ['expert_0', 'expert_1', 'gate_0', 'trunk']
+    """
+    model = serve.model
+    if not isinstance(model, RIDEWrapper):
+        raise ArgumentError(
+            f"Expected the served model to be a RIDEWrapper, but got {type(model).__name__}. "
+            "Export the parts of a model that was split by hand yourself."
+        )
+    example = model.example_input() if example_input is None else as_inputs(example_input)
+    inputs = resize_batch(example, 2)
+    stages: dict[str, ExportedProgram] = {}
+    with model.evaluating(), torch.no_grad():
+        state = model.run_trunk(*inputs[0], **inputs[1])
+        if state.layout is None:
+            raise ArgumentError(
+                "Expected argument `example_input` to follow a path that the model knows, but it "
+                "does not. Wrap the backbone with `example_input=` of this kind."
+            )
+        given, batch = tuple(tensors_in(inputs)), Dim("batch", min=1)
+        shapes = tuple({s.dim: s.per_sample * batch} if s else {} for s in state.layout.rows[0])
+        trunk = _Trunk(model, inputs, state)
+        # Stopping at the fork unwinds the backbone's forward, which only the strict tracer follows.
+        stages["trunk"] = _export(trunk, given, (shapes,), strict=True)
+        crossing = trunk(*given)
+        for index in range(model.num_experts):
+            expert = _Expert(model, index, state)
+            stages[f"expert_{index}"] = _export(expert, crossing, (({0: batch},) * len(crossing),))
+            if index + 1 < model.num_experts:
+                gate, read = _Gate(serve, index), expert(*crossing)
+                stages[f"gate_{index}"] = _export(gate, read, ({0: batch}, {0: batch}))
+    return stages
+
+
+class StagedRunner:
+    """Runs exported stages with early exit; equal to `RoutingInference` row by row.
+
+    Needs nothing of the model but its programs, so it is also the pattern for a runner in another
+    language.
+
+    Args:
+        stages: what `export_stages` returned, or the same programs loaded from files.
+
+    Raises:
+        ArgumentError: a stage is missing.
+    """
+
+    def __init__(self, stages: Mapping[str, ExportedProgram]) -> None:
+        self.num_experts = sum(name.startswith("expert_") for name in stages)
+        experts = [f"expert_{index}" for index in range(self.num_experts)]
+        gates = [f"gate_{index}" for index in range(self.num_experts - 1)]
+        missing = {"trunk", "expert_0", *experts, *gates} - stages.keys()
+        if missing:
+            raise ArgumentError(
+                f"Expected argument `stages` to hold all that `export_stages` returned, but "
+                f"{sorted(missing)} are missing."
+            )
+        self._trunk = stages["trunk"].module()
+        self._experts = [stages[name].module() for name in experts]
+        self._gates = [stages[name].module() for name in gates]
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, return_routing: bool = False, **kwargs: Any) -> Any:
+        """Run the stages on a batch; arguments and return as for `RoutingInference`."""
+        crossing = self._trunk(*tensors_in((args, kwargs)))
+        total, features = self._experts[0](*crossing)
+        logits = mean = total
+        rows = torch.arange(len(total), device=total.device)
+        used = torch.ones_like(rows)
+        for index, (gate, expert) in enumerate(
+            zip(self._gates, self._experts[1:], strict=True), start=2
+        ):
+            stay = gate(mean, features).nonzero().squeeze(1)
+            if len(stay) == 0:
+                break
+            rows, total = rows.index_select(0, stay), total.index_select(0, stay)
+            crossing = [take_rows(value, _FIRST_DIM, stay) for value in crossing]
+            more, features = expert(*crossing)
+            total = total + more
+            mean = total / index
+            logits = logits.index_copy(0, rows, mean)
+            used.index_fill_(0, rows, index)
+        return RoutingOutput(logits, used) if return_routing else logits
+
+
+class _Trunk(nn.Module):
+    """The shared part as a function of tensors: inputs to what crosses the cut, rows first."""
+
+    def __init__(self, model: RIDEWrapper, inputs: Inputs, state: TrunkState) -> None:
+        super().__init__()
+        self.trunk = model.trunk
+        self.model = [model]  # not registered: the program holds the trunk's parameters only
+        self.inputs = [inputs]
+        self.infos = _crossing(state)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        args, kwargs = map_tensors(lambda _: next(given), self.inputs[0])
+        state = self.model[0].run_trunk(*args, **kwargs)
+        found = zip(_flat(state.values), self.infos, strict=True)
+        return tuple(
+            _rows_first(value, spec, state.batch_size) for value, (spec, live) in found if live
+        )
+
+
+class _Expert(nn.Module):
+    """One expert as a function of what crosses the cut."""
+
+    def __init__(self, model: RIDEWrapper, index: int, state: TrunkState) -> None:
+        super().__init__()
+        self.expert = model.experts[index]
+        self.model = [model]  # not registered: the program holds this expert's parameters only
+        self.index = index
+        self.state = [state]
+        self.infos = _crossing(state)
+
+    def forward(self, *crossing: Tensor) -> tuple[Tensor, Tensor]:
+        state, given, infos = self.state[0], iter(crossing), iter(self.infos)
+        batch_size = crossing[0].shape[0]
+
+        def rebuilt(old: Tensor) -> Tensor:
+            spec, live = next(infos)
+            if live:
+                return _rows_back(next(given), spec)
+            shape = list(old.shape)
+            if spec is not None:
+                shape[spec.dim] = batch_size * spec.per_sample
+            return hollow(crossing[0].new_empty((), dtype=old.dtype).expand(shape))
+
+        values = [map_tensors(rebuilt, value) for value in state.values]
+        return self.model[0].run_expert(
+            self.index, replace(state, batch_size=batch_size, values=values)
+        )
+
+
+class _Gate(nn.Module):
+    """One gate with its threshold: which rows need one more expert."""
+
+    def __init__(self, serve: RoutingInference, index: int) -> None:
+        super().__init__()
+        self.router = serve.router
+        self.index = index
+        self.register_buffer("limit", serve.threshold_logits[index].clone())
+
+    def forward(self, mean_logits: Tensor, features: Tensor) -> Tensor:
+        gate = cast("Router", self.router).gate(self.index, mean_logits, features)
+        return goes_on(gate, cast("Tensor", self.limit))
+
+
+def _crossing(state: TrunkState) -> list[tuple[Rows | None, bool]]:
+    layout = state.layout
+    assert layout is not None
+    pairs = zip(layout.rows, layout.live, strict=True)
+    return [info for rows, live in pairs for info in zip(rows, live, strict=True)]
+
+
+def _flat(values: Sequence[Any]) -> list[Tensor]:
+    return [tensor for value in values for tensor in tensors_in(value)]
+
+
+def _rows_first(value: Tensor, spec: Rows | None, batch_size: int) -> Tensor:
+    """Bring the rows to the front; what is the same for all rows is handed to each."""
+    if spec is None:
+        return value.expand(batch_size, *value.shape)
+    value = value.movedim(spec.dim, 0)
+    return value if spec.per_sample == 1 else value.reshape(-1, spec.per_sample, *value.shape[1:])
+
+
+def _rows_back(value: Tensor, spec: Rows | None) -> Tensor:
+    if spec is None:
+        return value[0]
+    if spec.per_sample > 1:
+        value = value.flatten(0, 1)
+    return value.movedim(0, spec.dim)
+
+
+def _export(
+    module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any, strict: bool = False
+) -> ExportedProgram:
+    with warnings.catch_warnings():
+        # What the wrapper notes while it runs is undone by the end of the pass.
+        warnings.filterwarnings("ignore", message=".*certain side effects", category=UserWarning)
+        return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=strict)

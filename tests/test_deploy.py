@@ -1,0 +1,148 @@
+"""Exported stages against routed inference, row by row; the dense path in another runtime."""
+
+import warnings
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
+from ride_plugin._deploy import StagedRunner, export_stages
+from ride_plugin._errors import ArgumentError
+from tests.handmade import small_model
+
+
+class Tokens(nn.Module):
+    """A sequence model whose experts read a value without a batch dimension, and rows second."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.position = nn.Linear(8, 8)
+        self.late = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.embed(x).transpose(0, 1).contiguous()
+        offset = self.position(torch.linspace(0, 1, 8))
+        x = self.late(x + 1).relu() + offset
+        return self.head(x.mean(0))
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
+    )  # fmt: skip
+
+
+KINDS = {
+    "convolutional": (convolutional, (3, 8, 8), None),
+    "tokens": (Tokens, (4, 6), "late"),
+}
+
+
+@cache
+def serving(kind):
+    torch.manual_seed(0)
+    build, size, fork_at = KINDS[kind]
+    model = RIDEWrapper(build(), 3, fork_at=fork_at, example_input=torch.randn(2, *size))
+    router = ExpertRouter.for_model(model)
+    x = torch.randn(64, *size)
+    with torch.no_grad():
+        for parameter in model.experts.parameters():
+            parameter.mul_(3.0)
+        gates = router(model.router_inputs(x)).double().median(dim=0).values.sigmoid()
+    return RoutingInference(model, router, gates), x
+
+
+@cache
+def exported(kind):
+    serve, _ = serving(kind)
+    serve.model.train()
+    stages = export_stages(serve)
+    assert all(module.training for module in serve.model.modules())
+    return stages
+
+
+def assert_equal_row_by_row(runner, serve, x):
+    got, expected = runner(x, return_routing=True), serve(x, return_routing=True)
+    assert torch.equal(got.num_experts_used, expected.num_experts_used)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(runner(x), got.logits)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_stages_stored_and_loaded_equal_routed_inference_at_every_batch_size(kind, tmp_path):
+    serve, x = serving(kind)
+    loaded = {}
+    for name, program in exported(kind).items():
+        torch.export.save(program, tmp_path / f"{name}.pt2")
+        loaded[name] = torch.export.load(tmp_path / f"{name}.pt2")
+    runner = StagedRunner(loaded)
+    assert serve(x, return_routing=True).num_experts_used.unique().tolist() == [1, 2, 3]
+    for batch in (1, 2, 7, 64):
+        assert_equal_row_by_row(runner, serve, x[-batch:])
+
+
+def test_each_program_holds_its_own_parameters_only():
+    serve, _ = serving("convolutional")
+    stages = exported("convolutional")
+    sizes = {
+        name: sum(value.numel() for value in program.state_dict.values())
+        for name, program in stages.items()
+    }
+    whole = sum(value.numel() for value in serve.model.state_dict().values())
+    assert sorted(stages) == ["expert_0", "expert_1", "expert_2", "gate_0", "gate_1", "trunk"]
+    assert sizes["trunk"] + sum(sizes[f"expert_{i}"] for i in range(3)) == whole
+    assert sizes["trunk"] == sum(v.numel() for v in serve.model.trunk.state_dict().values())
+
+
+def test_thresholds_are_exported_as_they_stand():
+    serve, x = serving("convolutional")
+    runner, before = StagedRunner(exported("convolutional")), serve.threshold_logits.clone()
+    expected = runner(x)
+    serve.set_threshold(0.0)
+    assert torch.equal(runner(x), expected)
+    serve.threshold_logits.copy_(before)
+
+
+def test_a_missing_stage_and_a_foreign_model_are_refused():
+    with pytest.raises(ArgumentError, match="'expert_0', 'trunk'"):
+        StagedRunner({})
+    model = small_model()
+    with pytest.raises(ArgumentError, match="but got HandmadeModel"):
+        export_stages(RoutingInference(model, ExpertRouter.for_model(model)))
+
+
+class Dense(nn.Module):
+    def __init__(self, serve):
+        super().__init__()
+        self.serve = serve
+
+    def forward(self, x):
+        return tuple(self.serve.dense(x, return_routing=True))
+
+
+def test_the_dense_path_gives_the_same_in_onnxruntime():
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    runtime = pytest.importorskip("onnxruntime")
+    serve, x = serving("convolutional")
+    free = {"x": {0: torch.export.Dim("batch")}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        program = torch.onnx.export(
+            Dense(serve).eval(), (x[:2],), dynamo=True, dynamic_shapes=free, verbose=False
+        )
+    session = runtime.InferenceSession(
+        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (entry,) = session.get_inputs()
+    for batch in (1, 3, 64):
+        logits, used = session.run(None, {entry.name: x[-batch:].numpy()})
+        expected = serve(x[-batch:], return_routing=True)
+        torch.testing.assert_close(torch.from_numpy(logits), expected.logits, rtol=1e-4, atol=1e-4)
+        assert used.tolist() == expected.num_experts_used.tolist()
