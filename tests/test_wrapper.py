@@ -504,3 +504,16 @@ def test_plain_convnet_with_dropout_trains() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_narrowing_keeps_the_mode_of_every_module_and_fresh_statistics() -> None:
+    backbone = CifarResNet(10, n=1)
+    backbone.layer3.eval()
+    model = RIDEWrapper(backbone, 2, expert_width=0.75)
+    for expert in model.experts:
+        assert expert.layer2[0].bn1.training
+        assert expert.layer2[0].shortcut.training
+        assert not expert.layer3[0].bn1.training
+        assert expert.layer2[0].bn1.num_batches_tracked == 0
+        assert (expert.layer2[0].bn1.running_mean == 0).all()
+    assert model.experts[0].layer2[0].conv1.out_channels == 24
