@@ -54,7 +54,7 @@ def check(
                 )
             _check_buffers(reference, copied, fork, mode, exact)
         if not training:
-            _check_rows(throwaway(views, False), inputs, layouts, expected, fork)
+            _check_rows(backbone, throwaway(views, False), inputs, layouts, expected, fork)
 
 
 def _one_expert(
@@ -72,7 +72,12 @@ def _one_expert(
 
 
 def _check_rows(
-    views: Views, inputs: Inputs, layouts: Sequence[Layout], expected: Tensor, fork: str
+    backbone: nn.Module,
+    views: Views,
+    inputs: Inputs,
+    layouts: Sequence[Layout],
+    expected: Tensor,
+    fork: str,
 ) -> None:
     rows = torch.tensor([2, 0], device=expected.device)
     args, kwargs = inputs
@@ -86,7 +91,13 @@ def _check_rows(
             f"{_prefix(fork, 'evaluation')}: an expert does not run on a subset of the rows, which "
             f"routing needs ({type(error).__name__}: {error}). Pass `fork_at=` another submodule."
         ) from error
-    if got.shape != expected[rows].shape or not _close(got, expected[rows]):
+    # Kernels differ with the batch size, and a deep network amplifies their rounding: what the
+    # backbone itself shows of it is allowed, as long as it can be rounding.
+    alone = _seeded(clone_module(backbone).eval(), state.select(rows).values[0])
+    noise = min(
+        10 * float((alone - expected[rows]).abs().max()), 1e-3 * float(expected.abs().max())
+    )
+    if got.shape != expected[rows].shape or not _close(got, expected[rows], noise):
         raise SplitError(
             f"{_prefix(fork, 'evaluation')}: an expert's logits for some rows differ from those "
             "rows of the whole batch, so routing would change predictions. Pass `fork_at=` another "
@@ -130,11 +141,12 @@ def _same(a: Tensor, b: Tensor, exact: bool) -> bool:
     return not exact and _close(a, b)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    # Kernels differ with the batch size, so rounding does; the bound scales with the logits.
+def _close(a: Tensor, b: Tensor, allowed: float = 0.0) -> bool:
+    # The bound scales with the logits.
     tolerance = 100 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
     scale = float(b.abs().max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(scale, 1e-30), equal_nan=True)
+    atol = max(tolerance * scale, allowed, 1e-30)
+    return torch.allclose(a, b, rtol=tolerance, atol=atol, equal_nan=True)
 
 
 def _prefix(fork: str, mode: str) -> str:
