@@ -23,6 +23,7 @@ from ride_plugin._split._initialise import (
     renew_classifier,
     warn_if_trained,
 )
+from ride_plugin._split._width import narrow_expert
 
 
 class RIDEWrapper(SplitModule):
@@ -39,6 +40,9 @@ class RIDEWrapper(SplitModule):
         fork_at: name of the first forked submodule, as in ``backbone.named_modules()``. By default
             the last two resolution levels of a convolutional network, or the last third of a
             transformer's blocks.
+        expert_width: share of the channels that the experts keep, in ``(0, 1]``; the paper's is
+            0.75. Widths tied to the trunk stay, for example a transformer's residual stream; then
+            heads and hidden widths inside the blocks are narrowed.
         init: ``"fresh"`` redraws every expert's weights independently from the distribution that
             the backbone was initialised with (equal experts would stay equal). ``"copy"`` keeps
             the weights, for a pretrained backbone, and renews each expert's classifier.
@@ -56,6 +60,7 @@ class RIDEWrapper(SplitModule):
     Raises:
         ArgumentError: an argument is out of range.
         SplitError: the backbone cannot be split; the message says where, why and what to pass.
+        WidthError: the experts cannot be narrowed; the message names the layer.
 
     Example:
         >>> from ride_plugin import expert_logits
@@ -75,6 +80,7 @@ class RIDEWrapper(SplitModule):
         num_experts: int = 3,
         *,
         fork_at: str | None = None,
+        expert_width: float = 1.0,
         init: Literal["fresh", "copy"] = "fresh",
         classifier: Literal["cosine"] | Callable[[int, int], nn.Module] | None = None,
         example_input: Any = None,
@@ -89,7 +95,22 @@ class RIDEWrapper(SplitModule):
             raise ArgumentError(
                 f"Expected argument `init` to be 'fresh' or 'copy', but got {init!r}."
             )
-        super().__init__(split_backbone(backbone, fork_at, example_input), num_experts)
+        if not isinstance(expert_width, int | float) or not 0 < expert_width <= 1:
+            raise ArgumentError(
+                f"Expected argument `expert_width` to be in (0, 1], but got {expert_width!r}."
+            )
+        if expert_width < 1 and init == "copy":
+            raise ArgumentError(
+                "Expected argument `expert_width` to be 1.0 with init='copy', but got "
+                f"{expert_width}: narrower experts cannot keep the backbone's weights. Pass "
+                "init='fresh'."
+            )
+        split = split_backbone(backbone, fork_at, example_input)
+        if expert_width < 1:
+            warn_if_trained(split.views.expert)  # narrowing starts the statistics anew
+            narrow_expert(split, expert_width)
+        super().__init__(split, num_experts)
+        self.expert_width = float(expert_width)
         self.return_experts = return_experts
         self.checkpoint_experts = checkpoint_experts
         if classifier is not None:
@@ -97,7 +118,7 @@ class RIDEWrapper(SplitModule):
                 replace_classifier(expert, self._classifier, classifier, self.num_classes)
             for expert in self.experts:
                 self._watch_classifier(expert)
-        if num_experts > 1:
+        if num_experts > 1 or expert_width < 1:
             self._initialise(init)
         self.feature_dim = self._measure_feature_dim()
 
@@ -138,7 +159,8 @@ class RIDEWrapper(SplitModule):
 
     def extra_repr(self) -> str:
         """What was chosen: shown when the model is printed."""
-        return f"num_experts={self.num_experts}, fork_at={self.fork_at!r}"
+        shown = f"num_experts={self.num_experts}, fork_at={self.fork_at!r}"
+        return shown + (f", expert_width={self.expert_width}" if self.expert_width < 1 else "")
 
     def _checkpointed_experts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         state = self.run_trunk(*args, **kwargs)

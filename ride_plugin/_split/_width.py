@@ -1,0 +1,220 @@
+"""Narrower experts: the forked part rebuilt with a share of its channels (paper, section 3).
+
+The paper gives experts 3/4 of the backbone's width. Here any backbone's expert is narrowed by trial
+forwards (see ``_width_trial``), then its resized parameters are drawn anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._errors import RIDEError, WidthError
+from ride_plugin._split._analysis import random_state_kept, throwaway
+from ride_plugin._split._attention_width import attention_of, replace_multihead_attention
+from ride_plugin._split._build import Split
+from ride_plugin._split._example import resize_batch
+from ride_plugin._split._passes import play, record
+from ride_plugin._split._state import TrunkState
+from ride_plugin._split._tape import Recorded
+from ride_plugin._split._tree import logits_in, tensors_in
+from ride_plugin._split._width_layers import pads_in, redrawn
+from ride_plugin._split._width_map import WidthMap, groupings_of
+from ride_plugin._split._width_trial import Amended, Change, Plan, Step, Stuck, Trace, Trial
+
+_TRIALS = 60
+_BATCH = 3
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """One mode's forward of the full-width expert."""
+
+    training: bool
+    state: TrunkState
+    steps: Sequence[Step]
+    output: list[tuple[int, ...]]
+
+
+def narrow_expert(split: Split, width: float) -> None:
+    """Narrow the expert of ``split`` in place, before others are copied from it.
+
+    Output widths become ``w(c)``, about ``width * c`` (see :class:`WidthMap`). Widths that have to
+    equal something of the trunk, a residual stream that the trunk began for example, stay; then
+    what lies inside the blocks is narrowed (hidden widths, attention heads).
+
+    Raises:
+        WidthError: a layer cannot be narrowed, or too little can be; the message names it.
+    """
+    expert, views = split.views.expert, split.views
+    frozen = {id(t) for t in (*views.trunk.parameters(), *views.trunk.buffers())}
+    before = _size(expert, frozen)
+    modes = {name: module.training for name, module in expert.named_modules()}
+    try:
+        with random_state_kept(expert):
+            states = _trunk_states(split)
+            _replace_fixed_modules(split, states[0])
+            references = [_reference(split, training, s) for training, s in enumerate(states)]
+            changes = _narrowed(split, width, references, frozen)
+            _check_rows(split, references[0])
+    except Stuck as error:
+        raise WidthError(_message(width, str(error))) from error
+    finally:
+        for name, module in expert.named_modules():
+            while name not in modes:  # a module that was put in: as what it stands in
+                name = name.rpartition(".")[0]
+            module.training = modes[name]
+    after = _size(expert, frozen)
+    if after > before * (1 + width) / 2:
+        raise WidthError(
+            _message(width, f"only {before - after:,} of {before:,} parameters could go")
+        )
+    _redraw(changes)
+    for module in expert.modules():  # the trials ran in training mode too
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.reset_running_stats()
+    for link in views.links:
+        link.refresh()
+
+
+def _message(width: float, reason: str) -> str:
+    return (
+        f"Cannot narrow the experts to expert_width={width}: {reason}. Pass `expert_factory=`, a "
+        "function that returns a narrower backbone, or another `fork_at=`, or `expert_width=1.0`."
+    )
+
+
+def _trunk_states(split: Split) -> list[TrunkState]:
+    """The trunk's results in evaluation mode and, if the backbone trains on its input, training."""
+    args, kwargs = resize_batch(split.inputs, _BATCH)
+    states = []
+    for training in (False, True):
+        copied = throwaway(split.views, training)
+        try:
+            with torch.no_grad():
+                state, _ = record(
+                    copied.trunk, copied.running, split.layouts, args, kwargs, stop_at_fork=True
+                )
+        except Exception:
+            if training:
+                break
+            raise
+        states.append(state)
+    return states
+
+
+def _play(split: Split, state: TrunkState, training: bool) -> Callable[[], Any]:
+    expert = split.views.expert.train(training)
+    return lambda: play(expert, split.views.running, state)
+
+
+def _replace_fixed_modules(split: Split, state: TrunkState) -> None:
+    """Modules whose sizes cannot be changed give way to equal ones whose sizes can."""
+    expert = split.views.expert
+    names = [n for n, m in expert.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    play_once = _play(split, state, False)
+    with torch.no_grad():
+        expected = logits_in(play_once())
+        replaced = replace_multihead_attention(expert, iter(names))
+        if replaced and not _close(logits_in(play_once()), expected):
+            raise Stuck(f"`{replaced[0][0]}` could not be rebuilt with its heads apart")
+    seen: dict[str, tuple[str, nn.Module, Any, Any]] = {}
+    handles = []
+    for name, module in expert.named_modules():
+        if not isinstance(module, Recorded) and not any(True for _ in module.parameters()):
+
+            def note(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
+                x = next(tensors_in(args), None)
+                kept = [t.detach().clone() if isinstance(t, Tensor) else t for t in (x, out)]
+                seen[name] = (name, module, *kept)
+
+            handles.append(module.register_forward_hook(note))
+    try:
+        with torch.no_grad():
+            play_once()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, pad in pads_in(seen.values()):
+        parent, _, attribute = name.rpartition(".")
+        setattr(expert.get_submodule(parent) if parent else expert, attribute, pad)
+
+
+def _reference(split: Split, training: int, state: TrunkState) -> _Reference:
+    torch.manual_seed(0)
+    trace = Trace()
+    with torch.no_grad(), trace:
+        output = _play(split, state, bool(training))()
+    shapes = [tuple(t.shape) for t in tensors_in(output)]
+    return _Reference(bool(training), state, trace.steps, shapes)
+
+
+def _narrowed(
+    split: Split, width: float, references: Sequence[_Reference], frozen: set[int]
+) -> list[Change]:
+    expert = split.views.expert
+    attentions = [
+        found
+        for name, module in expert.named_modules()
+        if (found := attention_of(name, module)) is not None
+    ]
+    widths = WidthMap(width, groupings_of(expert))
+    plan = Plan()
+    for _ in range(_TRIALS):
+        trial = Trial(expert, frozen, plan, widths, attentions)
+        try:
+            for reference in references:
+                torch.manual_seed(0)
+                run = _play(split, reference.state, reference.training)
+                trial.run(run, reference.steps, reference.output)
+        except Amended:
+            trial.undo()
+            continue
+        except Stuck:
+            trial.undo()
+            raise
+        return trial.changes
+    raise Stuck(f"no consistent widths were found in {_TRIALS} trials")
+
+
+def _check_rows(split: Split, reference: _Reference) -> None:
+    """An expert's logits for some rows must be those of the whole batch, also when narrowed."""
+    with torch.no_grad():
+        whole = logits_in(_play(split, reference.state, False)())
+        if reference.state.layout is None or whole is None:
+            return
+        rows = torch.tensor([2, 0], device=whole.device)
+        try:
+            some = logits_in(_play(split, reference.state.select(rows), False)())
+        except (RIDEError, RuntimeError) as error:
+            raise Stuck(f"it does not run on a subset of the rows ({error})") from error
+    if not _close(some, whole[rows]):
+        raise Stuck("its rows depend on each other when narrowed")
+
+
+def _redraw(changes: Sequence[Change]) -> None:
+    first: dict[tuple[int, str], Change] = {}
+    for change in changes:  # a parameter that was resized twice is drawn from the original
+        first.setdefault((id(change.module), change.name), change)
+    with torch.no_grad():
+        for change in first.values():
+            if change.name in change.module._parameters:
+                parameter: Any = change.module._parameters[change.name]
+                fan_ratio = change.fan_ratio if change.name in ("weight", "bias") else 1.0
+                parameter.copy_(redrawn(parameter, change.old, fan_ratio))
+
+
+def _size(expert: nn.Module, frozen: set[int]) -> int:
+    return sum(p.numel() for p in expert.parameters() if id(p) not in frozen)
+
+
+def _close(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    tolerance = math.sqrt(torch.finfo(a.dtype).eps)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.abs().max())))

@@ -1,0 +1,136 @@
+"""Layers whose width can be chosen: where their sizes stand, and how to resize and redraw them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ride_plugin._split._initialise import has_orthogonal_rows, is_constant, is_sparse
+
+
+class Kind(NamedTuple):
+    """Where a kind of layer keeps its sizes.
+
+    Attributes:
+        in_dim: dimension of the weight that holds the input width; None if there is none.
+        out_dim: dimension of the weight that holds the output width.
+        in_name: attribute with the input width.
+        out_name: attribute with the output width.
+        axis: dimension of the input that holds the channels.
+    """
+
+    in_dim: int | None
+    out_dim: int
+    in_name: str
+    out_name: str
+    axis: int
+
+
+class ChannelPad(nn.Module):
+    """Shortcut without parameters: stride or pool, then zero channels around (ResNet, option A).
+
+    Args:
+        channels: output width.
+        stride: of the subsampling.
+        centred: zeros on both sides, else behind.
+        pool: average over the stride's window rather than take its first pixel.
+    """
+
+    def __init__(self, channels: int, stride: int, centred: bool, pool: bool) -> None:
+        super().__init__()
+        self.channels = channels
+        self.stride = stride
+        self.centred = centred
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, c, H, W]`` to ``[B, channels, H / stride, W / stride]``."""
+        x = F.avg_pool2d(x, self.stride) if self.pool else x[..., :: self.stride, :: self.stride]
+        missing = self.channels - x.shape[1]
+        before = missing // 2 if self.centred else 0
+        return F.pad(x, (0, 0, 0, 0, before, missing - before))
+
+    def extra_repr(self) -> str:
+        """Sizes, as other layers print them."""
+        return f"channels={self.channels}, stride={self.stride}"
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """How to narrow ``module``; None if it is no layer with a width of its own."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, ChannelPad):
+        return Kind(None, 0, "", "channels", 1)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return Kind(0, 1, "in_channels", "out_channels", 1)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        # Kept channels must stay where they are when the weight has more dimensions than known.
+        return Kind(1, 0, "in_channels", "out_channels", 1)
+    if isinstance(module, nn.Linear):
+        return Kind(1, 0, "in_features", "out_features", -1)
+    if isinstance(module, nn.Embedding):
+        return Kind(None, 1, "", "embedding_dim", -1)
+    if type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2:
+        return Kind(0, 1, "nx", "nf", -1)  # transformers' linear layer with a transposed weight
+    return None
+
+
+def resized(tensor: Tensor, sizes: dict[int, int]) -> Tensor:
+    """Return ``tensor`` with other sizes along some dimensions: leading entries, else repeated."""
+    for dim, size in sizes.items():
+        if tensor.shape[dim] != size:
+            index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+            tensor = tensor.index_select(dim, index)
+    return tensor.detach().clone()
+
+
+def redrawn(new: Tensor, old: Tensor, fan_ratio: float) -> Tensor:
+    """Fresh values for a resized parameter, with the character of the old one.
+
+    Entries are drawn from the old tensor's without replacement, and scaled by ``sqrt(old fan-in /
+    new fan-in)``: every unit's pre-activation keeps its variance, whatever the initialisation.
+    Constants stay; orthogonal weights are drawn orthogonal; identities keep their places.
+    """
+    if is_constant(old) or is_sparse(old):
+        return new
+    scale = fan_ratio**0.5
+    if has_orthogonal_rows(old):
+        drawn = torch.empty_like(new, dtype=torch.float32)
+        nn.init.orthogonal_(drawn)
+        root_mean_square = old.float().square().mean().sqrt() / drawn.square().mean().sqrt()
+        return (drawn * root_mean_square * scale).to(new.dtype)
+    order = torch.randperm(old.numel(), device=old.device)
+    order = order.repeat(-(-new.numel() // old.numel()))[: new.numel()]
+    return old.flatten()[order].view_as(new) * scale
+
+
+def pads_in(seen: Iterable[tuple[str, nn.Module, Any, Any]]) -> list[tuple[str, ChannelPad]]:
+    """Parameter-free modules that only subsample and add zero channels, as :class:`ChannelPad`.
+
+    Args:
+        seen: ``(name, module, input, output)`` of the calls of one forward.
+    """
+    found = []
+    for name, module, x, out in seen:
+        if any(True for _ in module.parameters()) or not _widens(x, out):
+            continue
+        stride = max(1, round(x.shape[2] / out.shape[2]))
+        for centred in (True, False):
+            for pool in (False, True):
+                pad = ChannelPad(out.shape[1], stride, centred, pool)
+                got = pad(x)
+                if got.shape == out.shape and torch.equal(got, out):
+                    found.append((name, pad.train(module.training)))
+                    break
+            else:
+                continue
+            break
+    return found
+
+
+def _widens(x: Any, out: Any) -> bool:
+    tensors = isinstance(x, Tensor) and isinstance(out, Tensor)
+    return tensors and x.dim() == 4 == out.dim() and out.shape[1] > x.shape[1]
