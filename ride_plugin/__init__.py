@@ -4,6 +4,7 @@ from ride_plugin import functional
 from ride_plugin._calibration import CalibrationResult, ExitCurve, LongTailedCalibrationWarning
 from ride_plugin._confidence import ConfidenceRouter
 from ride_plugin._cost import CostReport, cost_report, count_flops
+from ride_plugin._deploy import StagedRunner, export_stages
 from ride_plugin._distillation import DistillationLoss
 from ride_plugin._diversity import DiversityLoss
 from ride_plugin._errors import (
@@ -19,6 +20,7 @@ from ride_plugin._experts_loss import experts_loss
 from ride_plugin._inference import RoutingInference, RoutingOutput
 from ride_plugin._optimize import optimize_for_inference
 from ride_plugin._output import ExpertOutput, RouterInputs, expert_logits
+from ride_plugin._queue import RoutingQueue
 from ride_plugin._router import ExpertRouter
 from ride_plugin._routing_loss import RoutingLoss
 from ride_plugin._routing_report import RoutingReport, routing_report
@@ -48,8 +50,10 @@ __all__ = [
     "RoutingInference",
     "RoutingLoss",
     "RoutingOutput",
+    "RoutingQueue",
     "RoutingReport",
     "SplitError",
+    "StagedRunner",
     "TemperatureSchedule",
     "TrunkState",
     "WidthError",
@@ -58,6 +62,7 @@ __all__ = [
     "count_flops",
     "expert_logits",
     "experts_loss",
+    "export_stages",
     "functional",
     "optimize_for_inference",
     "routing_report",

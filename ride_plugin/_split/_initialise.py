@@ -103,7 +103,7 @@ def is_constant(parameter: Tensor) -> bool:
 
 
 def is_sparse(parameter: Tensor) -> bool:
-    """Whether most entries are zero: an identity, dirac or pruned weight, whose zeros have places."""
+    """Whether most entries are zero and have their places: identity, dirac, pruned weights."""
     return float((parameter == 0).float().mean()) > 0.5
 
 

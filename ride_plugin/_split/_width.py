@@ -24,8 +24,10 @@ from ride_plugin._split._state import TrunkState
 from ride_plugin._split._tape import Recorded
 from ride_plugin._split._tree import logits_in, tensors_in
 from ride_plugin._split._width_layers import pads_in, redrawn
+from ride_plugin._split._width_ledger import Change
 from ride_plugin._split._width_map import WidthMap, groupings_of
-from ride_plugin._split._width_trial import Amended, Change, Plan, Step, Stuck, Trace, Trial
+from ride_plugin._split._width_plan import Amended, Plan, Step, Stuck, Trace
+from ride_plugin._split._width_trial import Trial
 
 _TRIALS = 60
 _BATCH = 3
@@ -84,8 +86,8 @@ def narrow_expert(split: Split, width: float) -> None:
 
 def _message(width: float, reason: str) -> str:
     return (
-        f"Cannot narrow the experts to expert_width={width}: {reason}. Pass `expert_factory=`, a "
-        "function that returns a narrower backbone, or another `fork_at=`, or `expert_width=1.0`."
+        f"Cannot narrow the experts to expert_width={width}: {reason}. Pass another `fork_at=`, or "
+        "`expert_width=1.0`, or wrap a backbone whose late stages are narrower."
     )
 
 
@@ -131,7 +133,7 @@ def _replace_fixed_modules(split: Split, state: TrunkState) -> None:
             def note(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
                 x = next(tensors_in(args), None)
                 kept = [t.detach().clone() if isinstance(t, Tensor) else t for t in (x, out)]
-                seen[name] = (name, module, *kept)
+                seen[name] = (name, module, kept[0], kept[1])
 
             handles.append(module.register_forward_hook(note))
     try:

@@ -101,10 +101,12 @@ def redrawn(new: Tensor, old: Tensor, fan_ratio: float) -> Tensor:
         drawn = torch.empty_like(new, dtype=torch.float32)
         nn.init.orthogonal_(drawn)
         root_mean_square = old.float().square().mean().sqrt() / drawn.square().mean().sqrt()
-        return (drawn * root_mean_square * scale).to(new.dtype)
+        orthogonal: Tensor = (drawn * root_mean_square * scale).to(new.dtype)
+        return orthogonal
     order = torch.randperm(old.numel(), device=old.device)
     order = order.repeat(-(-new.numel() // old.numel()))[: new.numel()]
-    return old.flatten()[order].view_as(new) * scale
+    shuffled: Tensor = old.flatten()[order].view_as(new) * scale
+    return shuffled
 
 
 def pads_in(seen: Iterable[tuple[str, nn.Module, Any, Any]]) -> list[tuple[str, ChannelPad]]:

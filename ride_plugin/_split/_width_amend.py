@@ -1,0 +1,168 @@
+"""Amending the plan of a trial: where two widths meet that have to be equal, one gives way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ride_plugin._split._attention_width import Attention
+from ride_plugin._split._tree import map_tensors, tensors_in
+from ride_plugin._split._width_layers import resized
+from ride_plugin._split._width_ledger import CONVOLUTIONS, JOINS, PRODUCTS, RESHAPES, Ledger
+from ride_plugin._split._width_map import WidthMap
+from ride_plugin._split._width_plan import Amended, Plan, Step, Stuck
+
+
+class Amender(Ledger):
+    """Decides which of two widths changes; a layer that cannot be narrowed keeps its width.
+
+    Args:
+        expert: an expert's view of the backbone.
+        frozen: ids of tensors that the trunk owns.
+        plan: amended when widths do not meet.
+        widths: the map of widths.
+        attentions: attention modules of the expert.
+    """
+
+    def __init__(
+        self,
+        expert: nn.Module,
+        frozen: set[int],
+        plan: Plan,
+        widths: WidthMap,
+        attentions: Sequence[Attention],
+    ) -> None:
+        super().__init__(expert, frozen)
+        self.plan = plan
+        self.widths = widths
+        self._attentions = {attention.name: attention for attention in attentions}
+        self._stack: list[str] = []  # names of the modules that are running
+        self._amended = False
+
+    def _reconciled(
+        self, name: str, step: Step, args: Any, kwargs: Any, error: Exception
+    ) -> tuple[Any, Any]:
+        """Amend the plan where operands do not fit, and make them fit for the rest of the trial."""
+        tensors = list(tensors_in((args, kwargs)))
+        pairs: list[tuple[int, int, int, int]] = []  # (tensor, axis, tensor, axis) to be equal
+        if name in JOINS:
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            rank = tensors[0].dim()
+            pairs = [
+                (0, dim, k, dim)
+                for k in range(1, len(tensors))
+                for dim in range(rank)
+                if dim != axis % rank
+            ]
+        elif name in PRODUCTS and len(tensors) == 2:
+            pairs = [(0, -1, 1, -2 if tensors[1].dim() > 1 else -1)]
+        elif name == "linear":
+            pairs = [(0, -1, 1, -1)]
+            pairs += [(2, 0, 1, 0)] if len(tensors) > 2 else []
+        elif len(tensors) > 1 and name not in RESHAPES | CONVOLUTIONS:
+            for k in range(1, len(tensors)):
+                rank = min(tensors[0].dim(), tensors[k].dim())
+                pairs += [(0, -d, k, -d) for d in range(1, rank + 1)]
+        broadcasts = name not in JOINS | PRODUCTS | {"linear"}
+        changed = False
+        for i, a, j, b in pairs:
+            left, right = tensors[i].shape[a], tensors[j].shape[b]
+            if left == right or (broadcasts and 1 in (left, right)):
+                continue
+            loser, axis, size = self._loser((tensors[i], a), (tensors[j], b))
+            k = i if loser is tensors[i] else j
+            old = step.inputs[k][axis] if k < len(step.inputs) else None
+            self._pin(loser, axis, size, old)
+            tensors[k] = resized(loser, {axis % loser.dim(): size})
+            self._alive.append(tensors[k])
+            changed = True
+        if not changed:
+            self._give_way(tensors, f"`{name}`: {str(error).splitlines()[0]}")
+        replaced = iter(tensors)
+        fitted: tuple[Any, Any] = map_tensors(lambda _: next(replaced), (args, kwargs))
+        return fitted
+
+    def _loser(self, a: tuple[Tensor, int], b: tuple[Tensor, int]) -> tuple[Tensor, int, int]:
+        """Which of two has to change, along which dimension, and to which size."""
+
+        def reluctance(side: tuple[Tensor, int]) -> tuple[int, int]:
+            tags = self._tags_of(side[0])
+            if not tags:
+                return 3, 0
+            if all(kind == "raw" for kind, _ in tags):
+                return 0, 0
+            layers = [name for kind, name in tags if kind == "layer"]
+            narrowed = side[0].shape[side[1]]
+            other = (b if side is a else a)[0].shape[(b if side is a else a)[1]]
+            # Of two layers, the one that is narrower widens: the other may have no choice.
+            return (2 if all(n in self.plan.out for n in layers) else 1), int(narrowed > other)
+
+        loser, winner = (a, b) if reluctance(a) < reluctance(b) else (b, a)
+        return loser[0], loser[1], winner[0].shape[winner[1]]
+
+    def _pin(self, tensor: Tensor, axis: int, size: int, old_size: int | None) -> None:
+        """Amend the plan so that ``tensor`` gets ``size`` along ``axis``."""
+        now = tensor.shape[axis]
+        if now == size:
+            return
+        tags = self._tags_of(tensor)
+        done = False
+        for kind, name in tags:
+            if kind == "raw":
+                done |= self._pin_raw(name, now, size)
+            else:
+                old_out, out = self.layers.get(name, (0, 0))
+                reference = old_size if old_size is not None else now
+                wanted = round((old_out if old_size is not None else out) * size / reference)
+                if name not in self.plan.out and wanted > 0:
+                    self.plan.out[name] = wanted
+                    done = True
+                elif self.plan.out.get(name) != old_out and old_out:
+                    self.plan.out[name] = old_out
+                    done = True
+        if not done:
+            self._give_way((), f"a width of {now} meets one of {size}")
+        self._amended = True
+
+    def _pin_raw(self, name: str, now: int, size: int) -> bool:
+        path, _, key = name.rpartition(".")
+        tensor: Any = getattr(self._modules_by_name[path], key)
+        dims = [d for d, s in enumerate(tensor.shape) if s == now]
+        dims = dims or [d for d, s in enumerate(tensor.shape) if s > 1]
+        if len(dims) < 1 or (len(dims) > 1 and tensor.shape[dims[0]] != now):
+            return False
+        wanted = round(tensor.shape[dims[-1]] * size / now)
+        sizes = self.plan.raw.setdefault(name, {})
+        if sizes.get(dims[-1]) == wanted or wanted < 1:
+            return False
+        sizes[dims[-1]] = wanted
+        return True
+
+    def _give_way(self, tensors: Iterable[Tensor], reason: str) -> None:
+        """Fall back: another way to narrow the attention here, else keep the layers at fault."""
+        if self._amended:
+            raise Amended  # what fails may follow from what was amended already
+        where = self._stack[-1] if self._stack else ""
+        for name in reversed(self._stack):
+            attention = self._attentions.get(name)
+            if attention is not None:
+                tried = self.plan.choice.get(name, 0)
+                if tried + 1 < len(attention.choices(self.widths.ratio)):
+                    self.plan.choice[name] = tried + 1
+                    raise Amended
+        tags = {tag for tensor in tensors for tag in self._tags_of(tensor)}
+        at_fault = [name for kind, name in tags if kind == "layer"]
+        for path in ("", *reversed(self._stack)):
+            if path:
+                at_fault = [name for name in self._out if name.startswith(path + ".")]
+            kept = False
+            for name in at_fault:
+                old_out, out = self.layers[name]
+                if out != old_out and self.plan.out.get(name) != old_out:
+                    self.plan.out[name] = old_out
+                    kept = True
+            if kept:
+                raise Amended
+        raise Stuck(f"`{where or 'its forward'}` does not run when narrowed ({reason})")

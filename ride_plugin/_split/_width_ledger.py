@@ -1,0 +1,129 @@
+"""The changes of one trial: resized parameters, set attributes, and which layer made a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ride_plugin._split._tree import tensors_in
+from ride_plugin._split._width_layers import kind_of, resized
+
+Tag = tuple[str, str]  # ("layer", module name) or ("raw", parameter name)
+NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm", "prelu"}
+CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose2d"}
+RESHAPES = {"view", "reshape", "unflatten", "_unsafe_view", "flatten"}
+JOINS = {"cat", "concat", "concatenate"}
+PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm"}
+
+
+@dataclass
+class Change:
+    """A resized parameter or buffer, with what stood there before."""
+
+    module: nn.Module
+    name: str
+    old: Tensor
+    fan_ratio: float
+
+
+class Ledger(TorchFunctionMode):
+    """Keeps every change of an expert, so that it can be undone.
+
+    Args:
+        expert: an expert's view of the backbone.
+        frozen: ids of tensors that the trunk owns.
+    """
+
+    def __init__(self, expert: nn.Module, frozen: set[int]) -> None:
+        super().__init__()
+        self.changes: list[Change] = []
+        self.layers: dict[str, tuple[int, int]] = {}  # name -> (old, new) output width
+        self._names = {id(module): name for name, module in expert.named_modules()}
+        self._modules_by_name = dict(expert.named_modules())
+        self._undo: list[Callable[[], None]] = []
+        self._out: dict[str, int] = {}
+        self._tags: dict[int, frozenset[Tag]] = {}
+        self._alive: list[Any] = []
+        self._swapped: dict[int, Tensor] = {}
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in expert.modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and id(tensor) not in frozen:
+                    self._owners.setdefault(id(tensor), []).append((module, name))
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for restore in reversed(self._undo):
+            restore()
+
+    def _resize(
+        self, module: nn.Module, name: str, sizes: dict[int, int], fan_ratio: float = 1.0
+    ) -> None:
+        where = module._parameters if name in module._parameters else module._buffers
+        old: Any = where[name]
+        if all(old.shape[dim] == size for dim, size in sizes.items()):
+            return
+        value = resized(old, sizes)
+        if isinstance(old, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=old.requires_grad)
+        owners = self._owners.pop(id(old), [(module, name)])
+        for owner, key in owners:  # tied parameters stay tied
+            slot: Any = owner._parameters if key in owner._parameters else owner._buffers
+            slot[key] = value
+            self._undo.append(partial(slot.__setitem__, key, old))
+        self._owners[id(value)] = owners
+        self._swapped[id(old)] = value
+        self._alive.append((old, value))
+        self.changes.append(Change(module, name, old, fan_ratio))
+
+    def _current(self, tensor: Tensor) -> Tensor:
+        while id(tensor) in self._swapped:
+            tensor = self._swapped[id(tensor)]
+        return tensor
+
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        attributes = module.__dict__
+        if name in attributes:
+            old = attributes[name]
+            self._undo.append(lambda: attributes.__setitem__(name, old))
+            attributes[name] = value
+
+    def _tag(self, tensor: Tensor, tags: frozenset[Tag]) -> None:
+        self._alive.append(tensor)  # an id names a tensor only while it lives
+        self._tags[id(tensor)] = tags
+
+    def _tags_of(self, tensor: Tensor) -> frozenset[Tag]:
+        if id(tensor) in self._tags:
+            return self._tags[id(tensor)]
+        found = set()
+        for module, key in self._owners.get(id(tensor), ()):
+            name = self._names[id(module)]
+            if not tensor.is_floating_point():
+                continue  # an index, a mask
+            layer = kind_of(module) is not None and name in self._out
+            found.add(("layer", name) if layer else ("raw", f"{name}.{key}" if name else key))
+        return frozenset(found)
+
+    def _tags_of_result(self, name: str, args: Any, kwargs: Any) -> frozenset[Tag]:
+        tensors = list(tensors_in((args, kwargs)))
+        if name == "linear" or name in CONVOLUTIONS:
+            layers = self._tags_of(tensors[1])
+            names = [n for kind, n in layers if kind == "layer"]
+            depthwise = any(
+                getattr(self._modules_by_name[n], "groups", 1) > 1
+                and self._modules_by_name[n].groups == self._modules_by_name[n].in_channels
+                for n in names
+            )
+            return self._tags_of(tensors[0]) if depthwise else layers
+        if name in PRODUCTS and len(tensors) > 1:
+            return self._tags_of(tensors[1]) or self._tags_of(tensors[0])
+        if name == "scaled_dot_product_attention":
+            return self._tags_of(tensors[2])
+        if name in NORMS:
+            return self._tags_of(tensors[0])
+        return frozenset().union(*(self._tags_of(tensor) for tensor in tensors))

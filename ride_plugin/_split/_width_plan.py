@@ -1,0 +1,99 @@
+"""What a trial of narrower widths follows and compares with: the plan, and the original's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+from ride_plugin._split._tree import tensors_in
+
+
+class Amended(Exception):
+    """The plan was changed; try again."""
+
+
+class Stuck(Exception):
+    """No change of the plan helps; the message says where and why."""
+
+
+@dataclass
+class Plan:
+    """Decisions that hold over all trials.
+
+    Attributes:
+        out: output width of a layer, where it differs from what the map gives.
+        raw: sizes of a parameter that no layer owns, by dimension.
+        choice: how far an attention module has fallen back, as an index into its choices.
+    """
+
+    out: dict[str, int] = field(default_factory=dict)
+    raw: dict[str, dict[int, int]] = field(default_factory=dict)
+    choice: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of the full-width expert: its name, and the shapes of what went in and out."""
+
+    name: str
+    inputs: list[tuple[int, ...]]
+    outputs: list[tuple[int, ...]]
+
+
+class Trace(TorchFunctionMode):
+    """Writes down the operations of the full-width expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        shapes = shapes_in((args, kwargs or {}))  # before: an operation may resize in place
+        result = func(*args, **(kwargs or {}))
+        self.steps.append(Step(operation_name(func), shapes, shapes_in(result)))
+        return result
+
+
+def reshape_groups(
+    before: Sequence[int], after: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of dimensions that a reshape maps onto each other, by equal products."""
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        ins, outs = [i], [j]
+        left, right = before[i], after[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right and i < len(before):
+                left *= before[i]
+                ins.append(i)
+                i += 1
+            elif right < left and j < len(after):
+                right *= after[j]
+                outs.append(j)
+                j += 1
+            else:
+                return [(list(range(len(before))), list(range(len(after))))]
+        groups.append((ins, outs))
+    return groups
+
+
+def product(sizes: Iterable[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+def shapes_in(value: Any) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors_in(value)]
+
+
+def operation_name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", None) or type(func).__name__

@@ -1,0 +1,149 @@
+"""Narrower experts: the authors' widths, kept interfaces, training, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ride_plugin import RIDEWrapper, WidthError, count_flops, expert_logits, experts_loss
+from ride_plugin._errors import ArgumentError
+from ride_plugin._split._initialise import warn_if_trained
+from ride_plugin._split._width_map import WidthMap
+
+from .backbones import BACKBONES, CifarResNet, ImageNetResNet, mlp
+from .handmade import resnet32_ride
+
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "resnet32.npz"
+
+
+def widths(expert: nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        name: (m.in_channels, m.out_channels)
+        for name, m in expert.named_modules()
+        if isinstance(m, nn.Conv2d)
+    }
+
+
+def test_the_authors_widths_on_cifar_resnet_32() -> None:
+    expert = RIDEWrapper(CifarResNet(), 3, expert_width=0.75).experts[2]
+    found = widths(expert)
+    assert found["layer2.0.conv1"] == (16, 24)
+    assert found["layer2.4.conv2"] == (24, 24)
+    assert found["layer3.0.conv1"] == (24, 48)
+    assert expert.linear.in_features == 48
+
+
+def test_the_authors_parameter_count_and_flops_on_cifar_resnet_32() -> None:
+    ours = RIDEWrapper(CifarResNet(), 3, expert_width=0.75, classifier="cosine").eval()
+    theirs = resnet32_ride()[0].eval()
+    mine = sum(p.numel() for p in ours.parameters())
+    assert mine == sum(p.numel() for p in theirs.parameters())
+    x = torch.zeros(1, 3, 32, 32)
+    assert count_flops(ours, x) == count_flops(_AllExperts(theirs), x)
+
+
+class _AllExperts(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.router_inputs(x).expert_logits
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="reference numbers are not in the repository")
+def test_shapes_are_those_of_the_authors_checkpoint() -> None:
+    state = np.load(REFERENCE)
+    expert = RIDEWrapper(CifarResNet(), 3, expert_width=0.75).experts[1]
+    for stage in ("layer2", "layer3"):
+        prefix = f"state/backbone.{stage}s.1."
+        theirs = {k.removeprefix(prefix): state[k].shape for k in state if k.startswith(prefix)}
+        ours = {k: tuple(v.shape) for k, v in expert.get_submodule(stage).state_dict().items()}
+        assert ours == theirs
+
+
+def test_the_authors_widths_on_a_bottleneck_resnet() -> None:
+    backbone = ImageNetResNet(20, 64, (1, 1, 1, 1))  # ResNet-50's widths, one block a stage
+    found = widths(RIDEWrapper(backbone, 2, expert_width=0.75).experts[0])
+    assert found["layer3.0.conv1"] == (512, 192)  # what the trunk hands over stays
+    assert found["layer3.0.conv3"] == (192, 768)
+    assert found["layer3.0.downsample.0"] == (512, 768)
+    assert found["layer4.0.conv2"] == (384, 384)
+
+
+@pytest.mark.parametrize("kind", list(BACKBONES))
+def test_a_narrowed_model_is_smaller_runs_on_rows_and_learns(kind: str) -> None:
+    constructor, shape, _ = BACKBONES[kind]
+    torch.manual_seed(0)
+    full = RIDEWrapper(constructor(), 2)
+    model = RIDEWrapper(constructor(), 2, expert_width=0.75)
+    sizes = [sum(p.numel() for p in m.experts.parameters()) for m in (full, model)]
+    assert sizes[1] < 0.9 * sizes[0]
+    x, y = torch.randn(12, *shape), torch.randint(0, 5, (12,))
+    whole = model.router_inputs(x).expert_logits
+    model.eval()
+    rows = torch.tensor([7, 2])
+    logits, _ = model.run_expert(1, model.run_trunk(x).select(rows))
+    torch.testing.assert_close(logits, whole[rows, 1], rtol=1e-4, atol=1e-5)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    losses = []
+    for _ in range(20):
+        loss = experts_loss(F.cross_entropy, model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert min(losses[-3:]) < 0.9 * losses[0]
+
+
+def test_weights_keep_their_scale_for_the_new_fan_in() -> None:
+    torch.manual_seed(0)
+    backbone = CifarResNet(n=1)
+    expert = RIDEWrapper(backbone, 2, expert_width=0.75).experts[1]
+    new, old = expert.layer3[0].conv2.weight, backbone.layer3[0].conv2.weight
+    torch.testing.assert_close(new.std() / old.std(), torch.tensor((64 / 48) ** 0.5), rtol=0.05,
+                               atol=0)  # fmt: skip
+    assert not torch.equal(new, RIDEWrapper(backbone, 2, expert_width=0.75).experts[1]
+                           .layer3[0].conv2.weight)  # fmt: skip
+
+
+def test_a_narrowed_expert_counts_as_fresh() -> None:
+    model = RIDEWrapper(CifarResNet(n=1), 2, expert_width=0.5)
+    warn_if_trained(model.experts[0])  # warnings are errors here
+    assert all(m.training for m in model.modules())
+    assert expert_logits(model(torch.randn(4, 3, 32, 32))).shape == (4, 2, 100)
+
+
+def test_the_map_keeps_equal_widths_equal_and_groups_whole() -> None:
+    plain = WidthMap(0.75, [])
+    assert [plain(c) for c in (32, 64, 256, 512)] == [24, 48, 192, 384]
+    grouped = WidthMap(0.75, [(32, 8)])  # 32 groups of 8 channels
+    assert grouped(256) % 32 == 0 or grouped(256) % 8 == 0
+
+
+def test_width_out_of_range_and_width_of_pretrained_weights() -> None:
+    for width in (0, -1.0, 1.5, "x"):
+        with pytest.raises(ArgumentError, match=r"`expert_width` to be in \(0, 1\]"):
+            RIDEWrapper(mlp(), 2, expert_width=width)
+    with pytest.raises(ArgumentError, match="init='copy'"):
+        RIDEWrapper(mlp(), 2, expert_width=0.75, init="copy")
+
+
+def test_a_layer_that_cannot_be_narrowed_is_named() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.randn(16, 16, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bc,cdk->bd", x, self.mix)
+
+    backbone = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), Fixed(), nn.ReLU(), nn.Linear(16, 4))
+    with pytest.raises(WidthError, match=r"Cannot narrow.*`expert_width=1\.0`"):
+        RIDEWrapper(backbone, 2, fork_at="2", expert_width=0.75)
