@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ride_plugin._errors import SplitError
 from ride_plugin._split._example import Inputs, resize_batch
@@ -21,19 +22,54 @@ from ride_plugin._split._views import Views
 
 _BATCHES = (2, 3)
 _INTERNAL = frozenset(vars(nn.Module()))
+# Operations that look at a tensor's values, although they return no tensor.
+_READS = frozenset(
+    {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__contains__"}
+    | {"__bool__", "__int__", "__float__", "__complex__", "__index__"}
+)
+
+
+class _Reads(TorchFunctionMode):
+    """Collects the tensors whose values any operation reads; looking at a shape does not count.
+
+    Gradients alone would miss what reaches the logits through a comparison, an index, a detached
+    branch, or a Python decision.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in _READS or next(tensors_in(result), None) is not None:
+            self.seen.update((id(t), t) for t in tensors_in((args, kwargs)))
+        return result
 
 
 def layout_of(
-    views: Views, inputs: Inputs, training: bool, attributes: Sequence[tuple[str, str]]
+    views: Views,
+    inputs: Inputs,
+    training: bool,
+    attributes: Sequence[tuple[str, str]],
+    *,
+    warm: bool = False,
 ) -> Layout:
     """Learn which values cross the cut, along which dimension their rows lie, and which to clone.
 
-    ``attributes`` are those of :func:`changing_attributes`; each pass starts from the same values.
+    ``attributes`` are those of :func:`changing_attributes`; each pass starts from the same values,
+    with ``warm`` from those that an earlier forward leaves behind (a filled cache).
 
     Raises:
         SplitError: the batch dimension of a value that crosses the cut is ambiguous.
     """
     views = throwaway(views, training)
+    if warm:
+        args, kwargs = inputs
+        with torch.no_grad():
+            record(views.trunk, views.running, (), args, kwargs, stop_at_fork=False)
     start = read_attributes(views.trunk, attributes)
     states = []
     for batch_size in _BATCHES:
@@ -152,23 +188,31 @@ def _share_running(views: Views) -> None:
 
 def _live_values(views: Views, state: TrunkState) -> list[tuple[bool, ...]]:
     leaves: dict[int, Tensor] = {}
+    handed: dict[int, int] = {}  # what the expert is given -> the recorded value
 
     def leaf(value: Tensor) -> Tensor:
         if not value.is_floating_point():
             return value
         if id(value) not in leaves:
             leaves[id(value)] = value.detach().clone().requires_grad_(True)
-        return leaves[id(value)].clone()  # not a leaf: an expert may change it in place
+        given = leaves[id(value)].clone()  # not a leaf: an expert may change it in place
+        handed[id(given)] = id(value)
+        return given
 
+    reads = _Reads()
     with torch.enable_grad():
         values = [map_tensors(leaf, value) for value in state.values]
         watched = TrunkState(state.batch_size, state.keys, values, None)
-        logits = logits_in(play(views.expert, views.running, watched))
-        if logits is None or not logits.requires_grad:
+        with reads:  # below the player's mode: what is replayed reads nothing
+            logits = logits_in(play(views.expert, views.running, watched))
+        if logits is None:
             return [tuple(True for _ in tensors_in(value)) for value in state.values]
-        gradients = torch.autograd.grad(logits.sum(), list(leaves.values()), allow_unused=True)
-    used = {key for key, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
-    # Integers and booleans (masks, positions) carry no gradient: they are always kept.
+        used = {handed[key] for key in reads.seen if key in handed}
+        if logits.requires_grad:
+            gradients = torch.autograd.grad(logits.sum(), list(leaves.values()), allow_unused=True)
+            pairs = zip(leaves, gradients, strict=True)
+            used |= {key for key, gradient in pairs if gradient is not None}
+    # Integers and booleans (masks, positions) are small: they are always kept.
     return [
         tuple(id(t) in used or not t.is_floating_point() for t in tensors_in(value))
         for value in state.values

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ride_plugin._errors import ArgumentError, SplitError
@@ -60,6 +61,7 @@ def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any)
             "Expected argument `backbone` to be a torch.nn.Module that maps a batch to logits "
             f"[B, C], but got {type(backbone).__name__}."
         )
+    _refuse_scripted(backbone)
     with random_state_kept(backbone):
         probed = clone_module(backbone).eval()
         inputs = find_example(probed, example_input)
@@ -90,8 +92,11 @@ def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any)
             set().union(*(changing_attributes(views, inputs, training) for training in modes))
         )
         layouts: list[Layout] = []
-        for training in modes:
-            layout = layout_of(views, inputs, training, attributes)
+        passes = [
+            (training, warm) for training in modes for warm in (False, True)[: 1 + bool(attributes)]
+        ]
+        for training, warm in passes:
+            layout = layout_of(views, inputs, training, attributes, warm=warm)
             if all(known.keys != layout.keys for known in layouts):
                 layouts.append(layout)
         check(backbone, views, inputs, layouts, fork.name)
@@ -110,6 +115,16 @@ def another_expert(views: Views) -> tuple[nn.Module, list[Link]]:
     links = [link for link in views.links if id(link.view) in inside]
     expert, links = copy.deepcopy((views.expert, links), memo)
     return expert, links
+
+
+def _refuse_scripted(backbone: nn.Module) -> None:
+    for name, module in backbone.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SplitError(
+                f"Expected argument `backbone` to be made of Python modules, but `{name}` is "
+                "TorchScript, which runs no hooks. Wrap the backbone before scripting or tracing "
+                "its parts."
+            )
 
 
 def _training_call_tree(backbone: nn.Module, inputs: Inputs) -> Call | None:

@@ -157,8 +157,13 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
     first = next((m for m in backbone.modules() if _input_is_known(m)), None)
     if isinstance(first, nn.Conv2d):
         coarse = max(first.kernel_size) >= 7 or max(first.stride) >= 2
-        for side in _LARGE_FIRST if coarse else _SMALL_FIRST:
+        sides = _LARGE_FIRST if coarse else _SMALL_FIRST
+        for side in sides:
             yield (floats(2, first.in_channels, side, side),), {}
+        for side in sides[:2]:  # frames of a video, then layers that a function call precedes
+            yield (floats(2, 4, first.in_channels, side, side),), {}
+            yield (floats(2, 3, side, side),), {}
+            yield (floats(2, 1, side, side),), {}
     elif isinstance(first, nn.Conv1d):
         for length in _LENGTHS:
             yield (floats(2, first.in_channels, length),), {}
@@ -180,8 +185,13 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
             yield (floats(2, 3, side, side),), {}
     elif isinstance(first, nn.RNNBase):
         yield (floats(2, 16, first.input_size),), {}
+    elif isinstance(first, nn.BatchNorm2d):
+        for side in _SMALL_FIRST:
+            yield (floats(2, first.num_features, side, side),), {}
     elif isinstance(first, nn.modules.batchnorm._BatchNorm):
         yield (floats(2, first.num_features),), {}
+        yield (floats(2, first.num_features, 64),), {}
+        yield (floats(2, first.num_features, 8, 32, 32),), {}
 
 
 def _input_is_known(module: nn.Module) -> bool:

@@ -150,7 +150,9 @@ class SplitModule(nn.Module):
     ) -> TrunkState:
         if state.layout is None and not torch.compiler.is_compiling():
             # A path not seen at the build, for example padding at another input size.
-            state = replace(state, layout=self._learn_layout(args, kwargs))
+            layout = self._learn_layout(args, kwargs)
+            if layout is not None and layout.keys == state.keys:  # not where paths are random
+                state = replace(state, layout=layout)
         return state.hollowed()
 
     def _watch_classifier(self, expert: nn.Module) -> None:
@@ -175,7 +177,8 @@ class SplitModule(nn.Module):
                 layout = layout_of(views, (args, kwargs), self.trunk.training, self._attributes)
             except RIDEError:
                 return None  # every row can still go on; only `select` needs the layout
-        self._layouts.append(layout)
+        if all(known.keys != layout.keys for known in self._layouts):
+            self._layouts.append(layout)
         return layout
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
