@@ -127,8 +127,6 @@ class Dense(nn.Module):
 
 
 def test_the_dense_path_gives_the_same_in_onnxruntime():
-    for name in ("onnx", "onnxscript"):
-        pytest.importorskip(name)
     runtime = pytest.importorskip("onnxruntime")
     serve, x = serving("convolutional")
     free = {"x": {0: torch.export.Dim("batch")}}
