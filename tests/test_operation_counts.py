@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cifar.resnet import ResNet32
-from benchmarks.speed.cases import LiveBytes
+from benchmarks.speed.live_bytes import LiveBytes
 from ride_plugin import (
     DiversityLoss,
     ExpertRouter,

@@ -16,18 +16,28 @@ from ride_plugin import ExpertRouter, RIDEWrapper
 
 
 class HandSplit(nn.Module):
-    """ResNet-32 forked after ``layer1``, by hand."""
+    """The layers of a wrapped model, forked by hand: names of the trunk's and of an expert's."""
 
-    def __init__(self, model: RIDEWrapper) -> None:
+    def __init__(
+        self,
+        model: RIDEWrapper,
+        trunk: tuple[str, ...],
+        body: tuple[str, ...],
+        classifier: str = "linear",
+    ) -> None:
         super().__init__()
         model = copy.deepcopy(model)
         for module in model.modules():
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
-        trunk = model.trunk
-        self.trunk = nn.Sequential(trunk.conv1, trunk.bn1, trunk.relu, trunk.layer1)
+        self.trunk = nn.Sequential(*(getattr(model.trunk, name) for name in trunk))
         self.experts = nn.ModuleList(
-            nn.Sequential(e.layer2, e.layer3, e.pool, nn.Flatten(), e.linear) for e in model.experts
+            nn.Sequential(
+                *(getattr(expert, name) for name in body),
+                nn.Flatten(),
+                getattr(expert, classifier),
+            )
+            for expert in model.experts
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,9 +46,9 @@ class HandSplit(nn.Module):
 
     def expert(self, index: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and pooled features of one expert."""
-        body, head = self.experts[index][:4], self.experts[index][4]
-        pooled = body(features)
-        return head(pooled), pooled
+        layers = self.experts[index]
+        pooled = layers[:-1](features)
+        return layers[-1](pooled), pooled
 
 
 class StraightforwardRouting(nn.Module):
@@ -92,3 +102,32 @@ def pair_loop(experts: Tensor, temperature: Tensor, weight: float) -> Tensor:
                 other = F.log_softmax(experts[:, j].detach() / temperature[:, None], dim=1)
                 total = total + (own.exp() * (own - other)).sum(dim=1).mean()
     return -weight / (num_experts - 1) * total
+
+
+def router_step_by_expert(
+    split: HandSplit,
+    router: ExpertRouter,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    target: Tensor,
+    pos_weight: float = 100.0,
+) -> None:
+    """One step of stage two: every expert, then each gate's target and loss by itself."""
+    features = split.trunk(x)
+    logits, pooled = zip(
+        *(split.expert(i, features) for i in range(len(split.experts))), strict=True
+    )
+    loss = x.new_zeros(())
+    for i in range(len(logits) - 1):
+        mean = sum(logits[: i + 1]) / (i + 1)
+        right_now = mean.argmax(dim=1) == target
+        right_later = torch.zeros_like(right_now)
+        for k in range(i + 1, len(logits)):
+            right_later |= sum(logits[: k + 1]).argmax(dim=1) == target
+        needed = (~right_now & right_later).float()
+        weight = torch.where(needed > 0, pos_weight, 1.0)
+        gate = router.gate(i, mean, pooled[i])
+        loss = loss + F.binary_cross_entropy_with_logits(gate, needed, weight)
+    optimizer.zero_grad()
+    (loss / (len(logits) - 1)).backward()
+    optimizer.step()

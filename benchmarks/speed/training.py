@@ -1,0 +1,153 @@
+"""Training: a whole step, the diversity term alone, and the router's stage."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.speed.networks import Case, by_hand, images, resnet32, resnet50
+from benchmarks.speed.straightforward import (
+    expert_by_expert_loss,
+    pair_loop,
+    router_step_by_expert,
+)
+from benchmarks.speed.timing import compare
+from ride_plugin import DiversityLoss, ExpertRouter, RouterInputs, RoutingLoss, experts_loss
+
+
+def _counts(classes: int) -> list[int]:
+    return [max(5, int(500 * 0.01 ** (c / (classes - 1)))) for c in range(classes)]
+
+
+def training() -> Case:
+    """A whole training step against the hand-written split, and against the first thing to try."""
+    sizes = {
+        "ResNet-32, 3 experts, batch 128": (lambda last: resnet32(3, last), 128, 32, 100),
+        "ResNet-32, 4 experts, batch 128": (lambda last: resnet32(4, last), 128, 32, 100),
+        "ResNet-50 at 224, 3 experts, batch 4": (lambda last: resnet50(3, last), 4, 224, 1000),
+    }
+
+    def rows() -> Iterator[list[Any]]:
+        for name, (network, batch, size, classes) in sizes.items():
+            model = network(True)
+            y = torch.randint(0, classes, (batch,))
+            diversity = DiversityLoss(_counts(classes), weight=0.45, form="official")
+
+            def ours(out: Any, y: Tensor = y, diversity: nn.Module = diversity) -> Tensor:
+                return experts_loss(nn.functional.cross_entropy, out, y) + diversity(out, y)
+
+            def theirs(out: Tensor, y: Tensor = y, term: DiversityLoss = diversity) -> Tensor:
+                return expert_by_expert_loss(out.float(), y, term.schedule.temperature, 0.45)
+
+            x, contiguous = images(batch, True, size), images(batch, False, size)
+            mine = _step(model, ours, x, False)
+            plain = _step(by_hand(network(False)), theirs, contiguous, False)
+            yield [
+                name,
+                compare(mine, _step(by_hand(model), ours, x, False)),
+                compare(mine, plain),
+                compare(_step(copy.deepcopy(model), ours, x, True), plain),
+            ]
+
+    header = [
+        "network",
+        "same layers split by hand, same layout and loss",
+        "straightforward",
+        "in bfloat16 / straightforward in float32",
+    ]
+    return "Training step, ours / other", header, rows()
+
+
+def _step(model: nn.Module, loss: Callable[[Any], Tensor], x: Tensor, half: bool) -> Any:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, nesterov=True, fused=True)
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = model(x)
+        optimizer.zero_grad(set_to_none=True)
+        loss(out).backward()
+        optimizer.step()
+
+    return run
+
+
+def loss() -> Case:
+    """The diversity term alone, forward and backward."""
+
+    def rows() -> Iterator[list[Any]]:
+        for num_experts, classes, batch in [
+            (2, 1000, 256), (4, 1000, 256), (8, 1000, 256), (4, 100, 128), (4, 8142, 128),
+        ]:  # fmt: skip
+            experts = torch.randn(batch, num_experts, classes, requires_grad=True)
+            y = torch.randint(0, classes, (batch,))
+            counts = _counts(classes)
+            paper = DiversityLoss(counts, weight=0.2)
+            official = DiversityLoss(counts, weight=0.2, form="official")
+            temperature = paper.schedule.temperature[y]
+
+            def run(function: Callable[[], Tensor], leaf: Tensor = experts) -> Callable[[], None]:
+                def step() -> None:
+                    leaf.grad = None
+                    function().backward()
+
+                return step
+
+            yield [
+                f"E {num_experts}, C {classes}, B {batch}",
+                compare(
+                    run(lambda: paper(experts, y)),
+                    run(lambda: pair_loop(experts, temperature, 0.2)),
+                ),
+                compare(
+                    run(
+                        lambda: (
+                            experts_loss(nn.functional.cross_entropy, experts, y)
+                            + official(experts, y)
+                        )
+                    ),
+                    run(
+                        lambda: expert_by_expert_loss(
+                            experts, y, official.schedule.temperature, 0.2
+                        )
+                    ),
+                ),
+            ]
+
+    header = ["size", "paper's form / loop over pairs", "official form / expert by expert"]
+    return "Loss, forward and backward", header, rows()
+
+
+def router() -> Case:
+    """Stage two: one step on frozen experts, and the same steps on what was stored once."""
+
+    def rows() -> Iterator[list[Any]]:
+        model = resnet32().eval().requires_grad_(False)
+        first = by_hand(resnet32(channels_last=False)).eval().requires_grad_(False)
+        gates, criterion = ExpertRouter.for_model(model), RoutingLoss()
+        optimizer = torch.optim.Adam(gates.parameters(), 1e-3)
+        for batch in (32, 128):
+            x, contiguous = images(batch), images(batch, channels_last=False)
+            y = torch.randint(0, 100, (batch,))
+            stored = model.router_inputs(x)
+
+            def learn(inputs: RouterInputs, y: Tensor = y) -> None:
+                loss = criterion(gates(inputs), inputs, y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+            def theirs(x: Tensor = contiguous, y: Tensor = y) -> None:
+                router_step_by_expert(first, gates, optimizer, x, y)
+
+            yield [
+                f"batch {batch}",
+                compare(lambda x=x, learn=learn: learn(model.router_inputs(x)), theirs),
+                compare(lambda stored=stored, learn=learn: learn(stored), theirs),
+            ]
+
+    header = ["ResNet-32, 3 experts", "step / straightforward", "on stored / straightforward"]
+    return "Training the router, ours / other", header, rows()
