@@ -2,6 +2,7 @@
 
 from ride_plugin import functional
 from ride_plugin._calibration import CalibrationResult, ExitCurve, LongTailedCalibrationWarning
+from ride_plugin._checkpoint import OfficialCheckpoint, load_official_checkpoint
 from ride_plugin._confidence import ConfidenceRouter
 from ride_plugin._cost import CostReport, cost_report, count_flops
 from ride_plugin._deploy import StagedRunner, export_stages
@@ -43,6 +44,7 @@ __all__ = [
     "ExpertRouter",
     "LongTailedCalibrationWarning",
     "MissingExpertLogitsError",
+    "OfficialCheckpoint",
     "RIDEError",
     "RIDEWrapper",
     "ReplayError",
@@ -64,6 +66,7 @@ __all__ = [
     "experts_loss",
     "export_stages",
     "functional",
+    "load_official_checkpoint",
     "optimize_for_inference",
     "routing_report",
 ]

@@ -1,0 +1,349 @@
+"""The authors' checkpoints: equal numbers, nothing of the file executed, every misfit named."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import pathlib
+import pickle
+import re
+import sys
+import types
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cifar.resnet import ResNet32
+from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
+from ride_plugin._checkpoint import load_official_checkpoint
+from ride_plugin._errors import ArgumentError, CheckpointError
+from tests.handmade import REFERENCE, SHARED, reference_arrays, resnet32_ride
+from tests.official import Official, Plain
+
+needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="not part of the repository")
+
+
+@functools.cache
+def built(num_experts: int, width: float, num_classes: int) -> RIDEWrapper:
+    backbone = ResNet32(num_classes)
+    return RIDEWrapper(backbone, num_experts, expert_width=width, classifier="cosine").eval()
+
+
+def cifar_model(num_experts: int = 3, width: float = 0.75, num_classes: int = 100) -> RIDEWrapper:
+    return copy.deepcopy(built(num_experts, width, num_classes))
+
+
+def cifar_state(num_experts: int = 3, num_classes: int = 100) -> dict[str, Tensor]:
+    """The authors' names for the hand-made network's tensors."""
+    model, router = resnet32_ride(num_experts=num_experts, num_classes=num_classes)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        name = re.sub(r"^experts\.(\d)\.(layer\d|linear)\.", r"\2s.\1.", name)
+        state["backbone." + name.removeprefix("trunk.")] = tensor
+    for name, tensor in router.state_dict().items():
+        name = name.replace("hidden.", "hidden_fcs.").replace("output.", "fc.")
+        state["backbone.expert_help_pred_" + name] = tensor
+    return state
+
+
+def test_images(count: int) -> Tensor:
+    with np.load(SHARED / "data" / "cifar100_lt.npz") as archive:
+        images = torch.from_numpy(archive["test_images"][:count])
+    mean = torch.tensor((0.4914, 0.4822, 0.4465))[:, None, None]
+    deviation = torch.tensor((0.2023, 0.1994, 0.2010))[:, None, None]
+    return (images.permute(0, 3, 1, 2) / 255 - mean) / deviation
+
+
+test_images.__test__ = False
+
+
+@needs_reference
+def test_a_network_that_the_authors_code_trained_gives_its_own_outputs() -> None:
+    model = cifar_model()
+    router = ExpertRouter.for_model(model)
+    found = load_official_checkpoint(REFERENCE / "official_ride_ea.pth", model, router)
+    assert (found.num_experts, found.num_classes, found.fork_at) == (3, 100, "layer2")
+    assert (found.cosine, found.has_router, found.router_loaded) == (True, True, True)
+    x = test_images(200)  # all 10,000 agree as well; that takes minutes on a small machine
+    with np.load(REFERENCE / "official_ride_ea_outputs.npz") as archive:
+        expected = {key: torch.from_numpy(archive[key]) for key in archive.files}
+    logits = model(x).detach()
+    routed, used = RoutingInference(model, router)(x, return_routing=True)
+    assert torch.equal(logits.argmax(1), expected["all_argmax"][:200])
+    assert torch.equal(routed.argmax(1), expected["routed_argmax"][:200])
+    assert torch.equal(used, expected["experts_used"][:200])
+    assert len(used.unique()) > 1
+    first = expected["all_logits_first64"], expected["routed_logits_first64"]
+    torch.testing.assert_close(logits[:64], first[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(routed[:64], first[1], rtol=0, atol=1e-4)
+
+
+@needs_reference
+def test_their_random_network_gives_its_own_outputs() -> None:
+    arrays, state = reference_arrays()
+    model = cifar_model()
+    router = ExpertRouter.for_model(model)
+    load_official_checkpoint(state, model, router)
+    inputs = model.router_inputs(arrays["x"])
+    tolerance = {"rtol": 0, "atol": 1e-4}
+    torch.testing.assert_close(inputs.expert_logits, arrays["expert_logits"], **tolerance)
+    torch.testing.assert_close(inputs.expert_features, arrays["expert_features"], **tolerance)
+    routed, used = RoutingInference(model, router)(arrays["x"], return_routing=True)
+    torch.testing.assert_close(routed, arrays["routed_logits"], **tolerance)
+    assert torch.equal(used, arrays["experts_used"])
+
+
+LAYOUTS = {
+    "ResNet-10": ("basic", (1, 1, 1, 1), 3, {}),
+    "ResNet-10, cosine, 2 experts": ("basic", (1, 1, 1, 1), 2, {"use_norm": True}),
+    "ResNet-10, full width": ("basic", (1, 1, 1, 1), 2, {"widths": (256, 512)}),
+    "ResNet-50": ("deep", (3, 4, 6, 3), 2, {}),
+    "ResNet-50, layer3 shared": (
+        "deep", (3, 4, 6, 3), 2, {"share_layer3": True, "widths": (256, 384), "use_norm": True}
+    ),
+    "ResNeXt-50, 4 experts": ("next", (3, 4, 6, 3), 4, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_state_dicts_of_their_imagenet_layouts_give_the_outputs_of_a_forward_by_hand(
+    layout: str,
+) -> None:
+    kind, depths, num_experts, options = LAYOUTS[layout]
+    official = Official(kind, depths, 40, num_experts, **options).eval()
+    shared = "share_layer3" in options
+    model = RIDEWrapper(
+        Plain(kind, depths, 40),
+        num_experts,
+        fork_at="layer4" if shared else None,
+        expert_width=1.0 if options.get("widths") == (256, 512) else 0.75,
+        classifier="cosine" if "use_norm" in options else None,
+        example_input=torch.randn(2, 3, 32, 32),
+    ).eval()
+    router = ExpertRouter.for_model(model)
+    state = {f"module.backbone.{key}": tensor for key, tensor in official.state_dict().items()}
+    found = load_official_checkpoint({"state_dict": state}, model, router)
+    assert found.fork_at == model.fork_at == ("layer4" if shared else "layer3")
+    assert found.cosine == ("use_norm" in options)
+    assert found.num_parameters == sum(tensor.numel() for tensor in state.values())
+    x = torch.randn(3, 3, 32, 32)
+    inputs = model.router_inputs(x)
+    with torch.no_grad():
+        torch.testing.assert_close(inputs.expert_logits, official(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(router(inputs), official.gates(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_experts", [2, 6])
+def test_any_number_of_experts_loads_and_the_router_may_stay_in_the_file(num_experts: int) -> None:
+    state = cifar_state(num_experts)
+    model = cifar_model(num_experts)
+    found = load_official_checkpoint(state, model)
+    assert (found.num_experts, found.has_router, found.router_loaded) == (num_experts, True, False)
+    last = num_experts - 1
+    theirs = state[f"backbone.linears.{last}.weight"]
+    assert torch.equal(model.classifiers[last].weight, theirs.T)
+
+
+class ConfigParser:
+    """Stands for the authors' class, which is not importable where the file is read."""
+
+
+def official_file(path: pathlib.Path, state: dict[str, Tensor], legacy: bool) -> pathlib.Path:
+    """As their trainer saves it: a configuration object and paths beside the tensors."""
+    module = types.ModuleType("parse_config")
+    module.ConfigParser = type("ConfigParser", (), {"__module__": "parse_config"})
+    config = module.ConfigParser()
+    config._config = OrderedDict(arch={"type": "ResNet32EAModel"})
+    config._save_dir = pathlib.PurePosixPath("saved/models")
+    sys.modules["parse_config"] = module
+    try:
+        content = {"arch": "EAModel", "state_dict": state, "config": config, "epoch": 3,
+                   "monitor_best": np.float64(0.5)}  # fmt: skip
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    finally:
+        del sys.modules["parse_config"]
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_configuration_object_in_the_file_is_read_as_an_empty_shell(
+    tmp_path: pathlib.Path, legacy: bool
+) -> None:
+    state = cifar_state(2)
+    path = official_file(tmp_path / "model_best.pth", state, legacy)
+    with pytest.raises(pickle.UnpicklingError, match=r"parse_config\.ConfigParser"):
+        torch.load(path, weights_only=True)
+    model = cifar_model(2)
+    load_official_checkpoint(path, model, ExpertRouter.for_model(model))
+    assert torch.equal(model.trunk.conv1.weight, state["backbone.conv1.weight"])
+    with pytest.raises(pickle.UnpicklingError):  # and the shell does not stay behind
+        torch.load(path, weights_only=True)
+
+
+class Malicious:
+    def __init__(self, function: object, *args: object) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> object:
+        return self.call
+
+
+EXECUTED: list[str] = []
+
+
+def executes(text: str) -> str:
+    EXECUTED.append(text)
+    return text
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_file_does_not_run(tmp_path: pathlib.Path, legacy: bool) -> None:
+    state = cifar_state(2)
+    path = tmp_path / "malicious.pth"
+    content = {"config": Malicious(executes, "ran"), "state_dict": state}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    EXECUTED.clear()
+    torch.load(path, weights_only=False)
+    assert EXECUTED == ["ran"]  # the attack is real
+    EXECUTED.clear()
+    model = cifar_model(2)
+    load_official_checkpoint(path, model)
+    assert EXECUTED == []
+    assert torch.equal(model.trunk.conv1.weight, state["backbone.conv1.weight"])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("function", "command", "name"),
+    [
+        (os.system, "touch {}", r"posix\.system"),
+        (eval, "open({!r}, 'w')", r"__builtin__\.eval"),
+        (exec, "open({!r}, 'w')", r"__builtin__\.exec"),
+    ],
+)
+def test_a_file_that_calls_the_system_is_refused_by_name(
+    tmp_path: pathlib.Path, function, command: str, name: str, legacy: bool
+) -> None:
+    trace = tmp_path / "trace"
+    path = tmp_path / "malicious.pth"
+    attack = Malicious(function, command.format(str(trace)))
+    content = {"config": attack, "state_dict": cifar_state(2)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=rf"{name}.*torch\.save\("):
+        load_official_checkpoint(path, cifar_model(2))
+    assert not trace.exists()
+
+
+def test_weights_that_are_themselves_shells_are_refused(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "odd.pth"
+    torch.save({"state_dict": {"linears.0.weight": Malicious(executes, "x")}}, path)
+    EXECUTED.clear()
+    with pytest.raises(CheckpointError, match=r"tensors only, but 'linears\.0\.weight'"):
+        load_official_checkpoint(path, cifar_model(2))
+    assert EXECUTED == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"\x80\x02."])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: pathlib.Path, content: bytes) -> None:
+    path = tmp_path / "broken.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="Cannot read"):
+        load_official_checkpoint(path, cifar_model(2))
+
+
+def before(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: cifar_model(2), "holds 3 experts, the model has 2: pass num_experts=3"),
+        (lambda: cifar_model(3, 1.0), r"48 features, the model of 64: pass expert_width=0\.75"),
+        (lambda: cifar_model(3, 0.75, 10), "100 classes, the model 10"),
+        (
+            lambda: RIDEWrapper(ResNet32(100), 3, expert_width=0.75),
+            "cosine classifiers .* pass classifier='cosine'",
+        ),
+        (
+            lambda: RIDEWrapper(
+                ResNet32(100), 3, fork_at="layer3", expert_width=0.75, classifier="cosine"
+            ),
+            "begin at layer2, the model forks at layer3: pass fork_at='layer2'",
+        ),
+    ],
+)
+def test_a_model_built_to_other_measures_is_told_what_to_pass(build, message: str) -> None:
+    model = build()
+    kept = before(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_official_checkpoint(cifar_state(), model)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_linear_classifiers_do_not_go_into_cosine_ones() -> None:
+    state = cifar_state(2)
+    for k in range(2):
+        key = f"backbone.linears.{k}"
+        state[f"{key}.weight"] = state[f"{key}.weight"].T
+        state[f"{key}.bias"] = torch.zeros(100)
+    with pytest.raises(CheckpointError, match="pass classifier=None"):
+        load_official_checkpoint(state, cifar_model(2))
+    model = RIDEWrapper(ResNet32(100), 2, expert_width=0.75)
+    assert not load_official_checkpoint(state, model).cosine
+    assert torch.equal(model.classifiers[1].weight, state["backbone.linears.1.weight"])
+
+
+def test_every_key_that_does_not_fit_is_named_and_nothing_is_loaded() -> None:
+    state = cifar_state()
+    del state["backbone.layer3s.1.4.bn2.weight"]
+    state["backbone.bn1.bias"] = torch.zeros(7)
+    state["backbone.layer2s.2.0.extra"] = torch.zeros(3)
+    del state["backbone.expert_help_pred_hidden_fcs.1.bias"]
+    model = cifar_model()
+    router = ExpertRouter.for_model(model)
+    kept, kept_router = before(model), before(router)
+    with pytest.raises(CheckpointError) as caught:
+        load_official_checkpoint(state, model, router)
+    for line in (
+        "missing in the file: experts.1.layer3.4.bn2.weight [48]",
+        "other shape: trunk.bn1.bias [7] -> [16] (their bn1.bias)",
+        "unexpected in the file: layer2s.2.0.extra [3]",
+        "missing in the file: hidden.1.bias [16]",
+    ):
+        assert line in str(caught.value)
+    assert str(caught.value).count("\n") == 5
+    assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
+    now = router.state_dict()
+    assert all(torch.equal(kept_router[name], tensor) for name, tensor in now.items())
+
+
+def test_routers_that_do_not_fit_are_told_apart() -> None:
+    model = cifar_model(2)
+    state = cifar_state(2)
+    with pytest.raises(CheckpointError, match=r"top 30 logits, .* reads 50: .*top_k=30"):
+        load_official_checkpoint(state, model, ExpertRouter.for_model(model, top_k=50))
+    each = {key.replace("pred_fc.", "pred_fcs.0."): tensor for key, tensor in state.items()}
+    with pytest.raises(CheckpointError, match="output layer for each gate"):
+        load_official_checkpoint(each, model, ExpertRouter.for_model(model))
+    alone = {key: tensor for key, tensor in state.items() if "expert_help" not in key}
+    assert not load_official_checkpoint(alone, model).has_router
+    with pytest.raises(CheckpointError, match="from stage one"):
+        load_official_checkpoint(alone, model, ExpertRouter.for_model(model))
+
+
+def test_what_is_no_ride_checkpoint_is_refused() -> None:
+    model = cifar_model(2)
+    with pytest.raises(CheckpointError, match="before wrapping it"):
+        load_official_checkpoint(ResNet32(100).state_dict(), model)
+    with pytest.raises(CheckpointError, match="state dict"):
+        load_official_checkpoint({"state_dict": None}, model)
+    twice = {**cifar_state(2), "bn1.weight": torch.ones(16)}
+    with pytest.raises(CheckpointError, match=r"`bn1\.weight` twice"):
+        load_official_checkpoint(twice, model)
+    with pytest.raises(ArgumentError, match="RIDEWrapper"):
+        load_official_checkpoint(cifar_state(2), nn.DataParallel(model))
