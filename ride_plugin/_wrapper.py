@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ride_plugin._checkpointing import checkpointed
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, mean_logits
+from ride_plugin._parts import as_expert_index, joined_by, plain_modules, warn_if_equal
 from ride_plugin._split import SplitModule, split_backbone
 from ride_plugin._split._analysis import random_state_kept
 from ride_plugin._split._classifier import replace_classifier
+from ride_plugin._split._graft import graft_experts
 from ride_plugin._split._initialise import (
     break_tie,
     reinitialise,
@@ -49,6 +51,9 @@ class RIDEWrapper(SplitModule):
         classifier: ``"cosine"`` gives each expert a :class:`CosineClassifier` with scale 30, as
             LDAM needs; a function of ``(in_features, num_classes)`` gives it any module; None
             keeps the backbone's.
+        expert_factory: a function of the expert's index that returns a network with the backbone's
+            submodule names, for example one of the same class with narrower late stages. Expert k
+            is its forked half, with the weights that it has; its early half is dropped.
         example_input: a batch as the backbone's forward receives it: a tensor, a tuple of
             arguments, or a dict of keyword arguments. Guessed if None.
         return_experts: return :class:`ExpertOutput` instead of a tensor that carries the experts'
@@ -59,7 +64,8 @@ class RIDEWrapper(SplitModule):
 
     Raises:
         ArgumentError: an argument is out of range.
-        SplitError: the backbone cannot be split; the message says where, why and what to pass.
+        SplitError: the backbone, or what ``expert_factory`` returns, cannot be split; the message
+            says where, why and what to pass.
         WidthError: the experts cannot be narrowed; the message names the layer.
 
     Example:
@@ -83,6 +89,7 @@ class RIDEWrapper(SplitModule):
         expert_width: float = 1.0,
         init: Literal["fresh", "copy"] = "fresh",
         classifier: Literal["cosine"] | Callable[[int, int], nn.Module] | None = None,
+        expert_factory: Callable[[int], nn.Module] | None = None,
         example_input: Any = None,
         return_experts: bool = False,
         checkpoint_experts: bool = False,
@@ -105,11 +112,19 @@ class RIDEWrapper(SplitModule):
                 f"{expert_width}: narrower experts cannot keep the backbone's weights. Pass "
                 "init='fresh'."
             )
+        if expert_factory is not None and (expert_width < 1 or init == "copy"):
+            raise ArgumentError(
+                "Expected `expert_width` and `init` to be left alone with `expert_factory`, which "
+                f"makes the experts as they are, but got {expert_width} and {init!r}."
+            )
         split = split_backbone(backbone, fork_at, example_input)
         if expert_width < 1:
             warn_if_trained(split.views.expert)  # narrowing starts the statistics anew
             narrow_expert(split, expert_width)
-        super().__init__(split, num_experts)
+        super().__init__(split, num_experts if expert_factory is None else 1)
+        if expert_factory is not None:
+            graft_experts(self, split, expert_factory, num_experts)
+            warn_if_equal(self.experts)
         self.expert_width = float(expert_width)
         self.return_experts = return_experts
         self.checkpoint_experts = checkpoint_experts
@@ -118,9 +133,88 @@ class RIDEWrapper(SplitModule):
                 replace_classifier(expert, self._classifier, classifier, self.num_classes)
             for expert in self.experts:
                 self._watch_classifier(expert)
-        if num_experts > 1 or expert_width < 1:
+        if expert_factory is None and (num_experts > 1 or expert_width < 1):
             self._initialise(init)
         self.feature_dim = self._measure_feature_dim()
+
+    @classmethod
+    def from_parts(
+        cls,
+        trunk: nn.Module,
+        expert_factory: Callable[[int], nn.Module],
+        num_experts: int = 3,
+        *,
+        example_input: Any = None,
+        return_experts: bool = False,
+        checkpoint_experts: bool = False,
+    ) -> Self:
+        """Build the model from a trunk and experts made by hand, instead of splitting a backbone.
+
+        Trunk and experts are copied and keep their weights. Parameters are named
+        ``trunk.body.*`` and ``experts.k.head.*``.
+
+        Args:
+            trunk: the shared part.
+            expert_factory: returns expert ``k``: a module that takes what the trunk returns, as
+                one argument, and returns logits ``[B, C]``. Widths may differ between experts, but
+                the last linear layer has the same name and number of features in each.
+            num_experts: ``E >= 1``.
+            example_input: a batch as the trunk's forward receives it; guessed if None.
+            return_experts: as for the class.
+            checkpoint_experts: as for the class.
+
+        Raises:
+            ArgumentError: ``expert_factory`` returns no module.
+            SplitError: an expert does not run on the trunk's result, or mixes rows.
+
+        Example:
+            >>> trunk = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+            >>> model = RIDEWrapper.from_parts(trunk, lambda k: nn.Linear(16, 5), num_experts=2)
+            >>> tuple(model(torch.randn(4, 8)).shape)
+            (4, 5)
+        """
+        joined = joined_by(trunk, expert_factory)
+        return cls(
+            joined(0),
+            num_experts,
+            fork_at="head",
+            expert_factory=joined,
+            example_input=example_input,
+            return_experts=return_experts,
+            checkpoint_experts=checkpoint_experts,
+        )
+
+    def to_module(self, expert: int = 0) -> nn.Module:
+        """One expert as a plain module: the backbone's class with trunk and expert put together.
+
+        The result is a copy with a state dict under the backbone's names, and holds nothing of this
+        library. (After :meth:`from_parts` it is ``nn.Sequential(trunk, expert)``.)
+
+        Args:
+            expert: which one.
+
+        Raises:
+            ArgumentError: there is no such expert.
+
+        Example:
+            >>> backbone = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+            >>> RIDEWrapper(backbone, 2, fork_at="2").to_module(1)
+            Sequential(
+              (0): Linear(in_features=8, out_features=16, bias=True)
+              (1): ReLU()
+              (2): Linear(in_features=16, out_features=5, bias=True)
+            )
+        """
+        index = as_expert_index(expert, self.num_experts)
+        return plain_modules(self, range(index, index + 1))[0]
+
+    def to_modules(self) -> nn.ModuleList:
+        """Every expert as in :meth:`to_module`; the modules share one copy of the trunk.
+
+        The ensemble is ``torch.stack([module(x) for module in modules]).mean(0)``; each module runs
+        the trunk by itself.
+        """
+        return plain_modules(self, range(self.num_experts))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | ExpertOutput:
         """Run the trunk once and every expert on its result.

@@ -1,0 +1,310 @@
+"""Models from parts made by hand, experts from a factory, and the way back to plain modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ride_plugin import (
+    ArgumentError,
+    ConfidenceRouter,
+    ExpertRouter,
+    RIDEWrapper,
+    RoutingInference,
+    RoutingQueue,
+    SplitError,
+    cost_report,
+    expert_logits,
+    export_stages,
+    optimize_for_inference,
+)
+from tests.backbones import BACKBONES, CifarResNet
+
+
+def trunk() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+
+
+class Expert(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, width, 3, stride=2, padding=1)
+        self.bn = nn.BatchNorm2d(width)
+        self.reduce = nn.Conv2d(width, 10, 1)
+        self.fc = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)))
+        return self.fc(self.reduce(x).mean((2, 3)))
+
+
+def made_of_parts() -> tuple[RIDEWrapper, nn.Module, list[nn.Module]]:
+    body, experts = trunk(), [Expert(12), Expert(16), Expert(6)]
+    example = torch.randn(2, 3, 8, 8)
+    return (
+        RIDEWrapper.from_parts(body, experts.__getitem__, 3, example_input=example),
+        body,
+        experts,
+    )
+
+
+def test_parts_compute_what_they_compute_by_hand_in_training_too() -> None:
+    model, body, experts = made_of_parts()
+    x = torch.randn(6, 3, 8, 8)
+    expected = body(x)
+    expected = torch.stack([expert(expected) for expert in experts], dim=1)
+    out = model(x)
+    assert torch.equal(expert_logits(out), expected)
+    expected.square().sum().backward()
+    expert_logits(out).square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    by_hand = {f"trunk.body.{n}": p.grad for n, p in body.named_parameters()}
+    for k, expert in enumerate(experts):
+        by_hand |= {f"experts.{k}.head.{n}": p.grad for n, p in expert.named_parameters()}
+    assert gradients.keys() == by_hand.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, by_hand[name])
+    assert torch.equal(model.trunk.body[1].running_mean, body[1].running_mean)
+    assert torch.equal(model.experts[2].head.bn.running_var, experts[2].bn.running_var)
+
+
+def test_parts_stay_the_callers_own() -> None:
+    model, body, experts = made_of_parts()
+    kept = [p.clone() for part in (body, *experts) for p in part.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    now = [p for part in (body, *experts) for p in part.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+    assert not any(module._forward_hooks for module in body.modules())
+
+
+def test_parts_satisfy_whatever_uses_a_wrapped_model() -> None:
+    model, body, experts = made_of_parts()
+    model.eval()
+    body.eval()
+    x = torch.randn(6, 3, 8, 8)
+    state = model.run_trunk(x)
+    rows = torch.tensor([4, 1])
+    logits, features = model.run_expert(2, state.select(rows))
+    assert features.shape == (2, model.feature_dim) == (2, 10)
+    torch.testing.assert_close(logits, experts[2].eval()(body(x))[rows])
+    serve = RoutingInference(model, ExpertRouter.for_model(model))
+    dense = serve.dense(x, return_routing=True)
+    routed = serve(x, return_routing=True)
+    torch.testing.assert_close(routed.logits, dense.logits)
+    assert torch.equal(routed.num_experts_used, dense.num_experts_used)
+    report = cost_report(model)
+    assert report.trunk_flops == 2 * 8 * 27 * 64
+    assert report.expert_flops[1] == 2 * 16 * (72 * 16 + 10 * 16) + 2 * 10 * 5
+    assert report.expert_parameters[1] == sum(p.numel() for p in experts[1].parameters())
+    expected = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)
+    fresh = made_of_parts()[0].eval()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), expected)
+    torch.testing.assert_close(optimize_for_inference(model)(x), expected)
+    confident = RoutingInference(model, ConfidenceRouter(), 0.2)
+    assert export_stages(confident).keys() == {
+        "trunk", "expert_0", "expert_1", "expert_2", "gate_0", "gate_1"
+    }  # fmt: skip
+    queue = RoutingQueue(confident, batch_size=4)
+    queue.submit(x[:3])
+    queue.submit(x[3:])
+    answers = queue.flush()
+    torch.testing.assert_close(torch.cat([answers[0].logits, answers[1].logits]), confident(x))
+
+
+class TwoMaps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.conv(x)
+        return x * scale[:, None, None, None], x.mean((2, 3))
+
+
+class OnTwoMaps(nn.Module):
+    """Reads one map or both, and may change the first in place."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.both = both
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, maps: tuple[Tensor, Tensor]) -> Tensor:
+        x, mean = maps
+        if self.both:
+            return self.fc(x.relu_().mean((2, 3)) + mean)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_experts_may_read_and_change_different_results_of_a_trunk_with_several_inputs() -> None:
+    body, experts = TwoMaps(), [OnTwoMaps(False), OnTwoMaps(True), OnTwoMaps(False)]
+    x, scale = torch.randn(4, 3, 8, 8), torch.rand(4)
+    example = {"x": x, "scale": scale}
+    model = RIDEWrapper.from_parts(body, experts.__getitem__, 3, example_input=example)
+    expected = torch.stack([expert(body(x, scale)) for expert in experts], dim=1)
+    assert torch.equal(expert_logits(model(x=x, scale=scale)), expected)
+    state = model.run_trunk(x=x, scale=scale)
+    for k in (1, 0, 1, 2):
+        torch.testing.assert_close(model.run_expert(k, state)[0], expected[:, k])
+
+
+class Narrow(CifarResNet):
+    """ResNet-14 whose last two stages have the widths given; shortcuts pad what is missing."""
+
+    def __init__(self, widths: tuple[int, int], num_classes: int = 10) -> None:
+        super().__init__(num_classes, n=1)
+        self.layer2 = nn.Sequential(nn.Conv2d(16, widths[0], 3, 2, 1), nn.ReLU(inplace=True))
+        self.layer3 = nn.Sequential(nn.Conv2d(widths[0], widths[1], 3, 2, 1), nn.ReLU())
+        self.linear = nn.Linear(widths[1], num_classes)
+
+
+def test_a_factory_gives_an_automatic_split_experts_of_any_width() -> None:
+    backbone = CifarResNet(10, n=1)
+    networks = [Narrow((10, 20)), Narrow((14, 20))]
+    model = RIDEWrapper(backbone, 2, expert_factory=networks.__getitem__).eval()
+    assert model.fork_at == "layer2"
+    x = torch.randn(3, 3, 32, 32)
+    for k, network in enumerate(networks):
+        for name in ("conv1", "bn1", "layer1"):
+            getattr(network, name).load_state_dict(getattr(backbone, name).state_dict())
+        expected = network.eval()(x)
+        torch.testing.assert_close(expert_logits(model(x))[:, k], expected)
+        assert model.experts[k].layer2[0].out_channels == (10, 14)[k]
+    assert not any(name.startswith("experts.0.layer1") for name in model.state_dict())
+
+
+def test_a_classifier_can_be_swapped_on_experts_from_a_factory() -> None:
+    model = RIDEWrapper(
+        CifarResNet(10, n=1), 2, expert_factory=lambda k: Narrow((10, 20)), classifier="cosine"
+    )
+    assert model.classifiers[1].weight.shape == (10, 20)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda k: Narrow((8, 16 + k)), r"features of one size.*\[16, 17\]"),
+        (lambda k: Narrow((8, 16), 7), "7 classes, the backbone 10"),
+        (lambda k: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10)), "layer2"),
+    ],
+)
+def test_networks_that_do_not_fit_are_named(factory, message: str) -> None:
+    with pytest.raises(SplitError, match=message):
+        RIDEWrapper(CifarResNet(10, n=1), 2, expert_factory=factory)
+
+
+class Wide(Narrow):
+    def __init__(self) -> None:
+        super().__init__((8, 16))
+        self.conv1, self.bn1 = nn.Conv2d(3, 20, 3, padding=1), nn.BatchNorm2d(20)
+        self.layer1, self.layer2[0] = nn.Identity(), nn.Conv2d(20, 8, 3, 2, 1)
+
+
+def test_a_network_that_needs_another_trunk_is_named() -> None:
+    with pytest.raises(SplitError, match=r"`expert_factory\(0\)` does not"):
+        RIDEWrapper(CifarResNet(10, n=1), 2, fork_at="layer2", expert_factory=lambda k: Wide())
+
+
+def test_misuse_of_a_factory_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"expert_width.*expert_factory"):
+        RIDEWrapper(
+            CifarResNet(10, n=1), 2, expert_width=0.5, expert_factory=lambda k: Narrow((8, 8))
+        )
+    with pytest.raises(ArgumentError, match="for 0 it returned int"):
+        RIDEWrapper(CifarResNet(10, n=1), 2, expert_factory=lambda k: 3)
+    with pytest.raises(ArgumentError, match="for 0 it returned str"):
+        RIDEWrapper.from_parts(trunk(), lambda k: "no module")
+    with pytest.raises(ArgumentError, match="function of the index, but got list"):
+        RIDEWrapper.from_parts(trunk(), [Expert(4)])
+
+
+def test_equal_experts_are_warned_of() -> None:
+    one = Expert(4)
+    with pytest.warns(UserWarning, match="experts 0 and 1 equal weights"):
+        RIDEWrapper.from_parts(trunk(), lambda k: one, 2, example_input=torch.randn(2, 3, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RIDEWrapper.from_parts(
+            trunk(), lambda k: Expert(4), 2, example_input=torch.randn(2, 3, 8, 8)
+        )
+
+
+def ours(module: nn.Module) -> list[str]:
+    return [type(m).__name__ for m in module.modules() if "ride_plugin" in type(m).__module__]
+
+
+@pytest.mark.parametrize("kind", list(BACKBONES))
+def test_an_expert_comes_back_as_a_module_of_the_backbones_own_class(kind: str) -> None:
+    constructor, shape, _ = BACKBONES[kind]
+    backbone, x = constructor(), torch.randn(3, *shape)
+    model = RIDEWrapper(backbone, 2).eval()
+    for k in range(2):
+        plain = model.to_module(k)
+        assert type(plain) is type(backbone)
+        assert torch.equal(plain(x), model.run_expert(k, model.run_trunk(x))[0])
+        assert ours(plain) == []
+        assert b"ride_plugin" not in pickle.dumps(plain)
+        constructor().load_state_dict(plain.state_dict())  # strict: the names are the backbone's
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+
+
+def test_narrow_experts_come_back_and_train_alone() -> None:
+    model = RIDEWrapper(CifarResNet(10, n=1), 2, expert_width=0.75).train()
+    plain = model.to_module(1)
+    assert plain.training
+    assert plain.layer2[0].conv1.out_channels == 24
+    kept = model.trunk.conv1.weight.clone()
+    optimiser = torch.optim.SGD(plain.parameters(), 0.1)
+    plain(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimiser.step()
+    assert not torch.equal(plain.conv1.weight, kept)
+    assert torch.equal(model.trunk.conv1.weight, kept)  # a copy
+
+
+def test_the_whole_comes_back_as_modules_that_share_the_trunk() -> None:
+    model = RIDEWrapper(CifarResNet(10, n=1), 3).eval()
+    plain = model.to_modules()
+    x = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(torch.stack([module(x) for module in plain]).mean(0), model(x))
+    assert type(plain) is nn.ModuleList
+    assert ours(plain) == []
+    assert plain[0].layer1 is plain[2].layer1
+    assert plain[0].layer2 is not plain[2].layer2
+    count = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in plain.parameters()) == count
+    again = pickle.loads(pickle.dumps(plain))
+    assert again[0].layer1 is again[1].layer1
+
+
+def test_parts_come_back_as_a_sequential() -> None:
+    model, body, experts = made_of_parts()
+    plain = model.eval().to_module(1)
+    x = torch.randn(3, 3, 8, 8)
+    assert type(plain) is nn.Sequential
+    assert ours(plain) == []
+    assert torch.equal(plain(x), experts[1].eval()(body.eval()(x)))
+
+
+def test_an_optimised_copy_comes_back_too() -> None:
+    model = RIDEWrapper(CifarResNet(10, n=1), 2).eval()
+    x = torch.randn(3, 3, 32, 32)
+    plain = optimize_for_inference(model).to_module(1)
+    assert ours(plain) == []
+    torch.testing.assert_close(plain(x), expert_logits(model(x))[:, 1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_expert_that_does_not_exist_is_refused() -> None:
+    model = RIDEWrapper(CifarResNet(10, n=1), 2)
+    with pytest.raises(ArgumentError, match=r"0 to 1, but got 2"):
+        model.to_module(2)
