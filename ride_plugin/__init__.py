@@ -21,6 +21,7 @@ from ride_plugin._experts_loss import experts_loss
 from ride_plugin._inference import RoutingInference, RoutingOutput
 from ride_plugin._optimize import optimize_for_inference
 from ride_plugin._output import ExpertOutput, RouterInputs, expert_logits
+from ride_plugin._plan import Plan, PlanRow, plan
 from ride_plugin._queue import RoutingQueue
 from ride_plugin._router import ExpertRouter
 from ride_plugin._routing_loss import RoutingLoss
@@ -45,6 +46,8 @@ __all__ = [
     "LongTailedCalibrationWarning",
     "MissingExpertLogitsError",
     "OfficialCheckpoint",
+    "Plan",
+    "PlanRow",
     "RIDEError",
     "RIDEWrapper",
     "ReplayError",
@@ -68,5 +71,6 @@ __all__ = [
     "functional",
     "load_official_checkpoint",
     "optimize_for_inference",
+    "plan",
     "routing_report",
 ]

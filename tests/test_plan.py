@@ -1,0 +1,140 @@
+"""Plans against FLOPs counted by hand on the CIFAR ResNet-32."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, SplitError, cost_report
+from ride_plugin._plan import Plan, PlanRow, plan
+from tests.backbones import CifarResNet
+
+CLASSES = 100
+SHARES = (0.41, 0.09, 0.50)
+WIDTHS = {1.0: (32, 64), 0.75: (24, 48), 0.5: (16, 32)}
+
+
+def convolution(inputs: int, outputs: int, side: int) -> int:
+    return 2 * 9 * inputs * outputs * side * side
+
+
+def by_hand(widths: tuple[int, int]) -> tuple[int, int, int]:
+    """FLOPs of trunk, expert and gate."""
+    a, b = widths
+    trunk = convolution(3, 16, 32) + 10 * convolution(16, 16, 32)
+    expert = convolution(16, a, 16) + 9 * convolution(a, a, 16)
+    expert += convolution(a, b, 8) + 9 * convolution(b, b, 8) + 2 * b * CLASSES
+    gate = 2 * b * 16 + 2 * (30 + 16)
+    return trunk, expert, gate
+
+
+@pytest.fixture(scope="module")
+def found() -> Plan:
+    return plan(CifarResNet(CLASSES), shares=SHARES)
+
+
+def test_ratios_are_those_by_hand(found: Plan) -> None:
+    trunk, full, _ = by_hand(WIDTHS[1.0])
+    backbone = trunk + full
+    assert [(row.num_experts, row.expert_width) for row in found.rows] == [
+        (number, width) for number in (2, 3, 4) for width in (1.0, 0.75, 0.5)
+    ]
+    for row in found.rows:
+        trunk, expert, gate = by_hand(WIDTHS[row.expert_width])
+        assert row.report.backbone_flops == backbone
+        assert row.report.flops == trunk + row.num_experts * expert
+        assert row.ratio == pytest.approx((trunk + row.num_experts * expert) / backbone)
+        if row.num_experts != 3:
+            assert row.routed_ratio is None
+            continue
+        routed = SHARES[0] * (expert + gate) + SHARES[1] * 2 * (expert + gate)
+        routed += SHARES[2] * (3 * expert + 2 * gate)
+        assert row.routed_ratio == pytest.approx((trunk + routed) / backbone)
+
+
+def test_the_affordable_mean_number_of_experts_spends_the_budget(found: Plan) -> None:
+    trunk, full, _ = by_hand(WIDTHS[1.0])
+    for row in found.rows:
+        _, expert, gate = by_hand(WIDTHS[row.expert_width])
+        mean = (1.1 * (trunk + full) - trunk) / (expert + gate)
+        assert row.affordable_experts == pytest.approx(min(mean, row.num_experts))
+
+
+def test_rows_are_what_a_built_model_costs(found: Plan) -> None:
+    backbone = CifarResNet(CLASSES)
+    model = RIDEWrapper(backbone, 4, expert_width=0.75)
+    report = cost_report(model, router=ExpertRouter.for_model(model), backbone=backbone)
+    assert found.rows[7].report == report
+
+
+def test_the_best_choice_spends_most_of_the_budget(found: Plan) -> None:
+    def chosen(row: PlanRow | None) -> tuple[int, float] | None:
+        return None if row is None else (row.num_experts, row.expert_width)
+
+    assert chosen(found.best) == (2, 0.75)  # 1.09 x
+    assert chosen(found.best_routed) == (3, 0.5)  # 0.70 x
+    looser = Plan(found.rows, 1.13)
+    assert chosen(looser.best_routed) == (3, 0.75)  # the paper's setting, 1.12 x
+    assert chosen(looser.best) == (2, 0.75)
+    assert Plan(found.rows, 0.5).best is None
+    assert Plan(found.rows, 0.5).best_routed is None
+
+
+def test_the_table_marks_what_fits(found: Plan) -> None:
+    lines = str(found).splitlines()
+    assert len(lines) == 1 + 9 + 1
+    row = next(line for line in lines if line.split()[:2] == ["3", "0.75"])
+    assert row.split()[3:] == ["1.46", "1.12", "2.03"]
+    assert "1.10" in lines[-1]
+    fitting = [line for line in lines[1:-1] if "*" in line]
+    assert [line.split()[:2] for line in fitting] == [
+        ["2", "0.75"], ["2", "0.50"], ["3", "0.50"], ["4", "0.50"]
+    ]  # fmt: skip
+
+
+def test_shares_may_be_given_for_several_numbers() -> None:
+    backbone = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
+    shares = {2: (0.5, 0.5), 3: torch.tensor(SHARES)}
+    found = plan(backbone, num_experts=(3, 2), expert_widths=(1.0,), shares=shares, fork_at="2")
+    assert [row.report.shares for row in found.rows] == [
+        (0.5, 0.5), pytest.approx(SHARES)
+    ]  # fmt: skip
+
+
+def test_widths_that_are_not_possible_are_listed_with_the_reason() -> None:
+    backbone = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
+    found = plan(backbone, num_experts=(2,), expert_widths=(0.5, 1.0), fork_at="2")
+    assert [row.expert_width for row in found.rows] == [1.0]
+    assert found.failed[0][0] == 0.5
+    assert "width 0.50 is not possible: Cannot narrow" in str(found)
+
+
+def test_backbone_and_random_state_stay_as_they_are() -> None:
+    backbone = CifarResNet(10, n=1).train()
+    kept = copy.deepcopy(backbone.state_dict())
+    state = torch.random.get_rng_state()
+    plan(backbone, num_experts=(2,), expert_widths=(0.75,))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in backbone.state_dict().items())
+    assert all(module.training for module in backbone.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_experts": ()}, ArgumentError, "num_experts"),
+        ({"num_experts": (0, 2)}, ArgumentError, "integers >= 1"),
+        ({"expert_widths": ()}, ArgumentError, "expert_widths"),
+        ({"expert_widths": (1.5,)}, ArgumentError, r"in \(0, 1\]"),
+        ({"max_flops_ratio": 0}, ArgumentError, "positive"),
+        ({"shares": (0.2, 0.2, 0.2, 0.2, 0.2)}, ArgumentError, "Add 5 to `num_experts`"),
+        ({"shares": (0.2, 0.2)}, ArgumentError, "sum to 1"),
+        ({"fork_at": "layer9"}, SplitError, "layer9"),
+    ],
+)
+def test_misuse_is_named(options, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan(CifarResNet(10, n=1), **{"num_experts": (2,), "expert_widths": (1.0,), **options})
