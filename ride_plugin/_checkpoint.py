@@ -78,8 +78,19 @@ def load_official_checkpoint(
         ArgumentError: ``model`` or ``router`` is of another kind.
 
     Example:
-        >>> load_official_checkpoint("ride_ea.pth", model, router)  # doctest: +SKIP
-        OfficialCheckpoint(num_experts=3, num_classes=100, fork_at='layer2', cosine=True, ...)
+        >>> import torch
+        >>> from collections import OrderedDict
+        >>> layers = dict(conv1=nn.Linear(8, 16), layer2=nn.Linear(16, 16), fc=nn.Linear(16, 5))
+        >>> model = RIDEWrapper(nn.Sequential(OrderedDict(layers)), 2, fork_at="layer2")
+        >>> theirs = {"conv1.weight": torch.ones(16, 8), "conv1.bias": torch.zeros(16)}
+        >>> for k in range(2):
+        ...     theirs |= {f"layer2s.{k}.weight": torch.ones(16, 16)}
+        ...     theirs |= {f"layer2s.{k}.bias": torch.zeros(16)}
+        ...     theirs |= {f"linears.{k}.weight": torch.ones(5, 16)}
+        ...     theirs |= {f"linears.{k}.bias": torch.zeros(5)}
+        >>> found = load_official_checkpoint({"state_dict": theirs}, model)
+        >>> found.num_experts, found.fork_at, found.cosine, found.has_router
+        (2, 'layer2', False, False)
     """
     for name, value, kind in (("model", model, RIDEWrapper), ("router", router, ExpertRouter)):
         if not isinstance(value, kind) and (name == "model" or value is not None):

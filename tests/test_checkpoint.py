@@ -102,10 +102,15 @@ LAYOUTS = {
     "ResNet-10, cosine, 2 experts": ("basic", (1, 1, 1, 1), 2, {"use_norm": True}),
     "ResNet-10, full width": ("basic", (1, 1, 1, 1), 2, {"widths": (256, 512)}),
     "ResNet-50": ("deep", (3, 4, 6, 3), 2, {}),
-    "ResNet-50, layer3 shared": (
-        "deep", (3, 4, 6, 3), 2, {"share_layer3": True, "widths": (256, 384), "use_norm": True}
+    "ResNeXt-50": ("next", (3, 4, 6, 3), 2, {"top_k": 20}),
+    # the shapes of ResNet-50 and ResNeXt-50 with one block for each stage
+    "bottlenecks, layer3 shared": (
+        "deep", (1, 1, 1, 1), 2, {"share_layer3": True, "widths": (256, 384), "use_norm": True}
     ),
-    "ResNeXt-50, 4 experts": ("next", (3, 4, 6, 3), 4, {}),
+    "bottlenecks, layer3 shared, full width": (
+        "deep", (1, 1, 1, 1), 2, {"share_layer3": True, "widths": (256, 512)}
+    ),
+    "grouped bottlenecks, 6 experts": ("next", (1, 1, 1, 1), 6, {}),
 }  # fmt: skip
 
 
@@ -120,11 +125,11 @@ def test_state_dicts_of_their_imagenet_layouts_give_the_outputs_of_a_forward_by_
         Plain(kind, depths, 40),
         num_experts,
         fork_at="layer4" if shared else None,
-        expert_width=1.0 if options.get("widths") == (256, 512) else 0.75,
+        expert_width=options.get("widths", (192, 384))[1] / 512,
         classifier="cosine" if "use_norm" in options else None,
         example_input=torch.randn(2, 3, 32, 32),
     ).eval()
-    router = ExpertRouter.for_model(model)
+    router = ExpertRouter.for_model(model, top_k=options.get("top_k", 30))
     state = {f"module.backbone.{key}": tensor for key, tensor in official.state_dict().items()}
     found = load_official_checkpoint({"state_dict": state}, model, router)
     assert found.fork_at == model.fork_at == ("layer4" if shared else "layer3")
@@ -148,8 +153,12 @@ def test_any_number_of_experts_loads_and_the_router_may_stay_in_the_file(num_exp
     assert torch.equal(model.classifiers[last].weight, theirs.T)
 
 
-class ConfigParser:
-    """Stands for the authors' class, which is not importable where the file is read."""
+def test_half_precision_files_load_exactly() -> None:
+    state = {key: t.half() if t.is_floating_point() else t for key, t in cifar_state(2).items()}
+    model = cifar_model(2)
+    load_official_checkpoint(state, model)
+    assert model.trunk.conv1.weight.dtype == torch.float32
+    assert torch.equal(model.trunk.conv1.weight, state["backbone.conv1.weight"].float())
 
 
 def official_file(path: pathlib.Path, state: dict[str, Tensor], legacy: bool) -> pathlib.Path:
