@@ -1,0 +1,1 @@
+"""Coverage of RIDEWrapper over the architectures of model libraries; see docs/coverage.md."""
