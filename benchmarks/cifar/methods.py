@@ -19,8 +19,6 @@ class Method:
         mixup: parameter of the Beta distribution; 0 for none.
         adjustments: logit adjustment of each expert, in units of the log prior.
         teacher: method whose run distils into this one.
-        after: method whose run this one starts from; it trains only a second stage.
-        second_stage: what that stage trains.
     """
 
     loss: Literal["ce", "ldam_drw", "balanced_softmax", "adjusted"] = "ce"
@@ -31,8 +29,6 @@ class Method:
     mixup: float = 0.0
     adjustments: tuple[float, ...] = ()
     teacher: str | None = None
-    after: str | None = None
-    second_stage: Literal["crt", "tau_norm"] | None = None
 
 
 def _ride(
@@ -45,8 +41,6 @@ METHODS: dict[str, Method] = {
     "ce": Method(),
     "ldam_drw": Method("ldam_drw", cosine=True),
     "balanced_softmax": Method("balanced_softmax"),
-    "crt": Method("ce", after="ce", second_stage="crt"),
-    "tau_norm": Method("ce", after="ce", second_stage="tau_norm"),
     "ride2_official": _ride(2, "official"),
     "ride3_official": _ride(3, "official"),
     "ride3_paper": _ride(3, "paper"),
