@@ -205,7 +205,9 @@ def _counted(function: Any, *args: Any, **kwargs: Any) -> tuple[int, Any]:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter:
+        # With gradients: the counter follows modules by hooks on whatever tensor wants a gradient,
+        # and without them fails on a parameter that a backbone hands to a submodule.
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
             result = function(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

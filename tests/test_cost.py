@@ -110,3 +110,24 @@ def test_a_transformer_is_counted_alike_alone_and_wrapped() -> None:
     backbone = VisionTransformer(depth=3)
     report = cost_report(RIDEWrapper(backbone, 1), backbone=backbone)
     assert report.flops == report.backbone_flops
+
+
+class TokenNet(nn.Module):
+    """A class token, a bare parameter, goes through a layer after the fork."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.late = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.token = nn.Parameter(torch.randn(1, 8))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.late(self.stem(x)) * self.norm(self.token))
+
+
+def test_a_parameter_handed_to_a_layer_is_counted() -> None:
+    model = RIDEWrapper(TokenNet(), 2, fork_at="late", example_input=torch.randn(2, 6))
+    report = cost_report(model, backbone=TokenNet())
+    assert report.backbone_flops == 2 * (6 * 8 + 8 * 8 + 8 * 5)
+    assert report.flops == 2 * (6 * 8 + 2 * (8 * 8 + 8 * 5))
+    assert all(p.grad is None for p in model.parameters())
