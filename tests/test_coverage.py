@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.coverage.architecture import Architecture
-from benchmarks.coverage.checks import CHECKS, NotApplicable, Subject
+from benchmarks.coverage.checks import CHECKS
+from benchmarks.coverage.compare import NotApplicable
+from benchmarks.coverage.subject import Subject
 
 from .zoo.models import MODELS
 

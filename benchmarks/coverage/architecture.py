@@ -18,7 +18,6 @@ class Architecture:
         build: returns the backbone with random weights; called after seeding.
         hard: what makes it hard to split, if anything does.
         compile: also compile it as one graph (slow, so only for some).
-        other_sizes: whether its description allows other input sizes than the example's.
     """
 
     name: str

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks.coverage.architecture import Architecture
-from benchmarks.coverage.checks import CHECKS, NotApplicable, Subject, measure
+from benchmarks.coverage.checks import CHECKS, measure
+from benchmarks.coverage.compare import NotApplicable
+from benchmarks.coverage.subject import Subject
 
 _FORK = multiprocessing.get_context("fork")  # libraries are imported once, in the parent
 
