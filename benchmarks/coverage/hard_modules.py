@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from tests.zoo.models import conv_bn
+from tests.zoo.images import conv_bn
 
 
 class Parametrized(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.models import CifarResNet
+from tests.zoo.images import CifarResNet
 
 
 class BasicBlock(nn.Module):
