@@ -147,15 +147,15 @@ def cost_report(
     args, kwargs = model.example_input() if example_input is None else as_inputs(example_input)
     rows = batch_size_of((args, kwargs))
     with model.evaluating(), torch.no_grad():
-        trunk_flops, state = _counted(model.run_trunk, *args, **kwargs)
+        trunk_flops, state = _counted(model, model.run_trunk, *args, **kwargs)
         expert_flops, gate_flops = [], []
         for index in range(model.num_experts):
-            flops, (logits, features) = _counted(model.run_expert, index, state)
+            flops, (logits, features) = _counted(model, model.run_expert, index, state)
             expert_flops.append(flops // rows)
             if index < model.num_experts - 1:
                 gate = 0
                 if router is not None:
-                    gate, _ = _counted(router.gate, index, logits, features)
+                    gate, _ = _counted(router, router.gate, index, logits, features)
                 gate_flops.append(gate // rows)
     names = dict(model.named_parameters())  # a tensor shared by several modules is listed once
     expert_parameters = tuple(
@@ -194,23 +194,28 @@ def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
         m.training = False
     try:
         with torch.no_grad():
-            return _counted(module, *args, **kwargs)[0]
+            return _counted(module, module, *args, **kwargs)[0]
     finally:
         for m in training:
             m.training = True
 
 
-def _counted(function: Any, *args: Any, **kwargs: Any) -> tuple[int, Any]:
+def _counted(module: nn.Module, function: Any, *args: Any, **kwargs: Any) -> tuple[int, Any]:
     # The fused encoder layer is one operation to the counter, of which it knows nothing.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # The counter hooks every tensor that wants a gradient and enters a module, which without a
+    # graph fails on a parameter that a backbone hands to a submodule.
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
-        # With gradients: the counter follows modules by hooks on whatever tensor wants a gradient,
-        # and without them fails on a parameter that a backbone hands to a submodule.
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             result = function(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counter.get_total_flops(), result
 
 

@@ -17,6 +17,7 @@ from ride_plugin._split._width_map import WidthMap
 
 from .backbones import BACKBONES, CifarResNet, ImageNetResNet, mlp
 from .handmade import resnet32_ride
+from .zoo.stateful import FrozenStem
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "resnet32.npz"
 
@@ -100,6 +101,15 @@ def test_a_narrowed_model_is_smaller_runs_on_rows_and_learns(kind: str) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert min(losses[-3:]) < 0.9 * losses[0]
+
+
+def test_what_a_forward_caches_does_not_stop_the_trials() -> None:
+    backbone = FrozenStem()  # computes a grid once and keeps it
+    model = RIDEWrapper(backbone, 2, expert_width=0.75)
+    assert widths(model.experts[0])["stage3.0"] == (12, 24)
+    assert model.experts[0].grid is None  # nothing of the trials stays
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(x), model(x), rtol=0, atol=0)
 
 
 def test_weights_keep_their_scale_for_the_new_fan_in() -> None:

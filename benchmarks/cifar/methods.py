@@ -37,6 +37,10 @@ def _ride(
     return Method("ldam_drw", num_experts, diversity, cosine=True, **more)  # type: ignore[arg-type]
 
 
+def _adjusted(diversity: Literal["paper", "official"] | None = None, mixup: float = 0.0) -> Method:
+    return Method("adjusted", 3, diversity, cosine=True, mixup=mixup, adjustments=(0.0, 1.0, 2.0))
+
+
 METHODS: dict[str, Method] = {
     "ce": Method(),
     "ldam_drw": Method("ldam_drw", cosine=True),
@@ -49,8 +53,14 @@ METHODS: dict[str, Method] = {
     "ride4_official": _ride(4, "official"),
     "ride6_official": _ride(6, "official"),
     "ride4_distilled": _ride(4, "official", teacher="ride6_official"),
-    "ride3_adjusted": Method("adjusted", 3, "paper", adjustments=(0.0, 1.0, 2.0)),
-    "ride3_adjusted_mixup": Method("adjusted", 3, "paper", adjustments=(0.0, 1.0, 2.0), mixup=0.3),
+    "ride3_ce_no_diversity": Method("ce", 3),
+    "ride3_ce_paper": Method("ce", 3, "paper"),
+    "ride3_ce_official": Method("ce", 3, "official"),
+    "ride3_adjusted": _adjusted(),
+    "ride3_adjusted_mixup": _adjusted(mixup=0.3),
+    "ride3_adjusted_paper": _adjusted("paper"),
 }
 """RIDE follows the authors: LDAM with deferred re-weighting on cosine classifiers, diversity weight
-0.45, width 3/4. The adjusted rows give the experts different logit adjustments instead."""
+0.45, width 3/4. The ``ce`` rows have cross entropy and linear classifiers; the adjusted rows give
+each expert a logit adjustment of its own, whose difference takes the place of the diversity term.
+With one, the term reads adjusted logits: experts for different priors disagree without bound."""

@@ -23,6 +23,7 @@ from ride_plugin import (
     DistillationLoss,
     DiversityLoss,
     RIDEWrapper,
+    expert_logits,
     experts_loss,
 )
 from ride_plugin.longtail import LDAMLoss, LogitAdjustedLoss, effective_number_weights
@@ -76,6 +77,10 @@ class Run:
             start_epoch=round(recipe.reweight_from * recipe.epochs),
             form=self.method.diversity or "paper",
         ).to(self.device)
+        # What each expert's criterion adds to its logits: the log prior, tau times, [E, C].
+        log_prior = (self.class_counts / self.class_counts.sum()).log()
+        taus = torch.tensor(self.method.adjustments).unsqueeze(1)
+        self.prior = (taus * log_prior).to(self.device)
 
     def _build(self) -> nn.Module:
         method, num_classes = self.method, len(self.class_counts)
@@ -164,7 +169,8 @@ class Run:
         with self._autocast():
             out = self.model(x)
         if self.method.num_experts:
-            loss = experts_loss(criterion, out, target) + self.diversity(out, target)
+            compared = expert_logits(out) + self.prior if self.method.adjustments else out
+            loss = experts_loss(criterion, out, target) + self.diversity(compared, target)
         else:
             loss = criterion(out.float(), target)
         if teacher is not None:

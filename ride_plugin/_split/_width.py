@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ride_plugin._split._analysis import random_state_kept, throwaway
 from ride_plugin._split._attention_width import attention_of, replace_multihead_attention
 from ride_plugin._split._build import Split
 from ride_plugin._split._example import resize_batch
-from ride_plugin._split._passes import play, record
+from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._state import TrunkState
 from ride_plugin._split._tape import Recorded
 from ride_plugin._split._tree import logits_in, tensors_in
@@ -80,6 +80,7 @@ def narrow_expert(split: Split, width: float) -> None:
     for module in expert.modules():  # the trials ran in training mode too
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.reset_running_stats()
+    write_attributes(expert, split.attributes, states[0].attributes)
     for link in views.links:
         link.refresh()
 
@@ -94,6 +95,7 @@ def _message(width: float, reason: str) -> str:
 def _trunk_states(split: Split) -> list[TrunkState]:
     """The trunk's results in evaluation mode and, if the backbone trains on its input, training."""
     args, kwargs = resize_batch(split.inputs, _BATCH)
+    start = read_attributes(split.views.expert, split.attributes)
     states = []
     for training in (False, True):
         copied = throwaway(split.views, training)
@@ -106,13 +108,18 @@ def _trunk_states(split: Split) -> list[TrunkState]:
             if training:
                 break
             raise
-        states.append(state)
+        states.append(replace(state, attributes=start))
     return states
 
 
 def _play(split: Split, state: TrunkState, training: bool) -> Callable[[], Any]:
     expert = split.views.expert.train(training)
-    return lambda: play(expert, split.views.running, state)
+
+    def run() -> Any:
+        write_attributes(expert, split.attributes, state.attributes)
+        return play(expert, split.views.running, state)
+
+    return run
 
 
 def _replace_fixed_modules(split: Split, state: TrunkState) -> None:
