@@ -159,6 +159,41 @@ def test_experts_may_read_and_change_different_results_of_a_trunk_with_several_i
         torch.testing.assert_close(model.run_expert(k, state)[0], expected[:, k])
 
 
+class TwoReadings(nn.Module):
+    """Late layers that read one result of the early ones or two, on another path if it is large."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.both = both
+        self.conv, self.late, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(F.avg_pool2d(x, 2) if x.shape[-1] > 8 else x)
+        mean = x.mean((2, 3))
+        late = self.late(x).mean((2, 3))
+        return self.fc(late + mean if self.both else late)
+
+
+def test_what_any_expert_reads_is_kept_on_a_path_that_the_example_does_not_show() -> None:
+    networks = [TwoReadings(False), TwoReadings(True)]
+    for network in networks[1:]:
+        network.conv.load_state_dict(networks[0].conv.state_dict())
+    model = RIDEWrapper(
+        networks[0],
+        2,
+        fork_at="late",
+        expert_factory=networks.__getitem__,
+        example_input=torch.randn(2, 3, 8, 8),
+    ).eval()
+    x, rows = torch.randn(4, 3, 16, 16), torch.tensor([3, 0])
+    with torch.no_grad():
+        state = model.run_trunk(x)
+        for k, network in enumerate(networks):
+            expected = network(x)
+            torch.testing.assert_close(model.run_expert(k, state)[0], expected)
+            torch.testing.assert_close(model.run_expert(k, state.select(rows))[0], expected[rows])
+
+
 class Narrow(CifarResNet):
     """ResNet-14 whose last two stages have the widths given; shortcuts pad what is missing."""
 

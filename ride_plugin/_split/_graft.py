@@ -58,6 +58,7 @@ def graft_experts(
     model.experts = nn.ModuleList(expert.train(old.training) for expert in experts)
     model._links = links
     model._layouts = layouts
+    model._kinds = num_experts
     model._attributes = sorted(attributes)
     for link in links:
         link.refresh()
@@ -84,25 +85,11 @@ def _check_alike(other: Split, split: Split) -> None:
 
 
 def _joined(ours: list[Layout], theirs: list[Layout]) -> list[Layout]:
-    """What any expert reads stays; what any expert changes in place is cloned for each."""
     paths = {layout.keys: layout for layout in theirs}
     if ours[0].keys not in paths:  # the first is that of evaluation
         raise SplitError("before the fork it runs other operations than the backbone.")
-
-    def either(a: Any, b: Any) -> Any:
-        pairs = zip(a, b, strict=True)
-        return tuple(tuple(x or y for x, y in zip(p, q, strict=True)) for p, q in pairs)
-
     return [
-        layout
-        if (other := paths.get(layout.keys)) is None
-        else Layout(
-            layout.keys,
-            either(layout.rows, other.rows),
-            either(layout.live, other.live),
-            either(layout.clone, other.clone),
-        )
-        for layout in ours
+        layout.joined(paths[layout.keys]) if layout.keys in paths else layout for layout in ours
     ]
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from typing import Any, Self
 
 import torch
@@ -44,6 +45,7 @@ class SplitModule(nn.Module):
         self._attributes = split.attributes
         self._inputs = split.inputs
         self._classifier = split.classifier
+        self._kinds = 1  # of experts, the first ones; those of a factory may all differ
         self._links = list(split.views.links)
         self.trunk = split.views.trunk
         self.experts = nn.ModuleList([split.views.expert])
@@ -171,12 +173,18 @@ class SplitModule(nn.Module):
         return logits, logits if features is None else features
 
     def _learn_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
-        views = Views(self.trunk, self.experts[0], self._running, [], [])
+        layouts = []
         with random_state_kept(self):
             try:
-                layout = layout_of(views, (args, kwargs), self.trunk.training, self._attributes)
+                for expert in self.experts[: self._kinds]:
+                    views = Views(self.trunk, expert, self._running, [], [])
+                    inputs, training = (args, kwargs), self.trunk.training
+                    layouts.append(layout_of(views, inputs, training, self._attributes))
             except RIDEError:
                 return None  # every row can still go on; only `select` needs the layout
+        if any(other.keys != layouts[0].keys for other in layouts):
+            return None  # a random path
+        layout = reduce(Layout.joined, layouts)
         if all(known.keys != layout.keys for known in self._layouts):
             self._layouts.append(layout)
         return layout

@@ -37,6 +37,20 @@ class Layout:
     live: tuple[tuple[bool, ...], ...]
     clone: tuple[tuple[bool, ...], ...]
 
+    def joined(self, other: Layout) -> Layout:
+        """For experts of two kinds: what any reads stays, what any changes is cloned for each."""
+
+        def either(a: Any, b: Any) -> Any:
+            pairs = zip(a, b, strict=True)
+            return tuple(tuple(x or y for x, y in zip(p, q, strict=True)) for p, q in pairs)
+
+        return Layout(
+            self.keys,
+            either(self.rows, other.rows),
+            either(self.live, other.live),
+            either(self.clone, other.clone),
+        )
+
     @cached_property
     def changes_in_place(self) -> bool:
         """Whether an expert changes anything in place."""

@@ -87,8 +87,8 @@ def narrow_expert(split: Split, width: float) -> None:
 
 def _message(width: float, reason: str) -> str:
     return (
-        f"Cannot narrow the experts to expert_width={width}: {reason}. Pass another `fork_at=`, or "
-        "`expert_width=1.0`, or wrap a backbone whose late stages are narrower."
+        f"Cannot narrow the experts to expert_width={width}: {reason}. Pass `expert_factory=`, "
+        "a function that returns a narrower backbone, or another `fork_at=`, or `expert_width=1.0`."
     )
 
 
