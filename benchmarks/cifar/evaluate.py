@@ -11,31 +11,51 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cifar.data import Split, normalise
 from ride_plugin import RIDEWrapper, RouterInputs
-from ride_plugin.longtail import shot_report
+from ride_plugin.longtail import analyze, shot_report
 
 
 def evaluate(model: nn.Module, split: Split, class_counts: Tensor) -> dict[str, Any]:
-    """Accuracy overall and by shot, accuracy of each class, FLOPs per image."""
-    logits = predict(model, split)
-    return {**accuracy(logits, split.labels, class_counts), "flops": flops(model)}
+    """Accuracy overall, by shot and by class, of the mean and of each expert; FLOPs per image."""
+    experts, labels, counts = predict(model, split).cpu(), split.labels.cpu(), class_counts.tolist()
+    analysis = analyze(experts, labels, counts)
+    result = {
+        **accuracy(experts.mean(1), labels, class_counts),
+        "flops": flops(model),
+        "calibration_error": vars(analysis.calibration_error),
+    }
+    if experts.shape[1] > 1:
+        assert analysis.disagreement is not None
+        choices, pairs = experts.argmax(2), experts.shape[1] * (experts.shape[1] - 1)
+        differ = (choices[:, :, None] != choices[:, None]).sum((1, 2)) / pairs
+        result["experts"] = [vars(value) for value in analysis.expert_accuracy]
+        result["disagreement"] = vars(analysis.disagreement)
+        result["disagreement_by_class"] = mean_by_class(differ, labels, len(counts))
+    return result
 
 
 def accuracy(logits: Tensor, labels: Tensor, class_counts: Tensor) -> dict[str, Any]:
     """Top-1 accuracy overall, by shot and by class; None for an empty group."""
     report = shot_report(logits.cpu(), labels.cpu(), class_counts.tolist())
     groups = {name: getattr(report, name) for name in ("overall", "many", "medium", "few")}
-    correct = (logits.argmax(1) == labels).float().cpu()
-    hits = torch.zeros(len(class_counts)).index_add_(0, labels.cpu(), correct)
-    size = labels.cpu().bincount(minlength=len(class_counts))
-    return {"accuracy": groups, "per_class": (hits / size).tolist()}
+    correct = logits.argmax(1) == labels
+    return {"accuracy": groups, "per_class": mean_by_class(correct, labels, len(class_counts))}
+
+
+def mean_by_class(values: Tensor, labels: Tensor, num_classes: int) -> list[float]:
+    """Mean over the samples of each class."""
+    labels = labels.cpu()
+    total = torch.zeros(num_classes).index_add_(0, labels, values.float().cpu())
+    return (total / labels.bincount(minlength=num_classes)).tolist()
 
 
 @torch.no_grad()
 def predict(model: nn.Module, split: Split, batch_size: int = 500) -> Tensor:
-    """Logits ``[N, C]`` in evaluation mode, float32."""
+    """Logits ``[N, E, C]`` in evaluation mode, float32; one expert for a plain backbone."""
+    if isinstance(model, RIDEWrapper):
+        return router_inputs(model, split, batch_size).expert_logits.float()
     model.eval()
     parts = [model(normalise(images)).float() for images in split.images.split(batch_size)]
-    return torch.cat(parts)
+    return torch.cat(parts)[:, None]
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ class Method:
         mixup: parameter of the Beta distribution; 0 for none.
         adjustments: logit adjustment of each expert, in units of the log prior.
         teacher: method whose run distils into this one.
+        starts_from: method whose finished model this one starts from; it trains no first stage.
+        classifiers: what happens to that model's classifiers.
     """
 
     loss: Literal["ce", "ldam_drw", "balanced_softmax", "adjusted"] = "ce"
@@ -29,6 +31,8 @@ class Method:
     mixup: float = 0.0
     adjustments: tuple[float, ...] = ()
     teacher: str | None = None
+    starts_from: str | None = None
+    classifiers: Literal["crt", "tau_norm"] | None = None
 
 
 def _ride(
@@ -45,6 +49,8 @@ METHODS: dict[str, Method] = {
     "ce": Method(),
     "ldam_drw": Method("ldam_drw", cosine=True),
     "balanced_softmax": Method("balanced_softmax"),
+    "crt": Method(starts_from="ce", classifiers="crt"),
+    "tau_norm": Method(starts_from="ce", classifiers="tau_norm"),
     "ride2_official": _ride(2, "official"),
     "ride3_official": _ride(3, "official"),
     "ride3_paper": _ride(3, "paper"),
@@ -56,6 +62,8 @@ METHODS: dict[str, Method] = {
     "ride3_ce_no_diversity": Method("ce", 3),
     "ride3_ce_paper": Method("ce", 3, "paper"),
     "ride3_ce_official": Method("ce", 3, "official"),
+    "ride3_crt": Method("ce", 3, starts_from="ride3_ce_no_diversity", classifiers="crt"),
+    "ride3_tau_norm": Method("ce", 3, starts_from="ride3_ce_no_diversity", classifiers="tau_norm"),
     "ride3_adjusted": _adjusted(),
     "ride3_adjusted_mixup": _adjusted(mixup=0.3),
     "ride3_adjusted_paper": _adjusted("paper"),

@@ -1,4 +1,4 @@
-"""Turn the JSON of every run into one Markdown table and two plots."""
+"""Turn the JSON of every run into one Markdown table and four plots."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
+from benchmarks.cifar import plots
 
 _COLUMNS = ("overall", "many", "medium", "few")
 
@@ -36,8 +32,10 @@ def write(folder: Path) -> str:
         "on the whole balanced test set, last epoch; mean +- deviation over seeds.\n\n" + table
     )
     (folder / "report.md").write_text(text + "\n")
-    _plot_cost(runs, folder / "accuracy-and-flops.png")
-    _plot_classes(runs, folder / "accuracy-by-class.png")
+    plots.cost(runs, folder / "accuracy-and-flops.png")
+    plots.accuracy_by_class(runs, folder / "accuracy-by-class.png")
+    plots.experts_by_class(runs, folder / "experts-by-class.png")
+    plots.disagreement_by_class(runs, folder / "disagreement-by-class.png")
     return text
 
 
@@ -64,44 +62,3 @@ def _spread(values: list[float | None]) -> str:
     if len(present) == 1:
         return f"{present[0]:.1f}"
     return f"{mean(present):.1f} +- {stdev(present):.1f}"
-
-
-def _plot_cost(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    for name, results in runs.items():
-        x, y = results[0]["flops"] / 1e6, 100 * mean(r["accuracy"]["overall"] for r in results)
-        axes.plot(x, y, "o")
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
-        curves = results[0].get("curves", {})
-        for kind, curve in curves.items():
-            axes.plot(
-                [c / 1e6 for c in curve["flops"]],
-                [100 * a for a in curve["accuracy"]],
-                "-" if kind == "router" else ":",
-                label=f"{name}: exit by {kind}",
-            )
-    axes.set(xlabel="MFLOPs per image", ylabel="top-1 accuracy, %", title="Accuracy and cost")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-
-
-def _plot_classes(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, results in runs.items():
-        accuracy = 100 * np.mean([r["per_class"] for r in results], axis=0)
-        order = np.argsort(results[0]["class_counts"])[::-1]
-        window = np.ones(9) / 9
-        smooth = np.convolve(np.pad(accuracy[order], 4, mode="edge"), window, mode="valid")
-        axes.plot(smooth, label=name)
-    axes.set(
-        xlabel="class, from most to least training images (mean of 9 neighbours)",
-        ylabel="top-1 accuracy, %",
-        title="Accuracy by class frequency",
-    )
-    axes.legend(fontsize=7, ncol=2)
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cifar.data import Split, augment, normalise
-from benchmarks.cifar.evaluate import accuracy, flops
+from benchmarks.cifar.evaluate import accuracy, flops, mean_by_class
 from benchmarks.cifar.resnet import ResNet32
 from ride_plugin import (
     ConfidenceRouter,
@@ -21,6 +21,7 @@ from ride_plugin import (
     cost_report,
     routing_report,
 )
+from ride_plugin.longtail import ClassBalancedSampler
 
 PASSES = 2  # augmented passes over the training images; what the router reads is stored
 EPOCHS = 30
@@ -41,28 +42,21 @@ def route(
     router = _train(model, train, generator, degrees)
     backbone = flops(ResNet32(len(class_counts)))
     results: dict[str, Any] = {"routed": {}, "curves": {}}
-    gates = {
-        "router": router,
-        "max_probability": ConfidenceRouter("max_probability"),
-        "margin": ConfidenceRouter("margin"),
-    }
-    for name, gate in gates.items():
-        serve = RoutingInference(model, gate)
-        chosen = serve.calibrate(
-            _images(_balanced(train, generator), generator, degrees), max_flops=BUDGET * backbone
-        )
-        at = f"{name} at {BUDGET} x"
-        results["routed"][at] = _measure(serve, test, class_counts)
-        results["routed"][at]["threshold"] = chosen.threshold
-        if name == "router":
-            serve.set_threshold(0.5)  # what the authors use
-            results["routed"]["router at 0.5"] = _measure(serve, test, class_counts)
-            measured = serve.calibrate(_images(test), max_experts=model.num_experts)
-            curves = {"router": measured.curve, **measured.baselines}
-            results["curves"] = {
-                kind: {"flops": curve.flops.tolist(), "accuracy": curve.accuracy.tolist()}
-                for kind, curve in curves.items()
-            }
+    serve = RoutingInference(model, router)
+    balanced = _images(_balanced(train, seed), generator, degrees)
+    chosen = serve.calibrate(balanced, max_flops=BUDGET * backbone)
+    results["routed"][f"router at {BUDGET} x"] = _measure(serve, test, class_counts)
+    serve.set_threshold(0.5)  # what the authors use
+    results["routed"]["router at 0.5"] = _measure(serve, test, class_counts)
+    for kind, curve in chosen.baselines.items():
+        accurate = curve.accuracy.masked_fill(curve.flops > BUDGET * backbone, -1.0)
+        exits = RoutingInference(model, ConfidenceRouter(kind))  # type: ignore[arg-type]
+        exits.set_threshold(float(curve.thresholds[accurate.argmax()]))
+        results["routed"][f"{kind} at {BUDGET} x"] = _measure(exits, test, class_counts)
+    measured = serve.calibrate(_images(test), max_experts=model.num_experts)
+    for kind, curve in {"router": measured.curve, **measured.baselines}.items():
+        kept = {"flops": curve.flops.tolist(), "accuracy": curve.accuracy.tolist()}
+        results["curves"][kind] = kept
     return results
 
 
@@ -90,10 +84,9 @@ def _train(
     return router
 
 
-def _balanced(split: Split, generator: torch.Generator) -> Split:
-    """As many images as ``split``, drawn with replacement, every class as often as any other."""
-    share = 1.0 / split.labels.bincount()[split.labels].float().cpu()
-    rows = share.multinomial(len(split), replacement=True, generator=generator)
+def _balanced(split: Split, seed: int) -> Split:
+    """As many images as ``split``, every class as often as any other."""
+    rows = torch.tensor(list(ClassBalancedSampler(split.labels.cpu(), seed=seed)))
     rows = rows.to(split.labels.device)
     return Split(split.images[rows], split.labels[rows])
 
@@ -118,6 +111,8 @@ def _measure(serve: RoutingInference, test: Split, class_counts: Tensor) -> dict
         **accuracy(logits, test.labels, class_counts),
         "flops": cost.routed_flops,
         "mean_experts": float(used.float().mean()),
+        "thresholds": serve.threshold.tolist(),
         "shares": shares.tolist(),
+        "experts_by_class": mean_by_class(used, test.labels, len(class_counts)),
         "report": str(report),
     }

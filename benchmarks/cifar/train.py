@@ -18,6 +18,7 @@ from benchmarks.cifar.evaluate import device_name, evaluate
 from benchmarks.cifar.methods import METHODS, Method
 from benchmarks.cifar.resnet import ResNet32
 from benchmarks.cifar.routing import route
+from benchmarks.cifar.second_stage import normalise_classifiers, retrain_classifiers
 from ride_plugin import (
     CosineClassifier,
     DistillationLoss,
@@ -100,7 +101,7 @@ class Run:
         """Train unless done, evaluate the last epoch, write and return the result."""
         if self.result_file.exists():
             return json.loads(self.result_file.read_text())
-        seconds = self._first_stage()
+        seconds = self._second_stage() if self.method.starts_from else self._first_stage()
         result = {
             "method": self.name,
             "seed": self.seed,
@@ -119,6 +120,25 @@ class Run:
         self.result_file.write_text(json.dumps(result, indent=1))
         self.checkpoint_file.unlink(missing_ok=True)
         return result
+
+    def _second_stage(self) -> float:
+        self.model.load_state_dict(self._finished(self.method.starts_from).state_dict())
+        started = time.perf_counter()
+        split, degrees = self.train_split, self.recipe.degrees
+        if self.method.classifiers == "crt":
+            epochs = self.recipe.epochs
+            retrain_classifiers(self.model, split, epochs, degrees, self.generator)
+        else:
+            normalise_classifiers(self.model, split, degrees, self.generator)
+        return time.perf_counter() - started
+
+    def _finished(self, name: str | None) -> nn.Module:
+        """The model of another method's run with this seed, trained now unless it was before."""
+        assert name is not None
+        data = self.train_split, self.test_split, self.class_counts
+        other = Run(name, self.seed, self.recipe, data, self.folder)
+        other.execute()
+        return other.load_model().eval()
 
     # ---------------------------------------------------------------- stage one
 
@@ -139,7 +159,7 @@ class Run:
             self.generator.set_state(state["generator"])
             torch.set_rng_state(state["random"])
             first, seconds = state["epoch"], state["seconds"]
-        teacher = self._teacher()
+        teacher = self._finished(self.method.teacher) if self.method.teacher else None
         for _ in range(first):
             self.diversity.step()
         progress = tqdm(range(first, recipe.epochs), desc=f"{self.name} seed {self.seed}")
@@ -201,14 +221,6 @@ class Run:
             taus = self.method.adjustments
             return nn.ModuleList(LogitAdjustedLoss(counts, tau=t) for t in taus).to(self.device)
         return nn.CrossEntropyLoss()
-
-    def _teacher(self) -> nn.Module | None:
-        if self.method.teacher is None:
-            return None
-        data = self.train_split, self.test_split, self.class_counts
-        teacher = Run(self.method.teacher, self.seed, self.recipe, data, self.folder)
-        teacher.execute()
-        return teacher.load_model().eval()
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.recipe.precision)

@@ -1,0 +1,114 @@
+"""Figures of the report: accuracy against cost, and what changes with class frequency."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+_WINDOW = 9
+
+
+def cost(runs: Runs, file: Path) -> None:
+    """Accuracy against FLOPs: a point for each method, a curve for each way to exit early."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for index, (name, results) in enumerate(runs.items()):
+        color = f"C{index}"
+        x = results[0]["flops"] / 1e6
+        y = 100 * mean(r["accuracy"]["overall"] for r in results)
+        axes.plot(x, y, "o", color=color, label=name)
+        for kind, curve in results[0].get("curves", {}).items():
+            order = np.argsort(curve["flops"])
+            axes.plot(
+                np.asarray(curve["flops"])[order] / 1e6,
+                100 * np.asarray(curve["accuracy"])[order],
+                "-" if kind == "router" else (":" if kind == "margin" else "--"),
+                color=color,
+                linewidth=1.2,
+            )
+    for style, label in (("-", "learned router"), ("--", "largest probability"), (":", "margin")):
+        axes.plot([], [], style, color="gray", label=f"exit by {label}")
+    _finish(
+        axes,
+        "MFLOPs per image",
+        "top-1 accuracy, %",
+        "Accuracy and cost over all thresholds (first seed); points: all experts",
+    )
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def accuracy_by_class(runs: Runs, file: Path) -> None:
+    """Accuracy of the classes in order of their frequency."""
+    curves = {
+        name: 100 * np.mean([r["per_class"] for r in results], axis=0)
+        for name, results in runs.items()
+    }
+    _by_class(curves, runs, file, "top-1 accuracy, %", "Accuracy by class frequency")
+
+
+def experts_by_class(runs: Runs, file: Path) -> None:
+    """Mean number of experts used, by class frequency, at the budget that was calibrated."""
+    curves = {}
+    for name, results in runs.items():
+        for kind in sorted(results[0].get("routed", {})):
+            found = [r["routed"][kind].get("experts_by_class") for r in results]
+            if kind != "router at 0.5" and all(found):
+                curves[f"{name}, {kind}"] = np.mean(found, axis=0)
+    _by_class(curves, runs, file, "experts used", "Experts used by class frequency")
+
+
+def disagreement_by_class(runs: Runs, file: Path) -> None:
+    """Share of pairs of experts that predict different classes, by class frequency."""
+    curves = {
+        name: 100 * np.mean([r["disagreement_by_class"] for r in results], axis=0)
+        for name, results in runs.items()
+        if all("disagreement_by_class" in r for r in results)
+    }
+    title = "Disagreement of the experts by class frequency"
+    _by_class(curves, runs, file, "pairs of experts that disagree, %", title)
+
+
+def _by_class(curves: Mapping[str, Any], runs: Runs, file: Path, ylabel: str, title: str) -> None:
+    if not curves:
+        return
+    counts = np.asarray(next(iter(runs.values()))[0]["class_counts"])
+    order = np.argsort(-counts, kind="stable")
+    window = min(_WINDOW, len(counts))
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, values in curves.items():
+        padded = np.pad(np.asarray(values)[order], (window // 2, (window - 1) // 2), mode="edge")
+        axes.plot(np.convolve(padded, np.ones(window) / window, mode="valid"), label=name)
+    for limit, label in ((100, "many | medium"), (20, "medium | few")):
+        edge = int((counts[order] > limit).sum() if limit == 100 else (counts >= limit).sum())
+        if 0 < edge < len(counts):
+            axes.axvline(edge - 0.5, color="gray", linewidth=0.8)
+            axes.annotate(
+                label,
+                (edge - 0.5, 1),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=7,
+                color="gray",
+            )
+    xlabel = f"class, from most to least training images (mean of {window} neighbours)"
+    _finish(axes, xlabel, ylabel, title)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _finish(axes: Axes, xlabel: str, ylabel: str, title: str) -> None:
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, pad=16, fontsize=10)
+    axes.legend(fontsize=7, ncol=2)
+    axes.grid(alpha=0.3)
