@@ -78,10 +78,15 @@ def _cost(model: RIDEWrapper) -> tuple[int, int, dict[str, tuple[int, int]]]:
         for name, module in expert.named_modules()
         if type(module) in (nn.Conv2d, nn.Linear, nn.Conv1d, nn.Conv3d)
     }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # the counter cannot hook a parameter that enters a module
+        parameter.requires_grad_(False)
     with model.evaluating(), torch.no_grad():
         state = model.run_trunk(*args, **kwargs)
         with FlopCounterMode(expert, display=False) as counter:
             model.run_expert(0, state)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     by_module = counter.get_flop_counts()
     prefix = type(expert).__name__
     found = {

@@ -103,6 +103,23 @@ def test_a_narrowed_model_is_smaller_runs_on_rows_and_learns(kind: str) -> None:
     assert min(losses[-3:]) < 0.9 * losses[0]
 
 
+class SplitsByAFixedSize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.widen = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 64, 3)
+        self.branch, self.join = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(64, 64, 1)
+        self.fc = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.widen(self.stem(x)).relu().split(32, dim=1)
+        return self.fc(self.join(torch.cat([left, self.branch(right)], 1)).mean((2, 3)))
+
+
+def test_equal_parts_of_a_split_stay_equal() -> None:
+    expert = RIDEWrapper(SplitsByAFixedSize(), 1, fork_at="widen", expert_width=0.75).experts[0]
+    assert widths(expert) == {"widen": (8, 64), "branch": (32, 24), "join": (56, 48)}
+
+
 def test_what_a_forward_caches_does_not_stop_the_trials() -> None:
     backbone = FrozenStem()  # computes a grid once and keeps it
     model = RIDEWrapper(backbone, 2, expert_width=0.75)
