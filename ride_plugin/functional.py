@@ -149,10 +149,17 @@ def pairwise_kl(
     factor = num_experts / max(num_experts - 1, 1)
     with torch.no_grad():
         p, q, h = compare(logits, logits.mean(dim=1, keepdim=True), temperature)
-        value = h.tanh().mul_(h).mul_(p + q).sum(dim=(1, 2)).mul_(2 * factor)
-        gradient = h.sub_((p * h).sum(-1, keepdim=True)).mul_(p)
-        if not detach_others:
-            gradient.add_(p - p.mean(dim=1, keepdim=True), alpha=0.5)
+        # Products go into one buffer: at these sizes fresh memory costs more than arithmetic.
+        work = h.tanh().mul_(h)
+        of_q = work.sum(dim=1)
+        of_p = work.mul_(p).sum(dim=1)
+        value = of_p.addcmul_(of_q, q.squeeze(1)).sum(dim=1).mul_(2 * factor)
+        mean_h = torch.mul(p, h, out=work).sum(-1, keepdim=True)
+        if detach_others:
+            gradient = h.sub_(mean_h).mul_(p)
+        else:  # half of p_i - mean_j p_j comes on top
+            gradient = h.sub_(mean_h.sub_(0.5)).mul_(p)
+            gradient.sub_(p.sum(dim=1, keepdim=True), alpha=0.5 / num_experts)
         gradient.div_(temperature / (2 * factor))
     return with_gradient(logits, value, gradient)
 
@@ -187,8 +194,9 @@ def kl_from_reference(
         p, q, h = compare(logits, reference_logits[:, None].to(logits.dtype), temperature)
         # Beyond h = 40 the bracket is one; unclamped, the h of a masked class would cancel it.
         tanh = h.clamp_(max=40.0).tanh()
-        bracket = (tanh - h).add_(tanh.mul_(h))
-        value = bracket.mul_(torch.add(p, q, out=h)).sum(dim=(1, 2))
+        rest = torch.sub(tanh, h, out=h)  # exact where h is small, so h = tanh - rest keeps it all
+        bracket = rest.addcmul_(rest, tanh, value=-1).addcmul_(tanh, tanh)
+        value = bracket.mul_(torch.add(p, q, out=tanh)).sum(dim=(1, 2))
         gradient = p.sub_(q).div_(temperature)
     return with_gradient(logits, value, gradient)
 
