@@ -164,7 +164,7 @@ def table(results: dict[str, dict[str, Any]], width: float) -> str:
         f"`expert_width={width}`. Shares are of the full-width expert; the losses are those of "
         f"the first and the best of the last three of {_STEPS} steps on one batch.",
         "",
-        "| architecture | parameters | FLOPs | loss | |",
+        "| architecture | parameters | FLOPs | loss | why not |",
         "|---|---|---|---|---|",
     ]
     for key, result in sorted(results.items()):
