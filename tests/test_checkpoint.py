@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cifar.resnet import ResNet32
-from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
+from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference, count_flops
 from ride_plugin._checkpoint import load_official_checkpoint
 from ride_plugin._errors import ArgumentError, CheckpointError
 from tests.handmade import REFERENCE, SHARED, reference_arrays, resnet32_ride
@@ -140,6 +140,7 @@ def test_state_dicts_of_their_imagenet_layouts_give_the_outputs_of_a_forward_by_
     with torch.no_grad():
         torch.testing.assert_close(inputs.expert_logits, official(x), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(router(inputs), official.gates(x), rtol=1e-4, atol=1e-4)
+    assert count_flops(model, x) == count_flops(official, x)
 
 
 @pytest.mark.parametrize("num_experts", [2, 6])

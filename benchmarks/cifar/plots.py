@@ -16,13 +16,19 @@ from matplotlib.axes import Axes
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 _WINDOW = 9
+_EXITS = {"router": "-", "max_probability": "--", "margin": ":"}
+
+
+def _color(runs: Runs, name: str) -> str:
+    """One colour for a method in all figures."""
+    return f"C{list(runs).index(name) % 10}"
 
 
 def cost(runs: Runs, file: Path) -> None:
     """Accuracy against FLOPs: a point for each method, a curve for each way to exit early."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for index, (name, results) in enumerate(runs.items()):
-        color = f"C{index}"
+    for name, results in runs.items():
+        color = _color(runs, name)
         x = results[0]["flops"] / 1e6
         y = 100 * mean(r["accuracy"]["overall"] for r in results)
         axes.plot(x, y, "o", color=color, label=name)
@@ -31,12 +37,12 @@ def cost(runs: Runs, file: Path) -> None:
             axes.plot(
                 np.asarray(curve["flops"])[order] / 1e6,
                 100 * np.asarray(curve["accuracy"])[order],
-                "-" if kind == "router" else (":" if kind == "margin" else "--"),
+                _EXITS[kind],
                 color=color,
                 linewidth=1.2,
             )
-    for style, label in (("-", "learned router"), ("--", "largest probability"), (":", "margin")):
-        axes.plot([], [], style, color="gray", label=f"exit by {label}")
+    for kind, style in _EXITS.items():
+        axes.plot([], [], style, color="gray", label=f"exit by {kind}")
     _finish(
         axes,
         "MFLOPs per image",
@@ -87,7 +93,13 @@ def _by_class(curves: Mapping[str, Any], runs: Runs, file: Path, ylabel: str, ti
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, values in curves.items():
         padded = np.pad(np.asarray(values)[order], (window // 2, (window - 1) // 2), mode="edge")
-        axes.plot(np.convolve(padded, np.ones(window) / window, mode="valid"), label=name)
+        method, _, exit_by = name.partition(", ")
+        axes.plot(
+            np.convolve(padded, np.ones(window) / window, mode="valid"),
+            _EXITS.get(exit_by.partition(" at ")[0], "-"),
+            color=_color(runs, method),
+            label=name,
+        )
     for limit, label in ((100, "many | medium"), (20, "medium | few")):
         edge = int((counts[order] > limit).sum() if limit == 100 else (counts >= limit).sum())
         if 0 < edge < len(counts):
