@@ -2,7 +2,8 @@
 
 Logit adjustment adds ``tau * log(n_c / n)`` to the logits in training: at 0 an expert fits the long
 tail, at 1 a balanced test set (balanced softmax), at 2 an inverted tail. A list of criteria gives
-each expert its own, as later multi-expert methods do: no other line of the loop knows of it.
+each expert its own, as later multi-expert methods do: no other line of the loop knows of it. Experts that fit
+different priors differ already, so there is no diversity term.
 Lines that use RIDE end in ``# RIDE``. See docs/recipes.md.
 """
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from ride_plugin import DiversityLoss, RIDEWrapper, experts_loss
+from ride_plugin import RIDEWrapper, experts_loss
 from ride_plugin.longtail import BalancedSoftmaxLoss, LogitAdjustedLoss, ShotReport
 
 
@@ -24,19 +25,17 @@ def train_experts(
     loader: DataLoader, epochs: int, class_counts: list[int], taus: list[float]
 ) -> RIDEWrapper:
     model = RIDEWrapper(SmallResNet(), num_experts=len(taus), expert_width=0.75)  # RIDE
-    diversity = DiversityLoss(class_counts, start_epoch=round(0.8 * epochs))  # RIDE
     criteria = [LogitAdjustedLoss(class_counts, tau=tau) for tau in taus]  # RIDE: one an expert
     optimizer = sgd(model.parameters())
     scheduler = CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
         for x, y in loader:
             out = model(augment(x))
-            loss = experts_loss(criteria, out, y) + diversity(out, y)  # RIDE
+            loss = experts_loss(criteria, out, y)  # RIDE
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         scheduler.step()
-        diversity.step()  # RIDE
     return model.eval()
 
 
