@@ -29,7 +29,9 @@ def train_experts(
     form: str = "per_expert",
 ) -> RIDEWrapper:
     model = RIDEWrapper(SmallResNet(), num_experts, expert_width=0.75)  # RIDE
-    diversity = DiversityLoss(class_counts, start_epoch=round(0.8 * epochs))  # RIDE
+    diversity = DiversityLoss(  # RIDE
+        class_counts, start_epoch=round(0.8 * epochs), form="official"
+    )
     distillation = DistillationLoss(form=form)  # RIDE
     criterion = nn.CrossEntropyLoss()
     optimizer = sgd(model.parameters())

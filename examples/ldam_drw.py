@@ -45,7 +45,9 @@ def train_experts(
     )
     criterion = LDAMLoss(class_counts)
     drw = DeferredReweighting(criterion, class_counts, start_epoch=round(0.8 * epochs))
-    diversity = DiversityLoss(class_counts, weight=weight, start_epoch=drw.start_epoch)  # RIDE
+    diversity = DiversityLoss(  # RIDE
+        class_counts, weight=weight, start_epoch=drw.start_epoch, form="official"
+    )
     optimizer = sgd(model.parameters())
     scheduler = MultiStepLR(optimizer, [round(0.8 * epochs), round(0.9 * epochs)])
     for _ in range(epochs):

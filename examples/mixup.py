@@ -47,7 +47,9 @@ def train_plain(loader: DataLoader, epochs: int) -> nn.Module:
 
 def train_experts(loader: DataLoader, epochs: int, class_counts: list[int]) -> RIDEWrapper:
     model = RIDEWrapper(SmallResNet(), num_experts=3, expert_width=0.75)  # RIDE
-    diversity = DiversityLoss(class_counts, start_epoch=round(0.8 * epochs))  # RIDE
+    diversity = DiversityLoss(  # RIDE
+        class_counts, start_epoch=round(0.8 * epochs), form="official"
+    )
     criterion = nn.CrossEntropyLoss()
     optimizer = sgd(model.parameters())
     scheduler = CosineAnnealingLR(optimizer, epochs)

@@ -53,7 +53,7 @@ def train_experts(
     """Stage one: the same loop with RIDE's lines in it."""
     model = RIDEWrapper(SmallResNet(), num_experts=3, expert_width=0.75)  # RIDE
     diversity = DiversityLoss(  # RIDE
-        class_counts, weight=weight, start_epoch=round(0.8 * epochs)
+        class_counts, weight=weight, start_epoch=round(0.8 * epochs), form="official"
     )
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(

@@ -105,7 +105,7 @@ def test_the_loss_takes_few_operations_however_many_experts(form, detach_others)
     assert len(terms) == len(wholes) == 1
     more = 0 if detach_others else 2  # an ablation that nobody trains with
     assert max(terms) <= 40 + more
-    assert max(wholes) <= 50 + more  # the cross entropy of all experts in one call, and two additions
+    assert max(wholes) <= 50 + more  # cross entropy in one call, and two additions
     assert all(counter.reads == {} for pair in pairs for counter in pair)
 
 
