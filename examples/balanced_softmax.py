@@ -45,12 +45,12 @@ def run(digits: Digits, arguments: argparse.Namespace) -> dict[str, ShotReport]:
     plain = train_plain(SmallResNet(), loader, nn.CrossEntropyLoss(), epochs)
     balanced = train_plain(SmallResNet(), loader, BalancedSoftmaxLoss(counts), epochs)
     same = train_experts(loader, epochs, counts, [1.0, 1.0, 1.0])
-    different = train_experts(loader, epochs, counts, [0.0, 1.0, 2.0])
+    different = train_experts(loader, epochs, counts, [1.0, 0.0, 2.0])
     return {
         "plain backbone": test(plain, digits),
         "plain backbone, balanced softmax": test(balanced, digits),
         "RIDE, adjusted by 1, 1, 1": test(same, digits),
-        "RIDE, adjusted by 0, 1, 2": test(different, digits),
+        "RIDE, adjusted by 1, 0, 2": test(different, digits),
     }
 
 

@@ -42,7 +42,7 @@ def _ride(
 
 
 def _adjusted(diversity: Literal["paper", "official"] | None = None, mixup: float = 0.0) -> Method:
-    return Method("adjusted", 3, diversity, cosine=True, mixup=mixup, adjustments=(0.0, 1.0, 2.0))
+    return Method("adjusted", 3, diversity, cosine=True, mixup=mixup, adjustments=(1.0, 0.0, 2.0))
 
 
 METHODS: dict[str, Method] = {
