@@ -41,8 +41,12 @@ def _ride(
     return Method("ldam_drw", num_experts, diversity, cosine=True, **more)  # type: ignore[arg-type]
 
 
-def _adjusted(diversity: Literal["paper", "official"] | None = None, mixup: float = 0.0) -> Method:
-    return Method("adjusted", 3, diversity, cosine=True, mixup=mixup, adjustments=(1.0, 0.0, 2.0))
+def _adjusted(
+    adjustments: tuple[float, ...] = (1.0, 0.0, 2.0),
+    diversity: Literal["paper", "official"] | None = None,
+    **more: object,
+) -> Method:
+    return Method("adjusted", 3, diversity, cosine=True, adjustments=adjustments, **more)  # type: ignore[arg-type]
 
 
 METHODS: dict[str, Method] = {
@@ -64,11 +68,14 @@ METHODS: dict[str, Method] = {
     "ride3_ce_official": Method("ce", 3, "official"),
     "ride3_crt": Method("ce", 3, starts_from="ride3_ce_no_diversity", classifiers="crt"),
     "ride3_tau_norm": Method("ce", 3, starts_from="ride3_ce_no_diversity", classifiers="tau_norm"),
+    "ride3_balanced": _adjusted((1.0, 1.0, 1.0)),
+    "ride3_balanced_official": _adjusted((1.0, 1.0, 1.0), "official"),
     "ride3_adjusted": _adjusted(),
     "ride3_adjusted_mixup": _adjusted(mixup=0.3),
-    "ride3_adjusted_paper": _adjusted("paper"),
+    "ride3_adjusted_paper": _adjusted(diversity="paper"),
 }
 """RIDE follows the authors: LDAM with deferred re-weighting on cosine classifiers, diversity weight
-0.45, width 3/4. The ``ce`` rows have cross entropy and linear classifiers; the adjusted rows give
-each expert a logit adjustment of its own, whose difference takes the place of the diversity term.
-With one, the term reads adjusted logits: experts for different priors disagree without bound."""
+0.45, width 3/4. The ``ce`` rows have cross entropy and linear classifiers; the balanced rows have
+balanced softmax; the adjusted rows give each expert a logit adjustment of its own, whose difference
+takes the place of the diversity term. With one, the term reads adjusted logits: experts for
+different priors disagree without bound. The balanced expert comes first: early exits end with it."""
