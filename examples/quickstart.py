@@ -26,12 +26,13 @@ from ride_plugin import (
     cost_report,
     experts_loss,
 )
+from ride_plugin.longtail import BalancedSoftmaxLoss
 
 
-def train_plain(loader: DataLoader, epochs: int, bar: tqdm) -> nn.Module:
+def train_plain(loader: DataLoader, epochs: int, bar: tqdm, class_counts: list[int]) -> nn.Module:
     """An ordinary loop: what RIDE is compared with."""
     model = SmallResNet()
-    criterion = nn.CrossEntropyLoss()
+    criterion = BalancedSoftmaxLoss(class_counts)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
     )
@@ -55,7 +56,7 @@ def train_experts(
     diversity = DiversityLoss(  # RIDE
         class_counts, weight=weight, start_epoch=round(0.8 * epochs), form="official"
     )
-    criterion = nn.CrossEntropyLoss()
+    criterion = BalancedSoftmaxLoss(class_counts)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
     )
@@ -109,7 +110,7 @@ def run(seed: int, epochs: int, bar: tqdm) -> dict[str, Result]:
         return evaluate(logits, digits.test.tensors[1], digits.train.class_counts, flops, used)
 
     torch.manual_seed(seed)
-    plain = train_plain(loader, epochs, bar)
+    plain = train_plain(loader, epochs, bar, digits.train.class_counts)
     torch.manual_seed(seed)
     undiverse = train_experts(loader, epochs, bar, digits.train.class_counts, weight=0.0)
     torch.manual_seed(seed)

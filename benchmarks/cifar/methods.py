@@ -78,4 +78,4 @@ METHODS: dict[str, Method] = {
 0.45, width 3/4. The ``ce`` rows have cross entropy and linear classifiers; the balanced rows have
 balanced softmax; the adjusted rows give each expert a logit adjustment of its own, whose difference
 takes the place of the diversity term. With one, the term reads adjusted logits: experts for
-different priors disagree without bound. The balanced expert comes first: early exits end with it."""
+different priors disagree without bound. The balanced expert comes first: early exits end there."""
