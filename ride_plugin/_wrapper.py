@@ -23,6 +23,7 @@ from ride_plugin._split._initialise import (
     break_tie,
     reinitialise,
     renew_classifier,
+    warn_if_frozen,
     warn_if_trained,
 )
 from ride_plugin._split._width import narrow_expert
@@ -274,6 +275,9 @@ class RIDEWrapper(SplitModule):
 
     def _initialise(self, init: str) -> None:
         shared = {id(tensor) for tensor in self.trunk.parameters()}
+        if self.expert_width < 1:
+            why = f"expert_width={self.expert_width} makes new layers"
+            warn_if_frozen(self.experts[0], shared, why)
         if init == "fresh":
             warn_if_trained(self.experts[0])
             left: list[str] = []
@@ -288,6 +292,8 @@ class RIDEWrapper(SplitModule):
                     UserWarning,
                     stacklevel=3,
                 )
+        if init == "copy" and self.classifiers:
+            warn_if_frozen(self.classifiers[0], shared, "Each expert gets a classifier of its own")
         for head in self.classifiers:
             if init == "copy":
                 renew_classifier(head)

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -146,66 +147,6 @@ def test_modes_of_submodules_are_kept() -> None:
     assert not model.trunk.layer1[0].bn1.training
     assert model.trunk.bn1.training
     assert model.experts[1].layer2.training
-
-
-def test_fresh_experts_differ_and_keep_the_spread() -> None:
-    backbone = CifarResNet(n=1)
-    with torch.no_grad():
-        backbone.layer3[0].bn2.weight.zero_()  # zero-initialised gain: a constant
-    model = RIDEWrapper(backbone, 3)
-    name = "layer2.0.conv1.weight"
-    weights = [expert.get_parameter(name) for expert in model.experts]
-    original = backbone.get_parameter(name)
-    for weight in weights:
-        assert not torch.equal(weight, original)
-        torch.testing.assert_close(weight.sort().values.std(), original.std(), rtol=1e-4, atol=0)
-    assert not torch.equal(weights[0], weights[1])
-    assert all((e.layer3[0].bn2.weight == 0).all() for e in model.experts)
-    assert torch.equal(model.trunk.conv1.weight, backbone.conv1.weight)
-
-
-def test_orthogonal_weights_stay_orthogonal() -> None:
-    backbone = mlp()
-    nn.init.orthogonal_(backbone[4].weight)
-    model = RIDEWrapper(backbone, 2)
-    weight = model.experts[1].get_parameter("4.weight")
-    assert not torch.equal(weight, backbone[4].weight)
-    torch.testing.assert_close(weight @ weight.t(), torch.eye(32), atol=1e-5, rtol=0)
-
-
-def test_weights_that_cannot_be_redrawn_are_named() -> None:
-    backbone = mlp()
-    nn.init.eye_(backbone[4].weight)
-    with pytest.warns(UserWarning, match=r"4\.weight"):
-        model = RIDEWrapper(backbone, 2)
-    assert torch.equal(model.experts[1].get_parameter("4.weight"), torch.eye(32))
-
-
-def test_fresh_weights_for_a_trained_backbone_warn() -> None:
-    backbone = CifarResNet(n=1)
-    backbone(torch.randn(4, 3, 32, 32))
-    with pytest.warns(UserWarning, match="looks trained"):
-        RIDEWrapper(backbone, 2)
-
-
-def test_copy_keeps_weights_and_renews_classifiers() -> None:
-    backbone = CifarResNet(n=1)
-    backbone(torch.randn(4, 3, 32, 32))
-    model = RIDEWrapper(backbone, 2, init="copy")
-    for expert in model.experts:
-        assert torch.equal(expert.layer3[0].conv1.weight, backbone.layer3[0].conv1.weight)
-        assert torch.equal(expert.layer3[0].bn1.running_var, backbone.layer3[0].bn1.running_var)
-    heads = [head.weight for head in model.classifiers]
-    assert not torch.equal(heads[0], heads[1])
-    assert not torch.equal(heads[0], backbone.linear.weight)
-
-
-def test_zero_classifiers_do_not_stay_equal() -> None:
-    backbone = mlp()
-    nn.init.zeros_(backbone[-1].weight)
-    first, second = (head.weight for head in RIDEWrapper(backbone, 2).classifiers)
-    assert not torch.equal(first, second)
-    assert first.abs().max() < 0.1
 
 
 def test_cosine_classifier_bounds_the_logits_of_every_expert() -> None:
@@ -517,3 +458,29 @@ def test_narrowing_keeps_the_mode_of_every_module_and_fresh_statistics() -> None
         assert expert.layer2[0].bn1.num_batches_tracked == 0
         assert (expert.layer2[0].bn1.running_mean == 0).all()
     assert model.experts[0].layer2[0].conv1.out_channels == 24
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.LazyLinear(16), nn.Linear(16, 5))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (lambda: RIDEWrapper(mlp(), 2), "is or holds a wrapped one"),
+        (lambda: nn.Sequential(RIDEWrapper(mlp(), 2), nn.Identity()), "is or holds a wrapped one"),
+        (lazy, r"`2\.weight` is lazy and has none yet. Run one batch"),
+        (lambda: mlp().to("meta"), "is on the meta device. Materialise it"),
+    ],
+)
+def test_backbones_without_weights_or_wrapped_already_are_refused(
+    backbone: Callable[[], nn.Module], message: str
+) -> None:
+    with pytest.raises(SplitError, match=message):
+        RIDEWrapper(backbone(), 2)
+
+
+def test_inference_mode_is_refused() -> None:
+    backbone = mlp()
+    with torch.inference_mode(), pytest.raises(SplitError, match=r"outside `torch.inference_mode"):
+        RIDEWrapper(backbone, 2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._split._analysis import (
@@ -22,7 +23,7 @@ from ride_plugin._split._example import Inputs, find_example, resize_batch
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._probe import Call, call_tree, clone_module
 from ride_plugin._split._state import Layout
-from ride_plugin._split._tape import FeatureHook
+from ride_plugin._split._tape import FeatureHook, Forked, Recorded
 from ride_plugin._split._tree import logits_in
 from ride_plugin._split._views import Link, Views, build_views, sides, spine_tensors
 
@@ -61,7 +62,7 @@ def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any)
             "Expected argument `backbone` to be a torch.nn.Module that maps a batch to logits "
             f"[B, C], but got {type(backbone).__name__}."
         )
-    _refuse_scripted(backbone)
+    _refuse_unfit(backbone)
     with random_state_kept(backbone):
         probed = clone_module(backbone).eval()
         inputs = find_example(probed, example_input)
@@ -117,13 +118,34 @@ def another_expert(views: Views) -> tuple[nn.Module, list[Link]]:
     return expert, links
 
 
-def _refuse_scripted(backbone: nn.Module) -> None:
+def _refuse_unfit(backbone: nn.Module) -> None:
+    if torch.is_inference_mode_enabled():
+        raise SplitError(
+            "Expected to be called outside `torch.inference_mode()`: tensors made there can never "
+            "be trained. Wrap the backbone first."
+        )
     for name, module in backbone.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise SplitError(
                 f"Expected argument `backbone` to be made of Python modules, but `{name}` is "
                 "TorchScript, which runs no hooks. Wrap the backbone before scripting or tracing "
                 "its parts."
+            )
+        if isinstance(module, Recorded | Forked):
+            raise SplitError(
+                "Expected argument `backbone` to be a plain module, but it is or holds a wrapped "
+                "one. Wrap the backbone once; `to_module()` gives back a plain one."
+            )
+    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
+        if is_lazy(tensor):
+            raise SplitError(
+                f"Expected argument `backbone` to have weights, but `{name}` is lazy and has none "
+                "yet. Run one batch through the backbone before wrapping it."
+            )
+        if tensor.is_meta:
+            raise SplitError(
+                f"Expected argument `backbone` to have weights, but `{name}` is on the meta "
+                "device. Materialise it (`to_empty`, then initialise or load) before wrapping it."
             )
 
 

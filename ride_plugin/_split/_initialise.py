@@ -20,6 +20,8 @@ _FEW_ROWS = 8
 def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
     """Redraw an expert's parameters in place and reset its BatchNorm statistics.
 
+    Frozen parameters stay as they are: fresh values would be random for good.
+
     Args:
         expert: an exact copy of the backbone's forked part.
         keep: ids of tensors that the trunk owns (tied weights).
@@ -27,10 +29,18 @@ def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
     Returns:
         Names of parameters that could not be redrawn safely and were left as they are.
     """
+    own = {name: p for name, p in expert.named_parameters() if id(p) not in keep}
+    if own and not any(parameter.requires_grad for parameter in own.values()):
+        warnings.warn(
+            "Every parameter behind the fork is frozen, so all experts are equal and stay equal. "
+            "Unfreeze what shall learn before wrapping (`requires_grad_(True)`).",
+            UserWarning,
+            stacklevel=4,
+        )
     left: list[str] = []
     with torch.no_grad():
-        for name, parameter in expert.named_parameters():
-            if id(parameter) not in keep and not _redraw(parameter):
+        for name, parameter in own.items():
+            if parameter.requires_grad and not _redraw(parameter):
                 left.append(name)
     for module in expert.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
@@ -73,6 +83,23 @@ def warn_if_trained(expert: nn.Module) -> None:
                 stacklevel=4,
             )
             return
+
+
+def warn_if_frozen(module: nn.Module, keep: set[int], why: str) -> None:
+    """Warn that parameters which cannot learn have been given random values."""
+    frozen = [
+        name
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad and id(parameter) not in keep and not is_constant(parameter)
+    ]
+    if frozen:
+        warnings.warn(
+            f"{why}, so these frozen parameters hold random values that will not learn: {frozen}. "
+            "Unfreeze them before wrapping (`requires_grad_(True)`), or fork behind them "
+            "(`fork_at=`).",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _redraw(parameter: Tensor) -> bool:
