@@ -50,9 +50,9 @@ class OfficialCheckpoint:
 
 
 def load_official_checkpoint(
-    source: str | os.PathLike[str] | Mapping[str, Any],
     model: RIDEWrapper,
-    router: ExpertRouter | None = None,
+    router: ExpertRouter | None,
+    path: str | os.PathLike[str] | Mapping[str, Any],
 ) -> OfficialCheckpoint:
     """Load a file of the authors' model zoo, or one that their code trained, into our modules.
 
@@ -64,10 +64,10 @@ def load_official_checkpoint(
     and whatever else it names (a configuration object, paths) becomes an empty shell.
 
     Args:
-        source: the file, or what it holds: a state dict under their names, or a dict that has one
-            under `state_dict`. Prefixes `module.` and `backbone.` are removed.
         model: receives trunk, experts and classifiers.
         router: receives the router's weights; None leaves them in the file.
+        path: the file, or what it holds: a state dict under their names, or a dict that has one
+            under `state_dict`. Prefixes `module.` and `backbone.` are removed.
 
     Returns:
         What was found and loaded.
@@ -88,7 +88,7 @@ def load_official_checkpoint(
         ...     theirs |= {f"layer2s.{k}.bias": torch.zeros(16)}
         ...     theirs |= {f"linears.{k}.weight": torch.ones(5, 16)}
         ...     theirs |= {f"linears.{k}.bias": torch.zeros(5)}
-        >>> found = load_official_checkpoint({"state_dict": theirs}, model)
+        >>> found = load_official_checkpoint(model, None, {"state_dict": theirs})
         >>> found.num_experts, found.fork_at, found.cosine, found.has_router
         (2, 'layer2', False, False)
     """
@@ -98,7 +98,7 @@ def load_official_checkpoint(
                 f"Expected argument `{name}` to be of type {kind.__name__}, but got "
                 f"{type(value).__name__}. Hand in the module itself, not what DDP makes of it."
             )
-    content = source if isinstance(source, Mapping) else load_tensors(source)
+    content = path if isinstance(path, Mapping) else load_tensors(path)
     state = _state_in(content)
     found = _measure(state, router is not None)
     _check_measures(state, found, model)

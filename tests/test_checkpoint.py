@@ -65,7 +65,7 @@ test_images.__test__ = False
 def test_a_network_that_the_authors_code_trained_gives_its_own_outputs() -> None:
     model = cifar_model()
     router = ExpertRouter.for_model(model)
-    found = load_official_checkpoint(REFERENCE / "official_ride_ea.pth", model, router)
+    found = load_official_checkpoint(model, router, REFERENCE / "official_ride_ea.pth")
     assert (found.num_experts, found.num_classes, found.fork_at) == (3, 100, "layer2")
     assert (found.cosine, found.has_router, found.router_loaded) == (True, True, True)
     x = test_images(200)  # all 10,000 agree as well; that takes minutes on a small machine
@@ -87,7 +87,7 @@ def test_their_random_network_gives_its_own_outputs() -> None:
     arrays, state = reference_arrays()
     model = cifar_model()
     router = ExpertRouter.for_model(model)
-    load_official_checkpoint(state, model, router)
+    load_official_checkpoint(model, router, state)
     inputs = model.router_inputs(arrays["x"])
     tolerance = {"rtol": 0, "atol": 1e-4}
     torch.testing.assert_close(inputs.expert_logits, arrays["expert_logits"], **tolerance)
@@ -131,7 +131,7 @@ def test_state_dicts_of_their_imagenet_layouts_give_the_outputs_of_a_forward_by_
     ).eval()
     router = ExpertRouter.for_model(model, top_k=options.get("top_k", 30))
     state = {f"module.backbone.{key}": tensor for key, tensor in official.state_dict().items()}
-    found = load_official_checkpoint({"state_dict": state}, model, router)
+    found = load_official_checkpoint(model, router, {"state_dict": state})
     assert found.fork_at == model.fork_at == ("layer4" if shared else "layer3")
     assert found.cosine == ("use_norm" in options)
     assert found.num_parameters == sum(tensor.numel() for tensor in state.values())
@@ -147,7 +147,7 @@ def test_state_dicts_of_their_imagenet_layouts_give_the_outputs_of_a_forward_by_
 def test_any_number_of_experts_loads_and_the_router_may_stay_in_the_file(num_experts: int) -> None:
     state = cifar_state(num_experts)
     model = cifar_model(num_experts)
-    found = load_official_checkpoint(state, model)
+    found = load_official_checkpoint(model, None, state)
     assert (found.num_experts, found.has_router, found.router_loaded) == (num_experts, True, False)
     last = num_experts - 1
     theirs = state[f"backbone.linears.{last}.weight"]
@@ -157,7 +157,7 @@ def test_any_number_of_experts_loads_and_the_router_may_stay_in_the_file(num_exp
 def test_half_precision_files_load_exactly() -> None:
     state = {key: t.half() if t.is_floating_point() else t for key, t in cifar_state(2).items()}
     model = cifar_model(2)
-    load_official_checkpoint(state, model)
+    load_official_checkpoint(model, None, state)
     assert model.trunk.conv1.weight.dtype == torch.float32
     assert torch.equal(model.trunk.conv1.weight, state["backbone.conv1.weight"].float())
 
@@ -188,7 +188,7 @@ def test_a_configuration_object_in_the_file_is_read_as_an_empty_shell(
     with pytest.raises(pickle.UnpicklingError, match=r"parse_config\.ConfigParser"):
         torch.load(path, weights_only=True)
     model = cifar_model(2)
-    load_official_checkpoint(path, model, ExpertRouter.for_model(model))
+    load_official_checkpoint(model, ExpertRouter.for_model(model), path)
     assert torch.equal(model.trunk.conv1.weight, state["backbone.conv1.weight"])
     with pytest.raises(pickle.UnpicklingError):  # and the shell does not stay behind
         torch.load(path, weights_only=True)
@@ -221,7 +221,7 @@ def test_code_in_a_file_does_not_run(tmp_path: pathlib.Path, legacy: bool) -> No
     assert EXECUTED == ["ran"]  # the attack is real
     EXECUTED.clear()
     model = cifar_model(2)
-    load_official_checkpoint(path, model)
+    load_official_checkpoint(model, None, path)
     assert EXECUTED == []
     assert torch.equal(model.trunk.conv1.weight, state["backbone.conv1.weight"])
 
@@ -244,7 +244,7 @@ def test_a_file_that_calls_the_system_is_refused_by_name(
     content = {"config": attack, "state_dict": cifar_state(2)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(CheckpointError, match=rf"{name}.*torch\.save\("):
-        load_official_checkpoint(path, cifar_model(2))
+        load_official_checkpoint(cifar_model(2), None, path)
     assert not trace.exists()
 
 
@@ -253,7 +253,7 @@ def test_weights_that_are_themselves_shells_are_refused(tmp_path: pathlib.Path) 
     torch.save({"state_dict": {"linears.0.weight": Malicious(executes, "x")}}, path)
     EXECUTED.clear()
     with pytest.raises(CheckpointError, match=r"tensors only, but 'linears\.0\.weight'"):
-        load_official_checkpoint(path, cifar_model(2))
+        load_official_checkpoint(cifar_model(2), None, path)
     assert EXECUTED == []
 
 
@@ -262,7 +262,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: pathlib.Path, content
     path = tmp_path / "broken.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="Cannot read"):
-        load_official_checkpoint(path, cifar_model(2))
+        load_official_checkpoint(cifar_model(2), None, path)
 
 
 def before(model: nn.Module) -> dict[str, Tensor]:
@@ -291,7 +291,7 @@ def test_a_model_built_to_other_measures_is_told_what_to_pass(build, message: st
     model = build()
     kept = before(model)
     with pytest.raises(CheckpointError, match=message):
-        load_official_checkpoint(cifar_state(), model)
+        load_official_checkpoint(model, None, cifar_state())
     assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -302,9 +302,9 @@ def test_linear_classifiers_do_not_go_into_cosine_ones() -> None:
         state[f"{key}.weight"] = state[f"{key}.weight"].T
         state[f"{key}.bias"] = torch.zeros(100)
     with pytest.raises(CheckpointError, match="pass classifier=None"):
-        load_official_checkpoint(state, cifar_model(2))
+        load_official_checkpoint(cifar_model(2), None, state)
     model = RIDEWrapper(ResNet32(100), 2, expert_width=0.75)
-    assert not load_official_checkpoint(state, model).cosine
+    assert not load_official_checkpoint(model, None, state).cosine
     assert torch.equal(model.classifiers[1].weight, state["backbone.linears.1.weight"])
 
 
@@ -318,7 +318,7 @@ def test_every_key_that_does_not_fit_is_named_and_nothing_is_loaded() -> None:
     router = ExpertRouter.for_model(model)
     kept, kept_router = before(model), before(router)
     with pytest.raises(CheckpointError) as caught:
-        load_official_checkpoint(state, model, router)
+        load_official_checkpoint(model, router, state)
     for line in (
         "missing in the file: experts.1.layer3.4.bn2.weight [48]",
         "other shape: trunk.bn1.bias [7] -> [16] (their bn1.bias)",
@@ -336,24 +336,24 @@ def test_routers_that_do_not_fit_are_told_apart() -> None:
     model = cifar_model(2)
     state = cifar_state(2)
     with pytest.raises(CheckpointError, match=r"top 30 logits, .* reads 50: .*top_k=30"):
-        load_official_checkpoint(state, model, ExpertRouter.for_model(model, top_k=50))
+        load_official_checkpoint(model, ExpertRouter.for_model(model, top_k=50), state)
     each = {key.replace("pred_fc.", "pred_fcs.0."): tensor for key, tensor in state.items()}
     with pytest.raises(CheckpointError, match="output layer for each gate"):
-        load_official_checkpoint(each, model, ExpertRouter.for_model(model))
+        load_official_checkpoint(model, ExpertRouter.for_model(model), each)
     alone = {key: tensor for key, tensor in state.items() if "expert_help" not in key}
-    assert not load_official_checkpoint(alone, model).has_router
+    assert not load_official_checkpoint(model, None, alone).has_router
     with pytest.raises(CheckpointError, match="from stage one"):
-        load_official_checkpoint(alone, model, ExpertRouter.for_model(model))
+        load_official_checkpoint(model, ExpertRouter.for_model(model), alone)
 
 
 def test_what_is_no_ride_checkpoint_is_refused() -> None:
     model = cifar_model(2)
     with pytest.raises(CheckpointError, match="before wrapping it"):
-        load_official_checkpoint(ResNet32(100).state_dict(), model)
+        load_official_checkpoint(model, None, ResNet32(100).state_dict())
     with pytest.raises(CheckpointError, match="state dict"):
-        load_official_checkpoint({"state_dict": None}, model)
+        load_official_checkpoint(model, None, {"state_dict": None})
     twice = {**cifar_state(2), "bn1.weight": torch.ones(16)}
     with pytest.raises(CheckpointError, match=r"`bn1\.weight` twice"):
-        load_official_checkpoint(twice, model)
+        load_official_checkpoint(model, None, twice)
     with pytest.raises(ArgumentError, match="RIDEWrapper"):
-        load_official_checkpoint(cifar_state(2), nn.DataParallel(model))
+        load_official_checkpoint(nn.DataParallel(model), None, cifar_state(2))
