@@ -19,7 +19,7 @@ ROWS = {
         "plain backbone",
         "plain backbone, balanced softmax",
         "RIDE, adjusted by 1, 1, 1",
-        "RIDE, adjusted by 0, 1, 2",
+        "RIDE, adjusted by 1, 0, 2",
     ],
     "mixup": ["plain backbone, mixup", "RIDE, mixup"],
 }
