@@ -47,7 +47,7 @@ def cost(runs: Runs, file: Path) -> None:
         axes,
         "MFLOPs per image",
         "top-1 accuracy, %",
-        "Accuracy and cost over all thresholds (first seed); points: all experts",
+        "Lines: all thresholds, first seed; points: all experts, mean over seeds",
     )
     figure.savefig(file, dpi=130)
     plt.close(figure)
