@@ -46,7 +46,8 @@ def _adjusted(
     diversity: Literal["paper", "official"] | None = None,
     **more: object,
 ) -> Method:
-    return Method("adjusted", 3, diversity, cosine=True, adjustments=adjustments, **more)  # type: ignore[arg-type]
+    options = {"cosine": True, "adjustments": adjustments, **more}
+    return Method("adjusted", 3, diversity, **options)  # type: ignore[arg-type]
 
 
 METHODS: dict[str, Method] = {
@@ -70,6 +71,7 @@ METHODS: dict[str, Method] = {
     "ride3_crt": Method("ce", 3, starts_from="ride3_ce_no_diversity", classifiers="crt"),
     "ride3_tau_norm": Method("ce", 3, starts_from="ride3_ce_no_diversity", classifiers="tau_norm"),
     "ride3_balanced": _adjusted((1.0, 1.0, 1.0)),
+    "ride3_balanced_linear": _adjusted((1.0, 1.0, 1.0), cosine=False),
     "ride3_balanced_official": _adjusted((1.0, 1.0, 1.0), "official"),
     "ride3_adjusted": _adjusted(),
     "ride3_adjusted_mixup": _adjusted(mixup=0.3),
@@ -77,6 +79,7 @@ METHODS: dict[str, Method] = {
 }
 """RIDE follows the authors: LDAM with deferred re-weighting on cosine classifiers, diversity weight
 0.45, width 3/4. The ``ce`` rows have cross entropy and linear classifiers; the balanced rows have
-balanced softmax; the adjusted rows give each expert a logit adjustment of its own, whose difference
-takes the place of the diversity term. With one, the term reads adjusted logits: experts for
-different priors disagree without bound. The balanced expert comes first: early exits end there."""
+balanced softmax, on cosine classifiers unless they say linear; the adjusted rows give each expert a
+logit adjustment of its own, whose difference takes the place of the diversity term. With one, the
+term reads adjusted logits: experts for different priors disagree without bound. The balanced expert
+comes first: early exits end there."""
