@@ -1,6 +1,5 @@
 """Exported stages against routed inference, row by row; the dense path in another runtime."""
 
-import warnings
 from functools import cache
 
 import pytest
@@ -87,6 +86,31 @@ def test_stages_stored_and_loaded_equal_routed_inference_at_every_batch_size(kin
         assert_equal_row_by_row(runner, serve, x[-batch:])
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_functions_stand_in_for_programs_and_may_return_lists(kind):
+    serve, x = serving(kind)
+    called = []
+
+    def function(name, program):
+        module = program.module()
+
+        def stage(*tensors):
+            called.append((name, len(tensors[0])))
+            result = module(*tensors)
+            return [result] if isinstance(result, torch.Tensor) else list(result)
+
+        return stage
+
+    runner = StagedRunner({name: function(name, p) for name, p in exported(kind).items()})
+    assert_equal_row_by_row(runner, serve, x)
+    used = serve(x, return_routing=True).num_experts_used
+    assert called[: len(called) // 2] == [
+        ("trunk", 64), ("expert_0", 64), ("gate_0", 64),
+        ("expert_1", int((used > 1).sum())), ("gate_1", int((used > 1).sum())),
+        ("expert_2", int((used > 2).sum())),
+    ]  # fmt: skip
+
+
 def test_each_program_holds_its_own_parameters_only():
     serve, _ = serving("convolutional")
     stages = exported("convolutional")
@@ -112,6 +136,8 @@ def test_thresholds_are_exported_as_they_stand():
 def test_a_missing_stage_and_a_foreign_model_are_refused():
     with pytest.raises(ArgumentError, match="'expert_0', 'trunk'"):
         StagedRunner({})
+    with pytest.raises(ArgumentError, match=r"stages\['gate_0'\].* but got str"):
+        StagedRunner({**exported("convolutional"), "gate_0": "gate_0.pt2"})
     model = small_model()
     with pytest.raises(ArgumentError, match="but got HandmadeModel"):
         export_stages(RoutingInference(model, ExpertRouter.for_model(model)))
@@ -130,11 +156,9 @@ def test_the_dense_path_gives_the_same_in_onnxruntime():
     runtime = pytest.importorskip("onnxruntime")
     serve, x = serving("convolutional")
     free = {"x": {0: torch.export.Dim("batch")}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own
-        program = torch.onnx.export(
-            Dense(serve).eval(), (x[:2],), dynamo=True, dynamic_shapes=free, verbose=False
-        )
+    program = torch.onnx.export(
+        Dense(serve).eval(), (x[:2],), dynamo=True, dynamic_shapes=free, verbose=False
+    )
     session = runtime.InferenceSession(
         program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
     )

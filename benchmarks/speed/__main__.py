@@ -19,6 +19,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "loss": training.loss,
     "router": training.router,
     "routing": routing.routing,
+    "exported": routing.exported,
     "gates": routing.gates,
     "memory": memory.memory,
     "scaling": memory.scaling,

@@ -7,17 +7,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from benchmarks.speed.networks import Case, by_hand, images, resnet32
 from benchmarks.speed.straightforward import HandSplit, StraightforwardRouting
 from benchmarks.speed.timing import compare
-from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference, optimize_for_inference
+from ride_plugin import (
+    ExpertRouter,
+    RIDEWrapper,
+    RoutingInference,
+    StagedRunner,
+    export_stages,
+    optimize_for_inference,
+)
+
+Stage = Callable[..., list[Tensor]]
 
 SHARES = ((0.41, 0.09, 0.50), (0.8, 0.1, 0.1))
+SLICE = 128
 
 
 def routing() -> Case:
-    """Routed inference at fixed shares against the ideal and the straightforward implementation."""
+    """Routed inference at fixed shares against the ideal and the straightforward implementation.
+
+    Large batches also in slices of 128, as a caller may hand them in: torch asks the system for
+    large tensors anew each time.
+    """
 
     def rows() -> Iterator[list[Any]]:
         model = resnet32().eval()
@@ -31,15 +46,23 @@ def routing() -> Case:
                 theirs = StraightforwardRouting(first, gates, torch.zeros(2))
                 ideal = _ideal(by_hand(served).eval(), x, gates.sizes)
                 every = _all_experts(served, x)
+                sliced = RoutingInference(served, _Quota(shares, SLICE))
                 with torch.no_grad():
                     yield [
                         f"{shares}, batch {batch}",
                         compare(lambda: ours(x), ideal),
                         compare(lambda: ours(x), lambda: theirs(contiguous)),
                         compare(lambda: ours(x), every),
+                        compare(
+                            lambda: torch.cat([sliced(part) for part in x.split(SLICE)]),
+                            lambda: theirs(contiguous),
+                        )
+                        if batch > SLICE
+                        else "-",
                     ]
 
     header = ["shares of 1, 2, 3 experts", "ideal", "straightforward", "all experts"]
+    header.append(f"in slices of {SLICE} / straightforward")
     return "Routed inference, BatchNorm folded, against", header, rows()
 
 
@@ -82,6 +105,64 @@ def _all_experts(model: RIDEWrapper, x: Tensor) -> Callable[[], None]:
             model(x)
 
     return run
+
+
+def exported() -> Case:
+    """Exported stages in onnxruntime, and with only trunk and gates there, at fixed shares."""
+
+    def rows() -> Iterator[list[Any]]:
+        served = optimize_for_inference(resnet32().eval())
+        programs = export_stages(RoutingInference(served, ExpertRouter.for_model(served)))
+        stages = {name: _in_onnxruntime(program) for name, program in programs.items()}
+        in_torch = {name: programs[name] for name in programs if name.startswith("expert_")}
+        for shares in SHARES:
+            for batch in (1, 8, 128, 1024):
+                x, quota = images(batch, channels_last=False), _Quota(shares, batch)
+                gates = {
+                    f"gate_{i}": _at_fixed_share(stages[f"gate_{i}"], size)
+                    for i, size in enumerate(quota.sizes)
+                }
+                runner = StagedRunner({**stages, **gates})
+                mixed = StagedRunner({**stages, **gates, **in_torch})
+                first = by_hand(resnet32(channels_last=False)).eval()
+                theirs = StraightforwardRouting(first, quota, torch.zeros(2))
+                with torch.no_grad():
+                    yield [
+                        f"{shares}, batch {batch}",
+                        compare(lambda: runner(x), lambda: theirs(x)),
+                        compare(lambda: mixed(x), lambda: theirs(x)),
+                    ]
+
+    header = ["shares of 1, 2, 3 experts", "onnxruntime", "trunk and gates in it"]
+    return "Exported stages / straightforward", header, rows()
+
+
+def _in_onnxruntime(program: ExportedProgram) -> Stage:
+    import onnxruntime
+
+    graph = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [entry.name for entry in session.get_inputs()]
+
+    def stage(*tensors: Tensor) -> list[Tensor]:
+        arrays = session.run(None, {n: t.numpy() for n, t in zip(names, tensors, strict=True)})
+        return [torch.from_numpy(array) for array in arrays]
+
+    return stage
+
+
+def _at_fixed_share(gate: Stage, size: int) -> Stage:
+    """The gate's work, then a verdict by position."""
+
+    def stage(*tensors: Tensor) -> list[Tensor]:
+        (verdict,) = gate(*tensors)
+        return [torch.arange(len(verdict)) < size]
+
+    return stage
 
 
 def gates() -> Case:
