@@ -49,7 +49,7 @@ def main() -> None:
                 torch.manual_seed(draw)
                 loader = DataLoader(digits.train, batch_size=32, shuffle=True)
                 if weight is None:
-                    model = train_plain(loader, options.epochs, bar)
+                    model = train_plain(loader, options.epochs, bar, counts)
                 else:
                     model = train_experts(loader, options.epochs, bar, counts, weight)
                 with torch.no_grad():
