@@ -23,6 +23,7 @@ from ride_plugin._split._initialise import (
     break_tie,
     reinitialise,
     renew_classifier,
+    warn_if_all_frozen,
     warn_if_frozen,
     warn_if_trained,
 )
@@ -280,9 +281,8 @@ class RIDEWrapper(SplitModule):
             warn_if_frozen(self.experts[0], shared, why)
         if init == "fresh":
             warn_if_trained(self.experts[0])
-            left: list[str] = []
-            for expert in self.experts:
-                left = reinitialise(expert, shared)  # the same names for each
+            warn_if_all_frozen(self.experts[0], shared)
+            left, *_ = [reinitialise(expert, shared) for expert in self.experts]  # all the same
             if left:
                 warnings.warn(
                     f"These parameters of the experts keep the backbone's values, because most of "

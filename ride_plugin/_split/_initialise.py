@@ -29,18 +29,11 @@ def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
     Returns:
         Names of parameters that could not be redrawn safely and were left as they are.
     """
-    own = {name: p for name, p in expert.named_parameters() if id(p) not in keep}
-    if own and not any(parameter.requires_grad for parameter in own.values()):
-        warnings.warn(
-            "Every parameter behind the fork is frozen, so all experts are equal and stay equal. "
-            "Unfreeze what shall learn before wrapping (`requires_grad_(True)`).",
-            UserWarning,
-            stacklevel=4,
-        )
     left: list[str] = []
     with torch.no_grad():
-        for name, parameter in own.items():
-            if parameter.requires_grad and not _redraw(parameter):
+        for name, parameter in expert.named_parameters():
+            drawn = parameter.requires_grad and id(parameter) not in keep
+            if drawn and not _redraw(parameter):
                 left.append(name)
     for module in expert.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
@@ -83,6 +76,18 @@ def warn_if_trained(expert: nn.Module) -> None:
                 stacklevel=4,
             )
             return
+
+
+def warn_if_all_frozen(expert: nn.Module, keep: set[int]) -> None:
+    """Warn that no parameter of an expert's own can learn."""
+    own = [parameter for parameter in expert.parameters() if id(parameter) not in keep]
+    if own and not any(parameter.requires_grad for parameter in own):
+        warnings.warn(
+            "Every parameter behind the fork is frozen, so all experts are equal and stay equal. "
+            "Unfreeze what shall learn before wrapping (`requires_grad_(True)`).",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def warn_if_frozen(module: nn.Module, keep: set[int], why: str) -> None:
