@@ -24,45 +24,48 @@ from ride_plugin import (
 Stage = Callable[..., list[Tensor]]
 
 SHARES = ((0.41, 0.09, 0.50), (0.8, 0.1, 0.1))
-SLICE = 128
+BATCHES = (1, 8, 128, 1024)
+SLICE = 128  # rows; larger batches are also handed in as slices of it
 
 
 def routing() -> Case:
     """Routed inference at fixed shares against the ideal and the straightforward implementation.
 
-    Large batches also in slices of 128, as a caller may hand them in: torch asks the system for
-    large tensors anew each time.
+    Large batches also in slices, as a caller may hand them in: torch asks the system for large
+    tensors anew each time.
     """
 
     def rows() -> Iterator[list[Any]]:
         model = resnet32().eval()
         served = optimize_for_inference(model)
         for shares in SHARES:
-            for batch in (1, 8, 128, 1024):
+            for batch in BATCHES:
                 x, contiguous = images(batch), images(batch, channels_last=False)
                 gates = _Quota(shares, batch)
                 ours = RoutingInference(served, gates)
-                first = by_hand(resnet32(channels_last=False)).eval()
-                theirs = StraightforwardRouting(first, gates, torch.zeros(2))
+                theirs = _straightforward(gates)
                 ideal = _ideal(by_hand(served).eval(), x, gates.sizes)
                 every = _all_experts(served, x)
-                sliced = RoutingInference(served, _Quota(shares, SLICE))
                 with torch.no_grad():
                     yield [
                         f"{shares}, batch {batch}",
                         compare(lambda: ours(x), ideal),
                         compare(lambda: ours(x), lambda: theirs(contiguous)),
                         compare(lambda: ours(x), every),
-                        compare(
-                            lambda: torch.cat([sliced(part) for part in x.split(SLICE)]),
-                            lambda: theirs(contiguous),
-                        )
-                        if batch > SLICE
-                        else "-",
                     ]
+                    if batch > SLICE:
+                        sliced = RoutingInference(served, _Quota(shares, SLICE))
+                        yield [
+                            f"{shares}, batch {batch} in slices of {SLICE}",
+                            "-",
+                            compare(
+                                lambda: torch.cat([sliced(part) for part in x.split(SLICE)]),
+                                lambda: theirs(contiguous),
+                            ),
+                            "-",
+                        ]
 
     header = ["shares of 1, 2, 3 experts", "ideal", "straightforward", "all experts"]
-    header.append(f"in slices of {SLICE} / straightforward")
     return "Routed inference, BatchNorm folded, against", header, rows()
 
 
@@ -81,6 +84,11 @@ class _Quota(nn.Module):
         verdict = torch.full_like(logits, -1.0)
         verdict[: self.sizes[index]] = 1.0
         return verdict
+
+
+def _straightforward(gates: _Quota) -> StraightforwardRouting:
+    split = by_hand(resnet32(channels_last=False)).eval()
+    return StraightforwardRouting(split, gates, torch.zeros(2))
 
 
 def _ideal(split: HandSplit, x: Tensor, sizes: tuple[int, int]) -> Callable[[], None]:
@@ -116,7 +124,7 @@ def exported() -> Case:
         stages = {name: _in_onnxruntime(program) for name, program in programs.items()}
         in_torch = {name: programs[name] for name in programs if name.startswith("expert_")}
         for shares in SHARES:
-            for batch in (1, 8, 128, 1024):
+            for batch in BATCHES:
                 x, quota = images(batch, channels_last=False), _Quota(shares, batch)
                 gates = {
                     f"gate_{i}": _at_fixed_share(stages[f"gate_{i}"], size)
@@ -124,8 +132,7 @@ def exported() -> Case:
                 }
                 runner = StagedRunner({**stages, **gates})
                 mixed = StagedRunner({**stages, **gates, **in_torch})
-                first = by_hand(resnet32(channels_last=False)).eval()
-                theirs = StraightforwardRouting(first, quota, torch.zeros(2))
+                theirs = _straightforward(quota)
                 with torch.no_grad():
                     yield [
                         f"{shares}, batch {batch}",
@@ -171,7 +178,7 @@ def gates() -> Case:
     def rows() -> Iterator[list[Any]]:
         model = resnet32().eval()
         router = ExpertRouter.for_model(model).eval()
-        for batch in (1, 8, 128, 1024):
+        for batch in BATCHES:
             x = images(batch)
             with torch.no_grad():
                 inputs = model.router_inputs(x)
