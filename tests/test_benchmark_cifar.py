@@ -13,8 +13,9 @@ import torch
 pytest.importorskip("matplotlib")
 digits = pytest.importorskip("sklearn.datasets").load_digits()
 
-from benchmarks.cifar import report  # noqa: E402
+from benchmarks.cifar import plots, report  # noqa: E402
 from benchmarks.cifar.data import Split, load  # noqa: E402
+from benchmarks.cifar.evaluate import TAUS, by_tau  # noqa: E402
 from benchmarks.cifar.train import Recipe, Run  # noqa: E402
 
 COUNTS = (12, 9, 7, 6, 5, 4, 3, 3, 2, 2)
@@ -125,7 +126,9 @@ def test_methods_with_a_second_stage_share_the_first_and_change_classifiers_only
     assert done["routed"]["router at 1.1 x"]["flops"] <= 1.5 * budget
     text = report.write(tmp_path)
     assert all(f"| {name} |" in text for name in ("ce", "crt", "tau_norm", "ride3_crt"))
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 4  # no many-shot class, so no head and tail
+    as_trained = [row for row in done["by_tau"] if row["tau"] == 0]
+    assert as_trained == [{"tau": 0.0, **done["accuracy"]}]
 
 
 def test_adjusted_experts_compare_what_their_criteria_see(data, tmp_path) -> None:
@@ -134,3 +137,20 @@ def test_adjusted_experts_compare_what_their_criteria_see(data, tmp_path) -> Non
     prior = (counts / counts.sum()).log()
     torch.testing.assert_close(run.prior, torch.stack([prior, 0 * prior, 2 * prior]))
     assert run.execute()["mean_experts"] == 3
+
+
+def test_adjusting_after_training_trades_few_shot_for_many_shot_accuracy(tmp_path) -> None:
+    counts = [200, 50, 5]
+    labels = torch.arange(3).repeat(200)
+    logits = torch.randn(600, 3) + torch.nn.functional.one_hot(labels, 3)
+    curve = by_tau(logits, labels, counts)
+    assert [row["tau"] for row in curve] == list(TAUS)
+    many, few = ([row[split] for row in curve] for split in ("many", "few"))
+    assert many == sorted(many, reverse=True)
+    assert few == sorted(few)
+    assert many[0] > many[-1]
+    assert few[0] < few[-1]
+    plots.head_and_tail({"ours": [{"by_tau": curve}]}, tmp_path / "drawn.png")
+    absent = [{**row, "many": None} for row in curve]
+    plots.head_and_tail({"ours": [{"by_tau": absent}]}, tmp_path / "not.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["drawn.png"]

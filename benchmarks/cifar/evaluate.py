@@ -11,7 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cifar.data import Split, normalise
 from ride_plugin import RIDEWrapper, RouterInputs
-from ride_plugin.longtail import analyze, shot_report
+from ride_plugin.longtail import adjust_logits, analyze, shot_report
+
+SHOTS = ("overall", "many", "medium", "few")
+TAUS = (-0.5, -0.35, -0.25, -0.15, 0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def evaluate(model: nn.Module, split: Split, class_counts: Tensor) -> dict[str, Any]:
@@ -20,6 +23,7 @@ def evaluate(model: nn.Module, split: Split, class_counts: Tensor) -> dict[str, 
     analysis = analyze(experts, labels, counts)
     result = {
         **accuracy(experts.mean(1), labels, class_counts),
+        "by_tau": by_tau(experts.mean(1), labels, counts),
         "flops": flops(model),
         "calibration_error": vars(analysis.calibration_error),
     }
@@ -36,9 +40,18 @@ def evaluate(model: nn.Module, split: Split, class_counts: Tensor) -> dict[str, 
 def accuracy(logits: Tensor, labels: Tensor, class_counts: Tensor) -> dict[str, Any]:
     """Top-1 accuracy overall, by shot and by class; None for an empty group."""
     report = shot_report(logits.cpu(), labels.cpu(), class_counts.tolist())
-    groups = {name: getattr(report, name) for name in ("overall", "many", "medium", "few")}
+    groups = {name: getattr(report, name) for name in SHOTS}
     correct = logits.argmax(1) == labels
     return {"accuracy": groups, "per_class": mean_by_class(correct, labels, len(class_counts))}
+
+
+def by_tau(logits: Tensor, labels: Tensor, counts: list[int]) -> list[dict[str, Any]]:
+    """Accuracy by shot with the logits adjusted after training, over a fixed range of tau."""
+    rows = []
+    for tau in TAUS:
+        report = shot_report(adjust_logits(logits, counts, tau), labels, counts)
+        rows.append({"tau": tau, **{name: getattr(report, name) for name in SHOTS}})
+    return rows
 
 
 def mean_by_class(values: Tensor, labels: Tensor, num_classes: int) -> list[float]:

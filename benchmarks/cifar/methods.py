@@ -75,6 +75,7 @@ METHODS: dict[str, Method] = {
     "ride3_balanced_official": _adjusted((1.0, 1.0, 1.0), "official"),
     "ride3_adjusted": _adjusted(),
     "ride3_adjusted_mixup": _adjusted(mixup=0.3),
+    "ride3_adjusted_mixup_full_width": _adjusted(mixup=0.4, expert_width=1.0),
     "ride3_adjusted_paper": _adjusted(diversity="paper"),
 }
 """RIDE follows the authors: LDAM with deferred re-weighting on cosine classifiers, diversity weight

@@ -53,6 +53,27 @@ def cost(runs: Runs, file: Path) -> None:
     plt.close(figure)
 
 
+def head_and_tail(runs: Runs, file: Path) -> None:
+    """Few-shot against many-shot accuracy while the logits are adjusted after training."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, results in runs.items():
+        curves = [r["by_tau"] for r in results if r.get("by_tau")]
+        if not curves or None in (curves[0][0]["many"], curves[0][0]["few"]):
+            continue
+        x, y = (
+            100 * np.mean([[row[split] for row in curve] for curve in curves], axis=0)
+            for split in ("many", "few")
+        )
+        untouched = [row["tau"] for row in curves[0]].index(0)
+        axes.plot(x, y, ".-", color=_color(runs, name), linewidth=1.2, label=name)
+        axes.plot(x[untouched], y[untouched], "o", color=_color(runs, name))
+    if axes.lines:
+        title = "Logits adjusted after training, mean over seeds; large points: as trained"
+        _finish(axes, "many-shot accuracy, %", "few-shot accuracy, %", title)
+        figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
 def accuracy_by_class(runs: Runs, file: Path) -> None:
     """Accuracy of the classes in order of their frequency."""
     curves = {

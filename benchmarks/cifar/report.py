@@ -1,4 +1,4 @@
-"""Turn the JSON of every run into one Markdown table and four plots."""
+"""Turn the JSON of every run into one Markdown table and five plots."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.cifar import plots
-
-_COLUMNS = ("overall", "many", "medium", "few")
+from benchmarks.cifar.evaluate import SHOTS
 
 
 def write(folder: Path) -> str:
@@ -22,7 +21,7 @@ def write(folder: Path) -> str:
     if not runs:
         raise SystemExit(f"No finished run in {folder}.")
     rows = [row for name, results in runs.items() for row in _rows(name, results)]
-    header = ["method", "seeds", *_COLUMNS, "MFLOPs", "mean experts", "minutes"]
+    header = ["method", "seeds", *SHOTS, "MFLOPs", "mean experts", "minutes"]
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     table = "\n".join(f"| {line} |" for line in lines + [" | ".join(row) for row in rows])
     first = next(iter(runs.values()))[0]
@@ -33,6 +32,7 @@ def write(folder: Path) -> str:
     )
     (folder / "report.md").write_text(text + "\n")
     plots.cost(runs, folder / "accuracy-and-flops.png")
+    plots.head_and_tail(runs, folder / "head-and-tail.png")
     plots.accuracy_by_class(runs, folder / "accuracy-by-class.png")
     plots.experts_by_class(runs, folder / "experts-by-class.png")
     plots.disagreement_by_class(runs, folder / "disagreement-by-class.png")
@@ -49,7 +49,7 @@ def _rows(name: str, results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _cells(name: str, results: list[dict[str, Any]], minutes: str) -> list[str]:
-    accuracy = [_spread([r["accuracy"][column] for r in results]) for column in _COLUMNS]
+    accuracy = [_spread([r["accuracy"][column] for r in results]) for column in SHOTS]
     flops = f"{mean(r['flops'] for r in results) / 1e6:.0f}"
     experts = f"{mean(r.get('mean_experts', 1.0) for r in results):.2f}"
     return [name, str(len(results)), *accuracy, flops, experts, minutes]

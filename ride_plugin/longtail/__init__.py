@@ -10,7 +10,11 @@ from ride_plugin.longtail._classifiers import (
 )
 from ride_plugin.longtail._focal import FocalLoss
 from ride_plugin.longtail._ldam import LDAMLoss
-from ride_plugin.longtail._logit_adjustment import BalancedSoftmaxLoss, LogitAdjustedLoss
+from ride_plugin.longtail._logit_adjustment import (
+    BalancedSoftmaxLoss,
+    LogitAdjustedLoss,
+    adjust_logits,
+)
 from ride_plugin.longtail._reweighting import DeferredReweighting, effective_number_weights
 from ride_plugin.longtail._sampler import ClassBalancedSampler
 from ride_plugin.longtail._shots import ShotReport, shot_report
@@ -36,6 +40,7 @@ __all__ = [
     "LogitAdjustedLoss",
     "LongTailedSubset",
     "ShotReport",
+    "adjust_logits",
     "analyze",
     "bias_variance",
     "effective_number_weights",

@@ -1,4 +1,4 @@
-"""Logit-adjusted cross-entropy, of which balanced softmax is the case tau = 1."""
+"""Logit adjustment: in the loss, where balanced softmax is the case tau = 1, and after training."""
 
 from __future__ import annotations
 
@@ -14,6 +14,54 @@ from ride_plugin.longtail._arguments import (
     Numbers,
     check_logits_target,
 )
+
+
+def adjust_logits(logits: Tensor, class_counts: Numbers, tau: float = 1.0) -> Tensor:
+    r"""Move a trained model's decisions towards rare classes, or back to frequent ones.
+
+    $$\tilde z_c = z_c - \tau \log \pi_c, \qquad \pi_c = \frac{n_c}{\sum_k n_k}$$
+
+    Source: Menon et al., "Long-tail Learning via Logit Adjustment", ICLR 2021, the post-hoc
+    adjustment. Nothing is trained. A model trained with plain cross entropy becomes one for a
+    balanced test set at tau = 1. One trained with balanced softmax, or several experts adjusted
+    around it, gives many-shot classes back what they lost at a *negative* tau, at the expense of
+    few-shot ones; choose it on held-out data.
+
+    Args:
+        logits: ``[..., C]``: the model's output, that of routed inference, or expert logits.
+        class_counts: training images per class, ``[C]``, positive.
+        tau: strength; 0 changes nothing.
+
+    Returns:
+        ``[..., C]``, float32 or better.
+
+    Raises:
+        ArgumentError: a count is not positive, ``tau`` is not finite, or ``logits`` are not
+            floating point with one value for each count.
+
+    Example:
+        >>> import torch
+        >>> adjust_logits(torch.zeros(1, 2), [75, 25])
+        tensor([[0.2877, 1.3863]])
+    """
+    log_prior = _log_prior(class_counts, tau)
+    if logits.dim() == 0 or logits.shape[-1] != len(log_prior) or not logits.is_floating_point():
+        raise ArgumentError(
+            f"Expected argument `logits` to be floating point [..., {len(log_prior)}], as many "
+            f"classes as `class_counts` has, but got shape {list(logits.shape)} and dtype "
+            f"{logits.dtype}. Pass the model's output, not predicted classes."
+        )
+    precise = float32_or_better(logits)
+    return precise - tau * log_prior.to(precise)
+
+
+def _log_prior(class_counts: Numbers, tau: float) -> Tensor:
+    counts = check_class_counts(class_counts)
+    if not math.isfinite(tau):
+        raise ArgumentError(
+            f"Expected argument `tau` to be finite, but got {tau!r}. The paper takes 1."
+        )
+    return (counts / counts.sum()).log()
 
 
 def logit_adjusted_loss(logits: Tensor, target: Tensor, adjustment: Tensor) -> Tensor:
@@ -75,13 +123,8 @@ class LogitAdjustedLoss(nn.Module):
             ArgumentError: a count is not positive or ``tau`` is not finite.
         """
         super().__init__()
-        counts = check_class_counts(class_counts)
-        if not math.isfinite(tau):
-            raise ArgumentError(
-                f"Expected argument `tau` to be finite, but got {tau!r}. The paper takes 1."
-            )
+        adjustment = tau * _log_prior(class_counts, tau)
         self.tau = float(tau)
-        adjustment = self.tau * (counts / counts.sum()).log()
         self.register_buffer("adjustment", adjustment.float(), persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ride_plugin import RIDEError, experts_loss
-from ride_plugin.longtail import BalancedSoftmaxLoss, LogitAdjustedLoss
+from ride_plugin import RIDEError, RIDEWrapper, expert_logits, experts_loss
+from ride_plugin.longtail import BalancedSoftmaxLoss, LogitAdjustedLoss, adjust_logits
 
 COUNTS = [300, 40, 5]
 
@@ -75,7 +75,53 @@ def test_each_expert_may_have_its_own_tau() -> None:
     torch.testing.assert_close(experts_loss(criteria, experts, target), expected)
 
 
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (4, 2, 3)])
+@pytest.mark.parametrize("tau", [-0.5, 0.0, 1.0])
+def test_after_training_it_divides_probabilities_by_the_prior(shape, tau: float) -> None:
+    logits = torch.randn(shape, dtype=torch.float64)
+    adjusted = adjust_logits(logits, COUNTS, tau).softmax(-1).reshape(-1, 3)
+    for row, expected in zip(adjusted.tolist(), logits.reshape(-1, 3).tolist(), strict=True):
+        weights = [math.exp(z) * n**-tau for z, n in zip(expected, COUNTS, strict=True)]
+        assert row == pytest.approx([w / sum(weights) for w in weights])
+
+
+def test_after_training_it_undoes_what_the_criterion_added() -> None:
+    logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 2, 0])
+    expected = LogitAdjustedLoss(COUNTS, tau=0.7)(logits, target)
+    torch.testing.assert_close(
+        F.cross_entropy(adjust_logits(logits, COUNTS, -0.7), target), expected
+    )
+
+
+def test_a_negative_tau_moves_decisions_to_frequent_classes_only() -> None:
+    logits = torch.randn(200, 3)
+    before, after = (adjust_logits(logits, COUNTS, tau).argmax(1) for tau in (0.0, -0.5))
+    assert torch.equal(before, logits.argmax(1))
+    assert (after <= before).all()
+    assert (after < before).any()
+
+
+def test_after_training_it_takes_a_wrapped_model_s_output_and_half_precision() -> None:
+    backbone = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    model = RIDEWrapper(backbone, num_experts=2, example_input=torch.randn(2, 4))
+    out = model(torch.randn(5, 4))
+    adjusted = adjust_logits(out, COUNTS, -0.3)
+    assert type(adjusted) is torch.Tensor
+    torch.testing.assert_close(adjusted, adjust_logits(expert_logits(out), COUNTS, -0.3).mean(1))
+    half = adjust_logits(torch.tensor([[1.0, -math.inf, 0.0]]).half(), COUNTS)
+    assert half.dtype == torch.float32
+    assert half.isneginf().tolist() == [[False, True, False]]
+
+
 def test_bad_input_is_named() -> None:
+    with pytest.raises(RIDEError, match=r"`tau` to be finite.*inf"):
+        adjust_logits(torch.zeros(1, 3), COUNTS, math.inf)
+    with pytest.raises(RIDEError, match=r"`class_counts`.*0 for class 1"):
+        adjust_logits(torch.zeros(1, 2), [1, 0])
+    with pytest.raises(RIDEError, match=r"`logits` to be floating point \[..., 3\].*\[1, 2\]"):
+        adjust_logits(torch.zeros(1, 2), COUNTS)
+    with pytest.raises(RIDEError, match=r"int64.*not predicted classes"):
+        adjust_logits(torch.zeros(3, dtype=torch.int64), COUNTS)
     with pytest.raises(RIDEError, match=r"`tau` to be finite.*nan"):
         LogitAdjustedLoss(COUNTS, math.nan)
     with pytest.raises(RIDEError, match=r"`class_counts`.*0 for class 1"):
