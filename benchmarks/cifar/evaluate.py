@@ -14,7 +14,7 @@ from ride_plugin import RIDEWrapper, RouterInputs
 from ride_plugin.longtail import adjust_logits, analyze, shot_report
 
 SHOTS = ("overall", "many", "medium", "few")
-TAUS = (-0.5, -0.35, -0.25, -0.15, 0.0, 0.25, 0.5, 0.75, 1.0)
+TAUS = (-0.6, -0.4, -0.2, 0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def evaluate(model: nn.Module, split: Split, class_counts: Tensor) -> dict[str, Any]:

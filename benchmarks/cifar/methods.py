@@ -55,6 +55,7 @@ METHODS: dict[str, Method] = {
     "ldam_drw": Method("ldam_drw", cosine=True),
     "balanced_softmax": Method("balanced_softmax"),
     "balanced_softmax_cosine": Method("balanced_softmax", cosine=True),
+    "balanced_softmax_mixup": Method("balanced_softmax", cosine=True, mixup=0.4),
     "crt": Method(starts_from="ce", classifiers="crt"),
     "tau_norm": Method(starts_from="ce", classifiers="tau_norm"),
     "ride2_official": _ride(2, "official"),
