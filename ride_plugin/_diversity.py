@@ -26,7 +26,8 @@ class DiversityLoss(nn.Module):
 
     (Paper, section 3. Differs from the authors' code, which ``form="official"`` follows: see
     `functional.kl_from_mean`.) Add it to the classification loss of the experts; it is never
-    positive. Its gain over weight 0 was within the noise between seeds wherever it was measured.
+    positive. Its gain over weight 0 was within the noise between seeds, but for 0.8 points in each
+    of two seeds with balanced softmax and cosine classifiers on CIFAR-100-LT.
 
     **Take** ``form="official"`` **unless it is the paper's equation that you study.** The paper's
     divergence has no bound, and once experts are confident, one gains more by leaving the others
