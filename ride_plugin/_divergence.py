@@ -16,6 +16,7 @@ probabilities are ever subtracted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,15 +37,16 @@ class Comparison(NamedTuple):
     half_log_ratio: Tensor
 
 
-def compare(experts: Tensor, reference: Tensor, temperature: Tensor | float) -> Comparison:
+def compare(experts: Tensor, reference: Tensor, inverse_temperature: Tensor) -> Comparison:
     """Compare each expert with one reference.
 
     Args:
         experts: logits ``[B, E, C]``.
         reference: logits ``[B, 1, C]``.
-        temperature: broadcasts against the logits.
+        inverse_temperature: broadcasts against the logits, which it multiplies: half of what it
+            would cost to divide them.
     """
-    scaled, scaled_reference = experts / temperature, reference / temperature
+    scaled, scaled_reference = experts * inverse_temperature, reference * inverse_temperature
     p, q = scaled.softmax(dim=-1), scaled_reference.softmax(dim=-1)
     # log-sum-exp read off the largest class: two reductions instead of a pass of exponentials. Its
     # rounding error enters the divergences squared only, because p and q both sum to one.
@@ -52,9 +54,41 @@ def compare(experts: Tensor, reference: Tensor, temperature: Tensor | float) -> 
     top_ratio = p.amax(-1, keepdim=True) / q.amax(-1, keepdim=True)
     normaliser = top_logit - top_ratio.log()
     # From the difference of the logits, not from `scaled`, whose rounding would drown it.
-    h = torch.sub(experts, reference, out=scaled).div_(2 * temperature).sub_(normaliser, alpha=0.5)
+    h = torch.sub(experts, reference, out=scaled).mul_(inverse_temperature / 2)
+    h.sub_(normaliser, alpha=0.5)
     # A class masked with -inf on both sides gives NaN here and has no probability on either side.
     return Comparison(p, q, h.nan_to_num_(nan=0.0))
+
+
+_SLICE_BYTES = 512 * 1024
+"""Logits that one thread works on at a time: with what is computed from them, a core's cache."""
+
+
+def by_slices(
+    function: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, *beside: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Apply a function of samples that do not see each other, on a CPU to a few at a time.
+
+    The divergences are some twenty passes over the logits. Of a large batch each pass waits for
+    memory, fresh memory above all; slices that fit in the cache use the same memory again.
+
+    Args:
+        function: takes slices of ``logits`` and ``beside``, returns value ``[B]`` and gradient
+            ``[B, E, C]``.
+        logits: ``[B, E, C]``.
+        beside: tensors with B rows.
+    """
+    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return function(logits, *beside)  # each pass is a kernel launch there, or fused
+    row_bytes = logits[:1].numel() * logits.element_size()
+    rows = max(1, _SLICE_BYTES * torch.get_num_threads() // max(row_bytes, 1))
+    if rows >= len(logits):
+        return function(logits, *beside)
+    value, gradient = logits.new_empty(len(logits)), torch.empty_like(logits)
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        value[part], gradient[part] = function(logits[part], *(other[part] for other in beside))
+    return value, gradient
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ride_plugin._divergence import compare, float32_or_better, with_gradient
+from ride_plugin._divergence import by_slices, compare, float32_or_better, with_gradient
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import mean_logits
 from ride_plugin._routing_loss import routing_loss, routing_targets
@@ -143,24 +143,25 @@ def pairwise_kl(
         tensor([3.0464])
     """
     logits = float32_or_better(expert_logits)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(logits.dtype)[:, None, None]
+    inverse = _inverse(temperature, logits).expand(len(logits))[:, None, None]
     num_experts = logits.shape[1]
     factor = num_experts / max(num_experts - 1, 1)
-    with torch.no_grad():
-        p, q, h = compare(logits, logits.mean(dim=1, keepdim=True), temperature)
+
+    def of_samples(logits: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        p, q, h = compare(logits, logits.mean(dim=1, keepdim=True), inverse)
         # Products go into one buffer: at these sizes fresh memory costs more than arithmetic.
-        work = h.tanh().mul_(h)
-        of_q = work.sum(dim=1)
-        of_p = work.mul_(p).sum(dim=1)
-        value = of_p.addcmul_(of_q, q.squeeze(1)).sum(dim=1).mul_(2 * factor)
+        work = h.tanh().mul_(h).mul_(p + q)
+        value = work.sum(dim=(1, 2)).mul_(2 * factor)
         mean_h = torch.mul(p, h, out=work).sum(-1, keepdim=True)
         if detach_others:
             gradient = h.sub_(mean_h).mul_(p)
         else:  # half of p_i - mean_j p_j comes on top
             gradient = h.sub_(mean_h.sub_(0.5)).mul_(p)
             gradient.sub_(p.sum(dim=1, keepdim=True), alpha=0.5 / num_experts)
-        gradient.div_(temperature / (2 * factor))
+        return value, gradient.mul_(inverse * (2 * factor))
+
+    with torch.no_grad():
+        value, gradient = by_slices(of_samples, logits, inverse)
     return with_gradient(logits, value, gradient)
 
 
@@ -188,16 +189,20 @@ def kl_from_reference(
         tensor([0.])
     """
     logits = float32_or_better(expert_logits)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(logits.dtype)
-    with torch.no_grad():
-        p, q, h = compare(logits, reference_logits[:, None].to(logits.dtype), temperature)
+    inverse = _inverse(temperature, logits)
+
+    def of_samples(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        p, q, h = compare(logits, reference, inverse)
         # Beyond h = 40 the bracket is one; unclamped, the h of a masked class would cancel it.
         tanh = h.clamp_(max=40.0).tanh()
         rest = torch.sub(tanh, h, out=h)  # exact where h is small, so h = tanh - rest keeps it all
         bracket = rest.addcmul_(rest, tanh, value=-1).addcmul_(tanh, tanh)
         value = bracket.mul_(torch.add(p, q, out=tanh)).sum(dim=(1, 2))
-        gradient = p.sub_(q).div_(temperature)
+        return value, p.sub_(q).mul_(inverse)
+
+    with torch.no_grad():
+        reference = reference_logits[:, None].to(logits.dtype)
+        value, gradient = by_slices(of_samples, logits, reference)
     return with_gradient(logits, value, gradient)
 
 
@@ -258,3 +263,9 @@ def distillation_kl(
             "and student must see the same batch and know the same classes."
         )
     return temperature**2 * kl_from_reference(expert_logits, teacher_logits, temperature)
+
+
+def _inverse(temperature: Tensor | float, logits: Tensor) -> Tensor:
+    if isinstance(temperature, Tensor):
+        return temperature.detach().to(logits.dtype).reciprocal()
+    return torch.full((), 1 / temperature, dtype=logits.dtype, device=logits.device)

@@ -108,7 +108,10 @@ def test_training_stays_finite_and_within_seed_noise_of_no_diversity(form: str) 
 
 
 def test_gradient_into_both_sides_runs_away() -> None:
-    literal = train(1, 0.45, "paper", detach_others=False)
-    default = train(1, 0.45, "paper")
-    assert not literal.divergence < 1000 * default.divergence  # or it has become NaN
-    assert literal.accuracy < default.accuracy - 0.1
+    literal = [train(seed, 0.45, "paper", detach_others=False) for seed in SEEDS]
+    default = [train(seed, 0.45, "paper") for seed in SEEDS]
+    for one, other in zip(literal, default, strict=True):
+        assert not one.divergence < 1000 * other.divergence  # or it has become NaN
+    # How much is lost depends on the last bit, so not each seed has to show it.
+    lost = statistics.mean(d.accuracy - u.accuracy for d, u in zip(default, literal, strict=True))
+    assert lost > 0.1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
-from ride_plugin import functional
+from ride_plugin import _divergence, functional
 from ride_plugin._errors import ArgumentError
 from tests import oracles
 from tests.reference import losses  # noqa: F401
@@ -212,6 +212,33 @@ def test_one_hot_targets_look_up_what_indices_look_up() -> None:
 def test_teacher_of_other_shape_is_named() -> None:
     with pytest.raises(ArgumentError, match=r"`teacher_logits` to be of shape \[6, 7\].*\[6, 8\]"):
         functional.distillation_kl(make_logits(3), torch.zeros(6, 8))
+
+
+@pytest.mark.parametrize("rows", [1, 4])  # 4 leaves a last slice of 2
+def test_large_batches_in_slices_equal_the_whole(rows: int, monkeypatch) -> None:
+    logits, teacher = make_logits(3), make_logits(1)[:, 0].detach()
+    per_class = torch.linspace(0.6, 1.0, CLASSES, dtype=torch.float64)
+    terms = [
+        lambda: functional.pairwise_kl(logits, temperatures()),
+        lambda: functional.pairwise_kl(logits, 0.8, detach_others=False),
+        lambda: functional.kl_from_mean(logits, per_class),
+        lambda: functional.distillation_kl(logits, teacher),
+    ]
+    whole = [term() for term in terms]
+    calls: list[int] = []
+    compare = functional.compare
+
+    def counted(experts: Tensor, *others: Tensor) -> _divergence.Comparison:
+        calls.append(len(experts))
+        return compare(experts, *others)
+
+    monkeypatch.setattr(functional, "compare", counted)
+    monkeypatch.setattr(_divergence, "_SLICE_BYTES", rows * logits[0].numel() * 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for term, expected in zip(terms, whole, strict=True):
+        calls.clear()
+        assert_same(term(), expected, logits)
+        assert calls == {1: [1] * BATCH, 4: [4, 2]}[rows]
 
 
 @pytest.mark.parametrize("divergence", [functional.pairwise_kl, functional.kl_from_mean])
