@@ -64,26 +64,20 @@ _SLICE_BYTES = 512 * 1024
 """Logits that one thread works on at a time: with what is computed from them, a core's cache."""
 
 
-def by_slices(
+def _by_slices(
     function: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, *beside: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Apply a function of samples that do not see each other, on a CPU to a few at a time.
+    """Apply the function, on a CPU to a few samples at a time.
 
     The divergences are some twenty passes over the logits. Of a large batch each pass waits for
     memory, fresh memory above all; slices that fit in the cache use the same memory again.
-
-    Args:
-        function: takes slices of ``logits`` and ``beside``, returns value ``[B]`` and gradient
-            ``[B, E, C]``.
-        logits: ``[B, E, C]``.
-        beside: tensors with B rows.
     """
     if logits.device.type != "cpu" or torch.compiler.is_compiling():
         return function(logits, *beside)  # each pass is a kernel launch there, or fused
-    row_bytes = logits[:1].numel() * logits.element_size()
-    rows = max(1, _SLICE_BYTES * torch.get_num_threads() // max(row_bytes, 1))
-    if rows >= len(logits):
+    cache = _SLICE_BYTES * torch.get_num_threads()
+    if logits.nbytes <= cache:
         return function(logits, *beside)
+    rows = max(1, cache * len(logits) // logits.nbytes)
     value, gradient = logits.new_empty(len(logits)), torch.empty_like(logits)
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
@@ -117,8 +111,19 @@ class _KnownGradient(torch.autograd.Function):
         return gradient * grad_value[:, None, None], None, None
 
 
-def with_gradient(logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """Return ``value`` ``[B]``, whose gradient in ``logits`` ``[B, E, C]`` is ``gradient``."""
+def with_gradient(
+    function: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, *beside: Tensor
+) -> Tensor:
+    """Return the function's value ``[B]``, with the gradient in ``logits`` that it knows.
+
+    Args:
+        function: takes samples of ``logits`` and of ``beside``, which must not see each other, and
+            returns value ``[B]`` and gradient ``[B, E, C]``.
+        logits: ``[B, E, C]``.
+        beside: tensors with B rows, held constant.
+    """
+    with torch.no_grad():
+        value, gradient = _by_slices(function, logits, *beside)
     attached: Tensor = _KnownGradient.apply(logits, value, gradient)  # type: ignore[no-untyped-call]
     return attached
 
@@ -126,3 +131,10 @@ def with_gradient(logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
 def float32_or_better(logits: Tensor) -> Tensor:
     """Upcast half precision, also what autocast made; float64 stays as it is."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def inverse_of(temperature: Tensor | float, logits: Tensor) -> Tensor:
+    """One over the temperature, which is held constant, in the dtype of the logits."""
+    if isinstance(temperature, Tensor):
+        return temperature.detach().to(logits.dtype).reciprocal()
+    return torch.full((), 1 / temperature, dtype=logits.dtype, device=logits.device)

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ride_plugin._divergence import by_slices, compare, float32_or_better, with_gradient
+from ride_plugin._divergence import compare, float32_or_better, inverse_of, with_gradient
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import mean_logits
 from ride_plugin._routing_loss import routing_loss, routing_targets
@@ -143,7 +143,7 @@ def pairwise_kl(
         tensor([3.0464])
     """
     logits = float32_or_better(expert_logits)
-    inverse = _inverse(temperature, logits).expand(len(logits))[:, None, None]
+    inverse = inverse_of(temperature, logits).expand(len(logits))[:, None, None]
     num_experts = logits.shape[1]
     factor = num_experts / max(num_experts - 1, 1)
 
@@ -160,9 +160,7 @@ def pairwise_kl(
             gradient.sub_(p.sum(dim=1, keepdim=True), alpha=0.5 / num_experts)
         return value, gradient.mul_(inverse * (2 * factor))
 
-    with torch.no_grad():
-        value, gradient = by_slices(of_samples, logits, inverse)
-    return with_gradient(logits, value, gradient)
+    return with_gradient(of_samples, logits, inverse)
 
 
 def kl_from_reference(
@@ -189,7 +187,7 @@ def kl_from_reference(
         tensor([0.])
     """
     logits = float32_or_better(expert_logits)
-    inverse = _inverse(temperature, logits)
+    inverse = inverse_of(temperature, logits)
 
     def of_samples(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         p, q, h = compare(logits, reference, inverse)
@@ -200,10 +198,7 @@ def kl_from_reference(
         value = bracket.mul_(torch.add(p, q, out=tanh)).sum(dim=(1, 2))
         return value, p.sub_(q).mul_(inverse)
 
-    with torch.no_grad():
-        reference = reference_logits[:, None].to(logits.dtype)
-        value, gradient = by_slices(of_samples, logits, reference)
-    return with_gradient(logits, value, gradient)
+    return with_gradient(of_samples, logits, reference_logits[:, None].to(logits.dtype))
 
 
 def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
@@ -263,9 +258,3 @@ def distillation_kl(
             "and student must see the same batch and know the same classes."
         )
     return temperature**2 * kl_from_reference(expert_logits, teacher_logits, temperature)
-
-
-def _inverse(temperature: Tensor | float, logits: Tensor) -> Tensor:
-    if isinstance(temperature, Tensor):
-        return temperature.detach().to(logits.dtype).reciprocal()
-    return torch.full((), 1 / temperature, dtype=logits.dtype, device=logits.device)
