@@ -11,15 +11,15 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checkpointing import checkpointed
+from ride_plugin._recompute import checkpointed
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, mean_logits
-from ride_plugin._parts import as_expert_index, joined_by, plain_modules, warn_if_equal
+from ride_plugin._split._join import as_expert_index, joined_by, plain_modules, warn_if_equal
 from ride_plugin._split import SplitModule, split_backbone
 from ride_plugin._split._analysis import random_state_kept
 from ride_plugin._split._classifier import replace_classifier
 from ride_plugin._split._graft import graft_experts
-from ride_plugin._split._initialise import (
+from ride_plugin._initialise import (
     break_tie,
     reinitialise,
     renew_classifier,
@@ -27,7 +27,7 @@ from ride_plugin._split._initialise import (
     warn_if_frozen,
     warn_if_trained,
 )
-from ride_plugin._split._width import narrow_expert
+from ride_plugin._width._narrow import narrow_expert
 
 
 class RIDEWrapper(SplitModule):

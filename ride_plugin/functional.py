@@ -14,10 +14,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ride_plugin._divergence import compare, float32_or_better, inverse_of, with_gradient
+from ride_plugin._numerics import compare, float32_or_better, inverse_of, with_gradient
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import mean_logits
-from ride_plugin._routing_loss import routing_loss, routing_targets
+from ride_plugin.routing._loss import routing_loss, routing_targets
 
 __all__ = [
     "Form",

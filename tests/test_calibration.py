@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from ride_plugin import ExpertRouter
-from ride_plugin._calibration import LongTailedCalibrationWarning
-from ride_plugin._confidence import ConfidenceRouter
+from ride_plugin.routing._threshold import LongTailedCalibrationWarning
+from ride_plugin.routing._confidence import ConfidenceRouter
 from ride_plugin._cost import cost_report
 from ride_plugin._errors import ArgumentError
-from ride_plugin._inference import RoutingInference
-from ride_plugin._routing_report import routing_report
+from ride_plugin.routing._inference import RoutingInference
+from ride_plugin.routing._report import routing_report
 from tests.handmade import small_model
 
 

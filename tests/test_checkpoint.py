@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.cifar.resnet import ResNet32
 from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference, count_flops
-from ride_plugin._checkpoint import load_official_checkpoint
+from ride_plugin._convert._official import load_official_checkpoint
 from ride_plugin._errors import ArgumentError, CheckpointError
 from tests.handmade import REFERENCE, SHARED, reference_arrays, resnet32_ride
 from tests.official import Official, Plain

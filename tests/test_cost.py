@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ride_plugin import ExpertRouter, RIDEWrapper
-from ride_plugin._confidence import ConfidenceRouter
+from ride_plugin.routing._confidence import ConfidenceRouter
 from ride_plugin._cost import cost_report, count_flops
 from ride_plugin._errors import ArgumentError
 from tests.backbones import VisionTransformer

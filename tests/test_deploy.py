@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
-from ride_plugin._deploy import StagedRunner, export_stages
+from ride_plugin.routing._export import StagedRunner, export_stages
 from ride_plugin._errors import ArgumentError
 from tests.handmade import small_model
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ride_plugin import functional
-from ride_plugin._diversity import DiversityLoss
-from ride_plugin._experts_loss import experts_loss
+from ride_plugin.losses._diversity import DiversityLoss
+from ride_plugin.losses._experts_loss import experts_loss
 
 SEEDS = (0, 1, 2)
 EPOCHS = 20

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
-from ride_plugin._experts_loss import experts_loss
+from ride_plugin.losses._experts_loss import experts_loss
 from ride_plugin._output import ExpertOutput, attach_expert_logits
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._optimize import optimize_for_inference
+from ride_plugin._convert._fold_batchnorm import optimize_for_inference
 
 from .backbones import BACKBONES
 

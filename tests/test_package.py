@@ -19,13 +19,13 @@ PACKAGE = ROOT / "ride_plugin"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LOSSES = {
-    "ride_plugin._distillation",
-    "ride_plugin._divergence",
-    "ride_plugin._diversity",
-    "ride_plugin._experts_loss",
-    "ride_plugin._routing_loss",
-    "ride_plugin._target",
-    "ride_plugin._temperature",
+    "ride_plugin.losses._distillation",
+    "ride_plugin._numerics",
+    "ride_plugin.losses._diversity",
+    "ride_plugin.losses._experts_loss",
+    "ride_plugin.routing._loss",
+    "ride_plugin._checks",
+    "ride_plugin.losses._temperature",
     "ride_plugin.functional",
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, SplitError, cost_report
-from ride_plugin._plan import Plan, PlanRow, plan
+from ride_plugin._budget import Plan, PlanRow, plan
 from tests.backbones import CifarResNet
 
 CLASSES = 100

@@ -8,7 +8,7 @@ from torch import nn
 
 from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
 from ride_plugin._errors import ArgumentError
-from ride_plugin._queue import RoutingQueue
+from ride_plugin.routing._queue import RoutingQueue
 from ride_plugin._split import TrunkState
 from tests.handmade import small_model
 

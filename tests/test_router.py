@@ -10,9 +10,9 @@ from ride_plugin import (
     RouterInputs,
     RoutingLoss,
 )
-from ride_plugin._confidence import ConfidenceRouter
+from ride_plugin.routing._confidence import ConfidenceRouter
 from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
-from ride_plugin._routing_loss import routing_loss, routing_targets
+from ride_plugin.routing._loss import routing_loss, routing_targets
 from tests.handmade import REFERENCE, reference_arrays, resnet32_ride, small_model
 
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="reference numbers absent")

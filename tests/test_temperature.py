@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin._temperature import TemperatureSchedule
+from ride_plugin.losses._temperature import TemperatureSchedule
 
 COUNTS = [500, 100, 20, 5]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ride_plugin import RIDEWrapper, WidthError, count_flops, expert_logits, experts_loss
 from ride_plugin._errors import ArgumentError
-from ride_plugin._split._initialise import warn_if_trained
-from ride_plugin._split._width_map import WidthMap
+from ride_plugin._initialise import warn_if_trained
+from ride_plugin._width._map import WidthMap
 
 from .backbones import BACKBONES, CifarResNet, ImageNetResNet, mlp
 from .handmade import resnet32_ride

@@ -20,7 +20,7 @@ from benchmarks.coverage.compare import (
 from benchmarks.coverage.inputs import Inputs, other_sizes, rows_of
 from benchmarks.coverage.subject import Subject, run, run_wrapped, unfused
 from ride_plugin import RIDEWrapper, expert_logits
-from ride_plugin._split._tree import map_tensors
+from ride_plugin._tree import map_tensors
 
 
 def wraps(subject: Subject) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ride_plugin._split._tree import map_tensors, tensors_in
+from ride_plugin._tree import map_tensors, tensors_in
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -14,7 +14,7 @@ from benchmarks.coverage.compare import Failed
 from benchmarks.coverage.inputs import Inputs, redrawn
 from ride_plugin import RIDEWrapper
 from ride_plugin._split._probe import clone_module
-from ride_plugin._split._tree import logits_in
+from ride_plugin._tree import logits_in
 
 _BATCH = 3
 

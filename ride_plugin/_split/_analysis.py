@@ -17,7 +17,7 @@ from ride_plugin._split._passes import play, read_attributes, record, write_attr
 from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._rows import Rows, find_rows
 from ride_plugin._split._state import Layout, TrunkState
-from ride_plugin._split._tree import logits_in, map_tensors, tensors_in
+from ride_plugin._tree import logits_in, map_tensors, tensors_in
 from ride_plugin._split._views import Views
 
 _BATCHES = (2, 3)

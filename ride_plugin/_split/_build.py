@@ -24,7 +24,7 @@ from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._probe import Call, call_tree, clone_module
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import FeatureHook, Forked, Recorded
-from ride_plugin._split._tree import logits_in
+from ride_plugin._tree import logits_in
 from ride_plugin._split._views import Link, Views, build_views, sides, spine_tensors
 
 

@@ -14,7 +14,7 @@ from ride_plugin._split._example import Inputs, resize_batch
 from ride_plugin._split._passes import play, record
 from ride_plugin._split._probe import clone_module
 from ride_plugin._split._state import Layout
-from ride_plugin._split._tree import logits_in, map_tensors
+from ride_plugin._tree import logits_in, map_tensors
 from ride_plugin._split._views import Views
 
 _BATCH = 3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._split._probe import Call
-from ride_plugin._split._tree import logits_in
+from ride_plugin._tree import logits_in
 
 ClassifierFactory = Callable[[int, int], nn.Module]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError, SplitError
-from ride_plugin._split._tree import logits_in, map_tensors, tensors_in
+from ride_plugin._tree import logits_in, map_tensors, tensors_in
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

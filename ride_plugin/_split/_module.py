@@ -20,7 +20,7 @@ from ride_plugin._split._passes import play, pooled, read_attributes, record, wr
 from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._tape import FeatureHook
-from ride_plugin._split._tree import logits_in
+from ride_plugin._tree import logits_in
 from ride_plugin._split._views import Views
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._split._example import Inputs
-from ride_plugin._split._tree import tensors_in
+from ride_plugin._tree import tensors_in
 
 Seen = tuple[int, tuple[int, ...]]  # (address, shape) of a tensor
 

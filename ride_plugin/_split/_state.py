@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ride_plugin._errors import ArgumentError, ReplayError
 from ride_plugin._split._rows import Rows, is_hollow, join_rows, take_rows
-from ride_plugin._split._tree import map_tensors, tensors_in
+from ride_plugin._tree import map_tensors, tensors_in
 
 _UNKNOWN_PATH = (
     "The backbone's forward took a path that was not seen when it was wrapped (another input size, "

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ride_plugin._errors import ReplayError
 from ride_plugin._split._state import Layout, hollow
-from ride_plugin._split._tree import map_tensors, tensors_in
+from ride_plugin._tree import map_tensors, tensors_in
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
 

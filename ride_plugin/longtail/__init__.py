@@ -2,7 +2,7 @@
 
 from ride_plugin.longtail._analysis import Analysis, analyze
 from ride_plugin.longtail._bias_variance import BiasVariance, bias_variance
-from ride_plugin.longtail._calibration import expected_calibration_error
+from ride_plugin.longtail._calibration_error import expected_calibration_error
 from ride_plugin.longtail._classifiers import (
     find_classifiers,
     freeze_representation,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin._target import check_target
+from ride_plugin._checks import check_target
 
 Numbers: TypeAlias = Sequence[int] | Sequence[float] | Tensor | NDArray[np.generic]
 """A list, tuple, array or tensor of numbers."""

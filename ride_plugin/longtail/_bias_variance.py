@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin._target import check_class_counts
+from ride_plugin._checks import check_class_counts
 from ride_plugin.longtail._arguments import (
     Numbers,
     as_cpu_tensor,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._divergence import float32_or_better
+from ride_plugin._numerics import float32_or_better
 from ride_plugin.longtail._arguments import (
     Numbers,
     as_weight,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin._target import check_class_counts
+from ride_plugin._checks import check_class_counts
 from ride_plugin.longtail._arguments import Numbers, check_number
 
 

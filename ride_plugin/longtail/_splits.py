@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin._target import check_class_counts
+from ride_plugin._checks import check_class_counts
 from ride_plugin.longtail._arguments import Numbers
 
 Floats: TypeAlias = NDArray[np.float64]

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin._inference import RoutingInference, RoutingOutput
+from ride_plugin.routing._inference import RoutingInference, RoutingOutput
 from ride_plugin._split import TrunkState
 from ride_plugin._split._example import Inputs, as_inputs, resize_batch
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._state import hollow
-from ride_plugin._split._tree import map_tensors, tensors_in
-from ride_plugin._stages import Router, goes_on
+from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin.routing._protocols import Router, goes_on
 from ride_plugin._wrapper import RIDEWrapper
 
 _FIRST_DIM = Rows(0, 1)

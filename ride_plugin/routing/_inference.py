@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._calibration import CalibrationResult, calibrate
+from ride_plugin.routing._threshold import CalibrationResult, calibrate
 from ride_plugin._errors import ArgumentError
-from ride_plugin._stages import RoutableModel, Router, goes_on, start
+from ride_plugin.routing._protocols import RoutableModel, Router, goes_on, start
 
 
 class RoutingOutput(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from ride_plugin._split._tree import tensors_in
+from ride_plugin._tree import tensors_in
 
 
 class Amended(Exception):

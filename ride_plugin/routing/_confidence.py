@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._divergence import float32_or_better
+from ride_plugin._numerics import float32_or_better
 from ride_plugin._errors import ArgumentError
 
 Kind = Literal["max_probability", "margin"]

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ride_plugin._split._tree import tensors_in
-from ride_plugin._split._width_layers import kind_of, resized
+from ride_plugin._tree import tensors_in
+from ride_plugin._width._layers import kind_of, resized
 
 Tag = tuple[str, str]  # ("layer", module name) or ("raw", parameter name)
 NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm", "prelu"}

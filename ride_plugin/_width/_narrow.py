@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import RIDEError, WidthError
 from ride_plugin._split._analysis import random_state_kept, throwaway
-from ride_plugin._split._attention_width import attention_of, replace_multihead_attention
+from ride_plugin._width._attention import attention_of, replace_multihead_attention
 from ride_plugin._split._build import Split
 from ride_plugin._split._example import resize_batch
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._state import TrunkState
 from ride_plugin._split._tape import Recorded
-from ride_plugin._split._tree import logits_in, tensors_in
-from ride_plugin._split._width_layers import pads_in, redrawn
-from ride_plugin._split._width_ledger import Change
-from ride_plugin._split._width_map import WidthMap, groupings_of
-from ride_plugin._split._width_plan import Amended, Plan, Step, Stuck, Trace
-from ride_plugin._split._width_trial import Trial
+from ride_plugin._tree import logits_in, tensors_in
+from ride_plugin._width._layers import pads_in, redrawn
+from ride_plugin._width._ledger import Change
+from ride_plugin._width._map import WidthMap, groupings_of
+from ride_plugin._width._plan import Amended, Plan, Step, Stuck, Trace
+from ride_plugin._width._trial import Trial
 
 _TRIALS = 60
 _BATCH = 3

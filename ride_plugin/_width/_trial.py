@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._split._attention_width import Attention
-from ride_plugin._split._tree import map_tensors, tensors_in
-from ride_plugin._split._width_amend import Amender
-from ride_plugin._split._width_layers import Kind, kind_of
-from ride_plugin._split._width_ledger import CONVOLUTIONS, NORMS, RESHAPES
-from ride_plugin._split._width_map import WidthMap
-from ride_plugin._split._width_plan import (
+from ride_plugin._width._attention import Attention
+from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin._width._amend import Amender
+from ride_plugin._width._layers import Kind, kind_of
+from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES
+from ride_plugin._width._map import WidthMap
+from ride_plugin._width._plan import (
     Amended,
     Plan,
     Step,

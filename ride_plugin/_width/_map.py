@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ride_plugin._split._attention_width import attention_of
+from ride_plugin._width._attention import attention_of
 
 _GRAIN = 8  # wide layers stay multiples of this, as kernels like them
 

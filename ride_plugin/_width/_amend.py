@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._split._attention_width import Attention
-from ride_plugin._split._tree import map_tensors, tensors_in
-from ride_plugin._split._width_layers import resized
-from ride_plugin._split._width_ledger import CONVOLUTIONS, JOINS, PRODUCTS, RESHAPES, Ledger
-from ride_plugin._split._width_map import WidthMap
-from ride_plugin._split._width_plan import Amended, Plan, Step, Stuck
+from ride_plugin._width._attention import Attention
+from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin._width._layers import resized
+from ride_plugin._width._ledger import CONVOLUTIONS, JOINS, PRODUCTS, RESHAPES, Ledger
+from ride_plugin._width._map import WidthMap
+from ride_plugin._width._plan import Amended, Plan, Step, Stuck
 
 
 class Amender(Ledger):

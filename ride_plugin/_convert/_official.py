@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError, CheckpointError
-from ride_plugin._router import ExpertRouter
-from ride_plugin._safe_load import load_tensors
+from ride_plugin.routing._router import ExpertRouter
+from ride_plugin._convert._safe_load import load_tensors
 from ride_plugin._split import CosineClassifier
 from ride_plugin._wrapper import RIDEWrapper
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._divergence import float32_or_better
+from ride_plugin._numerics import float32_or_better
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import Output, expert_logits
-from ride_plugin._target import check_target
+from ride_plugin._checks import check_target
 
 
 def routing_targets(expert_logits: Tensor, target: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ride_plugin._split._initialise import has_orthogonal_rows, is_constant, is_sparse
+from ride_plugin._initialise import has_orthogonal_rows, is_constant, is_sparse
 
 
 class Kind(NamedTuple):

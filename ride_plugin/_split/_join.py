@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._split import SplitModule
 from ride_plugin._split._tape import FeatureHook, ForkHook, Recorded, UnitHooks
-from ride_plugin._split._tree import logits_in
+from ride_plugin._tree import logits_in
 
 _OURS = (ForkHook, FeatureHook, UnitHooks)
 
