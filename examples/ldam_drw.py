@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader
 
-from ride_plugin import CosineClassifier, DiversityLoss, RIDEWrapper, experts_loss
-from ride_plugin.longtail import DeferredReweighting, LDAMLoss, ShotReport
+from ride_plugin import DiversityLoss, RIDEWrapper, experts_loss
+from ride_plugin.longtail import CosineClassifier, DeferredReweighting, LDAMLoss, ShotReport
 
 
 def train_plain(loader: DataLoader, epochs: int, class_counts: list[int]) -> nn.Module:

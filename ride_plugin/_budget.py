@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ride_plugin._contexts import random_state_kept
 from ride_plugin._cost import CostReport, _check_shares, cost_report
 from ride_plugin._errors import ArgumentError, WidthError
-from ride_plugin.routing._router import ExpertRouter
-from ride_plugin._split._analysis import random_state_kept
 from ride_plugin._wrapper import RIDEWrapper
+from ride_plugin.routing import ExpertRouter
 
 Shares = Sequence[float] | Tensor
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin._split._example import as_inputs, batch_size_of
+from ride_plugin._inputs import as_inputs, batch_size_of
 
 
 @dataclass(frozen=True)

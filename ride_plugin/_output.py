@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
@@ -25,6 +24,7 @@ class ExpertOutput(NamedTuple):
         expert_logits: ``[B, E, C]``, the logits of each expert.
 
     Example:
+        >>> import torch
         >>> out = ExpertOutput(torch.zeros(2, 5), torch.zeros(2, 3, 5))
         >>> tuple(expert_logits(out).shape)
         (2, 3, 5)
@@ -72,6 +72,7 @@ def expert_logits(output: Output) -> Tensor:
         ArgumentError: ``output`` is none of the accepted forms.
 
     Example:
+        >>> import torch
         >>> tuple(expert_logits(torch.zeros(4, 3, 10)).shape)
         (4, 3, 10)
     """
@@ -104,8 +105,3 @@ def expert_logits(output: Output) -> Tensor:
             ". Pass what the wrapped model returned."
         )
     return experts
-
-
-def mean_logits(experts: Tensor) -> Tensor:
-    """Ensemble prediction: mean over experts, ``[B, E, C]`` -> ``[B, C]`` (paper, section 3)."""
-    return torch.mean(experts, dim=1)

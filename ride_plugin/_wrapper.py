@@ -11,14 +11,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._recompute import checkpointed
+from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import ArgumentError
-from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, mean_logits
-from ride_plugin._split._join import as_expert_index, joined_by, plain_modules, warn_if_equal
-from ride_plugin._split import SplitModule, split_backbone
-from ride_plugin._split._analysis import random_state_kept
-from ride_plugin._split._classifier import replace_classifier
-from ride_plugin._split._graft import graft_experts
 from ride_plugin._initialise import (
     break_tie,
     reinitialise,
@@ -27,7 +21,19 @@ from ride_plugin._initialise import (
     warn_if_frozen,
     warn_if_trained,
 )
-from ride_plugin._width._narrow import narrow_expert
+from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits
+from ride_plugin._recompute import checkpointed
+from ride_plugin._split import (
+    SplitModule,
+    graft_experts,
+    joined_by,
+    plain_modules,
+    replace_classifier,
+    split_backbone,
+    warn_if_equal,
+)
+from ride_plugin._width import narrow_expert
+from ride_plugin.functional import mean_logits
 
 
 class RIDEWrapper(SplitModule):
@@ -207,7 +213,7 @@ class RIDEWrapper(SplitModule):
               (2): Linear(in_features=16, out_features=5, bias=True)
             )
         """
-        index = as_expert_index(expert, self.num_experts)
+        index = _as_expert_index(expert, self.num_experts)
         return plain_modules(self, range(index, index + 1))[0]
 
     def to_modules(self) -> nn.ModuleList:
@@ -298,3 +304,17 @@ class RIDEWrapper(SplitModule):
             if init == "copy":
                 renew_classifier(head)
             break_tie(head)
+
+
+def _as_expert_index(index: int, num_experts: int) -> int:
+    """``index`` if it names an expert.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    if not isinstance(index, int) or not 0 <= index < num_experts:
+        raise ArgumentError(
+            f"Expected argument `expert` to be an index from 0 to {num_experts - 1}, but got "
+            f"{index!r}."
+        )
+    return index

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ride_plugin import ExpertRouter, RouterInputs
+from ride_plugin import ExpertRouter
+from ride_plugin.routing import RouterInputs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REFERENCE = SHARED / "reference"

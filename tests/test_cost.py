@@ -4,10 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from ride_plugin import ExpertRouter, RIDEWrapper
-from ride_plugin.routing._confidence import ConfidenceRouter
-from ride_plugin._cost import cost_report, count_flops
-from ride_plugin._errors import ArgumentError
+from ride_plugin import (
+    ArgumentError,
+    ConfidenceRouter,
+    ExpertRouter,
+    RIDEWrapper,
+    cost_report,
+    count_flops,
+)
 from tests.backbones import VisionTransformer
 from tests.handmade import resnet32_plain, resnet32_ride, small_model
 

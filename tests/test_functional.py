@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
-from ride_plugin import _divergence, functional
-from ride_plugin._errors import ArgumentError
+from ride_plugin import ArgumentError, _numerics, functional
 from tests import oracles
 from tests.reference import losses  # noqa: F401
 
@@ -228,12 +227,12 @@ def test_large_batches_in_slices_equal_the_whole(rows: int, monkeypatch) -> None
     calls: list[int] = []
     compare = functional.compare
 
-    def counted(experts: Tensor, *others: Tensor) -> _divergence.Comparison:
+    def counted(experts: Tensor, *others: Tensor) -> _numerics.Comparison:
         calls.append(len(experts))
         return compare(experts, *others)
 
     monkeypatch.setattr(functional, "compare", counted)
-    monkeypatch.setattr(_divergence, "_SLICE_BYTES", rows * logits[0].numel() * 8)
+    monkeypatch.setattr(_numerics, "_SLICE_BYTES", rows * logits[0].numel() * 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for term, expected in zip(terms, whole, strict=True):
         calls.clear()

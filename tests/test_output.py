@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ride_plugin import ExpertOutput, RouterInputs, expert_logits
-from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
+from ride_plugin import ArgumentError, ExpertOutput, MissingExpertLogitsError, expert_logits
 from ride_plugin._output import attach_expert_logits
+from ride_plugin.routing import RouterInputs
 
 
 def test_every_form_gives_the_expert_logits() -> None:

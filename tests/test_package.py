@@ -18,16 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ride_plugin"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-LOSSES = {
-    "ride_plugin.losses._distillation",
-    "ride_plugin._numerics",
-    "ride_plugin.losses._diversity",
-    "ride_plugin.losses._experts_loss",
-    "ride_plugin.routing._loss",
+GROUND = {  # knows nothing of models
     "ride_plugin._checks",
-    "ride_plugin.losses._temperature",
+    "ride_plugin._errors",
+    "ride_plugin._numerics",
+    "ride_plugin._output",
     "ride_plugin.functional",
 }
+PACKAGES = ("_convert", "_split", "_width", "longtail", "losses", "routing")
 
 
 @functools.cache
@@ -130,39 +128,58 @@ def test_only_users_import_the_public_namespace(name: str) -> None:
     assert "ride_plugin" not in GRAPH[name], "import from the module that defines the name"
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+def floors_above(name: str, *floors: str) -> set[str]:
+    """What ``name`` reaches of the packages or modules called ``floors``."""
+    return {n for n in reachable_from(name) if n.split(".")[1] in floors}
+
+
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if n.startswith("ride_plugin.losses")))
 def test_losses_know_neither_wrapper_nor_splitter(name: str) -> None:
-    assert name in MODULES
-    above = {n for n in reachable_from(name) if n.split(".")[1] in {"_wrapper", "_split"}}
-    assert above == set()
+    assert floors_above(name, "_wrapper", "_construct", "_split", "_width", "routing") == set()
 
 
-def test_the_splitter_imports_only_the_errors_of_what_is_above_it() -> None:
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if n.startswith("ride_plugin.longtail")))
+def test_longtail_knows_neither_wrapper_nor_splitter(name: str) -> None:
+    assert floors_above(name, "_wrapper", "_construct", "_split", "_width", "routing") == set()
+
+
+def test_the_equations_stand_on_the_ground() -> None:
+    assert set(MODULES) > GROUND
+    assert reachable_from("ride_plugin.functional") == {
+        "ride_plugin._checks",
+        "ride_plugin._errors",
+        "ride_plugin._numerics",
+    }
+    for name in GROUND:
+        assert reachable_from(name) <= GROUND, name
+
+
+def test_the_splitter_imports_the_ground_only() -> None:
     inside = "ride_plugin._split"
-    outside = {
-        imported
-        for name, imports in GRAPH.items()
-        if name.startswith(inside)
-        for imported in imports
-        if not imported.startswith(inside)
-    }
-    assert outside == {"ride_plugin._errors"}
+    for name in MODULES:
+        if name.startswith(inside):
+            outside = {n.split(".")[1] for n in GRAPH[name] if not n.startswith(inside)}
+            ground = {"_checks", "_contexts", "_cosine", "_errors", "_inputs", "_tree"}
+            assert outside <= ground, name
+                name
+            )
 
 
-def test_longtail_knows_neither_wrapper_nor_splitter() -> None:
-    members = [name for name in MODULES if name.startswith("ride_plugin.longtail")]
-    above = {
-        imported
-        for name in members
-        for imported in reachable_from(name)
-        if imported.split(".")[1] in {"_wrapper", "_split"}
-    }
-    assert above == set()
+def test_narrowing_knows_the_splitter_and_nothing_above_it() -> None:
+    for name in MODULES:
+        if name.startswith("ride_plugin._width"):
+            assert floors_above(name, "_wrapper", "_construct", "losses", "routing") == set()
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_no_file_is_longer_than_300_lines(name: str) -> None:
-    assert len(MODULES[name].read_text().splitlines()) <= 300
+def test_nobody_outside_a_package_imports_its_private_modules(name: str) -> None:
+    private = {
+        imported
+        for imported in GRAPH[name]
+        if len(imported.split(".")) == 3 and imported.split(".")[2].startswith("_")
+    }
+    home = ".".join(name.split(".")[:2])
+    assert {n for n in private if not n.startswith(home + ".")} == set()
 
 
 def test_the_wheel_holds_the_package_with_py_typed_and_nothing_else(tmp_path: Path) -> None:

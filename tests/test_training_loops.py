@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ride_plugin import (
     DiversityLoss,
     ExpertRouter,
+    MissingExpertLogitsError,
     RIDEWrapper,
     RoutingLoss,
     expert_logits,
     experts_loss,
 )
-from ride_plugin._errors import MissingExpertLogitsError
 
 from .backbones import CifarResNet, GluedNet, VisionTransformer, mlp
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import CosineClassifier, ExpertOutput, RIDEWrapper, expert_logits
-from ride_plugin._errors import ArgumentError, SplitError
+from ride_plugin import ArgumentError, ExpertOutput, RIDEWrapper, SplitError, expert_logits
+from ride_plugin.longtail import CosineClassifier
 
 from .backbones import BACKBONES, CifarResNet, GluedNet, ImageNetResNet, mlp, plain_convnet
 
@@ -416,7 +416,7 @@ def test_replacing_a_trunk_module_after_wrapping_is_noticed() -> None:
     model = RIDEWrapper(ImageNetResNet(), 2)
     model.trunk.bn1 = nn.SyncBatchNorm(8)
     model.eval()
-    from ride_plugin._errors import ReplayError
+    from ride_plugin import ReplayError
 
     with pytest.raises(ReplayError, match="Convert the backbone before wrapping"):
         model(torch.randn(2, 3, 64, 64))

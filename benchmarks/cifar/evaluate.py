@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cifar.data import Split, normalise
-from ride_plugin import RIDEWrapper, RouterInputs
+from ride_plugin import RIDEWrapper
 from ride_plugin.longtail import adjust_logits, analyze, shot_report
+from ride_plugin.routing import RouterInputs
 
 SHOTS = ("overall", "many", "medium", "few")
 TAUS = (-0.6, -0.4, -0.2, 0.0, 0.25, 0.5, 0.75, 1.0)

@@ -15,13 +15,12 @@ from ride_plugin import (
     ConfidenceRouter,
     ExpertRouter,
     RIDEWrapper,
-    RouterInputs,
     RoutingInference,
     RoutingLoss,
     cost_report,
-    routing_report,
 )
 from ride_plugin.longtail import ClassBalancedSampler
+from ride_plugin.routing import RouterInputs, routing_report
 
 PASSES = 2  # augmented passes over the training images; what the router reads is stored
 EPOCHS = 30

@@ -19,15 +19,13 @@ from benchmarks.cifar.methods import METHODS, Method
 from benchmarks.cifar.resnet import ResNet32
 from benchmarks.cifar.routing import route
 from benchmarks.cifar.second_stage import normalise_classifiers, retrain_classifiers
-from ride_plugin import (
+from ride_plugin import DistillationLoss, DiversityLoss, RIDEWrapper, expert_logits, experts_loss
+from ride_plugin.longtail import (
     CosineClassifier,
-    DistillationLoss,
-    DiversityLoss,
-    RIDEWrapper,
-    expert_logits,
-    experts_loss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    effective_number_weights,
 )
-from ride_plugin.longtail import LDAMLoss, LogitAdjustedLoss, effective_number_weights
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,8 @@ from torch.export import ExportedProgram
 from benchmarks.speed.networks import Case, by_hand, images, resnet32
 from benchmarks.speed.straightforward import HandSplit, StraightforwardRouting
 from benchmarks.speed.timing import compare
-from ride_plugin import (
-    ExpertRouter,
-    RIDEWrapper,
-    RoutingInference,
-    StagedRunner,
-    export_stages,
-    optimize_for_inference,
-)
+from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference, optimize_for_inference
+from ride_plugin.routing import StagedRunner, export_stages
 
 Stage = Callable[..., list[Tensor]]
 

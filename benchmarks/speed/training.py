@@ -19,11 +19,11 @@ from benchmarks.speed.timing import compare
 from ride_plugin import (
     DiversityLoss,
     ExpertRouter,
-    RouterInputs,
     RoutingLoss,
     experts_loss,
     optimize_for_inference,
 )
+from ride_plugin.routing import RouterInputs
 
 
 def _counts(classes: int) -> list[int]:

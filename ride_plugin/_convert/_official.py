@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._errors import ArgumentError, CheckpointError
-from ride_plugin.routing._router import ExpertRouter
 from ride_plugin._convert._safe_load import load_tensors
-from ride_plugin._split import CosineClassifier
+from ride_plugin._cosine import CosineClassifier
+from ride_plugin._errors import ArgumentError, CheckpointError
 from ride_plugin._wrapper import RIDEWrapper
+from ride_plugin.routing import ExpertRouter
 
 _State = dict[str, Tensor]
 _PREFIX = re.compile(r"^(?:module\.|backbone\.)+")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ride_plugin._errors import SplitError
-from ride_plugin._split._example import Inputs, resize_batch
+from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._rows import Rows, find_rows
 from ride_plugin._split._state import Layout, TrunkState
-from ride_plugin._tree import logits_in, map_tensors, tensors_in
 from ride_plugin._split._views import Views
+from ride_plugin._tree import logits_in, map_tensors, tensors_in
 
 _BATCHES = (2, 3)
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -154,14 +153,6 @@ def changing_attributes(views: Views, inputs: Inputs, training: bool) -> set[tup
                 if old.get(key) is not new.get(key):
                     found.add((names[id(module)], key))
     return found
-
-
-@contextmanager
-def random_state_kept(module: nn.Module) -> Iterator[None]:
-    """Restore the random state of the CPU and of the module's devices after a block."""
-    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices - {None})):
-        yield
 
 
 def throwaway(views: Views, training: bool) -> Views:

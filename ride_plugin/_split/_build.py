@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import ArgumentError, SplitError
-from ride_plugin._split._analysis import (
-    changing_attributes,
-    layout_of,
-    random_state_kept,
-    tensors_only_experts_read,
-)
+from ride_plugin._inputs import Inputs, resize_batch
+from ride_plugin._split._analysis import changing_attributes, layout_of, tensors_only_experts_read
 from ride_plugin._split._check import check
 from ride_plugin._split._classifier import find_classifier
-from ride_plugin._split._example import Inputs, find_example, resize_batch
+from ride_plugin._split._example import find_example
 from ride_plugin._split._fork import choose_fork
+from ride_plugin._split._parts import Split
 from ride_plugin._split._probe import Call, call_tree, clone_module
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import FeatureHook, Forked, Recorded
+from ride_plugin._split._views import build_views, sides, spine_tensors
 from ride_plugin._tree import logits_in
-from ride_plugin._split._views import Link, Views, build_views, sides, spine_tensors
-
-
-@dataclass
-class Split:
-    """A backbone cut in two, with one expert that is an exact copy of its forked part.
-
-    Attributes:
-        views: the trunk and the expert.
-        layouts: what crosses the cut, for each path seen (evaluation, training).
-        attributes: plain attributes that a forward changes, put back before each expert.
-        inputs: an example of two rows.
-        num_classes: ``C``.
-        fork_at: name of the first forked submodule.
-        classifier: name of the classifier inside an expert, or None if there is no such module.
-    """
-
-    views: Views
-    layouts: list[Layout]
-    attributes: list[tuple[str, str]]
-    inputs: Inputs
-    num_classes: int
-    fork_at: str
-    classifier: str | None
 
 
 def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any) -> Split:
@@ -104,18 +77,6 @@ def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any)
     if classifier is not None:
         views.expert.get_submodule(classifier).register_forward_pre_hook(FeatureHook(views.running))
     return Split(views, layouts, attributes, inputs, num_classes, fork.name, classifier)
-
-
-def another_expert(views: Views) -> tuple[nn.Module, list[Link]]:
-    """Copy the expert; what belongs to the trunk stays shared, what is tied to it stays tied."""
-    memo: dict[int, Any] = {id(views.running): views.running}
-    memo.update((id(module), module) for module in views.trunk.modules())
-    for tensor in (*views.trunk.parameters(), *views.trunk.buffers()):
-        memo[id(tensor)] = tensor
-    inside = {id(module) for module in views.expert.modules()}
-    links = [link for link in views.links if id(link.view) in inside]
-    expert, links = copy.deepcopy((views.expert, links), memo)
-    return expert, links
 
 
 def _refuse_unfit(backbone: nn.Module) -> None:

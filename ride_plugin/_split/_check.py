@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import RIDEError, SplitError
+from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._analysis import throwaway
-from ride_plugin._split._example import Inputs, resize_batch
 from ride_plugin._split._passes import play, record
 from ride_plugin._split._probe import clone_module
 from ride_plugin._split._state import Layout
-from ride_plugin._tree import logits_in, map_tensors
 from ride_plugin._split._views import Views
+from ride_plugin._tree import logits_in, map_tensors
 
 _BATCH = 3
 

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ride_plugin._errors import ArgumentError, RIDEError, SplitError
-from ride_plugin._split._build import Split, split_backbone
-from ride_plugin._split._example import resize_batch
+from ride_plugin._inputs import resize_batch
+from ride_plugin._split._build import split_backbone
 from ride_plugin._split._module import SplitModule
+from ride_plugin._split._parts import Split
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import Forked
 from ride_plugin._split._views import Link

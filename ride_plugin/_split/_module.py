@@ -12,16 +12,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._contexts import evaluating, random_state_kept
 from ride_plugin._errors import RIDEError
-from ride_plugin._split._analysis import layout_of, random_state_kept
-from ride_plugin._split._build import Split, another_expert
-from ride_plugin._split._example import Inputs, resize_batch
+from ride_plugin._inputs import Inputs, resize_batch
+from ride_plugin._split._analysis import layout_of
+from ride_plugin._split._parts import Split, another_expert
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._tape import FeatureHook
-from ride_plugin._tree import logits_in
 from ride_plugin._split._views import Views
+from ride_plugin._tree import logits_in
 
 
 class SplitModule(nn.Module):
@@ -101,20 +102,8 @@ class SplitModule(nn.Module):
     @contextmanager
     def evaluating(self) -> Iterator[Self]:
         """Evaluation mode for the duration of a block; every submodule's mode is restored."""
-        training: list[nn.Module] = []
-        found: list[nn.Module] = [self]
-        for module in found:  # grows on the way; `modules()` spends most of its time on names
-            if module._modules:
-                found += [child for child in module._modules.values() if child is not None]
-            if module.training:
-                training.append(module)
-        if training:
-            self.eval()
-        try:
+        with evaluating(self):
             yield self
-        finally:
-            for module in training:
-                module.training = True
 
     def example_input(self, batch_size: int = 1) -> Inputs:
         """Inputs ``(args, kwargs)`` that the backbone accepts, for cost reports and export."""

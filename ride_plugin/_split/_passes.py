@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ReplayError
-from ride_plugin._split._example import batch_size_of
+from ride_plugin._inputs import batch_size_of
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._tape import ForkReached, Player, Recorder, Running
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._split._example import Inputs
+from ride_plugin._inputs import Inputs
 from ride_plugin._tree import tensors_in
 
 Seen = tuple[int, tuple[int, ...]]  # (address, shape) of a tensor

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._width._attention import Attention
 from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin._width._attention import Attention
 from ride_plugin._width._layers import resized
 from ride_plugin._width._ledger import CONVOLUTIONS, JOINS, PRODUCTS, RESHAPES, Ledger
 from ride_plugin._width._map import WidthMap

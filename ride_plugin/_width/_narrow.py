@@ -14,15 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import RIDEError, WidthError
-from ride_plugin._split._analysis import random_state_kept, throwaway
-from ride_plugin._width._attention import attention_of, replace_multihead_attention
-from ride_plugin._split._build import Split
-from ride_plugin._split._example import resize_batch
-from ride_plugin._split._passes import play, read_attributes, record, write_attributes
-from ride_plugin._split._state import TrunkState
-from ride_plugin._split._tape import Recorded
+from ride_plugin._inputs import resize_batch
+from ride_plugin._split import (
+    Recorded,
+    Split,
+    TrunkState,
+    play,
+    read_attributes,
+    record,
+    throwaway,
+    write_attributes,
+)
 from ride_plugin._tree import logits_in, tensors_in
+from ride_plugin._width._attention import attention_of, replace_multihead_attention
 from ride_plugin._width._layers import pads_in, redrawn
 from ride_plugin._width._ledger import Change
 from ride_plugin._width._map import WidthMap, groupings_of

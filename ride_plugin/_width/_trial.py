@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._width._attention import Attention
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._width._amend import Amender
+from ride_plugin._width._attention import Attention
 from ride_plugin._width._layers import Kind, kind_of
 from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES
 from ride_plugin._width._map import WidthMap

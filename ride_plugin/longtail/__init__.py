@@ -1,5 +1,6 @@
 """What long-tailed recognition uses beside RIDE: losses, samplers, subsets, reports."""
 
+from ride_plugin._cosine import CosineClassifier
 from ride_plugin.longtail._analysis import Analysis, analyze
 from ride_plugin.longtail._bias_variance import BiasVariance, bias_variance
 from ride_plugin.longtail._calibration_error import expected_calibration_error
@@ -33,6 +34,7 @@ __all__ = [
     "BiasVariance",
     "BySplit",
     "ClassBalancedSampler",
+    "CosineClassifier",
     "DeferredReweighting",
     "FocalLoss",
     "LDAMLoss",

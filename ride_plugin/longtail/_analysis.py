@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ride_plugin._checks import Numbers, as_cpu_tensor, as_labels, check_class_counts
 from ride_plugin._errors import ArgumentError
-from ride_plugin._checks import check_class_counts
-from ride_plugin.longtail._arguments import Numbers, as_cpu_tensor, as_labels
 from ride_plugin.longtail._calibration_error import expected_calibration_error
 from ride_plugin.longtail._shots import ShotReport, shot_report
 from ride_plugin.longtail._splits import (

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ride_plugin._errors import ArgumentError
-from ride_plugin._checks import check_class_counts
-from ride_plugin.longtail._arguments import (
+from ride_plugin._checks import (
     Numbers,
     as_cpu_tensor,
     as_labels,
+    check_class_counts,
     check_label_range,
 )
+from ride_plugin._errors import ArgumentError
 from ride_plugin.longtail._splits import BySplit, Ints, mean_by_split, shot_groups
 
 

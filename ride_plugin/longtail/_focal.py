@@ -6,13 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ride_plugin._checks import Numbers, as_weight, check_logits_target, check_number
 from ride_plugin._numerics import float32_or_better
-from ride_plugin.longtail._arguments import (
-    Numbers,
-    as_weight,
-    check_logits_target,
-    check_number,
-)
 
 
 def focal_loss(

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._numerics import float32_or_better
-from ride_plugin._errors import ArgumentError
-from ride_plugin._checks import check_class_counts
-from ride_plugin.longtail._arguments import (
+from ride_plugin._checks import (
     Numbers,
     as_weight,
+    check_class_counts,
     check_logits_target,
     check_number,
 )
+from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
 
 # Cosines computed in bfloat16 or TF32 exceed 1 by up to about 1 %; linear heads exceed it by far.
 _COSINE_TOLERANCE = 2e-2

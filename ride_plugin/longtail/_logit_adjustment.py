@@ -7,13 +7,9 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._numerics import float32_or_better
+from ride_plugin._checks import Numbers, check_class_counts, check_logits_target
 from ride_plugin._errors import ArgumentError
-from ride_plugin._checks import check_class_counts
-from ride_plugin.longtail._arguments import (
-    Numbers,
-    check_logits_target,
-)
+from ride_plugin._numerics import float32_or_better
 
 
 def adjust_logits(logits: Tensor, class_counts: Numbers, tau: float = 1.0) -> Tensor:

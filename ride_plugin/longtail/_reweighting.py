@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checks import Numbers, check_class_counts, check_number
 from ride_plugin._errors import ArgumentError
-from ride_plugin._checks import check_class_counts
-from ride_plugin.longtail._arguments import Numbers, check_number
 
 
 def effective_number_weights(class_counts: Numbers, beta: float = 0.9999) -> Tensor:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import distributed
 from torch.utils.data import Sampler
 
+from ride_plugin._checks import Numbers, as_labels, check_number
 from ride_plugin._errors import ArgumentError
-from ride_plugin.longtail._arguments import Numbers, as_labels, check_number
 
 
 def balanced_draw(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from ride_plugin._checks import Numbers, as_labels, check_number
 from ride_plugin._errors import ArgumentError
-from ride_plugin.longtail._arguments import Numbers, as_labels, check_number
 
 Profile = Literal["exp", "step"]
 

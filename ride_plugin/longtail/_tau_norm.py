@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ride_plugin._checks import check_number
 from ride_plugin._errors import ArgumentError
-from ride_plugin.longtail._arguments import check_number
 from ride_plugin.longtail._classifiers import Classifiers, linear_classifiers
 
 

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ride_plugin import functional
-from ride_plugin._numerics import float32_or_better
 from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import ExpertOutput, Output, expert_logits
 
 DistillationForm = Literal["per_expert", "official"]

@@ -7,12 +7,12 @@ import math
 from torch import Tensor, nn
 
 from ride_plugin import functional
-from ride_plugin._numerics import float32_or_better
-from ride_plugin._errors import ArgumentError
-from ride_plugin._output import Output, expert_logits
 from ride_plugin._checks import ClassCounts, check_class_counts, check_target, explain_target
-from ride_plugin.losses._temperature import TemperatureSchedule
+from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
+from ride_plugin._output import Output, expert_logits
 from ride_plugin.functional import Form
+from ride_plugin.losses._temperature import TemperatureSchedule
 
 _DEFAULTS = {"gamma": 0.05, "eta": 1.0, "start_epoch": 0}
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._numerics import float32_or_better
-from ride_plugin._errors import ArgumentError
-from ride_plugin._output import Output, expert_logits
 from ride_plugin._checks import check_target, explain_target
+from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
+from ride_plugin._output import Output, expert_logits
 
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Maps logits ``[B, C]`` and a target to a scalar."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import functional
-from ride_plugin._numerics import float32_or_better
-from ride_plugin._errors import ArgumentError
 from ride_plugin._checks import ClassCounts, check_class_counts
+from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
 from ride_plugin.functional import Form
 
 

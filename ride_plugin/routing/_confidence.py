@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._numerics import float32_or_better
 from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
 
 Kind = Literal["max_probability", "margin"]
 

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ride_plugin.routing._threshold import CalibrationResult, calibrate
 from ride_plugin._errors import ArgumentError
-from ride_plugin.routing._protocols import RoutableModel, Router, goes_on, start
-
-
-class RoutingOutput(NamedTuple):
-    """What ``RoutingInference(...)(x, return_routing=True)`` returns.
-
-    Attributes:
-        logits: ``[B, C]``, for each row the mean logits of the experts that it used.
-        num_experts_used: int64 ``[B]``, from 1 to E.
-    """
-
-    logits: Tensor
-    num_experts_used: Tensor
+from ride_plugin.routing._exit import RoutingOutput, goes_on, start
+from ride_plugin.routing._protocols import RoutableModel, Router
+from ride_plugin.routing._threshold import CalibrationResult, calibrate
 
 
 class RoutingInference(nn.Module):

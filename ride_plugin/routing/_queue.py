@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin.routing._inference import RoutingInference, RoutingOutput
-from ride_plugin.routing._protocols import RoutableModel, Router, goes_on, start
+from ride_plugin.routing._exit import RoutingOutput, goes_on, start
+from ride_plugin.routing._inference import RoutingInference
+from ride_plugin.routing._protocols import RoutableModel, Router
 
 
 @dataclass(frozen=True)

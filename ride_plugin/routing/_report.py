@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ride_plugin._errors import ArgumentError
 from ride_plugin._checks import ClassCounts, check_class_counts
+from ride_plugin._errors import ArgumentError
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._numerics import float32_or_better
 from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import RouterInputs
 
 if TYPE_CHECKING:

@@ -10,12 +10,13 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ride_plugin.routing._confidence import ConfidenceRouter, Kind
 from ride_plugin._cost import CostReport, cost_report
 from ride_plugin._errors import ArgumentError
-from ride_plugin._split._example import as_inputs
+from ride_plugin._inputs import as_inputs
 from ride_plugin._tree import map_tensors
-from ride_plugin.routing._protocols import RoutableModel, Router, goes_on
+from ride_plugin.routing._confidence import ConfidenceRouter, Kind
+from ride_plugin.routing._exit import goes_on
+from ride_plugin.routing._protocols import RoutableModel, Router
 
 LONG_TAIL_RATIO = 10
 """Calibration labels whose most and least frequent classes differ by more are long-tailed."""

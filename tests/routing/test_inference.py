@@ -9,10 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ride_plugin import ExpertRouter, RIDEWrapper, experts_loss
-from ride_plugin.routing._confidence import ConfidenceRouter
-from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
-from ride_plugin.routing._inference import RoutingInference, RoutingOutput
+from ride_plugin import (
+    ArgumentError,
+    ConfidenceRouter,
+    ExpertRouter,
+    MissingExpertLogitsError,
+    RIDEWrapper,
+    RoutingInference,
+    experts_loss,
+)
+from ride_plugin.routing import RoutingOutput
 from tests.handmade import REFERENCE, SHARED, reference_arrays, resnet32_ride, small_model
 
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="reference numbers absent")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, SplitError, cost_report
-from ride_plugin._budget import Plan, PlanRow, plan
+from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, SplitError, cost_report, plan
+from ride_plugin._budget import Plan, PlanRow
 from tests.backbones import CifarResNet
 
 CLASSES = 100

@@ -17,13 +17,12 @@ from ride_plugin import (
     ExpertRouter,
     RIDEWrapper,
     RoutingInference,
-    RoutingQueue,
     SplitError,
     cost_report,
     expert_logits,
-    export_stages,
     optimize_for_inference,
 )
+from ride_plugin.routing import RoutingQueue, export_stages
 from tests.backbones import BACKBONES, CifarResNet
 
 

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ride_plugin.losses._diversity import DiversityLoss
-from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
-from ride_plugin.losses._experts_loss import experts_loss
-from ride_plugin._output import ExpertOutput, attach_expert_logits
-from ride_plugin.losses._temperature import TemperatureSchedule
+from ride_plugin import (
+    ArgumentError,
+    DiversityLoss,
+    ExpertOutput,
+    MissingExpertLogitsError,
+    TemperatureSchedule,
+    experts_loss,
+)
+from ride_plugin._output import attach_expert_logits
 from tests import oracles
 from tests.reference import losses  # noqa: F401
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
-from ride_plugin.routing._export import StagedRunner, export_stages
-from ride_plugin._errors import ArgumentError
+from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInference
+from ride_plugin.routing import StagedRunner, export_stages
 from tests.handmade import small_model
 
 

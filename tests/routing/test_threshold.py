@@ -6,13 +6,8 @@ import warnings
 import pytest
 import torch
 
-from ride_plugin import ExpertRouter
-from ride_plugin.routing._threshold import LongTailedCalibrationWarning
-from ride_plugin.routing._confidence import ConfidenceRouter
-from ride_plugin._cost import cost_report
-from ride_plugin._errors import ArgumentError
-from ride_plugin.routing._inference import RoutingInference
-from ride_plugin.routing._report import routing_report
+from ride_plugin import ArgumentError, ConfidenceRouter, ExpertRouter, RoutingInference, cost_report
+from ride_plugin.routing import LongTailedCalibrationWarning, routing_report
 from tests.handmade import small_model
 
 

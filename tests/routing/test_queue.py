@@ -6,10 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
-from ride_plugin._errors import ArgumentError
-from ride_plugin.routing._queue import RoutingQueue
-from ride_plugin._split import TrunkState
+from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInference
+from ride_plugin.routing import RoutingQueue, TrunkState
 from tests.handmade import small_model
 
 

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import RIDEWrapper
-from ride_plugin._convert._fold_batchnorm import optimize_for_inference
-
-from .backbones import BACKBONES
+from ride_plugin import RIDEWrapper, optimize_for_inference
+from tests.backbones import BACKBONES
 
 
 def trained(model: nn.Module) -> nn.Module:

@@ -5,11 +5,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ride_plugin.losses._distillation import DistillationLoss
-from ride_plugin.losses._diversity import DiversityLoss
-from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
-from ride_plugin.losses._experts_loss import experts_loss
-from ride_plugin._output import ExpertOutput, attach_expert_logits
+from ride_plugin import (
+    ArgumentError,
+    DistillationLoss,
+    DiversityLoss,
+    ExpertOutput,
+    MissingExpertLogitsError,
+    experts_loss,
+)
+from ride_plugin._output import attach_expert_logits
 from tests import oracles
 from tests.reference import losses  # noqa: F401
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ride_plugin._errors import ArgumentError
-from ride_plugin.losses._temperature import TemperatureSchedule
+from ride_plugin import ArgumentError, TemperatureSchedule
 
 COUNTS = [500, 100, 20, 5]
 

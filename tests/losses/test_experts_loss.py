@@ -5,9 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
-from ride_plugin.losses._experts_loss import experts_loss
-from ride_plugin._output import ExpertOutput, attach_expert_logits
+from ride_plugin import ArgumentError, ExpertOutput, MissingExpertLogitsError, experts_loss
+from ride_plugin._output import attach_expert_logits
 
 
 def batch() -> tuple[Tensor, Tensor]:

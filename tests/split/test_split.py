@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._errors import ArgumentError, ReplayError, SplitError
-from ride_plugin._split._example import as_inputs, find_example, resize_batch
-from ride_plugin._split._fork import choose_fork
+from ride_plugin import ArgumentError, ReplayError, SplitError
 from ride_plugin._initialise import reinitialise
+from ride_plugin._inputs import as_inputs, resize_batch
+from ride_plugin._split._example import find_example
+from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._probe import call_tree, clone_module
 from ride_plugin._split._rows import Rows, find_rows, take_rows
 from ride_plugin._split._state import hollow
 from ride_plugin._split._tape import Player, Recorder, Running
-from ride_plugin._tree import logits_in, map_tensors, tensors_in
 from ride_plugin._split._units import tokens, units_of
-
-from .backbones import CifarResNet, ImageNetResNet, VisionTransformer, mlp
+from ride_plugin._tree import logits_in, map_tensors, tensors_in
+from tests.backbones import CifarResNet, ImageNetResNet, VisionTransformer, mlp
 
 
 class Pair(NamedTuple):

@@ -14,9 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin import functional
-from ride_plugin.losses._diversity import DiversityLoss
-from ride_plugin.losses._experts_loss import experts_loss
+from ride_plugin import DiversityLoss, experts_loss, functional
 
 SEEDS = (0, 1, 2)
 EPOCHS = 20

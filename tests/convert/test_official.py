@@ -18,9 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cifar.resnet import ResNet32
-from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference, count_flops
-from ride_plugin._convert._official import load_official_checkpoint
-from ride_plugin._errors import ArgumentError, CheckpointError
+from ride_plugin import (
+    ArgumentError,
+    CheckpointError,
+    ExpertRouter,
+    RIDEWrapper,
+    RoutingInference,
+    count_flops,
+    load_official_checkpoint,
+)
 from tests.handmade import REFERENCE, SHARED, reference_arrays, resnet32_ride
 from tests.official import Official, Plain
 

@@ -10,16 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ride_plugin import RIDEWrapper, WidthError, count_flops, expert_logits, experts_loss
-from ride_plugin._errors import ArgumentError
+from ride_plugin import (
+    ArgumentError,
+    RIDEWrapper,
+    WidthError,
+    count_flops,
+    expert_logits,
+    experts_loss,
+)
 from ride_plugin._initialise import warn_if_trained
 from ride_plugin._width._map import WidthMap
+from tests.backbones import BACKBONES, CifarResNet, ImageNetResNet, mlp
+from tests.handmade import resnet32_ride
+from tests.zoo.stateful import FrozenStem
 
-from .backbones import BACKBONES, CifarResNet, ImageNetResNet, mlp
-from .handmade import resnet32_ride
-from .zoo.stateful import FrozenStem
-
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "resnet32.npz"
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "resnet32.npz"
 
 
 def widths(expert: nn.Module) -> dict[str, tuple[int, int]]:

@@ -5,14 +5,15 @@ import torch
 from torch.nn import functional as F
 
 from ride_plugin import (
+    ArgumentError,
+    ConfidenceRouter,
     ExpertRouter,
+    MissingExpertLogitsError,
     RIDEWrapper,
-    RouterInputs,
     RoutingLoss,
 )
-from ride_plugin.routing._confidence import ConfidenceRouter
-from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
-from ride_plugin.routing._loss import routing_loss, routing_targets
+from ride_plugin.functional import routing_loss, routing_targets
+from ride_plugin.routing import RouterInputs
 from tests.handmade import REFERENCE, reference_arrays, resnet32_ride, small_model
 
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="reference numbers absent")

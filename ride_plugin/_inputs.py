@@ -1,0 +1,66 @@
+"""A batch as a forward receives it: positional and keyword arguments, and its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin._tree import map_tensors, tensors_in
+
+Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def as_inputs(example: Any) -> Inputs:
+    """Turn ``example_input`` into ``(args, kwargs)``: a tensor, a tuple of arguments, a mapping."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple):
+        if len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict):
+            return example
+        return example, {}
+    if isinstance(example, Tensor):
+        return (example,), {}
+    raise ArgumentError(
+        "Expected argument `example_input` to be a tensor, a tuple of positional arguments or a "
+        f"mapping of keyword arguments, but got {type(example).__name__}."
+    )
+
+
+def batch_size_of(inputs: Inputs) -> int:
+    """Batch size: the first dimension of the first tensor that has one."""
+    for tensor in tensors_in(inputs):
+        if tensor.dim() > 0:
+            return tensor.shape[0]
+    raise ArgumentError(
+        "Expected argument `example_input` to hold a tensor with a batch dimension, but it holds "
+        "none. Pass a batch as the backbone's forward receives it."
+    )
+
+
+def resize_batch(inputs: Inputs, batch_size: int) -> Inputs:
+    """Repeat the rows of an example until there are ``batch_size``; repeated rows are varied.
+
+    Floating rows get a little noise and integer rows are rotated, so that rows differ (a check
+    that rows come back in order needs that) and stay valid (token ids, masks).
+    """
+    given = batch_size_of(inputs)
+    generator = torch.Generator().manual_seed(0)
+
+    def resize(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != given:
+            return tensor
+        rows = [tensor[i % given] for i in range(batch_size)]
+        for i in range(given, batch_size):
+            if tensor.is_floating_point():
+                noise = torch.randn(rows[i].shape, generator=generator).to(tensor)
+                rows[i] = rows[i] + 0.3 * noise
+            elif rows[i].dim() > 0:
+                rows[i] = rows[i].roll(i, dims=0)
+        return torch.stack(rows)
+
+    resized: Inputs = map_tensors(resize, inputs)
+    return resized

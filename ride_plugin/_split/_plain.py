@@ -1,0 +1,88 @@
+"""The way back: an expert as a plain module, with nothing of this library."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._errors import RIDEError
+from ride_plugin._split._join import Joined
+from ride_plugin._split._module import SplitModule
+from ride_plugin._split._tape import FeatureHook, ForkHook, Recorded, UnitHooks
+from ride_plugin._tree import logits_in
+
+_OURS = (ForkHook, FeatureHook, UnitHooks)
+
+
+def plain_modules(model: SplitModule, indices: range) -> nn.ModuleList:
+    """For each index the backbone with the trunk's and that expert's weights, nothing of ours.
+
+    The modules share one copy of the trunk; the model itself stays as it is.
+
+    Raises:
+        RIDEError: a module computes something else than its expert.
+    """
+    copied = copy.deepcopy(model)
+    roots = [copied.experts[index] for index in indices]
+    for root in roots:
+        _reunite(root, copied)
+    for part in (copied.trunk, *roots):
+        _strip_hooks(part)
+    plain = [nn.Sequential(r.body, r.head) if isinstance(r, Joined) else r for r in roots]
+    for index, module in zip(indices, plain, strict=True):
+        module.train(model.training)
+        _check(model, index, module)
+    return nn.ModuleList(plain)
+
+
+def _reunite(root: nn.Module, model: SplitModule) -> None:
+    """Put the trunk's modules and tensors back to where the backbone had them."""
+    for name, module in list(root.named_modules(remove_duplicate=False)):
+        if isinstance(module, Recorded):
+            path, _, attribute = name.rpartition(".")
+            setattr(root.get_submodule(path), attribute, module.real)
+    inside = {id(module) for module in root.modules()}
+    for link in model._links:
+        if id(link.view) not in inside:
+            continue
+        link.view.__dict__.pop(link.name, None)
+        if link.name in link.owner._parameters:
+            link.view._parameters[link.name] = link.owner._parameters[link.name]
+        else:
+            link.view._buffers[link.name] = link.owner._buffers[link.name]
+            if link.name in link.owner._non_persistent_buffers_set:
+                link.view._non_persistent_buffers_set.add(link.name)
+
+
+def _strip_hooks(root: nn.Module) -> None:
+    for module in root.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _OURS) or isinstance(getattr(hook, "__self__", None), _OURS):
+                    del hooks[key]
+
+
+def _check(model: SplitModule, index: int, module: nn.Module) -> None:
+    args, kwargs = model.example_input(2)
+    probe = copy.deepcopy(module).eval()  # a forward may leave caches behind
+    with model.evaluating(), torch.no_grad():
+        expected, _ = model.run_expert(index, model.run_trunk(*args, **kwargs))
+        try:
+            got = logits_in(probe(*args, **kwargs))
+        except Exception as error:
+            raise RIDEError(
+                f"Expert {index} does not run as a module of its own ({type(error).__name__}: "
+                f"{error}). With a trunk of several inputs, call trunk and expert yourself."
+            ) from error
+    if got is None or not _close(got, expected):
+        raise RIDEError(
+            f"The plain module of expert {index} computes other logits than the expert. Its "
+            "backbone keeps references to submodules outside `named_modules()`."
+        )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e3 * torch.finfo(b.dtype).eps * max(1.0, float(b.abs().max()))
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance)

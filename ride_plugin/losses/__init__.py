@@ -1,0 +1,13 @@
+"""Stage one: what the experts learn."""
+
+from ride_plugin.losses._distillation import DistillationLoss
+from ride_plugin.losses._diversity import DiversityLoss
+from ride_plugin.losses._experts_loss import experts_loss
+from ride_plugin.losses._temperature import TemperatureSchedule
+
+__all__ = [
+    "DistillationLoss",
+    "DiversityLoss",
+    "TemperatureSchedule",
+    "experts_loss",
+]
