@@ -161,8 +161,6 @@ def test_the_splitter_imports_the_ground_only() -> None:
             outside = {n.split(".")[1] for n in GRAPH[name] if not n.startswith(inside)}
             ground = {"_checks", "_contexts", "_cosine", "_errors", "_inputs", "_tree"}
             assert outside <= ground, name
-                name
-            )
 
 
 def test_narrowing_knows_the_splitter_and_nothing_above_it() -> None:
