@@ -1,4 +1,8 @@
-"""Runs every Python block of the README and of docs/ as a test (docstrings run as doctests)."""
+"""Runs every Python block of the README and of docs/ as a test (docstrings run as doctests).
+
+The blocks of a page share a namespace, and nothing is put into it: a page works as it is pasted,
+from the top.
+"""
 
 import pytest
 import torch
@@ -8,11 +12,6 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 torch.set_num_threads(1)  # the suite's tensors are small; threads only fight over the cores
 
 
-def _namespace(namespace: dict[str, object]) -> None:
-    torch.manual_seed(0)
-    namespace["torch"] = torch
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -20,6 +19,5 @@ def _seed() -> None:
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
-    patterns=["README.md", "docs/*.md"],
-    setup=_namespace,
+    patterns=["README.md", "docs/**/*.md"],
 ).pytest()

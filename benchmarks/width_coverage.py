@@ -1,8 +1,8 @@
-"""Regenerate the table of docs/expert-width.md: which architectures can be narrowed, and to what.
+"""Regenerate docs/evidence/narrowing.md: which architectures can be narrowed, and to what.
 
 python -m benchmarks.width_coverage [--only NAME ...] [--cache FILE] [--jobs 1] [--width 0.75]
 
-Each architecture runs in a process of its own; the environment is that of docs/coverage.md.
+Each architecture runs in a process of its own, in the environment of docs/evidence/coverage.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.coverage.inputs import redrawn
 from benchmarks.coverage.zoo import zoo
 from ride_plugin import RIDEWrapper, WidthError, expert_logits
 
-_PAGE = Path(__file__).resolve().parents[1] / "docs" / "expert-width.md"
+_PAGE = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "narrowing.md"
 _STEPS = 12
 _ROWS = 4
 

@@ -4,7 +4,7 @@ Logit adjustment adds ``tau * log(n_c / n)`` to the logits in training: at 0 an 
 tail, at 1 a balanced test set (balanced softmax), at 2 an inverted tail. A list of criteria gives
 each expert its own, as later multi-expert methods do: no other line of the loop knows of it.
 Experts that fit different priors differ already, so there is no diversity term.
-Lines that use RIDE end in ``# RIDE``. See docs/recipes.md.
+Lines that use RIDE end in ``# RIDE``. See docs/how-to/recipes.md.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 The second stage freezes the representation, BatchNorm statistics included, draws every classifier
 anew and trains it on class-balanced batches. With RIDE each expert has a classifier of its own.
-Lines that use RIDE end in ``# RIDE``. See docs/recipes.md.
+Lines that use RIDE end in ``# RIDE``. See docs/how-to/recipes.md.
 """
 
 import argparse

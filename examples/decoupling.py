@@ -2,7 +2,7 @@
 
 Frequent classes get classifier weights of larger norm. tau-normalisation divides by a power of the
 norm, chosen on held-out images; learnable weight scaling (LWS) learns one factor a class on
-class-balanced batches. Lines that use RIDE end in ``# RIDE``. See docs/recipes.md.
+class-balanced batches. Lines that use RIDE end in ``# RIDE``. See docs/how-to/recipes.md.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 The teacher is in evaluation mode and gets no gradient. Each expert of the student learns from it;
 ``--form official`` distils the mean of the student's experts instead, as the authors' code does.
-Lines that use RIDE end in ``# RIDE``. See docs/recipes.md.
+Lines that use RIDE end in ``# RIDE``. See docs/how-to/recipes.md.
 """
 
 import argparse

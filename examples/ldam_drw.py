@@ -2,7 +2,7 @@
 
 LDAM asks rare classes to win by a larger margin, which needs a cosine classifier; DRW gives them
 more weight in the last epochs. RIDE's class temperatures start in the same epoch as DRW.
-Lines that use RIDE end in ``# RIDE``. See docs/recipes.md.
+Lines that use RIDE end in ``# RIDE``. See docs/how-to/recipes.md.
 """
 
 import argparse

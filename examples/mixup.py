@@ -1,7 +1,7 @@
 """Mixup: pairs of images and of labels, blended; every loss takes the soft targets as they are.
 
 A sample's temperature in the diversity loss is then the mean over its two classes.
-Lines that use RIDE end in ``# RIDE``. See docs/recipes.md.
+Lines that use RIDE end in ``# RIDE``. See docs/how-to/recipes.md.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""Coverage of RIDEWrapper over the architectures of model libraries; see docs/coverage.md."""
+"""RIDEWrapper on the architectures of model libraries; see docs/evidence/coverage.md."""

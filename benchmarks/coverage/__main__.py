@@ -1,4 +1,4 @@
-"""Regenerate docs/coverage.md: every check on every architecture of the zoo.
+"""Regenerate docs/evidence/coverage.md: every check on every architecture of the zoo.
 
 python -m benchmarks.coverage [--only NAME ...] [--cache FILE] [--jobs 1]
 
@@ -16,7 +16,7 @@ from benchmarks.coverage.run import run_all
 from benchmarks.coverage.table import write_page
 from benchmarks.coverage.zoo import zoo
 
-_PAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
+_PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence" / "coverage.md"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Writes docs/coverage.md."""
+"""Writes docs/evidence/coverage.md."""
 
 from __future__ import annotations
 

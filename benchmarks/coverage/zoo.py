@@ -19,7 +19,9 @@ def zoo() -> list[Architecture]:
         ("timm", timm_zoo),
     ):
         if find_spec(library) is None:
-            raise SystemExit(f"The coverage table needs {library}; docs/coverage.md says how.")
+            raise SystemExit(
+                f"The coverage table needs {library}; docs/evidence/coverage.md says how."
+            )
         __import__(library)
         found += module.architectures()
     return found

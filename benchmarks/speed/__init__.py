@@ -1,1 +1,1 @@
-"""Speed and memory: `python -m benchmarks.speed` prints the tables of docs/performance.md."""
+"""Speed and memory: `python -m benchmarks.speed` prints docs/evidence/performance.md."""
