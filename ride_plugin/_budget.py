@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ride_plugin._contexts import random_state_kept
-from ride_plugin._cost import CostReport, _check_shares, cost_report
+from ride_plugin._cost import CostReport, check_shares, cost_report
 from ride_plugin._errors import ArgumentError, WidthError
 from ride_plugin._wrapper import RIDEWrapper
 from ride_plugin.routing import ExpertRouter
@@ -206,9 +206,7 @@ def _row(
         expert_flops=(expert,) * number,
         gate_flops=(gate,) * (number - 1),
         router_parameters=0 if router is None else sum(p.numel() for p in router.parameters()),
-        shares=None
-        if shares is None
-        else _check_shares([float(share) for share in shares], number),
+        shares=None if shares is None else check_shares([float(share) for share in shares], number),
     )
     backbone = report.backbone_flops or 1
     # As if each expert were followed by a gate: at most one gate too many.

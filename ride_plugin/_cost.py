@@ -143,7 +143,7 @@ def cost_report(
             f"Expected argument `model` to be a RIDEWrapper, but got {type(model).__name__} "
             f"without {missing}. Count a plain module with `count_flops`."
         )
-    checked = None if shares is None else _check_shares(shares, model.num_experts)
+    checked = None if shares is None else check_shares(shares, model.num_experts)
     args, kwargs = model.example_input() if example_input is None else as_inputs(example_input)
     rows = batch_size_of((args, kwargs))
     with model.evaluating(), torch.no_grad():
@@ -223,7 +223,7 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _check_shares(shares: Sequence[float], num_experts: int) -> tuple[float, ...]:
+def check_shares(shares: Sequence[float], num_experts: int) -> tuple[float, ...]:
     values = tuple(shares.tolist() if isinstance(shares, Tensor) else map(float, shares))
     if len(values) != num_experts:
         raise ArgumentError(

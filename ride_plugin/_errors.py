@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from pathlib import Path
+from types import FrameType
+
+_PACKAGE = str(Path(__file__).parent / "_")[:-1]  # ends in the separator
+
 
 class RIDEError(Exception):
     """Base class: ``except RIDEError`` catches whatever this library raises on purpose."""
@@ -29,3 +36,12 @@ class WidthError(RIDEError, ValueError):
 
 class CheckpointError(RIDEError, ValueError):
     """A checkpoint does not fit the model, or cannot be read safely."""
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line of the user's code, however deep inside the package the cause was found."""
+    frame: FrameType | None = sys._getframe()
+    level = 1
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

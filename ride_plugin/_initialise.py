@@ -8,10 +8,10 @@ and leaves constants (zero-initialised gains, LayerScale) as they are.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
+
+from ride_plugin._errors import warn_caller
 
 _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
 _FEW_ROWS = 8
@@ -68,12 +68,10 @@ def warn_if_trained(expert: nn.Module) -> None:
     for name, module in expert.named_modules():
         batches = getattr(module, "num_batches_tracked", None)
         if isinstance(batches, Tensor) and int(batches) > 0:
-            warnings.warn(
+            warn_caller(
                 f"The backbone looks trained (`{name}` has seen {int(batches)} batches), and "
                 "init='fresh' discards the weights of its forked part. Pass init='copy' to keep "
-                "them, or a backbone with fresh weights.",
-                UserWarning,
-                stacklevel=4,
+                "them, or a backbone with fresh weights."
             )
             return
 
@@ -82,11 +80,9 @@ def warn_if_all_frozen(expert: nn.Module, keep: set[int]) -> None:
     """Warn that no parameter of an expert's own can learn."""
     own = [parameter for parameter in expert.parameters() if id(parameter) not in keep]
     if own and not any(parameter.requires_grad for parameter in own):
-        warnings.warn(
+        warn_caller(
             "Every parameter behind the fork is frozen, so all experts are equal and stay equal. "
-            "Unfreeze what shall learn before wrapping (`requires_grad_(True)`).",
-            UserWarning,
-            stacklevel=4,
+            "Unfreeze what shall learn before wrapping (`requires_grad_(True)`)."
         )
 
 
@@ -98,12 +94,10 @@ def warn_if_frozen(module: nn.Module, keep: set[int], why: str) -> None:
         if not parameter.requires_grad and id(parameter) not in keep and not is_constant(parameter)
     ]
     if frozen:
-        warnings.warn(
+        warn_caller(
             f"{why}, so these frozen parameters hold random values that will not learn: {frozen}. "
             "Unfreeze them before wrapping (`requires_grad_(True)`), or fork behind them "
-            "(`fork_at=`).",
-            UserWarning,
-            stacklevel=4,
+            "(`fork_at=`)."
         )
 
 

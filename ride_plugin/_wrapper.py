@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._contexts import random_state_kept
+from ride_plugin._construct import construct
 from ride_plugin._errors import ArgumentError
-from ride_plugin._initialise import (
-    break_tie,
-    reinitialise,
-    renew_classifier,
-    warn_if_all_frozen,
-    warn_if_frozen,
-    warn_if_trained,
-)
 from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits
 from ride_plugin._recompute import checkpointed
 from ride_plugin._split import (
+    Parts,
     SplitModule,
-    graft_experts,
-    joined_by,
+    feature_dim_of,
+    join_parts,
     plain_modules,
-    replace_classifier,
-    split_backbone,
-    warn_if_equal,
 )
-from ride_plugin._width import narrow_expert
 from ride_plugin.functional import mean_logits
 
 
@@ -102,10 +91,7 @@ class RIDEWrapper(SplitModule):
         return_experts: bool = False,
         checkpoint_experts: bool = False,
     ) -> None:
-        if not isinstance(num_experts, int) or num_experts < 1:
-            raise ArgumentError(
-                f"Expected argument `num_experts` to be an integer >= 1, but got {num_experts!r}."
-            )
+        num_experts = _num_experts(num_experts)
         if init not in ("fresh", "copy"):
             raise ArgumentError(
                 f"Expected argument `init` to be 'fresh' or 'copy', but got {init!r}."
@@ -125,25 +111,26 @@ class RIDEWrapper(SplitModule):
                 "Expected `expert_width` and `init` to be left alone with `expert_factory`, which "
                 f"makes the experts as they are, but got {expert_width} and {init!r}."
             )
-        split = split_backbone(backbone, fork_at, example_input)
-        if expert_width < 1:
-            warn_if_trained(split.views.expert)  # narrowing starts the statistics anew
-            narrow_expert(split, expert_width)
-        super().__init__(split, num_experts if expert_factory is None else 1)
-        if expert_factory is not None:
-            graft_experts(self, split, expert_factory, num_experts)
-            warn_if_equal(self.experts)
+        parts = construct(
+            backbone,
+            num_experts,
+            fork_at=fork_at,
+            expert_width=expert_width,
+            init=init,
+            classifier=classifier,
+            expert_factory=expert_factory,
+            example_input=example_input,
+        )
+        self._assemble(parts, expert_width, return_experts, checkpoint_experts)
+
+    def _assemble(
+        self, parts: Parts, expert_width: float, return_experts: bool, checkpoint_experts: bool
+    ) -> None:
+        super().__init__(parts)
+        self.feature_dim = feature_dim_of(parts)
         self.expert_width = float(expert_width)
         self.return_experts = return_experts
         self.checkpoint_experts = checkpoint_experts
-        if classifier is not None:
-            for expert in self.experts:
-                replace_classifier(expert, self._classifier, classifier, self.num_classes)
-            for expert in self.experts:
-                self._watch_classifier(expert)
-        if expert_factory is None and (num_experts > 1 or expert_width < 1):
-            self._initialise(init)
-        self.feature_dim = self._measure_feature_dim()
 
     @classmethod
     def from_parts(
@@ -181,16 +168,10 @@ class RIDEWrapper(SplitModule):
             >>> tuple(model(torch.randn(4, 8)).shape)
             (4, 5)
         """
-        joined = joined_by(trunk, expert_factory)
-        return cls(
-            joined(0),
-            num_experts,
-            fork_at="head",
-            expert_factory=joined,
-            example_input=example_input,
-            return_experts=return_experts,
-            checkpoint_experts=checkpoint_experts,
-        )
+        parts = join_parts(trunk, expert_factory, _num_experts(num_experts), example_input)
+        model = cls.__new__(cls)
+        cls._assemble(model, parts, 1.0, return_experts, checkpoint_experts)
+        return model
 
     def to_module(self, expert: int = 0) -> nn.Module:
         """One expert as a plain module: the backbone's class with trunk and expert put together.
@@ -214,7 +195,7 @@ class RIDEWrapper(SplitModule):
             )
         """
         index = _as_expert_index(expert, self.num_experts)
-        return plain_modules(self, range(index, index + 1))[0]
+        return plain_modules(self.parts(), [index]).train(self.training)[0]
 
     def to_modules(self) -> nn.ModuleList:
         """Every expert as in :meth:`to_module`; the modules share one copy of the trunk.
@@ -222,7 +203,7 @@ class RIDEWrapper(SplitModule):
         The ensemble is ``torch.stack([module(x) for module in modules]).mean(0)``; each module runs
         the trunk by itself.
         """
-        return plain_modules(self, range(self.num_experts))
+        return plain_modules(self.parts(), range(self.num_experts)).train(self.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | ExpertOutput:
         """Run the trunk once and every expert on its result.
@@ -251,8 +232,6 @@ class RIDEWrapper(SplitModule):
         Returns:
             :class:`RouterInputs`: expert logits ``[B, E, C]`` and features ``[B, E, D]``.
         """
-        for expert in self.experts:
-            self._watch_classifier(expert)
         # A graph cannot restore modes; compile and export what is in evaluation mode already.
         mode = nullcontext() if torch.compiler.is_compiling() else self.evaluating()
         with mode, torch.no_grad():
@@ -274,36 +253,18 @@ class RIDEWrapper(SplitModule):
             checkpointed(partial(logits_of, k), self.experts[k]) for k in range(len(self.experts))
         ]
 
-    def _measure_feature_dim(self) -> int:
-        with self.evaluating(), torch.no_grad(), random_state_kept(self):
-            args, kwargs = self._inputs
-            _, features = self._all_experts(args, kwargs)[0]
-        return features.shape[1]
 
-    def _initialise(self, init: str) -> None:
-        shared = {id(tensor) for tensor in self.trunk.parameters()}
-        if self.expert_width < 1:
-            why = f"expert_width={self.expert_width} makes new layers"
-            warn_if_frozen(self.experts[0], shared, why)
-        if init == "fresh":
-            warn_if_trained(self.experts[0])
-            warn_if_all_frozen(self.experts[0], shared)
-            left, *_ = [reinitialise(expert, shared) for expert in self.experts]  # all the same
-            if left:
-                warnings.warn(
-                    f"These parameters of the experts keep the backbone's values, because most of "
-                    f"their entries are zero and have their places (identity, dirac, pruned): "
-                    f"{left}. Initialise them yourself for each of `model.experts` if the experts "
-                    "shall differ there.",
-                    UserWarning,
-                    stacklevel=3,
-                )
-        if init == "copy" and self.classifiers:
-            warn_if_frozen(self.classifiers[0], shared, "Each expert gets a classifier of its own")
-        for head in self.classifiers:
-            if init == "copy":
-                renew_classifier(head)
-            break_tie(head)
+def _num_experts(number: int) -> int:
+    """``number`` as an int if it is a number of experts.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+        raise ArgumentError(
+            f"Expected argument `num_experts` to be an integer >= 1, but got {number!r}."
+        )
+    return int(number)
 
 
 def _as_expert_index(index: int, num_experts: int) -> int:

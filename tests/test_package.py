@@ -180,6 +180,41 @@ def test_nobody_outside_a_package_imports_its_private_modules(name: str) -> None
     assert {n for n in private if not n.startswith(home + ".")} == set()
 
 
+TORCHS_OWN = {  # private in name, but the only way to what torch keeps there
+    "_buffers",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_parameters",
+    "_qkv_same_embed_dim",
+    "_version",
+}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nobody_touches_the_private_fields_of_another_object(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text())
+    touched = {
+        f"{ast.unparse(node)} in line {node.lineno}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and node.attr not in TORCHS_OWN
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+        and not ast.unparse(node.value).startswith(("super(", "torch", "nn.modules", "sys"))
+    }
+    imported = {
+        f"{alias.name} in line {node.lineno}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ride_plugin")
+        for alias in node.names
+        if alias.name.startswith("_") and alias.name != "__version__"
+    }
+    assert touched | imported == set()
+
+
 def test_the_wheel_holds_the_package_with_py_typed_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

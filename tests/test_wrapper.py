@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -326,10 +327,18 @@ def test_in_place_change_of_the_trunks_result_is_isolated() -> None:
         torch.testing.assert_close(model.run_expert(1, state)[0], whole[:, 1])
 
 
-@pytest.mark.parametrize("num_experts", [0, -1, 2.0])
+@pytest.mark.parametrize("num_experts", [0, -1, 2.0, True, "3", None])
 def test_number_of_experts_is_checked(num_experts: int) -> None:
     with pytest.raises(ArgumentError, match=r"`num_experts` to be an integer >= 1, but got"):
         RIDEWrapper(mlp(), num_experts)
+    with pytest.raises(ArgumentError, match=r"`num_experts` to be an integer >= 1, but got"):
+        RIDEWrapper.from_parts(nn.Linear(4, 4), lambda k: nn.Linear(4, 3), num_experts)
+
+
+def test_an_integer_of_numpy_is_a_number_of_experts() -> None:
+    model = RIDEWrapper(mlp(), np.int64(2))
+    assert type(model.num_experts) is int
+    assert len(model.experts) == 2
 
 
 def test_unknown_fork_point_lists_near_matches() -> None:

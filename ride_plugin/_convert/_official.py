@@ -199,7 +199,10 @@ def _renamed(
             ours[f"trunk.{key}"] = key, tensor
         elif match[1] == "linear":
             head = model.classifiers[int(match[2])]
-            ours[f"experts.{match[2]}.{model._classifier}.{match[3]}"] = key, _laid(tensor, head)
+            ours[f"experts.{match[2]}.{model.classifier_name}.{match[3]}"] = (
+                key,
+                _laid(tensor, head),
+            )
         else:
             ours[f"experts.{match[2]}.{match[1]}.{match[3]}"] = key, tensor
     return ours, gates

@@ -2,11 +2,11 @@
 
 from ride_plugin._split._analysis import throwaway
 from ride_plugin._split._build import split_backbone
-from ride_plugin._split._classifier import replace_classifier
+from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._graft import graft_experts
-from ride_plugin._split._join import joined_by, warn_if_equal
+from ride_plugin._split._join import join_parts
 from ride_plugin._split._module import SplitModule
-from ride_plugin._split._parts import Split
+from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._plain import plain_modules
 from ride_plugin._split._rows import Rows, take_rows
@@ -14,22 +14,24 @@ from ride_plugin._split._state import TrunkState, hollow
 from ride_plugin._split._tape import Recorded
 
 __all__ = [
+    "Parts",
     "Recorded",
     "Rows",
     "Split",
     "SplitModule",
     "TrunkState",
+    "feature_dim_of",
     "graft_experts",
     "hollow",
-    "joined_by",
+    "join_parts",
     "plain_modules",
     "play",
     "read_attributes",
     "record",
-    "replace_classifier",
+    "replace_classifiers",
+    "replicate",
     "split_backbone",
     "take_rows",
     "throwaway",
-    "warn_if_equal",
     "write_attributes",
 ]

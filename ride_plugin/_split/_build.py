@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,28 @@ from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._parts import Split
 from ride_plugin._split._probe import Call, call_tree, clone_module
 from ride_plugin._split._state import Layout
-from ride_plugin._split._tape import FeatureHook, Forked, Recorded
-from ride_plugin._split._views import build_views, sides, spine_tensors
+from ride_plugin._split._tape import Forked, Recorded, watch_classifier
+from ride_plugin._split._views import Views, build_views, sides, spine_tensors
 from ride_plugin._tree import logits_in
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one forward of a backbone shows.
+
+    Attributes:
+        inputs: an example of two rows.
+        root: the calls in evaluation mode.
+        training_root: the calls in training mode; None where that needs more than the inputs.
+        output: what the backbone returned in evaluation mode.
+        num_classes: ``C``.
+    """
+
+    inputs: Inputs
+    root: Call
+    training_root: Call | None
+    output: Any
+    num_classes: int
 
 
 def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any) -> Split:
@@ -35,48 +55,64 @@ def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any)
             "Expected argument `backbone` to be a torch.nn.Module that maps a batch to logits "
             f"[B, C], but got {type(backbone).__name__}."
         )
-    _refuse_unfit(backbone)
     with random_state_kept(backbone):
-        probed = clone_module(backbone).eval()
-        inputs = find_example(probed, example_input)
-        root, output = call_tree(probed, inputs)
-        logits = logits_in(output)
-        if logits is None or logits.shape[0] != 2:
-            raise SplitError(
-                "Expected argument `backbone` to map a batch to logits [B, C], but for 2 rows it "
-                f"returned {'none' if logits is None else list(logits.shape)}."
-            )
-        num_classes = logits.shape[1]
-        fork = choose_fork(root, fork_at)
-        training_root = _training_call_tree(backbone, inputs)
-        trunk_units, forked_units = sides(fork, root, training_root)
-        classifier = find_classifier(root, output, forked_units)
-        del probed, output, logits
-
+        seen = examine(backbone, example_input)
+        fork = choose_fork(seen.root, fork_at)
+        trunk_units, forked_units = sides(fork, seen.root, seen.training_root)
         outside = spine_tensors(backbone, [*trunk_units, *forked_units])
         views = build_views(backbone, trunk_units, forked_units, set())
-        forked_tensors = tensors_only_experts_read(views, inputs, outside, training=False)
-        if training_root is not None:
-            forked_tensors &= tensors_only_experts_read(views, inputs, outside, training=True)
+        forked_tensors = tensors_only_experts_read(views, seen.inputs, outside, training=False)
+        if seen.training_root is not None:
+            forked_tensors &= tensors_only_experts_read(views, seen.inputs, outside, training=True)
         if forked_tensors:
             views = build_views(backbone, trunk_units, forked_units, forked_tensors)
+        return learned(backbone, views, seen, fork.name, forked_units)
 
-        modes = (False, True) if training_root is not None else (False,)
-        attributes = sorted(
-            set().union(*(changing_attributes(views, inputs, training) for training in modes))
+
+def examine(backbone: nn.Module, example_input: Any) -> Examined:
+    """Run a copy of the backbone on the example, or on one that is guessed.
+
+    Raises:
+        SplitError: it does not run, or returns no logits.
+    """
+    _refuse_unfit(backbone)
+    probed = clone_module(backbone).eval()
+    inputs = find_example(probed, example_input)
+    root, output = call_tree(probed, inputs)
+    logits = logits_in(output)
+    if logits is None or logits.shape[0] != 2:
+        raise SplitError(
+            "Expected argument `backbone` to map a batch to logits [B, C], but for 2 rows it "
+            f"returned {'none' if logits is None else list(logits.shape)}."
         )
-        layouts: list[Layout] = []
-        passes = [
-            (training, warm) for training in modes for warm in (False, True)[: 1 + bool(attributes)]
-        ]
-        for training, warm in passes:
-            layout = layout_of(views, inputs, training, attributes, warm=warm)
-            if all(known.keys != layout.keys for known in layouts):
-                layouts.append(layout)
-        check(backbone, views, inputs, layouts, fork.name)
-    if classifier is not None:
-        views.expert.get_submodule(classifier).register_forward_pre_hook(FeatureHook(views.running))
-    return Split(views, layouts, attributes, inputs, num_classes, fork.name, classifier)
+    training_root = _training_call_tree(backbone, inputs)
+    return Examined(inputs, root, training_root, output, logits.shape[1])
+
+
+def learned(
+    backbone: nn.Module, views: Views, seen: Examined, fork_at: str, forked_units: list[str]
+) -> Split:
+    """Learn what crosses the cut between two views of a backbone, and check that they are it.
+
+    Raises:
+        SplitError: they compute something else than the backbone, or mix rows.
+    """
+    modes = (False, True) if seen.training_root is not None else (False,)
+    attributes = sorted(
+        set().union(*(changing_attributes(views, seen.inputs, training) for training in modes))
+    )
+    layouts: list[Layout] = []
+    passes = [
+        (training, warm) for training in modes for warm in (False, True)[: 1 + bool(attributes)]
+    ]
+    for training, warm in passes:
+        layout = layout_of(views, seen.inputs, training, attributes, warm=warm)
+        if all(known.keys != layout.keys for known in layouts):
+            layouts.append(layout)
+    check(backbone, views, seen.inputs, layouts, fork_at)
+    classifier = find_classifier(seen.root, seen.output, forked_units)
+    watch_classifier(views.expert, classifier, views.running)
+    return Split(views, layouts, attributes, seen.inputs, seen.num_classes, fork_at, classifier)
 
 
 def _refuse_unfit(backbone: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The classifier of a backbone: finding it, and the cosine classifier that margin losses need."""
+"""The classifier of a backbone: how it is found and replaced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ride_plugin._cosine import CosineClassifier
 from ride_plugin._errors import ArgumentError, SplitError
+from ride_plugin._split._parts import Parts
 from ride_plugin._split._probe import Call
+from ride_plugin._split._tape import watch_classifier
 from ride_plugin._tree import logits_in
 
 ClassifierFactory = Callable[[int, int], nn.Module]
@@ -37,37 +39,43 @@ def find_classifier(root: Call, output: Any, forked_units: list[str]) -> str | N
     return chosen[0].name if chosen else None
 
 
-def replace_classifier(
-    expert: nn.Module, name: str | None, classifier: str | ClassifierFactory, num_classes: int
-) -> str:
-    """Put a new classifier into an expert; returns its name.
+def replace_classifiers(parts: Parts, classifier: str | ClassifierFactory) -> Parts:
+    """Give each expert a new classifier.
 
     Raises:
         SplitError: the backbone's classifier is not an ordinary linear layer on pooled features.
+        ArgumentError: ``classifier`` is of another kind.
     """
-    old = None if name is None else expert.get_submodule(name)
-    in_features = getattr(old, "in_features", None)
-    weight = getattr(old, "weight", None)
-    if in_features is None and isinstance(weight, Tensor) and weight.dim() == 2:
-        in_features = weight.shape[0] if weight.shape[1] == num_classes else weight.shape[1]
-    if name is None or old is None or not isinstance(in_features, int):
-        kind = "was not found" if old is None else f"is a {type(old).__name__} at `{name}`"
+    olds = parts.classifiers()
+    in_features = _in_features(olds[0], parts.num_classes) if olds else None
+    if in_features is None:
+        kind = f"is a {type(olds[0]).__name__} at `{parts.classifier}`" if olds else "was not found"
         raise SplitError(
             f"Expected the backbone's classifier to be a linear layer that `classifier=` can "
             f"replace, but it {kind}. Replace it in the backbone before wrapping, for example by "
             "ride_plugin.longtail.CosineClassifier, and leave `classifier=None`."
         )
-    if callable(classifier):
-        new = classifier(in_features, num_classes)
-    elif classifier == "cosine":
-        new = CosineClassifier(in_features, num_classes)
-    else:
-        raise ArgumentError(
-            "Expected argument `classifier` to be None, 'cosine' or a function of (in_features, "
-            f"num_classes) that returns a module, but got {classifier!r}."
-        )
-    parameter = next(old.parameters())
-    new = new.to(parameter.device, parameter.dtype).train(old.training)
-    path, _, attribute = name.rpartition(".")
-    setattr(expert.get_submodule(path) if path else expert, attribute, new)
-    return name
+    for expert, old in zip(parts.experts, olds, strict=True):
+        if callable(classifier):
+            new = classifier(in_features, parts.num_classes)
+        elif classifier == "cosine":
+            new = CosineClassifier(in_features, parts.num_classes)
+        else:
+            raise ArgumentError(
+                "Expected argument `classifier` to be None, 'cosine' or a function of "
+                f"(in_features, num_classes) that returns a module, but got {classifier!r}."
+            )
+        parameter = next(old.parameters())
+        new = new.to(parameter.device, parameter.dtype).train(old.training)
+        path, _, attribute = str(parts.classifier).rpartition(".")
+        setattr(expert.get_submodule(path), attribute, new)
+        watch_classifier(expert, parts.classifier, parts.running)
+    return parts
+
+
+def _in_features(head: nn.Module, num_classes: int) -> int | None:
+    in_features = getattr(head, "in_features", None)
+    weight = getattr(head, "weight", None)
+    if in_features is None and isinstance(weight, Tensor) and weight.dim() == 2:
+        in_features = weight.shape[0] if weight.shape[1] == num_classes else weight.shape[1]
+    return in_features if isinstance(in_features, int) else None

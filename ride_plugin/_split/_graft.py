@@ -7,66 +7,81 @@ that whatever led to its own trunk leads to the common one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ride_plugin._errors import ArgumentError, RIDEError, SplitError
+from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._build import split_backbone
-from ride_plugin._split._module import SplitModule
-from ride_plugin._split._parts import Split
+from ride_plugin._split._parts import Parts, Split, parts_of, trial_run
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import Forked
-from ride_plugin._split._views import Link
+from ride_plugin._split._views import Views
 
 
-def graft_experts(
-    model: SplitModule, split: Split, factory: Callable[[int], nn.Module], num_experts: int
-) -> None:
-    """Give ``model``, built from ``split`` with one expert, the forked halves of ``factory(k)``.
+def graft_experts(split: Split, factory: Callable[[int], nn.Module], num_experts: int) -> Parts:
+    """The split's trunk with the forked halves of ``factory(0), factory(1), ...`` as experts.
 
     Raises:
         SplitError: a network does not fit the trunk; the message says which and why.
     """
-    networks = [_network(factory, index) for index in range(num_experts)]
-    old = split.views.expert
-    experts, links, layouts = [], [], split.layouts
-    attributes = set(split.attributes)
+    networks = [module_from(factory, index) for index in range(num_experts)]
+    grafted: list[Split] = []
     for index, network in enumerate(networks):
         try:
             other = split_backbone(network, split.fork_at, split.inputs)
-            _check_alike(other, split)
-            layouts = _joined(layouts, other.layouts)
-            expert, own_links = _expert_on(split, other)
+            grafted.append(_transplanted(split, other))
         except (SplitError, AttributeError) as error:
             raise SplitError(f"`expert_factory({index})` does not fit: {error}") from error
-        experts.append(expert)
-        links += own_links
-        attributes |= set(other.attributes)
-    # What the trunk's pass reads of an expert (when it goes on into expert 0) follows.
-    names = {id(module): name for name, module in old.named_modules()}
+    # What the trunk reads of its expert (a pass may go on into expert 0), it reads of the new one.
+    first, names = grafted[0].views, {id(m): n for n, m in split.views.expert.named_modules()}
     for link in split.views.links:
         if id(link.owner) in names:
-            links.append(replace(link, owner=experts[0].get_submodule(names[id(link.owner)])))
-    for module in model.trunk.modules():
+            owner = first.expert.get_submodule(names[id(link.owner)])
+            first.links.append(replace(link, owner=owner))
+    for other in grafted:
+        other.views.expert.train(split.views.expert.training)
+    return unite(split, grafted)
+
+
+def unite(base: Split, splits: Sequence[Split]) -> Parts:
+    """The parts of a model whose experts come from several splits of ``base``'s trunk.
+
+    Raises:
+        SplitError: the experts differ in what a model needs equal, or do not run on the trunk.
+    """
+    layouts, attributes = base.layouts, set(base.attributes)
+    for index, split in enumerate(splits):
+        try:
+            _check_alike(split, base)
+            layouts = _joined(layouts, split.layouts)
+        except SplitError as error:
+            raise SplitError(f"`expert_factory({index})` does not fit: {error}") from error
+        attributes |= set(split.attributes)
+    experts = [split.views.expert for split in splits]
+    links = [link for split in splits for link in split.views.links]
+    for module in base.views.trunk.modules():
         if isinstance(module, Forked):
             module.stand_for(experts[0])
-    model.num_experts = num_experts
-    model.experts = nn.ModuleList(expert.train(old.training) for expert in experts)
-    model._links = links
-    model._layouts = layouts
-    model._kinds = num_experts
-    model._attributes = sorted(attributes)
     for link in links:
         link.refresh()
-    _check_runs(model)
+    common = replace(base, layouts=layouts, attributes=sorted(attributes))
+    parts = parts_of(common, experts, links, num_probed=len(experts))
+    _check_runs(parts)
+    _warn_if_equal(experts)
+    return parts
 
 
-def _network(factory: Callable[[int], nn.Module], index: int) -> nn.Module:
+def module_from(factory: Callable[[int], nn.Module], index: int) -> nn.Module:
+    """What a factory returns for an index.
+
+    Raises:
+        ArgumentError: it is no module.
+    """
     network = factory(index)
     if not isinstance(network, nn.Module):
         raise ArgumentError(
@@ -94,8 +109,8 @@ def _joined(ours: list[Layout], theirs: list[Layout]) -> list[Layout]:
     ]
 
 
-def _expert_on(split: Split, other: Split) -> tuple[nn.Module, list[Link]]:
-    """A copy of ``other``'s expert in which ``other``'s trunk is replaced by ``split``'s."""
+def _transplanted(split: Split, other: Split) -> Split:
+    """``other`` with a copy of its expert that runs on ``split``'s trunk instead of its own."""
     trunk, views = split.views.trunk, other.views
     memo: dict[int, Any] = {id(views.running): split.views.running}
     for name, module in views.trunk.named_modules(remove_duplicate=False):
@@ -109,19 +124,17 @@ def _expert_on(split: Split, other: Split) -> tuple[nn.Module, list[Link]]:
     inside = {id(module) for module in views.expert.modules()}
     links = [link for link in views.links if id(link.view) in inside]
     expert, links = copy.deepcopy((views.expert, links), memo)
-    return expert.to(next(trunk.parameters(), torch.empty(0)).device), links
+    expert.to(next(trunk.parameters(), torch.empty(0)).device)
+    return replace(other, views=Views(trunk, expert, split.views.running, links, []))
 
 
-def _check_runs(model: SplitModule) -> None:
-    args, kwargs = resize_batch(model._inputs, 2)
-    rows = torch.tensor([1, 0])
+def _check_runs(parts: Parts) -> None:
+    inputs = resize_batch(parts.inputs, 2)
     sizes = set()
-    for index in range(model.num_experts):
+    for index in range(len(parts.experts)):
         try:
-            with model.evaluating(), torch.no_grad():
-                state = model.run_trunk(*args, **kwargs)
-                logits, features = model.run_expert(index, state)
-                model.run_expert(index, state.select(rows.to(logits.device)))
+            logits, features = trial_run(parts, index, inputs)
+            trial_run(parts, index, inputs, torch.tensor([1, 0], device=logits.device))
         except (RIDEError, RuntimeError) as error:
             raise SplitError(
                 f"`expert_factory({index})` does not run on the backbone's trunk ({error}). Its "
@@ -133,3 +146,17 @@ def _check_runs(model: SplitModule) -> None:
             "Expected the experts' classifiers to receive features of one size, which the router "
             f"reads, but they receive {sorted(sizes)}. Give the experts equal last widths."
         )
+
+
+def _warn_if_equal(experts: Sequence[nn.Module]) -> None:
+    """Warn where a factory made two experts with the same weights."""
+    states = [dict(expert.named_parameters()) for expert in experts]
+    for k in range(1, len(states)):
+        if states[0].keys() == states[k].keys() and all(
+            torch.equal(tensor, states[k][name]) for name, tensor in states[0].items()
+        ):
+            warn_caller(
+                f"`expert_factory` gave experts 0 and {k} equal weights. They receive equal "
+                "gradients and stay equal unless something tells them apart: initialise each anew."
+            )
+            return

@@ -1,20 +1,25 @@
-"""Between wrapped models and plain modules: trunk and experts joined, and the way back."""
+"""Models from a trunk and experts made by hand: the parts are built as they are, nothing is cut."""
 
 from __future__ import annotations
 
-import functools
-import warnings
+import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
-from ride_plugin._errors import ArgumentError
+from ride_plugin._contexts import random_state_kept
+from ride_plugin._errors import ArgumentError, SplitError
+from ride_plugin._split._build import examine, learned
+from ride_plugin._split._graft import module_from, unite
+from ride_plugin._split._parts import Parts, Split
+from ride_plugin._split._probe import clone_module, detached_activations
+from ride_plugin._split._tape import Forked, ForkHook, Recorded, Running, UnitHooks
+from ride_plugin._split._views import Views
 
 
 class Joined(nn.Module):
-    """One expert after the trunk: the backbone that ``from_parts`` splits at `head`."""
+    """A trunk (``body``) and one expert (``head``) after it; in a view, one is a stand-in."""
 
     def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -26,13 +31,17 @@ class Joined(nn.Module):
         return self.head(self.body(*args, **kwargs))
 
 
-def joined_by(
-    trunk: nn.Module, expert_factory: Callable[[int], nn.Module]
-) -> Callable[[int], nn.Module]:
-    """A factory of whole networks from a trunk and a factory of experts, asked once for each.
+def join_parts(
+    trunk: nn.Module,
+    expert_factory: Callable[[int], nn.Module],
+    num_experts: int,
+    example_input: Any,
+) -> Parts:
+    """The parts of a model, from copies of ``trunk`` and of what the factory returns.
 
     Raises:
         ArgumentError: an argument is of another kind.
+        SplitError: an expert does not fit the trunk; the message says which and why.
     """
     for name, value, kind, fits in (
         ("trunk", trunk, "a torch.nn.Module", isinstance(trunk, nn.Module)),
@@ -42,31 +51,40 @@ def joined_by(
             raise ArgumentError(
                 f"Expected argument `{name}` to be {kind}, but got {type(value).__name__}."
             )
+    heads = [module_from(expert_factory, index) for index in range(num_experts)]
+    shared, running = clone_module(trunk), Running()
+    # An expert that holds tensors of the trunk stays tied to them.
+    originals = (*trunk.parameters(), *trunk.buffers())
+    copies = (*shared.parameters(), *shared.buffers())
+    tied = {id(old): new for old, new in zip(originals, copies, strict=True)}
+    view, forked = _trunk_view(shared, running)
+    splits: list[Split] = []
+    for index, head in enumerate(heads):
+        expert = _expert_view(head, view, running, tied)
+        forked.stand_for(expert)
+        views = Views(view, expert, running, [], [(view, expert)])
+        network = Joined(trunk, head)
+        try:
+            with random_state_kept(network):
+                example = splits[0].inputs if splits else example_input
+                seen = examine(network, example)
+                splits.append(learned(network, views, seen, "head", ["head"]))
+        except SplitError as error:
+            raise SplitError(f"`expert_factory({index})` does not fit: {error}") from error
+    return unite(splits[0], splits)
 
-    @functools.cache
-    def joined(index: int) -> nn.Module:
-        expert = expert_factory(index)
-        if not isinstance(expert, nn.Module):
-            raise ArgumentError(
-                "Expected argument `expert_factory` to return a torch.nn.Module, but for "
-                f"{index} it returned {type(expert).__name__}."
-            )
-        return Joined(trunk, expert)
 
-    return joined
+def _trunk_view(trunk: nn.Module, running: Running) -> tuple[Joined, Forked]:
+    hooks = UnitHooks(running, "body")
+    trunk.register_forward_pre_hook(hooks.before)
+    trunk.register_forward_hook(hooks.after)
+    forked = Forked(running, "head")
+    return Joined(trunk, forked), forked
 
 
-def warn_if_equal(experts: nn.ModuleList) -> None:
-    """Say so where a factory made two experts with the same weights."""
-    states = [dict(expert.named_parameters()) for expert in experts]
-    for k in range(1, len(states)):
-        if states[0].keys() == states[k].keys() and all(
-            torch.equal(tensor, states[k][name]) for name, tensor in states[0].items()
-        ):
-            warnings.warn(
-                f"`expert_factory` gave experts 0 and {k} equal weights. They receive equal "
-                "gradients and stay equal unless something tells them apart: initialise each anew.",
-                UserWarning,
-                stacklevel=4,
-            )
-            return
+def _expert_view(head: nn.Module, trunk: Joined, running: Running, tied: dict[int, Any]) -> Joined:
+    own = copy.deepcopy(head, {**detached_activations(head), **tied})
+    own.register_forward_pre_hook(ForkHook(running), prepend=True)
+    recorded = Recorded(running, "body")
+    recorded.stand_for(trunk)
+    return Joined(recorded, own)

@@ -16,12 +16,11 @@ from ride_plugin._contexts import evaluating, random_state_kept
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._analysis import layout_of
-from ride_plugin._split._parts import Split, another_expert
+from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._state import Layout, TrunkState
-from ride_plugin._split._tape import FeatureHook
-from ride_plugin._split._views import Views
+from ride_plugin._split._tape import watch_classifier
 from ride_plugin._tree import logits_in
 
 
@@ -34,34 +33,45 @@ class SplitModule(nn.Module):
         num_experts: ``E``.
         num_classes: ``C``.
         fork_at: name of the first forked submodule.
+        classifier_name: name of the classifier inside an expert; None if it is no submodule.
     """
 
-    def __init__(self, split: Split, num_experts: int) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.num_classes = split.num_classes
-        self.fork_at = split.fork_at
-        self._running = split.views.running
-        self._layouts = split.layouts
-        self._attributes = split.attributes
-        self._inputs = split.inputs
-        self._classifier = split.classifier
-        self._kinds = 1  # of experts, the first ones; those of a factory may all differ
-        self._links = list(split.views.links)
-        self.trunk = split.views.trunk
-        self.experts = nn.ModuleList([split.views.expert])
-        for _ in range(num_experts - 1):
-            expert, links = another_expert(split.views)
-            self.experts.append(expert)
-            self._links.extend(links)
+        self.num_experts = len(parts.experts)
+        self.num_classes = parts.num_classes
+        self.fork_at = parts.fork_at
+        self.classifier_name = parts.classifier
+        self._running = parts.running
+        self._links = parts.links
+        self._layouts = parts.layouts
+        self._attributes = parts.attributes
+        self._inputs = parts.inputs
+        self._num_probed = parts.num_probed
+        self.trunk = parts.trunk
+        self.experts = nn.ModuleList(parts.experts)
         self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
+
+    def parts(self) -> Parts:
+        """What the model is made of now; the modules themselves, not copies."""
+        return Parts(
+            self.trunk,
+            list(self.experts),
+            self._running,
+            self._links,
+            self._layouts,
+            self._attributes,
+            self._inputs,
+            self.num_classes,
+            self.fork_at,
+            self.classifier_name,
+            self._num_probed,
+        )
 
     @property
     def classifiers(self) -> list[nn.Module]:
         """The classifier of each expert, in order; for cRT, tau-normalisation and the like."""
-        if self._classifier is None:
-            return []
-        return [expert.get_submodule(self._classifier) for expert in self.experts]
+        return self.parts().classifiers()
 
     def run_trunk(self, *args: Any, **kwargs: Any) -> TrunkState:
         """Run the shared part only; hand the result to :meth:`run_expert`."""
@@ -90,7 +100,7 @@ class SplitModule(nn.Module):
             Its logits ``[B, C]``, and what its classifier received, pooled to ``[B, D]``.
         """
         expert = self.experts[index]
-        self._watch_classifier(expert)
+        watch_classifier(expert, self.classifier_name, self._running)
         write_attributes(expert, self._attributes, state.attributes)
         self._running.features = None
         try:
@@ -109,6 +119,11 @@ class SplitModule(nn.Module):
         """Inputs ``(args, kwargs)`` that the backbone accepts, for cost reports and export."""
         return resize_batch(self._inputs, batch_size)
 
+    def relink(self) -> None:
+        """Follow tensors that something other than ``.to()`` or loading has replaced."""
+        for link in self._links:
+            link.refresh()
+
     def _all_experts(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[tuple[Tensor, Tensor]]:
@@ -126,6 +141,7 @@ class SplitModule(nn.Module):
             state = self.run_trunk(*args, **kwargs)
             return (state, *self.run_expert(0, state))
         before = read_attributes(self.trunk, self._attributes)
+        watch_classifier(self.experts[0], self.classifier_name, self._running)
         self._running.features = None
         try:
             # The recording goes on into expert 0: one pass fewer over the backbone's own code.
@@ -146,13 +162,6 @@ class SplitModule(nn.Module):
                 state = replace(state, layout=layout)
         return state.hollowed()
 
-    def _watch_classifier(self, expert: nn.Module) -> None:
-        # A classifier that somebody replaced has lost the hook that keeps its input.
-        if self._classifier is not None:
-            head = expert.get_submodule(self._classifier)
-            if not any(isinstance(h, FeatureHook) for h in head._forward_pre_hooks.values()):
-                head.register_forward_pre_hook(FeatureHook(self._running))
-
     def _read(self, output: Any) -> tuple[Tensor, Tensor]:
         logits = logits_in(output)
         if logits is None:
@@ -165,10 +174,10 @@ class SplitModule(nn.Module):
         layouts = []
         with random_state_kept(self):
             try:
-                for expert in self.experts[: self._kinds]:
-                    views = Views(self.trunk, expert, self._running, [], [])
-                    inputs, training = (args, kwargs), self.trunk.training
-                    layouts.append(layout_of(views, inputs, training, self._attributes))
+                parts, training = self.parts(), self.trunk.training
+                for index in range(self._num_probed):
+                    views = parts.views(index)
+                    layouts.append(layout_of(views, (args, kwargs), training, self._attributes))
             except RIDEError:
                 return None  # every row can still go on; only `select` needs the layout
         if any(other.keys != layouts[0].keys for other in layouts):
@@ -188,11 +197,10 @@ class SplitModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        _relink(self)
+        self.relink()
         return self
 
 
 def _relink(module: SplitModule, *_: Any) -> None:
     """Follow tensors that ``.to()`` or loading (with ``assign=True``) has replaced."""
-    for link in module._links:
-        link.refresh()
+    module.relink()

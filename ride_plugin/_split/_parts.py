@@ -1,16 +1,24 @@
-"""The parts that a build hands over: a trunk, an expert, and what runs them."""
+"""The values that construction hands from step to step: a split backbone, then a model's parts."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ride_plugin._contexts import random_state_kept
+from ride_plugin._errors import SplitError
 from ride_plugin._inputs import Inputs
+from ride_plugin._split._analysis import throwaway
+from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._state import Layout
+from ride_plugin._split._tape import Running
 from ride_plugin._split._views import Link, Views
+from ride_plugin._tree import logits_in
 
 
 @dataclass
@@ -36,7 +44,105 @@ class Split:
     classifier: str | None
 
 
-def another_expert(views: Views) -> tuple[nn.Module, list[Link]]:
+@dataclass
+class Parts:
+    """What a :class:`SplitModule` is made of: one trunk, every expert, and what runs them.
+
+    Attributes:
+        trunk: runs the shared part; its forked units lead to expert 0.
+        experts: each runs the rest.
+        running: the pass in progress, shared by all hooks and stand-ins.
+        links: tensors that one side reads and the other owns.
+        layouts, attributes, inputs, num_classes, fork_at, classifier: as in :class:`Split`.
+        num_probed: how many leading experts to probe when learning a layout: 1 if all are copies,
+            all of them if each was made by itself.
+    """
+
+    trunk: nn.Module
+    experts: Sequence[nn.Module]
+    running: Running
+    links: list[Link]
+    layouts: list[Layout]
+    attributes: list[tuple[str, str]]
+    inputs: Inputs
+    num_classes: int
+    fork_at: str
+    classifier: str | None
+    num_probed: int = 1
+
+    def classifiers(self) -> list[nn.Module]:
+        """The classifier of each expert; none if it is no submodule."""
+        if self.classifier is None:
+            return []
+        return [expert.get_submodule(self.classifier) for expert in self.experts]
+
+    def views(self, index: int) -> Views:
+        """The trunk and one expert, for a trial on throwaway copies."""
+        return Views(self.trunk, self.experts[index], self.running, [], [])
+
+
+def replicate(split: Split, num_experts: int) -> Parts:
+    """The split's own expert and exact copies of it, ``num_experts`` in all."""
+    experts, links = [split.views.expert], list(split.views.links)
+    for _ in range(num_experts - 1):
+        expert, own_links = _another_expert(split.views)
+        experts.append(expert)
+        links += own_links
+    return parts_of(split, experts, links)
+
+
+def parts_of(
+    split: Split, experts: Sequence[nn.Module], links: list[Link], num_probed: int = 1
+) -> Parts:
+    """The parts of a model with the split's trunk and these experts."""
+    return Parts(
+        split.views.trunk,
+        experts,
+        split.views.running,
+        links,
+        split.layouts,
+        split.attributes,
+        split.inputs,
+        split.num_classes,
+        split.fork_at,
+        split.classifier,
+        num_probed,
+    )
+
+
+def trial_run(
+    parts: Parts, index: int, inputs: Inputs, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, C]`` and features ``[B, D]`` of one expert, computed on throwaway copies.
+
+    Args:
+        parts: left as they are, whatever the backbone's forward changes.
+        index: the expert.
+        inputs: what the trunk receives, in evaluation mode.
+        rows: int64 ``[b]``, the rows that go on into the expert; None for all.
+    """
+    with torch.no_grad(), random_state_kept(parts.trunk):
+        views = throwaway(parts.views(index), training=False)
+        start = read_attributes(views.trunk, parts.attributes)
+        args, kwargs = inputs
+        state, _ = record(
+            views.trunk, views.running, parts.layouts, args, kwargs, stop_at_fork=True
+        )
+        write_attributes(views.expert, parts.attributes, start)
+        output = play(views.expert, views.running, state if rows is None else state.select(rows))
+    logits = logits_in(output)
+    if logits is None:
+        raise SplitError("The expert returned no logits [B, C].")
+    features = pooled(views.running.features)
+    return logits, logits if features is None else features
+
+
+def feature_dim_of(parts: Parts) -> int:
+    """``D``, the number of features that the experts' classifiers receive."""
+    return trial_run(parts, 0, parts.inputs)[1].shape[1]
+
+
+def _another_expert(views: Views) -> tuple[nn.Module, list[Link]]:
     """Copy the expert; what belongs to the trunk stays shared, what is tied to it stays tied."""
     memo: dict[int, Any] = {id(views.running): views.running}
     memo.update((id(module), module) for module in views.trunk.modules())

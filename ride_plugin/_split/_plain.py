@@ -3,48 +3,54 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import RIDEError
+from ride_plugin._inputs import resize_batch
 from ride_plugin._split._join import Joined
-from ride_plugin._split._module import SplitModule
+from ride_plugin._split._parts import Parts, trial_run
+from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._tape import FeatureHook, ForkHook, Recorded, UnitHooks
+from ride_plugin._split._views import Link
 from ride_plugin._tree import logits_in
 
 _OURS = (ForkHook, FeatureHook, UnitHooks)
 
 
-def plain_modules(model: SplitModule, indices: range) -> nn.ModuleList:
+def plain_modules(parts: Parts, indices: Sequence[int]) -> nn.ModuleList:
     """For each index the backbone with the trunk's and that expert's weights, nothing of ours.
 
-    The modules share one copy of the trunk; the model itself stays as it is.
+    The modules share one copy of the trunk; the parts themselves stay as they are.
 
     Raises:
         RIDEError: a module computes something else than its expert.
     """
-    copied = copy.deepcopy(model)
+    memo = detached_activations(parts.trunk)
+    for expert in parts.experts:
+        memo |= detached_activations(expert)
+    copied = copy.deepcopy(parts, memo)
     roots = [copied.experts[index] for index in indices]
     for root in roots:
-        _reunite(root, copied)
+        _reunite(root, copied.links)
     for part in (copied.trunk, *roots):
         _strip_hooks(part)
     plain = [nn.Sequential(r.body, r.head) if isinstance(r, Joined) else r for r in roots]
     for index, module in zip(indices, plain, strict=True):
-        module.train(model.training)
-        _check(model, index, module)
+        _check(parts, index, module)
     return nn.ModuleList(plain)
 
 
-def _reunite(root: nn.Module, model: SplitModule) -> None:
+def _reunite(root: nn.Module, links: Sequence[Link]) -> None:
     """Put the trunk's modules and tensors back to where the backbone had them."""
     for name, module in list(root.named_modules(remove_duplicate=False)):
         if isinstance(module, Recorded):
             path, _, attribute = name.rpartition(".")
             setattr(root.get_submodule(path), attribute, module.real)
     inside = {id(module) for module in root.modules()}
-    for link in model._links:
+    for link in links:
         if id(link.view) not in inside:
             continue
         link.view.__dict__.pop(link.name, None)
@@ -64,11 +70,12 @@ def _strip_hooks(root: nn.Module) -> None:
                     del hooks[key]
 
 
-def _check(model: SplitModule, index: int, module: nn.Module) -> None:
-    args, kwargs = model.example_input(2)
+def _check(parts: Parts, index: int, module: nn.Module) -> None:
+    inputs = resize_batch(parts.inputs, 2)
     probe = copy.deepcopy(module).eval()  # a forward may leave caches behind
-    with model.evaluating(), torch.no_grad():
-        expected, _ = model.run_expert(index, model.run_trunk(*args, **kwargs))
+    expected, _ = trial_run(parts, index, inputs)
+    args, kwargs = inputs
+    with torch.no_grad():
         try:
             got = logits_in(probe(*args, **kwargs))
         except Exception as error:

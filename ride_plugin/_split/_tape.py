@@ -220,6 +220,14 @@ class FeatureHook:
         self.running.features = next(tensors_in(args), None)
 
 
+def watch_classifier(expert: nn.Module, name: str | None, running: Running) -> None:
+    """Keep what an expert's classifier receives; one that was replaced has lost the hook for it."""
+    if name is not None:
+        head = expert.get_submodule(name)
+        if not any(isinstance(hook, FeatureHook) for hook in head._forward_pre_hooks.values()):
+            head.register_forward_pre_hook(FeatureHook(running))
+
+
 class _Substitute(nn.Module):
     """Stands where another module stood; has no parameters, but answers for its attributes.
 

@@ -49,8 +49,8 @@ class _Reference:
     output: list[tuple[int, ...]]
 
 
-def narrow_expert(split: Split, width: float) -> None:
-    """Narrow the expert of ``split`` in place, before others are copied from it.
+def narrow_expert(split: Split, width: float) -> Split:
+    """The split with a narrower expert; it is narrowed in place, before others are copied from it.
 
     Output widths become ``w(c)``, about ``width * c`` (see :class:`WidthMap`). Widths that have to
     equal something of the trunk, a residual stream that the trunk began for example, stay; then
@@ -89,6 +89,7 @@ def narrow_expert(split: Split, width: float) -> None:
     write_attributes(expert, split.attributes, states[0].attributes)
     for link in views.links:
         link.refresh()
+    return split
 
 
 def _message(width: float, reason: str) -> str:
