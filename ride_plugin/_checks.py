@@ -1,11 +1,16 @@
-"""Every check of an argument: what is asked of it, and what is said when it is not so."""
+"""Every check of an argument: what may come in, and the words that refuse everything else.
+
+A function here returns the argument in the form that the caller computes with, so that the integers
+and numbers of numpy and torch are as good as Python's.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from numbers import Real
-from typing import TypeAlias
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -14,26 +19,138 @@ from torch import Tensor
 
 from ride_plugin._errors import ArgumentError
 
+T = TypeVar("T")
+
 Numbers: TypeAlias = Sequence[int] | Sequence[float] | Tensor | NDArray[np.generic]
 """A list, tuple, array or tensor of numbers."""
 
-ClassCounts: TypeAlias = "Sequence[int] | Sequence[float] | np.ndarray | Tensor"
+ClassCounts: TypeAlias = Numbers | Mapping[int, int] | Mapping[int, float]
+"""Training samples of each class, in the order of class indices or with them as keys."""
+
+
+def refuse(name: str, expected: str, value: object, advice: str = "") -> NoReturn:
+    """Raise the error of an argument: which one, what was expected, what came, what to do.
+
+    Raises:
+        ArgumentError: always.
+    """
+    raise ArgumentError(
+        f"Expected argument `{name}` to be {expected}, but got {_shown(value)}."
+        f"{f' {advice}' if advice else ''}"
+    )
+
+
+def check_number(
+    value: object,
+    name: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    advice: str = "",
+) -> float:
+    """Return a finite number from ``low`` to ``high``, either of them excluded if open."""
+    number = _number(value, Real)
+    if number is not None:
+        above = number > low if open_low else number >= low
+        below = number < high if open_high else number <= high
+        if above and below and abs(number) <= _LARGEST:
+            return float(number)
+    lower = "" if math.isinf(low) else f" {'>' if open_low else '>='} {low:g}"
+    upper = "" if math.isinf(high) else f" {'<' if open_high else '<='} {high:g}"
+    expected = f"a finite number{lower}{' and' if lower and upper else ''}{upper}"
+    refuse(name, expected, value, advice)
+
+
+def check_integer(
+    value: object, name: str, low: int = 0, high: int | None = None, *, advice: str = ""
+) -> int:
+    """Return an integer from ``low`` to ``high``, both included."""
+    number = _number(value, Integral)
+    if number is not None and number >= low and (high is None or number <= high):
+        return int(number)
+    expected = f"an integer {f'>= {low}' if high is None else f'from {low} to {high}'}"
+    refuse(name, expected, value, advice)
+
+
+def check_bool(value: object, name: str, *, advice: str = "") -> bool:
+    """Return True or False; what is merely true or false in a condition is refused."""
+    truth = _plain(value)
+    if isinstance(truth, bool):
+        return truth
+    refuse(name, "True or False", value, advice)
+
+
+def check_choice(value: object, name: str, choices: Iterable[T], *, advice: str = "") -> T:
+    """Return the one of ``choices`` that was named."""
+    choices = tuple(choices)
+    for choice in choices:
+        if isinstance(value, type(choice)) and value == choice:
+            return choice
+    refuse(name, f"one of {', '.join(map(repr, choices))}", value, advice)
+
+
+def check_instance(
+    value: object, name: str, kind: type[T], expected: str, *, advice: str = ""
+) -> T:
+    """Return an object of the kind; ``expected`` says in words what that is."""
+    if isinstance(value, kind):
+        return value
+    refuse(name, expected, value, advice)
+
+
+def check_callable(value: object, name: str, call: str, *, advice: str = "") -> Callable[..., Any]:
+    """Return what can be called; ``call`` shows how, as in ``criterion(logits, target)``."""
+    if callable(value):
+        return value
+    refuse(name, f"callable as {call}", value, advice)
+
+
+def check_floating(value: object, name: str, *shape: int | str, advice: str = "") -> Tensor:
+    """Return a floating-point tensor of this shape: a number is a size, a letter stands for any.
+
+    A leading ``"..."`` allows any further dimensions.
+    """
+    sizes = shape[1:] if shape[0] == "..." else shape
+    if isinstance(value, Tensor) and value.is_floating_point():
+        found = tuple(value.shape)
+        if len(sizes) < len(shape):
+            found = found[-len(sizes) :]
+        if len(found) == len(sizes) and all(
+            isinstance(size, str) or size == there for size, there in zip(sizes, found, strict=True)
+        ):
+            return value
+    expected = f"a floating-point tensor [{', '.join(map(str, shape))}]"
+    refuse(name, expected, value, advice)
+
+
+def check_temperature(value: Tensor | float, size: int) -> Tensor | float:
+    """Return a positive number, or a tensor of them, 0-dimensional or ``[size]``."""
+    if not isinstance(value, Tensor):
+        return check_number(value, "temperature", 0, open_low=True)
+    if value.dim():
+        check_floating(value, "temperature", size)
+    if _may_read(value) and not bool((value.isfinite() & (value > 0)).all()):
+        refuse("temperature", "positive and finite throughout", value.detach().flatten().tolist())
+    return value
 
 
 def check_class_counts(class_counts: ClassCounts) -> Tensor:
-    """Return the class counts as a float64 CPU tensor ``[C]``, or say what is wrong with them."""
-    try:
-        counts = torch.as_tensor(class_counts).detach().to("cpu", torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(
-            "Expected argument `class_counts` to be numbers, one for each class, but got "
-            f"{type(class_counts).__name__}. Pass a list, an array or a tensor of length C."
-        ) from error
-    if counts.dim() != 1 or counts.numel() < 2:
-        raise ArgumentError(
-            "Expected argument `class_counts` to be one-dimensional with an entry for each of at "
-            f"least two classes, but got shape {list(counts.shape)}."
+    """Return the class counts as a float64 CPU tensor ``[C]``, in the order of class indices.
+
+    What names its classes by keys (a dict, a Counter, a pandas Series such as ``value_counts()``
+    returns, which is ordered by frequency) is ordered by them.
+    """
+    counts = as_cpu_tensor(_by_class(class_counts, "class_counts"), "class_counts")
+    if counts.dim() != 1 or len(counts) < 2 or counts.is_complex() or counts.dtype == torch.bool:
+        refuse(
+            "class_counts",
+            "one-dimensional, a number for each of at least two classes",
+            counts,
+            "Pass a list, an array or a tensor of length C.",
         )
+    counts = counts.to(torch.float64)
     wrong = (~(counts.isfinite() & (counts > 0))).nonzero().flatten()
     if len(wrong):
         first = int(wrong[0])
@@ -45,46 +162,145 @@ def check_class_counts(class_counts: ClassCounts) -> Tensor:
     return counts
 
 
-def check_target(target: Tensor, batch: int, num_classes: int) -> None:
-    """Check the form of a target: indices int64 ``[B]`` or probabilities ``[B, C]``.
+def check_target(target: object, batch: int, num_classes: int, *, soft: bool = True) -> Tensor:
+    """Return a target: class indices as int64 ``[B]``, or probabilities ``[B, C]`` if ``soft``.
 
-    The range of indices is not looked at: that would read a value back from the device at every
-    step, and the kernels that use an index raise by themselves; `explain_target` then says why.
+    The range of indices is left to `check_classes`, since some losses have an index to ignore.
     Probabilities are checked on the CPU, where nothing has to be waited for.
     """
-    if not isinstance(target, Tensor):
-        raise ArgumentError(
-            "Expected argument `target` to be a tensor of class indices [B] or probabilities "
-            f"[B, C], but got {type(target).__name__}."
-        )
-    if target.is_floating_point():
-        if target.shape != (batch, num_classes):
-            raise ArgumentError(
-                "Expected argument `target`, being floating-point, to hold probabilities of shape "
-                f"{[batch, num_classes]}, but got shape {list(target.shape)}. Class indices must "
-                "be int64 of shape [B]."
-            )
-        if target.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_probabilities(target)
-    elif target.shape != (batch,) or target.dtype == torch.bool or target.is_complex():
-        raise ArgumentError(
-            f"Expected argument `target` to be class indices of shape {[batch]} or floating-point "
-            f"probabilities of shape {[batch, num_classes]}, but got {target.dtype} of shape "
-            f"{list(target.shape)}."
-        )
+    if isinstance(target, Tensor) and not target.is_complex() and target.dtype != torch.bool:
+        if not target.is_floating_point() and target.shape == (batch,):
+            return target.long()
+        if target.is_floating_point() and soft and target.shape == (batch, num_classes):
+            if _may_read(target):
+                _check_probabilities(target)
+            return target
+    expected, advice = f"a tensor of class indices [{batch}]", "Pass one int64 index a sample."
+    if soft:
+        expected += f" or floating-point probabilities [{batch}, {num_classes}]"
+    elif isinstance(target, Tensor) and target.is_floating_point():
+        advice = "For mixed labels add two losses: lam * loss(z, a) + (1 - lam) * loss(z, b)."
+    refuse("target", expected, target, advice)
 
 
-def explain_target(target: Tensor, num_classes: int, error: Exception) -> None:
-    """After a failed lookup: raise a clear error if an index is out of range, else return."""
-    if target.is_floating_point() or target.device.type != "cpu" or not target.numel():
+def check_classes(labels: Tensor, name: str, num_classes: int | None = None) -> None:
+    """Raise unless every label is in ``0 .. num_classes - 1``, on the CPU and not in a graph.
+
+    On an accelerator the read would stop the queue at every step; there the kernels that use an
+    index out of range raise by themselves.
+    """
+    if labels.is_floating_point() or not labels.numel() or not _may_read(labels):
         return
-    lowest, highest = int(target.min()), int(target.max())
-    if lowest < 0 or highest >= num_classes:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        top = "on" if num_classes is None else f"to {num_classes - 1}"
         raise ArgumentError(
-            f"Expected argument `target` to hold class indices from 0 to {num_classes - 1}, but "
-            f"got values from {lowest} to {highest}. Check that the model was built with as many "
-            "classes as the data have, and drop samples without a label."
+            f"Expected argument `{name}` to hold class indices from 0 {top}, but got values from "
+            f"{low} to {high}. Check that the model was built with as many classes as the data "
+            "have, and drop samples without a label."
+        )
+
+
+def check_logits_target(
+    logits: Tensor, target: Tensor, num_classes: int | None, *, soft: bool = True
+) -> Tensor:
+    """Return the target as `check_target` does, if ``logits`` are ``[B, C]`` and fit."""
+    check_floating(
+        logits,
+        "logits",
+        "B",
+        "C" if num_classes is None else num_classes,
+        advice="Build the loss from counts of the model's own classes. For a wrapped model's "
+        "experts, use experts_loss(criterion, output, target).",
+    )
+    batch, classes = logits.shape
+    if not batch or not classes:
+        refuse("logits", "of at least one sample and class", logits)
+    target = check_target(target, batch, classes, soft=soft)
+    check_classes(target, "target", classes)
+    return target
+
+
+def as_cpu_tensor(values: object, name: str) -> Tensor:
+    """Return ``values`` as a detached tensor on the CPU, whatever kind of array they came in."""
+    try:
+        if not isinstance(values, Tensor) and hasattr(values, "__array__"):  # pandas and others too
+            # torch takes no reversed array and warns of one that cannot be written.
+            values = np.require(np.asarray(values), requirements=["C", "W"])
+        return torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ArgumentError(
+            f"Expected argument `{name}` to be a tensor, an array or a list of numbers, but got "
+            f"{_shown(values)}. Pass e.g. a torch tensor."
         ) from error
+
+
+def as_weight(weight: Numbers, num_classes: int | None = None) -> Tensor:
+    """Return class weights as float32 ``[C]`` on the CPU; none negative, not all zero."""
+    values = as_cpu_tensor(_by_class(weight, "weight"), "weight")
+    good = values.dim() == 1 and len(values) > 0 and (num_classes in (None, len(values)))
+    good = good and not (values.is_complex() or values.dtype == torch.bool)
+    if not good or not bool(values.isfinite().all() & (values >= 0).all() & values.any()):
+        wanted = "[C]" if num_classes is None else f"[{num_classes}]"
+        refuse(
+            "weight",
+            f"finite, non-negative class weights {wanted}, not all of them zero",
+            values,
+            "Pass e.g. effective_number_weights(class_counts).",
+        )
+    # A copy: reweighting writes into it, and the caller may keep the tensor.
+    return values.float().clone()
+
+
+def as_indices(values: object, name: str, *shape: int | str) -> Tensor:
+    """Return integers of this shape as int64 on the CPU; a letter stands for any size but zero."""
+    tensor = as_cpu_tensor(values, name)
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    fits = tensor.dim() == len(shape) and all(
+        there > 0 if isinstance(size, str) else there == size
+        for size, there in zip(shape, tensor.shape, strict=True)
+    )
+    if not whole or not fits:
+        expected = f"integers [{', '.join(map(str, shape))}], at least one of them"
+        refuse(name, expected, tensor, "Pass one for each sample.")
+    return tensor.long()
+
+
+def as_labels(labels: Numbers, name: str = "labels", num_classes: int | None = None) -> Tensor:
+    """Return integer labels ``[N]`` as int64 on the CPU, checked against ``num_classes``."""
+    values = as_indices(labels, name, "N")
+    check_classes(values, name, num_classes)
+    return values
+
+
+_LARGEST = torch.finfo(torch.float64).max
+
+
+def _plain(value: object) -> object:
+    """A scalar of numpy or torch as Python's own, anything else as it is."""
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+        try:
+            return value.item()
+        except RuntimeError:  # a tensor without data
+            return value
+    return value
+
+
+def _number(value: object, kind: type) -> Any:
+    """A number of the kind, or None; True and False are no numbers."""
+    plain = _plain(value)
+    return plain if isinstance(plain, kind) and not isinstance(plain, bool) else None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "a tensor" if isinstance(value, Tensor) else "an array"
+        return f"{kind} of shape {list(value.shape)} and dtype {value.dtype}"
+    return reprlib.repr(value)
+
+
+def _may_read(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_probabilities(target: Tensor) -> None:
@@ -99,103 +315,19 @@ def _check_probabilities(target: Tensor) -> None:
         )
 
 
-def as_cpu_tensor(values: object, name: str) -> Tensor:
-    """Return ``values`` as a detached tensor on the CPU, whatever kind of array they came in."""
-    try:
-        return torch.as_tensor(values).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+def _by_class(values: object, name: str) -> object:
+    """One value for each class, in the order of class indices if they come with keys."""
+    keyed = values
+    to_dict = getattr(values, "to_dict", None)
+    if callable(to_dict) and getattr(values, "ndim", None) == 1:  # a pandas Series
+        keyed = to_dict()
+    if not isinstance(keyed, Mapping):
+        return values
+    size = len(values)  # type: ignore[arg-type]
+    if len(keyed) != size or set(keyed) != set(range(size)):
         raise ArgumentError(
-            f"Expected argument `{name}` to be a tensor, an array or a list of numbers, but got "
-            f"{type(values).__name__}. Pass e.g. a torch tensor."
-        ) from error
-
-
-def as_weight(weight: Numbers, num_classes: int | None = None) -> Tensor:
-    """Return class weights as float32 ``[C]`` on the CPU; none negative, not all zero."""
-    # A copy: reweighting writes into it, and the caller may keep the tensor.
-    values = as_cpu_tensor(weight, "weight").float().clone()
-    good = values.dim() == 1 and len(values) > 0 and (num_classes in (None, len(values)))
-    if not good or not bool(values.isfinite().all() & (values >= 0).all() & values.any()):
-        wanted = "[C]" if num_classes is None else f"[{num_classes}]"
-        raise ArgumentError(
-            f"Expected argument `weight` to be finite, non-negative class weights {wanted}, but "
-            f"got shape {list(values.shape)} with values {values.flatten()[:4].tolist()}.... "
-            "Pass e.g. effective_number_weights(class_counts)."
+            f"Expected argument `{name}` to have the class indices from 0 on as its keys, each "
+            f"once, but got {size} entries with keys {reprlib.repr(list(keyed))}. Pass a list in "
+            "the order of class indices: [value_of_class_0, value_of_class_1, ...]."
         )
-    return values
-
-
-def as_labels(labels: Numbers, name: str = "labels", num_classes: int | None = None) -> Tensor:
-    """Return integer labels ``[N]`` as int64 on the CPU, checked against ``num_classes``."""
-    values = as_cpu_tensor(labels, name)
-    if values.dim() != 1 or len(values) == 0 or values.is_floating_point() or values.is_complex():
-        raise ArgumentError(
-            f"Expected argument `{name}` to be integer class labels [N] with N > 0, but got shape "
-            f"{list(values.shape)} and dtype {values.dtype}. Pass one class index per sample."
-        )
-    values = values.long()
-    check_label_range(values, name, num_classes)
-    return values
-
-
-def check_label_range(labels: Tensor, name: str, num_classes: int | None) -> None:
-    """Raise unless every label is in ``0 .. num_classes - 1``; for CPU tensors, it reads values."""
-    low, high = labels.min().item(), labels.max().item()
-    if low < 0 or (num_classes is not None and high >= num_classes):
-        top = "" if num_classes is None else f" .. {num_classes - 1}"
-        raise ArgumentError(
-            f"Expected argument `{name}` to hold class labels 0{top}, but got labels from {low} to "
-            f"{high}. Check the label mapping and the number of classes."
-        )
-
-
-def check_logits_target(
-    logits: Tensor, target: Tensor, num_classes: int | None, *, soft: bool = True
-) -> None:
-    """Raise unless ``logits`` are ``[B, C]`` and ``target`` is ``[B]``, or ``[B, C]`` if soft.
-
-    Values are read on the CPU only and never while compiling: on an accelerator the read would
-    stop the queue at every step, and an index out of range raises in the kernel anyway.
-    """
-    shape = list(logits.shape)
-    if logits.dim() != 2 or 0 in shape or not logits.is_floating_point():
-        raise ArgumentError(
-            f"Expected argument `logits` to be floating point [B, C], but got shape {shape} and "
-            f"dtype {logits.dtype}. For a wrapped model's experts, use experts_loss(criterion, "
-            "output, target)."
-        )
-    if num_classes is not None and shape[1] != num_classes:
-        raise ArgumentError(
-            f"Expected argument `logits` to have {num_classes} classes, as the loss was built for, "
-            f"but got shape {shape}. Build the loss from counts of the model's own classes."
-        )
-    if target.is_floating_point() and soft:
-        check_target(target, shape[0], shape[1])
-    elif target.dtype == torch.int64 and list(target.shape) == shape[:1]:
-        if target.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_label_range(target, "target", shape[1])
-    else:
-        wanted = f"int64 [{shape[0]}]" + (f" or probabilities {shape}" if soft else "")
-        hint = (
-            "For mixed labels, add two losses: lam * loss(logits, a) + (1 - lam) * loss(logits, b)."
-            if target.is_floating_point()
-            else "Convert class indices with .long()."
-        )
-        raise ArgumentError(
-            f"Expected argument `target` to be {wanted}, but got shape {list(target.shape)} and "
-            f"dtype {target.dtype}. {hint}"
-        )
-
-
-def check_number(
-    value: float, name: str, low: float, high: float = math.inf, *, open_low: bool = False
-) -> float:
-    """Return ``value`` as float if ``low <= value < high`` (``low < value`` if ``open_low``)."""
-    fine = isinstance(value, Real) and (value > low if open_low else value >= low)
-    if not fine or not value < high:
-        raise ArgumentError(
-            f"Expected argument `{name}` to be a number {'>' if open_low else '>='} {low:g}"
-            f"{'' if math.isinf(high) else f' and < {high:g}'}, but got {value!r}. "
-            f"Choose `{name}` in that range."
-        )
-    return float(value)
+    return [_plain(keyed[c]) for c in range(size)]

@@ -1,20 +1,30 @@
 r"""Every equation of RIDE as a pure function of tensors; the modules only hold its constants.
 
-Shapes: B samples, E experts, C classes. Nothing here keeps state, draws random numbers, or reads a
-value back from the device. Half precision is computed in float32, float64 in float64, and no
-operation used is one that autocast would lower.
+Shapes: B samples, E experts, C classes. Nothing here keeps state or draws random numbers, and what
+a training step calls reads no value back from an accelerator. Half precision is computed in
+float32, float64 in float64, and no operation used is one that autocast would lower. Every function
+raises `ArgumentError` for an argument of another kind, shape or range.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ride_plugin._checks import check_target
-from ride_plugin._errors import ArgumentError
+from ride_plugin._checks import (
+    ClassCounts,
+    check_choice,
+    check_class_counts,
+    check_classes,
+    check_floating,
+    check_number,
+    check_target,
+    check_temperature,
+    refuse,
+)
 from ride_plugin._numerics import compare, float32_or_better, inverse_of, with_gradient
 
 __all__ = [
@@ -37,10 +47,10 @@ Form: TypeAlias = Literal["paper", "official"]
 
 def mean_logits(experts: Tensor) -> Tensor:
     """Ensemble prediction: mean over experts, ``[B, E, C]`` -> ``[B, C]`` (paper, section 3)."""
-    return torch.mean(experts, dim=1)
+    return torch.mean(check_floating(experts, "experts", "B", "E", "C"), dim=1)
 
 
-def class_balance(class_counts: Tensor, gamma: float) -> Tensor:
+def class_balance(class_counts: ClassCounts, gamma: float) -> Tensor:
     r"""Return how over-represented each class is: one when all classes are equally frequent.
 
     $$\psi_k = \gamma\, \frac{n_k}{\frac1C \sum_c n_c} + (1 - \gamma).$$
@@ -52,17 +62,21 @@ def class_balance(class_counts: Tensor, gamma: float) -> Tensor:
         gamma: share of the imbalance that is taken over, between 0 and 1.
 
     Returns:
-        ``[C]``, with mean one.
+        ``[C]``, with mean one; on the device and in the dtype of the counts, if they are floating.
 
     Example:
         >>> class_balance(torch.tensor([30.0, 10.0, 20.0]), gamma=0.1)
         tensor([1.0500, 0.9500, 1.0000])
     """
-    return gamma * class_counts / class_counts.mean() + (1 - gamma)
+    checked, gamma = check_class_counts(class_counts), check_number(gamma, "gamma", 0, 1)
+    counts = float32_or_better(
+        class_counts if isinstance(class_counts, Tensor) else checked.float()
+    )
+    return gamma * counts / counts.mean() + (1 - gamma)
 
 
 def class_temperatures(
-    class_counts: Tensor, *, eta: float = 1.0, gamma: float = 0.05, form: Form = "paper"
+    class_counts: ClassCounts, *, eta: float = 1.0, gamma: float = 0.05, form: Form = "paper"
 ) -> Tensor:
     r"""Return the temperature of each class: highest, $\eta$, for the most frequent one.
 
@@ -83,6 +97,8 @@ def class_temperatures(
         >>> class_temperatures(torch.tensor([30.0, 10.0, 20.0]), gamma=0.1)
         tensor([1.0000, 0.9000, 0.9500])
     """
+    eta = check_number(eta, "eta", 0, open_low=True)
+    form = check_choice(form, "form", get_args(Form))
     psi = class_balance(class_counts, gamma)
     if form == "official":
         return eta * psi / psi.max()
@@ -106,9 +122,13 @@ def sample_temperatures(temperature: Tensor, target: Tensor) -> Tensor:
         >>> sample_temperatures(torch.tensor([1.0, 0.8]), torch.tensor([0, 1, 1]))
         tensor([1.0000, 0.8000, 0.8000])
     """
+    classes = check_floating(temperature, "temperature", "C").shape[0]
+    batch = target.shape[0] if isinstance(target, Tensor) and target.dim() else 0
+    target = check_target(target, batch, classes)
+    check_classes(target, "target", classes)
     if target.is_floating_point():
         return (target * temperature).sum(dim=1)  # a matrix product would be lowered by autocast
-    return temperature.gather(0, target.long())  # gather: negative indices raise, they do not wrap
+    return temperature.gather(0, target)  # gather: negative indices raise, they do not wrap
 
 
 def pairwise_kl(
@@ -145,7 +165,8 @@ def pairwise_kl(
         >>> pairwise_kl(logits)  # both pairs: 2 tanh(1) each
         tensor([3.0464])
     """
-    logits = float32_or_better(expert_logits)
+    logits = float32_or_better(check_floating(expert_logits, "expert_logits", "B", "E", "C"))
+    temperature = check_temperature(temperature, len(logits))
     inverse = inverse_of(temperature, logits).expand(len(logits))[:, None, None]
     num_experts = logits.shape[1]
     factor = num_experts / max(num_experts - 1, 1)
@@ -189,8 +210,16 @@ def kl_from_reference(
         >>> kl_from_reference(torch.zeros(1, 3, 2), torch.tensor([[1.0, 1.0]]))
         tensor([0.])
     """
-    logits = float32_or_better(expert_logits)
-    inverse = inverse_of(temperature, logits)
+    logits = float32_or_better(check_floating(expert_logits, "expert_logits", "B", "E", "C"))
+    batch, _, classes = logits.shape
+    check_floating(
+        reference_logits,
+        "reference_logits",
+        batch,
+        classes,
+        advice="Both must come from the same batch and know the same classes.",
+    )
+    inverse = inverse_of(check_temperature(temperature, classes), logits)
 
     def of_samples(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         p, q, h = compare(logits, reference, inverse)
@@ -225,7 +254,7 @@ def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Te
         >>> kl_from_mean(logits)  # 2 log cosh(1)
         tensor([0.8676])
     """
-    logits = float32_or_better(expert_logits)
+    logits = float32_or_better(check_floating(expert_logits, "expert_logits", "B", "E", "C"))
     mean_temperature = temperature.mean() if isinstance(temperature, Tensor) else temperature
     return mean_temperature**2 * kl_from_reference(logits, mean_logits(logits), temperature)
 
@@ -253,13 +282,15 @@ def distillation_kl(
         >>> distillation_kl(torch.zeros(1, 2, 4), torch.zeros(1, 4))
         tensor([0.])
     """
-    batch, _, classes = expert_logits.shape
-    if teacher_logits.shape != (batch, classes):
-        raise ArgumentError(
-            f"Expected argument `teacher_logits` to be of shape {[batch, classes]}, to fit expert "
-            f"logits {list(expert_logits.shape)}, but got {list(teacher_logits.shape)}. Teacher "
-            "and student must see the same batch and know the same classes."
-        )
+    temperature = check_number(temperature, "temperature", 0, open_low=True)
+    batch, _, classes = check_floating(expert_logits, "expert_logits", "B", "E", "C").shape
+    check_floating(
+        teacher_logits,
+        "teacher_logits",
+        batch,
+        classes,
+        advice="Teacher and student must see the same batch and know the same classes.",
+    )
     return temperature**2 * kl_from_reference(expert_logits, teacher_logits, temperature)
 
 
@@ -321,11 +352,18 @@ def routing_loss(
         >>> routing_loss(torch.zeros(1, 2), torch.tensor([[True, False]]))
         tensor(35.0039)
     """
-    if gate_logits.shape != targets.shape:
-        raise ArgumentError(
-            f"Expected argument `gate_logits` to have shape {list(targets.shape)} ([B, E-1]), but "
-            f"got {list(gate_logits.shape)}. Pass the router's output for the same batch."
-        )
+    pos_weight = check_number(pos_weight, "pos_weight", 0)
+    neg_weight = check_number(neg_weight, "neg_weight", 0)
+    if not isinstance(targets, Tensor) or targets.dtype != torch.bool or targets.dim() != 2:
+        refuse("targets", "a bool tensor [B, E-1]", targets, "routing_targets returns it.")
+    check_floating(
+        gate_logits,
+        "gate_logits",
+        *targets.shape,
+        advice="Pass the router's output for the same batch.",
+    )
+    if not targets.numel():
+        refuse("targets", "those of at least one sample and gate", targets)
     wide = float32_or_better(gate_logits)
     positive = -pos_weight * F.logsigmoid(wide)
     negative = -neg_weight * F.logsigmoid(-wide)
@@ -333,23 +371,11 @@ def routing_loss(
 
 
 def _class_indices(target: Tensor, experts: Tensor) -> Tensor:
-    if experts.dim() != 3 or experts.shape[1] < 2:
-        raise ArgumentError(
-            "Expected argument `expert_logits` to have shape [B, E, C] with at least two experts, "
-            f"but got {list(experts.shape)}."
-        )
-    batch, _, num_classes = experts.shape
-    check_target(target, batch, num_classes)
-    if target.is_floating_point():
-        return target.argmax(dim=1)
-    # Reading the range on an accelerator would stall every step; there an index out of range
-    # equals no prediction, so its sample counts as one that nothing helps.
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = target[(target < 0) | (target >= num_classes)]
-        if outside.numel():
-            raise ArgumentError(
-                f"Expected argument `target` to hold class indices from 0 to {num_classes - 1}, "
-                f"but got {int(outside[0])}. Check that the model was built with as many classes "
-                "as the data have, and drop samples without a label."
-            )
-    return target
+    batch, num_experts, num_classes = check_floating(experts, "expert_logits", "B", "E", "C").shape
+    if num_experts < 2:
+        refuse("expert_logits", "those of at least two experts, [B, E, C]", experts)
+    target = check_target(target, batch, num_classes)
+    # On an accelerator an index out of range equals no prediction, so its sample counts as one
+    # that nothing helps.
+    check_classes(target, "target", num_classes)
+    return target.argmax(dim=1) if target.is_floating_point() else target

@@ -209,7 +209,7 @@ def test_one_hot_targets_look_up_what_indices_look_up() -> None:
 
 
 def test_teacher_of_other_shape_is_named() -> None:
-    with pytest.raises(ArgumentError, match=r"`teacher_logits` to be of shape \[6, 7\].*\[6, 8\]"):
+    with pytest.raises(ArgumentError, match=r"`teacher_logits`.*\[6, 7\].*\[6, 8\]"):
         functional.distillation_kl(make_logits(3), torch.zeros(6, 8))
 
 

@@ -11,7 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ride_plugin._checks import Numbers, as_cpu_tensor, as_labels, check_class_counts
+from ride_plugin._checks import (
+    ClassCounts,
+    Numbers,
+    as_cpu_tensor,
+    as_indices,
+    as_labels,
+    check_class_counts,
+)
 from ride_plugin._errors import ArgumentError
 from ride_plugin.longtail._calibration_error import expected_calibration_error
 from ride_plugin.longtail._shots import ShotReport, shot_report
@@ -68,7 +75,7 @@ class Analysis:
 def analyze(
     expert_logits: Tensor,
     target: Numbers,
-    class_counts: Numbers,
+    class_counts: ClassCounts,
     *,
     num_experts_used: Numbers | None = None,
     many: float = 100,
@@ -208,13 +215,11 @@ def _check_expert_logits(logits: Tensor, num_samples: int, num_classes: int) -> 
 
 
 def _check_used(num_experts_used: Numbers, num_samples: int, num_experts: int) -> Tensor:
-    used = as_cpu_tensor(num_experts_used, "num_experts_used")
-    whole = not (used.is_floating_point() or used.is_complex())
-    if not whole or list(used.shape) != [num_samples] or used.min() < 1 or used.max() > num_experts:
-        span = f" from {used.min()} to {used.max()}" if whole and used.numel() else ""
+    used = as_indices(num_experts_used, "num_experts_used", num_samples)
+    if int(used.min()) < 1 or int(used.max()) > num_experts:
         raise ArgumentError(
-            f"Expected argument `num_experts_used` to be integers 1 .. {num_experts} of shape "
-            f"[{num_samples}], but got shape {list(used.shape)} and dtype {used.dtype}{span}. Pass "
-            "what RoutingOutput.num_experts_used holds."
+            f"Expected argument `num_experts_used` to hold integers from 1 to {num_experts}, but "
+            f"got values from {used.min()} to {used.max()}. Pass what "
+            "RoutingOutput.num_experts_used holds."
         )
-    return used.long()
+    return used

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ride_plugin._checks import (
+    ClassCounts,
     Numbers,
-    as_cpu_tensor,
+    as_indices,
     as_labels,
     check_class_counts,
-    check_label_range,
+    check_classes,
+    refuse,
 )
-from ride_plugin._errors import ArgumentError
 from ride_plugin.longtail._splits import BySplit, Ints, mean_by_split, shot_groups
 
 
@@ -58,7 +59,7 @@ def main_prediction(predictions: Ints) -> Ints:
 def bias_variance(
     predictions: Numbers,
     target: Numbers,
-    class_counts: Numbers,
+    class_counts: ClassCounts,
     *,
     many: float = 100,
     few: float = 20,
@@ -99,16 +100,11 @@ def bias_variance(
     """
     counts = check_class_counts(class_counts)
     labels = as_labels(target, "target", len(counts)).numpy()
-    stacked = as_cpu_tensor(predictions, "predictions")
-    integral = not (stacked.is_floating_point() or stacked.is_complex())
-    if not integral or stacked.dim() != 2 or len(stacked) < 2 or stacked.shape[1] != len(labels):
-        raise ArgumentError(
-            f"Expected argument `predictions` to be integer classes [M, {len(labels)}] of M >= 2 "
-            f"models, but got shape {list(stacked.shape)} and dtype {stacked.dtype}. Stack the "
-            "models' argmax predictions on the same test set."
-        )
-    check_label_range(stacked, "predictions", len(counts))
-    models = stacked.long().numpy()
+    stacked = as_indices(predictions, "predictions", "M", len(labels))
+    if len(stacked) < 2:
+        refuse("predictions", f"those of at least two models, [M, {len(labels)}]", stacked)
+    check_classes(stacked, "predictions", len(counts))
+    models = stacked.numpy()
     main = main_prediction(models)
     groups = shot_groups(counts, many, few)[labels]
     return BiasVariance(

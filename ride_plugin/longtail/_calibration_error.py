@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ride_plugin._checks import Numbers, as_cpu_tensor
+from ride_plugin._checks import Numbers, as_cpu_tensor, check_integer
 from ride_plugin._errors import ArgumentError
 
 
@@ -31,6 +31,7 @@ def expected_calibration_error(confidence: Numbers, correct: Numbers, num_bins: 
         >>> round(expected_calibration_error([0.9, 0.9], [True, False]), 6)
         0.4
     """
+    num_bins = check_integer(num_bins, "num_bins", 1, advice="The common choice is 15.")
     confident = as_cpu_tensor(confidence, "confidence").double().numpy()
     right = as_cpu_tensor(correct, "correct").double().numpy()
     if confident.ndim != 1 or confident.shape != right.shape or not len(confident):
@@ -44,9 +45,10 @@ def expected_calibration_error(confidence: Numbers, correct: Numbers, num_bins: 
             "Expected argument `confidence` to hold probabilities in [0, 1], but got values from "
             f"{confident.min():g} to {confident.max():g}. Pass the largest softmax probability."
         )
-    if num_bins < 1:
+    if not bool(np.isin(right, (0, 1)).all()):
         raise ArgumentError(
-            f"Expected argument `num_bins` to be >= 1, but got {num_bins}. The common choice is 15."
+            "Expected argument `correct` to hold True or False (1 or 0), but got values from "
+            f"{right.min():g} to {right.max():g}. Pass `predicted == target`."
         )
     bins = np.clip(np.ceil(confident * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
     gaps = np.bincount(bins, weights=right - confident, minlength=num_bins)

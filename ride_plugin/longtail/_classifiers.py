@@ -8,6 +8,7 @@ from typing import TypeAlias
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ride_plugin._checks import check_instance
 from ride_plugin._errors import ArgumentError
 
 Classifiers: TypeAlias = nn.Module | Sequence[nn.Module]
@@ -33,13 +34,14 @@ def find_classifiers(model: Classifiers, classifier: str | None = None) -> list[
         [Linear(in_features=4, out_features=3, bias=True)]
     """
     if classifier is not None:
-        if not isinstance(model, nn.Module) or classifier not in dict(model.named_modules()):
-            last = list(dict(model.named_modules()))[-5:] if isinstance(model, nn.Module) else []
+        names = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+        if not isinstance(classifier, str) or classifier not in names:
+            last = list(names)[-5:]
             raise ArgumentError(
                 f"Expected argument `classifier` to name a layer of {type(model).__name__}, but "
                 f"got {classifier!r}. Its last layers are {last}."
             )
-        return [model.get_submodule(classifier)]
+        return [names[classifier]]
     if isinstance(model, nn.Linear):
         return [model]
     found = getattr(model, "classifiers", model)
@@ -135,6 +137,7 @@ def freeze_representation(model: nn.Module, classifier: str | None = None) -> li
         (2, False)
     """
     layers = find_classifiers(model, classifier)
+    check_instance(model, "model", nn.Module, "a module, wrapped or plain")
     model.requires_grad_(False)
     model.eval()
     parameters: list[nn.Parameter] = []

@@ -92,7 +92,9 @@ class FocalLoss(nn.Module):
         Raises:
             ArgumentError: shapes or labels do not fit.
         """
-        check_logits_target(logits, target, None if self.weight is None else len(self.weight))
+        target = check_logits_target(
+            logits, target, None if self.weight is None else len(self.weight)
+        )
         return focal_loss(logits, target, gamma=self.gamma, weight=self.weight)
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ride_plugin._checks import (
+    ClassCounts,
     Numbers,
     as_weight,
     check_class_counts,
@@ -82,7 +83,7 @@ class LDAMLoss(nn.Module):
 
     def __init__(
         self,
-        class_counts: Numbers,
+        class_counts: ClassCounts,
         *,
         max_margin: float = 0.5,
         scale: float = 30.0,
@@ -125,7 +126,7 @@ class LDAMLoss(nn.Module):
             ArgumentError: shapes or labels do not fit, or the logits are no cosines times
                 ``scale``.
         """
-        check_logits_target(logits, target, len(self.margins), soft=False)
+        target = check_logits_target(logits, target, len(self.margins), soft=False)
         if not torch.compiler.is_compiling() and (logits.is_cpu or not self._checked):
             self._check_cosine(logits)
             self._checked = True

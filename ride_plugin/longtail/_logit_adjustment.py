@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._checks import Numbers, check_class_counts, check_logits_target
-from ride_plugin._errors import ArgumentError
+from ride_plugin._checks import (
+    ClassCounts,
+    check_class_counts,
+    check_floating,
+    check_logits_target,
+    check_number,
+)
 from ride_plugin._numerics import float32_or_better
 
 
-def adjust_logits(logits: Tensor, class_counts: Numbers, tau: float = 1.0) -> Tensor:
+def adjust_logits(logits: Tensor, class_counts: ClassCounts, tau: float = 1.0) -> Tensor:
     r"""Move a trained model's decisions towards rare classes, or back to frequent ones.
 
     $$\tilde z_c = z_c - \tau \log \pi_c, \qquad \pi_c = \frac{n_c}{\sum_k n_k}$$
@@ -40,24 +43,22 @@ def adjust_logits(logits: Tensor, class_counts: Numbers, tau: float = 1.0) -> Te
         >>> adjust_logits(torch.zeros(1, 2), [75, 25])
         tensor([[0.2877, 1.3863]])
     """
-    log_prior = _log_prior(class_counts, tau)
-    if logits.dim() == 0 or logits.shape[-1] != len(log_prior) or not logits.is_floating_point():
-        raise ArgumentError(
-            f"Expected argument `logits` to be floating point [..., {len(log_prior)}], as many "
-            f"classes as `class_counts` has, but got shape {list(logits.shape)} and dtype "
-            f"{logits.dtype}. Pass the model's output, not predicted classes."
-        )
+    adjustment = _adjustment(class_counts, tau)
+    check_floating(
+        logits,
+        "logits",
+        "...",
+        len(adjustment),
+        advice="Pass the model's output, not predicted classes, for as many classes as counted.",
+    )
     precise = float32_or_better(logits)
-    return precise - tau * log_prior.to(precise)
+    return precise - adjustment.to(precise)
 
 
-def _log_prior(class_counts: Numbers, tau: float) -> Tensor:
+def _adjustment(class_counts: ClassCounts, tau: float) -> Tensor:
     counts = check_class_counts(class_counts)
-    if not math.isfinite(tau):
-        raise ArgumentError(
-            f"Expected argument `tau` to be finite, but got {tau!r}. The paper takes 1."
-        )
-    return (counts / counts.sum()).log()
+    tau = check_number(tau, "tau", advice="The paper takes 1.")
+    return tau * (counts / counts.sum()).log()
 
 
 def logit_adjusted_loss(logits: Tensor, target: Tensor, adjustment: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class LogitAdjustedLoss(nn.Module):
 
     adjustment: Tensor
 
-    def __init__(self, class_counts: Numbers, tau: float = 1.0) -> None:
+    def __init__(self, class_counts: ClassCounts, tau: float = 1.0) -> None:
         """Compute the adjustment.
 
         Args:
@@ -119,9 +120,9 @@ class LogitAdjustedLoss(nn.Module):
             ArgumentError: a count is not positive or ``tau`` is not finite.
         """
         super().__init__()
-        adjustment = tau * _log_prior(class_counts, tau)
+        adjustment = _adjustment(class_counts, tau).float()
         self.tau = float(tau)
-        self.register_buffer("adjustment", adjustment.float(), persistent=False)
+        self.register_buffer("adjustment", adjustment, persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss, a scalar of float32 or better.
@@ -133,7 +134,7 @@ class LogitAdjustedLoss(nn.Module):
         Raises:
             ArgumentError: shapes or labels do not fit.
         """
-        check_logits_target(logits, target, len(self.adjustment))
+        target = check_logits_target(logits, target, len(self.adjustment))
         return logit_adjusted_loss(logits, target, self.adjustment)
 
     def extra_repr(self) -> str:
@@ -156,7 +157,7 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
         tensor(1.3863)
     """
 
-    def __init__(self, class_counts: Numbers) -> None:
+    def __init__(self, class_counts: ClassCounts) -> None:
         """Store the prior.
 
         Args:

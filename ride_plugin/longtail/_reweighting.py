@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import Numbers, check_class_counts, check_number
+from ride_plugin._checks import ClassCounts, check_class_counts, check_integer, check_number
 from ride_plugin._errors import ArgumentError
 
 
-def effective_number_weights(class_counts: Numbers, beta: float = 0.9999) -> Tensor:
+def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) -> Tensor:
     r"""Class weights inverse to the effective number of samples, with mean 1.
 
     $$w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \qquad
@@ -33,7 +33,9 @@ def effective_number_weights(class_counts: Numbers, beta: float = 0.9999) -> Ten
         tensor([0.0272, 0.2704, 2.7025])
     """
     counts = check_class_counts(class_counts)
-    log_beta = torch.tensor(check_number(beta, "beta", 0, 1), dtype=torch.float64).log()
+    log_beta = torch.tensor(
+        check_number(beta, "beta", 0, 1, open_high=True), dtype=torch.float64
+    ).log()
     # expm1 keeps the digits that 1 - beta ** n loses where beta is close to 1.
     weights = -1 / torch.expm1(counts * log_beta)
     return (weights / weights.mean()).float()
@@ -69,7 +71,7 @@ class DeferredReweighting:
     def __init__(
         self,
         criterion: nn.Module,
-        class_counts: Numbers,
+        class_counts: ClassCounts,
         *,
         start_epoch: int,
         beta: float = 0.9999,
@@ -97,7 +99,7 @@ class DeferredReweighting:
                 "place."
             )
         self.criterion = criterion
-        self.start_epoch = int(check_number(start_epoch, "start_epoch", 0))
+        self.start_epoch = check_integer(start_epoch, "start_epoch")
         self._initial = held.detach().clone()
         self.last_epoch = 0
         self._apply()
@@ -122,12 +124,12 @@ class DeferredReweighting:
         Raises:
             ArgumentError: the state is not one of :meth:`state_dict`.
         """
-        if set(state_dict) != {"last_epoch"}:
+        if not isinstance(state_dict, dict) or set(state_dict) != {"last_epoch"}:
             raise ArgumentError(
                 "Expected argument `state_dict` to hold `last_epoch` alone, but got "
-                f"{sorted(state_dict)}. Pass what DeferredReweighting.state_dict() returned."
+                f"{state_dict!r}. Pass what DeferredReweighting.state_dict() returned."
             )
-        self.last_epoch = int(check_number(state_dict["last_epoch"], "last_epoch", 0))
+        self.last_epoch = check_integer(state_dict["last_epoch"], "last_epoch")
         self._apply()
 
     def _apply(self) -> None:

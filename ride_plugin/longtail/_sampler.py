@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from torch import distributed
 from torch.utils.data import Sampler
 
-from ride_plugin._checks import Numbers, as_labels, check_number
-from ride_plugin._errors import ArgumentError
+from ride_plugin._checks import Numbers, as_labels, check_integer
 
 
 def balanced_draw(
@@ -95,25 +94,21 @@ class ClassBalancedSampler(Sampler[int]):
             num_replicas = distributed.get_world_size() if running else 1
         if rank is None:
             rank = distributed.get_rank() if running else 0
-        self.num_replicas = _whole(num_replicas, "num_replicas", 1)
-        self.rank = _whole(rank, "rank", 0)
-        if self.rank >= self.num_replicas:
-            raise ArgumentError(
-                f"Expected argument `rank` to be below num_replicas = {self.num_replicas}, but got "
-                f"{rank}. Ranks count from 0."
-            )
-        total = len(self.labels) if num_samples is None else _whole(num_samples, "num_samples", 1)
-        self.num_samples = -(-total // self.num_replicas)
-        self.seed = _whole(seed, "seed", 0)
+        self.num_replicas = check_integer(num_replicas, "num_replicas", 1)
+        self.rank = check_integer(rank, "rank", 0, self.num_replicas - 1)
+        if num_samples is None:
+            num_samples = len(self.labels)
+        self.num_samples = -(-check_integer(num_samples, "num_samples", 1) // self.num_replicas)
+        self.seed = check_integer(seed, "seed")
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's draw; call it before each epoch, else every epoch repeats the first.
 
         Raises:
-            ArgumentError: ``epoch`` is not a whole number >= 0.
+            ArgumentError: ``epoch`` is not an integer >= 0.
         """
-        self.epoch = _whole(epoch, "epoch", 0)
+        self.epoch = check_integer(epoch, "epoch")
 
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's indices of the current epoch."""
@@ -125,12 +120,3 @@ class ClassBalancedSampler(Sampler[int]):
     def __len__(self) -> int:
         """Return the number of indices that each rank gets per epoch."""
         return self.num_samples
-
-
-def _whole(value: int, name: str, low: int) -> int:
-    check_number(value, name, low)
-    if value != int(value):
-        raise ArgumentError(
-            f"Expected argument `{name}` to be a whole number, but got {value!r}. Round it."
-        )
-    return int(value)

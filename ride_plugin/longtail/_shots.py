@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from os import PathLike
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ride_plugin._checks import (
+    ClassCounts,
     Numbers,
     as_cpu_tensor,
     as_labels,
     check_class_counts,
-    check_label_range,
+    check_classes,
 )
 from ride_plugin._errors import ArgumentError
 from ride_plugin.longtail._splits import SPLITS, BySplit, mean_by_split, shot_groups, shown
@@ -108,7 +110,7 @@ class ShotReport:
 def shot_report(
     output: Tensor | Numbers,
     target: Numbers,
-    class_counts: Numbers,
+    class_counts: ClassCounts,
     *,
     many: float = 100,
     few: float = 20,
@@ -174,8 +176,8 @@ def _predictions(output: Tensor | Numbers, num_samples: int, num_classes: int) -
             )
         return values.argmax(1)
     integral = not (values.is_floating_point() or values.is_complex())
-    if integral and list(values.shape) == [num_samples]:
-        check_label_range(values, "output", num_classes)
+    if integral and values.dtype != torch.bool and list(values.shape) == [num_samples]:
+        check_classes(values, "output", num_classes)
         return values.long()
     raise ArgumentError(
         f"Expected argument `output` to be logits [{num_samples}, {num_classes}] or predicted "

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ride_plugin._checks import Numbers, check_class_counts
+from ride_plugin._checks import ClassCounts, check_class_counts, check_number
 from ride_plugin._errors import ArgumentError
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -18,7 +18,7 @@ Ints: TypeAlias = NDArray[np.int64]
 SPLITS = ("many", "medium", "few")
 
 
-def shot_groups(class_counts: Numbers, many: float = 100, few: float = 20) -> Ints:
+def shot_groups(class_counts: ClassCounts, many: float = 100, few: float = 20) -> Ints:
     """Return for each class 0 (many-shot), 1 (medium-shot) or 2 (few-shot).
 
     Many-shot classes have more than ``many`` training images, few-shot classes fewer than ``few``,
@@ -33,10 +33,11 @@ def shot_groups(class_counts: Numbers, many: float = 100, few: float = 20) -> In
         [0, 1, 1, 2]
     """
     counts = check_class_counts(class_counts).numpy()
-    if not 0 <= few <= many:
+    many, few = check_number(many, "many", 0), check_number(few, "few", 0)
+    if few > many:
         raise ArgumentError(
-            f"Expected arguments `many` and `few` to satisfy 0 <= few <= many, but got many={many} "
-            f"and few={few}. The field's cut-offs are many=100, few=20."
+            "Expected arguments `many` and `few` to satisfy 0 <= few <= many, but got "
+            f"many={many:g} and few={few:g}. The field's cut-offs are many=100, few=20."
         )
     groups: Ints = np.where(counts > many, 0, np.where(counts < few, 2, 1))
     return groups

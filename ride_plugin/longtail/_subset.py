@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from ride_plugin._checks import Numbers, as_labels, check_number
+from ride_plugin._checks import (
+    Numbers,
+    as_labels,
+    check_choice,
+    check_instance,
+    check_integer,
+    check_number,
+    refuse,
+)
 from ride_plugin._errors import ArgumentError
 
 Profile = Literal["exp", "step"]
@@ -46,24 +54,21 @@ def long_tailed_counts(
         >>> long_tailed_counts(5, 100, 50, "step")
         [100, 100, 2, 2, 2]
     """
-    check_number(num_classes, "num_classes", 1)
-    check_number(max_count, "max_count", 1)
-    if not imbalance_factor >= 1:
-        raise ArgumentError(
-            "Expected argument `imbalance_factor` to be the largest class count over the smallest, "
-            f">= 1, but got {imbalance_factor!r}. Pass 100 where other code says 0.01."
-        )
+    num_classes = check_integer(num_classes, "num_classes", 1)
+    max_count = check_integer(max_count, "max_count", 1)
+    imbalance_factor = check_number(
+        imbalance_factor,
+        "imbalance_factor",
+        1,
+        advice="It is the largest class count over the smallest: 100 where other code says 0.01.",
+    )
     rarest = 1 / imbalance_factor
-    if profile == "exp":
+    if check_choice(profile, "profile", get_args(Profile)) == "exp":
         last = max(num_classes - 1, 1)
         counts = [int(max_count * rarest ** (c / last)) for c in range(num_classes)]
-    elif profile == "step":
+    else:
         head = num_classes // 2
         counts = [max_count] * head + [int(max_count * rarest)] * (num_classes - head)
-    else:
-        raise ArgumentError(
-            f"Expected argument `profile` to be 'exp' or 'step', but got {profile!r}. Choose one."
-        )
     if counts[-1] < 1:
         raise ArgumentError(
             f"Expected argument `imbalance_factor` to leave an image in the rarest class, but got "
@@ -104,8 +109,12 @@ def long_tailed_indices(
     """
     classes = as_labels(labels)
     available = classes.bincount()
-    limit = int(available.min()) if max_count is None else max_count
-    if int(available.min()) == 0:
+    smallest = int(available.min())
+    limit = smallest if max_count is None else check_integer(max_count, "max_count", 1)
+    seed = check_integer(seed, "seed", -(2**63), 2**64 - 1)  # what torch takes
+    if generator is not None:
+        check_instance(generator, "generator", torch.Generator, "a torch.Generator")
+    if smallest == 0:
         raise ArgumentError(
             "Expected argument `labels` to have at least one image of each class 0 .. "
             f"{len(available) - 1}, but got none of class {int(available.argmin())}. Number the "
@@ -116,7 +125,7 @@ def long_tailed_indices(
         if wanted > there:
             raise ArgumentError(
                 f"Expected argument `labels` to have {wanted} images of class {c}, but got "
-                f"{there}. Lower `max_count` (max_count=None takes {int(available.min())})."
+                f"{there}. Lower `max_count` (max_count=None takes {smallest})."
             )
     if generator is None:
         generator = torch.Generator().manual_seed(seed)
@@ -170,7 +179,9 @@ class LongTailedSubset(Subset[Any]):
                 images.
         """
         classes = as_labels(_labels_of(dataset) if labels is None else labels)
-        size = len(dataset)  # type: ignore[arg-type]
+        if not hasattr(dataset, "__len__"):
+            refuse("dataset", "a map-style data set, with a length", dataset)
+        size = len(dataset)
         if len(classes) != size:
             raise ArgumentError(
                 f"Expected argument `labels` to have one entry for each of the data set's {size} "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import check_number
+from ride_plugin._checks import check_floating, check_number
 from ride_plugin._errors import ArgumentError
 from ride_plugin.longtail._classifiers import Classifiers, linear_classifiers
 
@@ -36,11 +36,7 @@ def tau_normalized(weight: Tensor, tau: float) -> Tensor:
         tensor([[0.6000, 0.8000]])
     """
     tau = check_number(tau, "tau", 0)
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ArgumentError(
-            "Expected argument `weight` to be floating point [C, D], but got shape "
-            f"{list(weight.shape)} and dtype {weight.dtype}. Pass a linear layer's weight."
-        )
+    check_floating(weight, "weight", "C", "D", advice="Pass a linear layer's weight.")
     norms: Tensor = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     if not bool((norms > 0).all() & norms.isfinite().all()):
         raise ArgumentError(

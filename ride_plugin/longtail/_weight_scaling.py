@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ride_plugin._errors import ArgumentError
+from ride_plugin._checks import check_integer
 from ride_plugin.longtail._classifiers import Classifiers, linear_classifiers
 
 
@@ -42,11 +42,9 @@ class LearnableWeightScaling(nn.Module):
             ArgumentError: ``num_classes`` is below 1.
         """
         super().__init__()
-        if num_classes < 1:
-            raise ArgumentError(
-                f"Expected argument `num_classes` to be >= 1, but got {num_classes}. Pass the "
-                "classifier's out_features."
-            )
+        num_classes = check_integer(
+            num_classes, "num_classes", 1, advice="Pass the classifier's out_features."
+        )
         self.scale = nn.Parameter(torch.ones(num_classes))
 
     def forward(self, values: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
 from ride_plugin import functional
-from ride_plugin._errors import ArgumentError
+from ride_plugin._checks import check_choice, check_number, refuse
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import ExpertOutput, Output, expert_logits
 
@@ -50,22 +49,9 @@ class DistillationLoss(nn.Module):
         form: DistillationForm = "per_expert",
     ) -> None:
         super().__init__()
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ArgumentError(
-                f"Expected argument `weight` to be finite and not negative, but got {weight}."
-            )
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ArgumentError(
-                f"Expected argument `temperature` to be positive, but got {temperature}."
-            )
-        if form not in get_args(DistillationForm):
-            raise ArgumentError(
-                f"Expected argument `form` to be one of {get_args(DistillationForm)}, "
-                f"but got {form!r}."
-            )
-        self.weight = weight
-        self.temperature = temperature
-        self.form = form
+        self.weight = check_number(weight, "weight", 0)
+        self.temperature = check_number(temperature, "temperature", 0, open_low=True)
+        self.form = check_choice(form, "form", get_args(DistillationForm))
 
     def forward(self, output: Output, teacher_output: Output) -> Tensor:
         """Return the weighted batch mean, summed over experts.
@@ -85,10 +71,7 @@ class DistillationLoss(nn.Module):
         """
         student = float32_or_better(expert_logits(output))
         if student.shape[0] == 0:
-            raise ArgumentError(
-                "Expected argument `output` to hold at least one sample, but got expert logits "
-                f"{list(student.shape)}."
-            )
+            refuse("output", "of at least one sample", student)
         if self.form == "official":
             student = functional.mean_logits(student)[:, None]
         divergence = functional.distillation_kl(
@@ -107,8 +90,7 @@ def _teacher_logits(output: Output) -> Tensor:
     elif isinstance(output, tuple) and len(output) == 2:  # DDP rebuilds an ExpertOutput as a tuple
         logits = ExpertOutput(*output).logits
     else:
-        raise ArgumentError(
-            "Expected argument `teacher_output` to be logits [B, C], an ExpertOutput or expert "
-            f"logits [B, E, C], but got {type(output).__name__}."
+        refuse(
+            "teacher_output", "logits [B, C], an ExpertOutput or expert logits [B, E, C]", output
         )
     return functional.mean_logits(float32_or_better(logits)) if logits.dim() == 3 else logits

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from typing import get_args
 
 from torch import Tensor, nn
 
 from ride_plugin import functional
-from ride_plugin._checks import ClassCounts, check_class_counts, check_target, explain_target
+from ride_plugin._checks import (
+    ClassCounts,
+    check_bool,
+    check_choice,
+    check_class_counts,
+    check_instance,
+    check_number,
+    check_target,
+    refuse,
+)
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import Output, expert_logits
@@ -76,21 +85,22 @@ class DiversityLoss(nn.Module):
         temperature: TemperatureSchedule | None = None,
     ) -> None:
         super().__init__()
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ArgumentError(
-                f"Expected argument `weight` to be finite and not negative, but got {weight}. The "
-                "loss has its minus sign built in: the authors' factor of -0.2 is weight=0.2."
-            )
+        self.weight = check_number(
+            weight,
+            "weight",
+            0,
+            advice="The loss has its minus sign built in: the authors' -0.2 is weight=0.2.",
+        )
+        self.form: Form = check_choice(form, "form", get_args(Form))
+        self.detach_others = check_bool(detach_others, "detach_others")
         if temperature is None:
             temperature = TemperatureSchedule(
                 class_counts, eta=eta, gamma=gamma, start_epoch=start_epoch, form=form
             )
         else:
+            check_instance(temperature, "temperature", TemperatureSchedule, "a TemperatureSchedule")
             given = {"gamma": gamma, "eta": eta, "start_epoch": start_epoch}
             _check_schedule(temperature, len(check_class_counts(class_counts)), form, given)
-        self.weight = weight
-        self.form = form
-        self.detach_others = detach_others
         self.schedule = temperature
 
     def forward(self, output: Output, target: Tensor) -> Tensor:
@@ -112,18 +122,19 @@ class DiversityLoss(nn.Module):
         experts = expert_logits(output)
         batch, _, classes = experts.shape
         if classes != self.schedule.num_classes or batch == 0:
-            raise ArgumentError(
-                "Expected argument `output` to hold at least one sample and logits of "
-                f"{self.schedule.num_classes} classes, as many as `class_counts` has, but got "
-                f"expert logits {list(experts.shape)}."
+            refuse(
+                "output",
+                f"that of at least one sample, with expert logits of {self.schedule.num_classes} "
+                "classes, as many as `class_counts` has",
+                experts,
             )
-        check_target(target, batch, classes)
+        target = check_target(target, batch, classes)
         logits = float32_or_better(experts)
         class_temperature = self.schedule.temperature.to(logits.dtype)
         if self.form == "official":
             divergence = functional.kl_from_mean(logits, class_temperature)
         else:
-            temperature = _look_up(class_temperature, target)
+            temperature = functional.sample_temperatures(class_temperature, target)
             divergence = functional.pairwise_kl(
                 logits, temperature, detach_others=self.detach_others
             )
@@ -136,14 +147,6 @@ class DiversityLoss(nn.Module):
     def extra_repr(self) -> str:
         """Arguments, as ``repr`` shows them."""
         return f"weight={self.weight}, form={self.form!r}, detach_others={self.detach_others}"
-
-
-def _look_up(class_temperature: Tensor, target: Tensor) -> Tensor:
-    try:
-        return functional.sample_temperatures(class_temperature, target)
-    except (IndexError, RuntimeError) as error:
-        explain_target(target, len(class_temperature), error)
-        raise
 
 
 def _check_schedule(

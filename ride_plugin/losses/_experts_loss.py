@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._checks import check_target, explain_target
+from ride_plugin._checks import check_callable, check_choice, check_classes, check_target, refuse
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import Output, expert_logits
@@ -53,14 +53,17 @@ def experts_loss(
         >>> expert_logits = torch.randn(8, 3, 10, requires_grad=True)  # or the model's output
         >>> experts_loss(nn.CrossEntropyLoss(), expert_logits, torch.randint(10, (8,))).backward()
     """
-    if reduction not in ("sum", "mean"):
-        raise ArgumentError(
-            f'Expected argument `reduction` to be "sum" or "mean", but got {reduction!r}. It '
-            "says how the experts' losses are joined; the criterion averages over samples."
-        )
+    check_choice(
+        reduction,
+        "reduction",
+        ("sum", "mean"),
+        advice="It says how the experts' losses are joined; the criterion averages over samples.",
+    )
     experts = float32_or_better(expert_logits(output))
     batch, num_experts, classes = experts.shape
-    check_target(target, batch, classes)
+    if batch == 0:
+        refuse("output", "of at least one sample", experts)
+    target = check_target(target, batch, classes)
     try:
         if _averages_rows(criterion):
             rows = experts.reshape(batch * num_experts, classes)
@@ -68,8 +71,8 @@ def experts_loss(
             return mean * num_experts if reduction == "sum" else mean
         criteria = _one_per_expert(criterion, num_experts)
         losses = [_call(one, experts[:, i], target) for i, one in enumerate(criteria)]
-    except (IndexError, RuntimeError) as error:
-        explain_target(target, classes, error)
+    except (IndexError, RuntimeError):
+        check_classes(target, "target", classes)
         raise
     total = torch.stack(losses)
     return total.sum() if reduction == "sum" else total.mean()
@@ -100,12 +103,9 @@ def _one_per_expert(
 
 
 def _call(criterion: object, logits: Tensor, target: Tensor) -> Tensor:
-    if not callable(criterion):
-        raise ArgumentError(
-            "Expected argument `criterion` to be callable as criterion(logits, target), but got "
-            f"{type(criterion).__name__}."
-        )
-    loss: object = criterion(logits, target)
+    loss: object = check_callable(criterion, "criterion", "criterion(logits, target)")(
+        logits, target
+    )
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         shape = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ArgumentError(

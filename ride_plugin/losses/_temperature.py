@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Self, get_args
 
@@ -10,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import functional
-from ride_plugin._checks import ClassCounts, check_class_counts
+from ride_plugin._checks import (
+    ClassCounts,
+    check_choice,
+    check_class_counts,
+    check_integer,
+    check_number,
+)
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin.functional import Form
@@ -69,14 +74,23 @@ class TemperatureSchedule(nn.Module):
     ) -> None:
         super().__init__()
         counts = check_class_counts(class_counts)
-        _check(eta, gamma, start_epoch, form)
-        self.eta = eta
-        self.gamma = gamma
-        self.start_epoch = start_epoch
-        self.form = form
+        self.eta = check_number(eta, "eta", 0, open_low=True, advice="The paper uses 1.")
+        self.gamma = check_number(
+            gamma,
+            "gamma",
+            0,
+            1,
+            advice="The authors use 0.05, 0.02 and 0.015; 0 gives all classes one temperature.",
+        )
+        self.start_epoch = check_integer(
+            start_epoch, "start_epoch", advice="Epochs count from zero; 0 starts at once."
+        )
+        self.form: Form = check_choice(form, "form", get_args(Form))
         self.last_epoch = 0
         # In float64 and no buffer, so that casting the module back and forth loses nothing.
-        self._by_class = functional.class_temperatures(counts, eta=eta, gamma=gamma, form=form)
+        self._by_class = functional.class_temperatures(
+            counts, eta=self.eta, gamma=self.gamma, form=self.form
+        )
         lowest = self._by_class.min().item()
         if not lowest > 0:
             psi_spread = (counts.max() - counts.min()).item() / counts.mean().item()
@@ -127,25 +141,3 @@ class TemperatureSchedule(nn.Module):
             self.temperature.copy_(self._by_class)
         else:
             self.temperature.fill_(self.eta)
-
-
-def _check(eta: float, gamma: float, start_epoch: int, form: str) -> None:
-    if not (math.isfinite(eta) and eta > 0):
-        raise ArgumentError(
-            f"Expected argument `eta` to be a positive temperature, but got {eta}. The paper "
-            "uses 1."
-        )
-    if not 0 <= gamma <= 1:
-        raise ArgumentError(
-            f"Expected argument `gamma` to be between 0 and 1, but got {gamma}. The authors use "
-            "0.05, 0.02 and 0.015; 0 gives every class the same temperature."
-        )
-    if start_epoch < 0 or start_epoch != int(start_epoch):
-        raise ArgumentError(
-            "Expected argument `start_epoch` to be an epoch counted from zero, but got "
-            f"{start_epoch}. Pass 0 to start at once."
-        )
-    if form not in get_args(Form):
-        raise ArgumentError(
-            f"Expected argument `form` to be one of {get_args(Form)}, but got {form!r}."
-        )

@@ -138,12 +138,12 @@ def test_bad_arguments_are_named(arguments, message: str) -> None:
 @pytest.mark.parametrize(
     ("logits", "target", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(2).long(), r"`logits` to have 4 classes.*\[2, 3\]"),
+        (torch.zeros(2, 3), torch.zeros(2).long(), r"`logits`.*\[B, 4\].*\[2, 3\]"),
         (torch.zeros(2, 3, 4), torch.zeros(2).long(), "`logits`.*experts_loss"),
-        (torch.zeros(2, 4), torch.tensor([0, 4]), r"`target`.*0 \.\. 3.*to 4"),
+        (torch.zeros(2, 4), torch.tensor([0, 4]), "`target`.*0 to 3.*to 4"),
         (torch.zeros(2, 4), torch.tensor([-1, 0]), "`target`.*from -1"),
-        (torch.zeros(2, 4), torch.zeros(3).long(), r"`target`.*int64 \[2\].*\[3\]"),
-        (torch.zeros(2, 4), torch.zeros(2).int(), r"`target`.*int32.*\.long\(\)"),
+        (torch.zeros(2, 4), torch.zeros(3).long(), r"`target`.*indices \[2\].*\[3\]"),
+        (torch.zeros(2, 4), torch.zeros(2).bool(), "`target`.*torch.bool"),
         (torch.zeros(2, 4), torch.full((2, 4), 0.25), r"`target`.*lam \* loss"),
     ],
 )

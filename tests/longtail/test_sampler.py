@@ -94,12 +94,12 @@ def test_rank_and_size_come_from_the_process_group(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("labels", "arguments", "message"),
     [
-        ([], {}, "`labels`.*N > 0"),
+        ([], {}, r"`labels`.*at least one.*\[0\]"),
         ([0.5, 1.0], {}, "`labels`.*integer"),
         ([0, -1], {}, "`labels`.*from -1"),
         ([0, 1], {"num_samples": 0}, "`num_samples`.*got 0"),
-        ([0, 1], {"num_samples": 2.5}, "`num_samples`.*whole.*2.5"),
-        ([0, 1], {"num_replicas": 2, "rank": 2}, "`rank`.*below num_replicas = 2.*got 2"),
+        ([0, 1], {"num_samples": 2.5}, "`num_samples`.*an integer.*2.5"),
+        ([0, 1], {"num_replicas": 2, "rank": 2}, "`rank`.*from 0 to 1, but got 2"),
         ([0, 1], {"seed": -1}, "`seed`.*-1"),
     ],
 )

@@ -109,7 +109,7 @@ def test_labels_may_be_handed_in() -> None:
     [
         (lambda: long_tailed_counts(10, 500, 0.01), "`imbalance_factor`.*100 where.*0.01"),
         (lambda: long_tailed_counts(10, 50, 100), "`imbalance_factor`.*rarest.*at most 50"),
-        (lambda: long_tailed_counts(10, 50, 10, "linear"), "`profile`.*'exp' or 'step'.*linear"),
+        (lambda: long_tailed_counts(10, 50, 10, "linear"), "`profile`.*'exp', 'step'.*linear"),
         (lambda: long_tailed_counts(0, 50, 10), "`num_classes`"),
         (lambda: long_tailed_indices(LABELS, 10, max_count=31), "31 images of class 0, but got 30"),
         (lambda: long_tailed_indices([0, 0, 2, 2], 1), "`labels`.*none of class 1"),

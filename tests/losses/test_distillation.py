@@ -111,14 +111,14 @@ def test_bare_student_logits_are_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(6, 4), (5, 5), (6,)])
 def test_teacher_that_does_not_fit_is_named(shape) -> None:
-    with pytest.raises(ArgumentError, match=r"`teacher_logits` to be of shape \[6, 5\]"):
+    with pytest.raises(ArgumentError, match=r"`teacher_logits`.*\[6, 5\]"):
         DistillationLoss()(batch()[0], torch.zeros(shape))
 
 
 def test_other_unfit_arguments_are_named() -> None:
-    with pytest.raises(ArgumentError, match=r"`teacher_output`.*but got list"):
+    with pytest.raises(ArgumentError, match=r"`teacher_output`.*but got \[1.0\]"):
         DistillationLoss()(batch()[0], [1.0])
-    with pytest.raises(ArgumentError, match="`output` to hold at least one sample"):
+    with pytest.raises(ArgumentError, match="`output` to be of at least one sample"):
         DistillationLoss()(torch.zeros(0, 3, 5), torch.zeros(0, 5))
 
 

@@ -201,12 +201,12 @@ class _CountKernels(TorchDispatchMode):
 def test_operations_are_few_flat_in_experts_and_read_nothing_back(form) -> None:
     numbers = []
     for num_experts in (2, 8):
-        logits, target = batch(num_experts)
-        loss = DiversityLoss(COUNTS, form=form)
+        # Without data, as on an accelerator: reading a value back would raise.
+        logits, target = (x.detach().to("meta") for x in batch(num_experts))
+        loss = DiversityLoss(COUNTS, form=form).to("meta")
         with _CountKernels() as kernels:
-            loss(logits, target).backward()
+            loss(logits.requires_grad_(), target).backward()
         numbers.append(len(kernels.names))
-        assert "_local_scalar_dense.default" not in kernels.names
     assert numbers[0] == numbers[1]
     assert 20 < numbers[0] <= 40
 
@@ -220,13 +220,13 @@ def test_index_out_of_range_is_named(target: list[int]) -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (torch.zeros(5, dtype=torch.long), r"shape \[6\].*torch.int64 of shape \[5\]"),
-        (torch.zeros(6, 4, dtype=torch.long), r"torch.int64 of shape \[6, 4\]"),
+        (torch.zeros(5, dtype=torch.long), r"indices \[6\].*of shape \[5\] and dtype torch.int64"),
+        (torch.zeros(6, 4, dtype=torch.long), r"of shape \[6, 4\] and dtype torch.int64"),
         (torch.zeros(6, dtype=torch.bool), "torch.bool"),
-        (torch.zeros(6), r"probabilities of shape \[6, 4\], but got shape \[6\]"),
+        (torch.zeros(6), r"probabilities \[6, 4\], but got a tensor of shape \[6\]"),
         (torch.ones(6, 4), "sum to one in each row, but got sums from 4 to 4"),
         (torch.tensor([[2.0, -1.0, 0, 0]]).repeat(6, 1), "values down to -1"),
-        ([0, 1, 2, 3, 0, 1], "but got list"),
+        ([0, 1, 2, 3, 0, 1], r"but got \[0, 1"),
     ],
 )
 def test_target_of_the_wrong_form_is_named(target, message: str) -> None:

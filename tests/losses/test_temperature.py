@@ -113,11 +113,14 @@ def test_repr_names_every_argument() -> None:
         ([10, -3, -5], r"got -3 for class 1 \(2 such classes\)"),
         ([10, float("nan")], "got nan for class 1"),
         ([10, float("inf")], "got inf for class 1"),
-        ([[1, 2]], r"one-dimensional.*got shape \[1, 2\]"),
-        ([], r"got shape \[0\]"),
-        (7, r"got shape \[\]"),
-        ("abc", "to be numbers, one for each class, but got str"),
-        ([[1, 2], [3]], "to be numbers, one for each class, but got list"),
+        ([[1, 2]], r"one-dimensional.*of shape \[1, 2\]"),
+        ([], r"of shape \[0\]"),
+        (7, r"of shape \[\]"),
+        ("abc", "to be a tensor, an array or a list of numbers, but got 'abc'"),
+        (
+            [[1, 2], [3]],
+            r"to be a tensor, an array or a list of numbers, but got \[\[1, 2\], \[3\]\]",
+        ),
     ],
 )
 def test_impossible_counts_are_named(counts, message: str) -> None:

@@ -1,0 +1,274 @@
+"""The room of argument checks: what comes in, how it goes on, in which words it is refused."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ride_plugin import ArgumentError, _checks
+
+
+@pytest.mark.parametrize(
+    "value", [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor(3).int()]
+)
+def test_integers_of_python_numpy_and_torch_are_integers(value: Any) -> None:
+    number = _checks.check_integer(value, "size", 3, 3)
+    assert type(number) is int
+    assert number == 3
+    assert _checks.check_number(value, "size", 3, 3) == 3.0
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), torch.tensor(0.5), Fraction(1, 2)])
+def test_numbers_of_python_numpy_and_torch_are_numbers(value: Any) -> None:
+    number = _checks.check_number(value, "share", 0, 1)
+    assert type(number) is float
+    assert number == 0.5
+
+
+NO_NUMBERS = [
+    *("3", None, True, np.True_, torch.tensor(True), [3], np.array([3]), torch.tensor([3])),
+    *(
+        math.nan,
+        torch.tensor(math.nan),
+        np.float32("nan"),
+        3j,
+        object(),
+        torch.empty((), device="meta"),
+    ),
+]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+def test_what_is_no_number_is_refused_in_the_same_words(value: Any) -> None:
+    with pytest.raises(ArgumentError, match="`size` to be a finite number >= 0, but got "):
+        _checks.check_number(value, "size", 0)
+    with pytest.raises(ArgumentError, match="`size` to be an integer >= 0, but got "):
+        _checks.check_integer(value, "size")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "allowed", "refused", "words"),
+    [
+        ({}, [-1e300, 0], [math.inf, -math.inf, 10**400], "a finite number"),
+        ({"low": 1}, [1], [0.999], "a finite number >= 1"),
+        ({"low": 1, "open_low": True}, [1.001], [1], "a finite number > 1"),
+        ({"low": 0, "high": 1}, [0, 1], [-0.1, 1.1], "a finite number >= 0 and <= 1"),
+        ({"high": 1, "open_high": True}, [-5, 0.9], [1], "a finite number < 1"),
+    ],
+)
+def test_limits_of_a_number(arguments: Any, allowed: Any, refused: Any, words: str) -> None:
+    for value in allowed:
+        assert _checks.check_number(value, "size", **arguments) == value
+    for value in refused:
+        with pytest.raises(ArgumentError, match=f"`size` to be {words}, but got "):
+            _checks.check_number(value, "size", **arguments)
+
+
+def test_limits_of_an_integer() -> None:
+    assert [_checks.check_integer(i, "size", 1, 3) for i in (1, 3)] == [1, 3]
+    for value in (0, 4, 2.0, np.float64(2)):
+        with pytest.raises(ArgumentError, match="`size` to be an integer from 1 to 3, but got "):
+            _checks.check_integer(value, "size", 1, 3)
+
+
+def test_advice_ends_the_message() -> None:
+    with pytest.raises(ArgumentError) as error:
+        _checks.check_integer("a", "size", 1, advice="Count them.")
+    assert str(error.value) == (
+        "Expected argument `size` to be an integer >= 1, but got 'a'. Count them."
+    )
+
+
+def test_truth_is_true_or_false() -> None:
+    assert _checks.check_bool(np.True_, "flag") is True
+    assert _checks.check_bool(False, "flag") is False
+    for value in (1, 0, None, "yes", [], torch.ones(2)):
+        with pytest.raises(ArgumentError, match="`flag` to be True or False, but got "):
+            _checks.check_bool(value, "flag")
+
+
+def test_choices_are_compared_with_their_kind() -> None:
+    choices = (True, "training")
+    assert [_checks.check_choice(c, "kind", choices) for c in choices] == [True, "training"]
+    for value in (1, "train", None, [], np.ones(2), torch.ones(2)):
+        with pytest.raises(ArgumentError, match="`kind` to be one of True, 'training', but got "):
+            _checks.check_choice(value, "kind", choices)
+
+
+def test_objects_and_functions() -> None:
+    layer = torch.nn.Linear(2, 2)
+    assert _checks.check_instance(layer, "model", torch.nn.Module, "a module") is layer
+    assert _checks.check_callable(layer, "model", "model(x)") is layer
+    with pytest.raises(ArgumentError, match="`model` to be a module, but got 'fc'"):
+        _checks.check_instance("fc", "model", torch.nn.Module, "a module")
+    with pytest.raises(ArgumentError, match=r"`model` to be callable as model\(x\), but got 'fc'"):
+        _checks.check_callable("fc", "model", "model(x)")
+
+
+def test_shapes_of_floating_point_tensors() -> None:
+    tensor = torch.zeros(2, 3, 4)
+    for shape in (
+        ("B", "E", "C"),
+        (2, "E", 4),
+        ("...", 4),
+        ("...", 3, "C"),
+        ("...", "B", "E", "C"),
+    ):
+        assert _checks.check_floating(tensor, "logits", *shape) is tensor
+    for shape in (("B", "C"), (2, "E", 5), ("...", 3), ("...", "A", "B", "E", "C")):
+        with pytest.raises(ArgumentError, match=r"`logits`.*floating-point.*shape \[2, 3, 4\]"):
+            _checks.check_floating(tensor, "logits", *shape)
+    for value in (tensor.long(), tensor.numpy(), tensor.tolist(), None):
+        with pytest.raises(
+            ArgumentError, match=r"`logits` to be a floating-point tensor \[B, E, C\]"
+        ):
+            _checks.check_floating(value, "logits", "B", "E", "C")
+
+
+def test_long_values_are_shown_short() -> None:
+    with pytest.raises(ArgumentError) as error:
+        _checks.check_number(list(range(10_000)), "size")
+    assert len(str(error.value)) < 120
+
+
+# Class counts: in the order of class indices, whatever they come in.
+
+COUNTS = [5, 50, 7]
+
+
+class Series:
+    """What a pandas Series is to us: values in some order, and the label of each."""
+
+    ndim = 1
+
+    def __init__(self, values: list[int], index: list[Any]) -> None:
+        self.values, self.index = values, index
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray[Any, Any]:
+        return np.array(self.values, dtype)
+
+    def to_dict(self) -> dict[Any, int]:
+        return dict(zip(self.index, self.values, strict=True))
+
+
+READ_ONLY = np.array(COUNTS)
+READ_ONLY.flags.writeable = False
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        *(COUNTS, tuple(COUNTS), np.array(COUNTS), np.array(COUNTS[::-1])[::-1], READ_ONLY),
+        *(torch.tensor(COUNTS), torch.tensor(COUNTS).half(), [np.int64(n) for n in COUNTS]),
+        *({0: 5, 1: 50, 2: 7}, {2: 7, 0: 5, 1: 50}, {np.int64(2): 7, 1: 50, 0: np.int32(5)}),
+        *(Counter([1] * 50 + [2] * 7 + [0] * 5), Series([50, 7, 5], [1, 2, 0])),
+    ],
+    ids=lambda counts: type(counts).__name__,
+)
+def test_class_counts_are_put_in_the_order_of_classes(counts: Any) -> None:
+    checked = _checks.check_class_counts(counts)
+    assert checked.tolist() == COUNTS
+    assert checked.dtype == torch.float64
+    if not isinstance(counts, torch.Tensor):
+        assert _checks.as_weight(counts, 3).tolist() == COUNTS
+
+
+def test_value_counts_of_pandas_itself() -> None:
+    pandas = pytest.importorskip("pandas")
+    counts = pandas.Series([1] * 50 + [2] * 7 + [0] * 5).value_counts()
+    assert counts.tolist() == [50, 7, 5]  # by frequency, which is not the order of classes
+    assert _checks.check_class_counts(counts).tolist() == COUNTS
+    assert _checks.check_class_counts(counts.sort_index().to_numpy()).tolist() == COUNTS
+    assert _checks.as_labels(pandas.Series([2, 0], index=[7, 3])).tolist() == [2, 0]
+    with pytest.raises(ArgumentError, match="class indices from 0 on as its keys"):
+        _checks.check_class_counts(pandas.Series(["cat", "cat", "dog"]).value_counts())
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"cat": 5, "dog": 3},
+        {1: 5, 2: 3},
+        Counter([0, 0, 2]),
+        Series([5, 3], [0, 0]),
+        {0.5: 2, 1: 3},
+    ],
+)
+def test_keys_that_are_not_the_class_indices_are_refused(counts: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"class indices from 0 on as its keys.*Pass a list"):
+        _checks.check_class_counts(counts)
+    with pytest.raises(ArgumentError, match="`weight` to have the class indices"):
+        _checks.as_weight(counts)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        *(None, "12", 3, [], [4], [[1, 2]], [1, None], ["1", "2"], [True, True], [1j, 2], {1, 2}),
+        *(np.array(["a", "b"]), torch.ones(2, device="meta"), [[1], [1, 2]], {0: "a", 1: "b"}),
+        *([1, 0], [1, -2], [1, math.nan], [1, math.inf], object(), iter([1, 2]), {0: 1, 1: None}),
+    ],
+    ids=repr,
+)
+def test_what_are_no_class_counts_is_refused(counts: Any) -> None:
+    with pytest.raises(ArgumentError, match="Expected argument `class_counts` to be "):
+        _checks.check_class_counts(counts)
+
+
+# Targets.
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_class_indices_of_any_integer_type_become_int64(dtype: torch.dtype) -> None:
+    checked = _checks.check_target(torch.tensor([0, 2], dtype=dtype), 2, 3)
+    assert checked.dtype == torch.int64
+    assert checked.tolist() == [0, 2]
+
+
+def test_probabilities_are_taken_as_they_are() -> None:
+    mixed = torch.tensor([[0.2, 0.8, 0.0]])
+    assert _checks.check_target(mixed, 1, 3) is mixed
+    with pytest.raises(ArgumentError, match=r"`target`.*add two losses"):
+        _checks.check_target(mixed, 1, 3, soft=False)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *(None, "a", [0, 1], np.array([0, 1]), torch.tensor([0]), torch.tensor([[0, 1]]), 0),
+        *(torch.tensor([True, False]), torch.tensor([0j, 1]), torch.zeros(2), torch.ones(2, 3)),
+        *(torch.tensor([[2.0, -1, 0]] * 2), torch.tensor([[math.nan, 1, 0]] * 2)),
+    ],
+    ids=repr,
+)
+def test_what_is_no_target_is_refused(target: Any) -> None:
+    with pytest.raises(ArgumentError, match="Expected argument `target`"):
+        _checks.check_target(target, 2, 3)
+
+
+def test_classes_out_of_range_are_named() -> None:
+    for labels, words in (([0, 3], "from 0 to 2, but got values from 0 to 3"), ([-1], "-1 to -1")):
+        with pytest.raises(ArgumentError, match=words):
+            _checks.check_classes(torch.tensor(labels), "target", 3)
+    _checks.check_classes(torch.tensor([0, 2]), "target", 3)
+    _checks.check_classes(torch.tensor([9]), "target")
+    _checks.check_classes(torch.tensor([9], device="meta"), "target", 3)  # not read back
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [None, "01", [], [0.5], [[0, 1]], [True, False], [-1], ["a"], 3, [0, None], object()],
+    ids=repr,
+)
+def test_what_are_no_labels_is_refused(labels: Any) -> None:
+    with pytest.raises(ArgumentError, match="Expected argument `labels` to "):
+        _checks.as_labels(labels)
