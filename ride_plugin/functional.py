@@ -38,6 +38,7 @@ __all__ = [
     "pairwise_kl",
     "routing_loss",
     "routing_targets",
+    "running_means",
     "sample_temperatures",
 ]
 
@@ -48,6 +49,23 @@ Form: TypeAlias = Literal["paper", "official"]
 def mean_logits(experts: Tensor) -> Tensor:
     """Ensemble prediction: mean over experts, ``[B, E, C]`` -> ``[B, C]`` (paper, section 3)."""
     return torch.mean(check_floating(experts, "experts", "B", "E", "C"), dim=1)
+
+
+def running_means(experts: Tensor) -> Tensor:
+    """Mean of the first 1, 2, ... E experts' logits, ``[B, E, C] -> [B, E, C]``.
+
+    Added one by one, as early exit adds them, so that both give the same bits.
+
+    Example:
+        >>> running_means(torch.tensor([[[2.0], [4.0], [0.0]]])).flatten().tolist()
+        [2.0, 3.0, 2.0]
+    """
+    total = check_floating(experts, "experts", "B", "E", "C")[:, 0]
+    means = [total]
+    for index in range(1, experts.shape[1]):
+        total = total + experts[:, index]
+        means.append(total / (index + 1))
+    return torch.stack(means, dim=1)
 
 
 def class_balance(class_counts: ClassCounts, gamma: float) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
@@ -20,6 +20,7 @@ from ride_plugin._checks import (
     check_class_counts,
 )
 from ride_plugin._errors import ArgumentError
+from ride_plugin.functional import running_means
 from ride_plugin.longtail._calibration_error import expected_calibration_error
 from ride_plugin.longtail._shots import ShotReport, shot_report
 from ride_plugin.longtail._splits import (
@@ -48,7 +49,6 @@ class Analysis:
         disagreement: share of pairs of experts whose predicted classes differ; None for E = 1.
         kl: KL(p_i || p_j), mean over ordered pairs of experts, in nats; None for E = 1.
         num_experts_used: mean number of experts used; E where the model was not routed.
-        costs: what was handed in, such as FLOPs and parameters.
     """
 
     report: ShotReport
@@ -57,7 +57,6 @@ class Analysis:
     disagreement: BySplit | None
     kl: BySplit | None
     num_experts_used: BySplit
-    costs: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         top1 = BySplit(self.report.overall, self.report.many, self.report.medium, self.report.few)
@@ -68,7 +67,6 @@ class Analysis:
         rows.append(("experts used", self.num_experts_used))
         lines = [f"{'':<20}" + "".join(f"{name:>9}" for name in ("overall", *SPLITS))]
         lines += [f"{name:<20}" + "".join(f"{shown(v):>9}" for v in row) for name, row in rows]
-        lines += [f"{name:<20}{value:>9.4g}" for name, value in self.costs.items()]
         return "\n".join(lines)
 
 
@@ -81,7 +79,6 @@ def analyze(
     many: float = 100,
     few: float = 20,
     num_bins: int = 15,
-    costs: Mapping[str, float] | None = None,
 ) -> Analysis:
     r"""Report accuracy, calibration, experts' agreement and routing, overall and by shot.
 
@@ -96,7 +93,6 @@ def analyze(
         many: see :func:`shot_report`.
         few: see :func:`shot_report`.
         num_bins: of the calibration error; see :func:`expected_calibration_error`.
-        costs: further numbers for the report, such as ``{"MFLOPs": 104.0}``; kept and printed.
 
     Returns:
         An :class:`Analysis`.
@@ -106,7 +102,7 @@ def analyze(
 
     Example:
         >>> logits = torch.tensor([[[2.0, 0.0], [3.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]])
-        >>> print(analyze(logits, [0, 1], [150, 30], costs={"MFLOPs": 104}))
+        >>> print(analyze(logits, [0, 1], [150, 30]))
                               overall     many   medium      few
         top-1                   0.500    1.000    0.000   absent
         calibration error       0.288    0.076    0.500   absent
@@ -115,7 +111,6 @@ def analyze(
         expert disagreement     0.500    0.000    1.000   absent
         expert KL (nats)        0.249    0.036    0.462   absent
         experts used            2.000    2.000    2.000   absent
-        MFLOPs                    104
     """
     counts = check_class_counts(class_counts)
     labels = as_labels(target, "target", len(counts))
@@ -127,7 +122,7 @@ def analyze(
     else:
         used = _check_used(num_experts_used, len(labels), num_experts)
 
-    routed = _in_chunks(logits, used, running_mean)
+    routed = _in_chunks(logits, used, used_mean)
     probabilities = routed.softmax(1)
     confidence, predicted = (x.numpy() for x in probabilities.max(1))
     correct = predicted == labels.numpy()
@@ -150,16 +145,13 @@ def analyze(
         if pairs
         else None,
         num_experts_used=mean_by_split(used.numpy(), groups),
-        costs=dict(costs or {}),
     )
 
 
-def running_mean(expert_logits: Tensor, num_experts_used: Tensor) -> Tensor:
-    """Mean of each sample's first k experts, ``[N, E, C]`` and ``[N]`` -> ``[N, C]``."""
-    experts = torch.arange(expert_logits.shape[1])
-    share = (experts < num_experts_used[:, None]) / num_experts_used[:, None].double()
-    # An unused expert's masked logit must not meet its share of zero: 0 * inf is NaN.
-    return expert_logits.double().masked_fill(share[..., None] == 0, 0).mul(share[..., None]).sum(1)
+def used_mean(expert_logits: Tensor, num_experts_used: Tensor) -> Tensor:
+    """Mean of each sample's first k experts, ``[N, E, C]`` and ``[N]`` -> ``[N, C]``, float64."""
+    rows = torch.arange(len(expert_logits))
+    return running_means(expert_logits.double())[rows, num_experts_used - 1]
 
 
 def pairwise_disagreement(choices: Tensor) -> NDArray[np.float64]:

@@ -1,13 +1,14 @@
-"""Early exit: the rule by which a row goes on, and what a walk through the gates returns."""
+"""Early exit: the one walk through trunk, experts and gates that every way of serving uses."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ride_plugin.routing._protocols import RoutableModel
+from ride_plugin.routing._protocols import RoutableModel, Router, Stages, State
 
 
 class RoutingOutput(NamedTuple):
@@ -22,7 +23,60 @@ class RoutingOutput(NamedTuple):
     num_experts_used: Tensor
 
 
-def goes_on(gate_logits: Tensor, limit: Tensor) -> Tensor:
+class Underway(NamedTuple):
+    """Rows that have seen the same experts, and what the next expert needs of them.
+
+    Attributes:
+        state: the trunk's result for these rows.
+        total: ``[b, C]``, sum of the logits of the experts that they have seen.
+    """
+
+    state: State
+    total: Tensor
+
+    def select(self, rows: Tensor) -> Underway:
+        """Keep the rows ``[b]`` only."""
+        return Underway(self.state.select(rows), self.total.index_select(0, rows))
+
+
+@dataclass(frozen=True)
+class RoutedStages:
+    """A model and its router as stages: trunk, experts, and gates with their thresholds.
+
+    Attributes:
+        model: whose trunk and experts run.
+        router: whose gates decide.
+        threshold_logits: ``[E-1]``, what each gate's logit must exceed.
+    """
+
+    model: RoutableModel
+    router: Router
+    threshold_logits: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        """``E``."""
+        return self.model.num_experts
+
+    def start(self, *args: Any, **kwargs: Any) -> tuple[State, Tensor, Tensor]:
+        """Run trunk and expert 0, in one pass where the model can."""
+        if hasattr(self.model, "start"):
+            result: tuple[State, Tensor, Tensor] = self.model.start(*args, **kwargs)
+            return result
+        state = self.model.run_trunk(*args, **kwargs)
+        return (state, *self.model.run_expert(0, state))
+
+    def run_expert(self, index: int, state: State) -> tuple[Tensor, Tensor]:
+        """Run one expert."""
+        return self.model.run_expert(index, state)
+
+    def goes_on(self, index: int, mean_logits: Tensor, features: Tensor) -> Tensor:
+        """Whether each row needs one more expert after expert ``index``."""
+        gate = self.router.gate(index, mean_logits, features)
+        return exceeds(gate, self.threshold_logits[index])
+
+
+def exceeds(gate_logits: Tensor, limit: Tensor) -> Tensor:
     """Whether a row needs one more expert: the gate's logit exceeds ``logit(threshold)``.
 
     Probabilities saturate in float32 (a logit of 17 already gives 1.0), logits do not; so the
@@ -32,12 +86,50 @@ def goes_on(gate_logits: Tensor, limit: Tensor) -> Tensor:
     return gate_logits.clamp(min=torch.finfo(gate_logits.dtype).min) > limit
 
 
-def start(
-    model: RoutableModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Tensor, Tensor]:
-    """Run trunk and expert 0, in one pass where the model can: state, logits and features."""
-    if hasattr(model, "start"):
-        result: tuple[Any, Tensor, Tensor] = model.start(*args, **kwargs)
-        return result
-    state = model.run_trunk(*args, **kwargs)
-    return (state, *model.run_expert(0, state))
+def rows_going_on(stages: Stages, index: int, mean: Tensor, features: Tensor) -> Tensor:
+    """Which rows need one more expert after expert ``index``, int64 ``[b]``, ascending.
+
+    The only wait for the device in the whole walk: the sizes of what follows depend on it.
+    """
+    return stages.goes_on(index, mean, features).nonzero().squeeze(1)
+
+
+def run_next(stages: Stages, index: int, rows: Underway) -> tuple[Underway, Tensor, Tensor]:
+    """Run expert ``index`` on rows that have seen all experts before it.
+
+    Returns:
+        The same rows one expert further, their mean logits ``[b, C]``, and the expert's features.
+    """
+    more, features = stages.run_expert(index, rows.state)
+    total = rows.total + more
+    return Underway(rows.state, total), total / (index + 1), features
+
+
+def walk(stages: Stages, *args: Any, **kwargs: Any) -> RoutingOutput:
+    """Run the trunk once and each expert on the rows that need it.
+
+    Args:
+        stages: trunk, experts and gates.
+        *args: what the trunk takes, and ``**kwargs``.
+        **kwargs: see ``*args``.
+    """
+    state, logits, features = stages.start(*args, **kwargs)
+    rows, mean = Underway(state, logits), logits
+    used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
+    places: Tensor | None = None  # of `rows` in the batch; None means all of it
+    for index in range(1, stages.num_experts):
+        staying = rows_going_on(stages, index - 1, mean, features)
+        if len(staying) == 0:
+            break
+        if len(staying) < len(mean):
+            rows = rows.select(staying)
+            places = staying if places is None else places.index_select(0, staying)
+        rows, mean, features = run_next(stages, index, rows)
+        if places is None:
+            logits = mean
+            used.fill_(index + 1)
+        else:
+            # Out of place: `logits` may be a tensor that the caller's model returned.
+            logits = logits.index_copy(0, places, mean)
+            used.index_fill_(0, places, index + 1)
+    return RoutingOutput(logits, used)

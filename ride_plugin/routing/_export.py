@@ -16,46 +16,12 @@ from ride_plugin._inputs import Inputs, as_inputs, resize_batch
 from ride_plugin._split import Rows, TrunkState, hollow
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._wrapper import RIDEWrapper
-from ride_plugin.routing._exit import goes_on
-from ride_plugin.routing._inference import RoutingInference
-from ride_plugin.routing._protocols import Router
-
-_FIRST_DIM = Rows(0, 1)
+from ride_plugin.routing._exit import RoutedStages, exceeds
 
 
-def export_stages(serve: RoutingInference, example_input: Any = None) -> dict[str, ExportedProgram]:
-    """Export trunk, experts and gates of a routed model as programs of their own.
-
-    Early exit cannot be one graph, since how many rows reach an expert depends on values. Its
-    parts can: each takes any number of rows, and what remains is a loop of a few lines, which
-    `StagedRunner` shows. Every tensor between the parts has the rows in its first dimension.
-
-    Args:
-        serve: a routed model whose `model` is a ``RIDEWrapper``; it is not changed. Thresholds
-            are exported as they stand.
-        example_input: a batch as for ``RIDEWrapper``; by default the model's own example. All
-            sizes but the batch are fixed by it.
-
-    Returns:
-        Programs by name, each of which `torch.export.save` can store:
-        ``trunk``: the model's input tensors -> the tensors that cross the cut;
-        ``expert_0``, ``expert_1``, ...: those -> logits ``[b, C]``, features ``[b, D]``;
-        ``gate_0``, ...: mean logits ``[b, C]``, features ``[b, D]`` -> bool ``[b]``, goes on.
-
-    Raises:
-        ArgumentError: the model is not a ``RIDEWrapper``, or its path for this input is unknown.
-
-    Example:
-        >>> from ride_plugin import ConfidenceRouter
-        >>> backbone = nn.Sequential(
-        ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
-        ...     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
-        ... )
-        >>> serve = RoutingInference(RIDEWrapper(backbone, 2), ConfidenceRouter())
-        >>> sorted(export_stages(serve))
-        ['expert_0', 'expert_1', 'gate_0', 'trunk']
-    """
-    model = serve.model
+def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, ExportedProgram]:
+    """See `RoutingInference.export_stages`."""
+    model = routed.model
     if not isinstance(model, RIDEWrapper):
         raise ArgumentError(
             f"Expected the served model to be a RIDEWrapper, but got {type(model).__name__}. "
@@ -81,7 +47,7 @@ def export_stages(serve: RoutingInference, example_input: Any = None) -> dict[st
             expert = _Expert(model, index, state)
             stages[f"expert_{index}"] = _export(expert, crossing, (({0: batch},) * len(crossing),))
             if index + 1 < model.num_experts:
-                gate, read = _Gate(serve, index), expert(*crossing)
+                gate, read = _Gate(routed, index), expert(*crossing)
                 stages[f"gate_{index}"] = _export(gate, read, ({0: batch}, {0: batch}))
     return stages
 
@@ -139,15 +105,15 @@ class _Expert(nn.Module):
 class _Gate(nn.Module):
     """One gate with its threshold: which rows need one more expert."""
 
-    def __init__(self, serve: RoutingInference, index: int) -> None:
+    def __init__(self, routed: RoutedStages, index: int) -> None:
         super().__init__()
-        self.router = serve.router
+        self.router = routed.router
         self.index = index
-        self.register_buffer("limit", serve.threshold_logits[index].clone())
+        self.register_buffer("limit", routed.threshold_logits[index].clone())
 
     def forward(self, mean_logits: Tensor, features: Tensor) -> Tensor:
-        gate = cast("Router", self.router).gate(self.index, mean_logits, features)
-        return goes_on(gate, cast("Tensor", self.limit))
+        gate = self.router.gate(self.index, mean_logits, features)
+        return exceeds(gate, cast("Tensor", self.limit))
 
 
 def _crossing(state: TrunkState) -> list[tuple[Rows | None, bool]]:

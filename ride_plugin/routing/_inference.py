@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin.routing._exit import RoutingOutput, goes_on, start
+from ride_plugin.functional import running_means
+from ride_plugin.routing._exit import RoutedStages, RoutingOutput, walk
+from ride_plugin.routing._export import export_stages
 from ride_plugin.routing._protocols import RoutableModel, Router
 from ride_plugin.routing._threshold import CalibrationResult, calibrate
 
@@ -64,6 +67,12 @@ class RoutingInference(nn.Module):
         self.set_threshold(threshold)
 
     @property
+    def stages(self) -> RoutedStages:
+        """Trunk, experts and gates one by one, as the walk through them needs them."""
+        model, router = cast("RoutableModel", self.model), cast("Router", self.router)
+        return RoutedStages(model, router, self.threshold_logits)
+
+    @property
     def threshold(self) -> Tensor:
         """The thresholds as probabilities ``[E-1]``; change them with `set_threshold`."""
         return self.threshold_logits.sigmoid()
@@ -91,6 +100,21 @@ class RoutingInference(nn.Module):
             )
         self.threshold_logits.copy_(values.logit())
 
+    @overload
+    def forward(
+        self, *args: Any, return_routing: Literal[False] = False, **kwargs: Any
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, *args: Any, return_routing: Literal[True], **kwargs: Any
+    ) -> RoutingOutput: ...
+
+    @overload
+    def forward(
+        self, *args: Any, return_routing: bool = False, **kwargs: Any
+    ) -> Tensor | RoutingOutput: ...
+
     @torch.no_grad()
     def forward(
         self, *args: Any, return_routing: bool = False, **kwargs: Any
@@ -109,33 +133,25 @@ class RoutingInference(nn.Module):
             ArgumentError: (on the CPU only) an expert's logits hold NaN. On an accelerator the
                 check would stall the device; there such rows come back as NaN.
         """
-        model, router = cast("RoutableModel", self.model), cast("Router", self.router)
-        with model.evaluating():
-            state, total, features = start(model, args, kwargs)
-            logits = mean = total
-            used = torch.ones(len(total), dtype=torch.int64, device=total.device)
-            limits = self.threshold_logits
-            rows: Tensor | None = None  # which rows are still carried; None means all of them
-            for index in range(1, model.num_experts):
-                gate = router.gate(index - 1, mean, features)
-                # The only wait for the device: the sizes of what follows depend on it.
-                stay = goes_on(gate, limits[index - 1]).nonzero().squeeze(1)
-                if len(stay) == 0:
-                    break
-                if len(stay) < len(total):
-                    state, total = state.select(stay), total.index_select(0, stay)
-                    rows = stay if rows is None else rows.index_select(0, stay)
-                more, features = model.run_expert(index, state)
-                total = total + more
-                mean = total / (index + 1)
-                if rows is None:
-                    logits = mean
-                    used.fill_(index + 1)
-                else:
-                    # Out of place: `logits` may be a tensor that the caller's model returned.
-                    logits = logits.index_copy(0, rows, mean)
-                    used.index_fill_(0, rows, index + 1)
-        return RoutingOutput(logits, used) if return_routing else logits
+        with cast("RoutableModel", self.model).evaluating():
+            output = walk(self.stages, *args, **kwargs)
+        return output if return_routing else output.logits
+
+    if TYPE_CHECKING:
+        __call__ = forward  # `nn.Module` declares a call of any kind
+
+    @overload
+    def dense(
+        self, *args: Any, return_routing: Literal[False] = False, **kwargs: Any
+    ) -> Tensor: ...
+
+    @overload
+    def dense(self, *args: Any, return_routing: Literal[True], **kwargs: Any) -> RoutingOutput: ...
+
+    @overload
+    def dense(
+        self, *args: Any, return_routing: bool = False, **kwargs: Any
+    ) -> Tensor | RoutingOutput: ...
 
     @torch.no_grad()
     def dense(
@@ -147,21 +163,20 @@ class RoutingInference(nn.Module):
         It saves no work. Arguments and return as in ``forward``; under ``torch.compile`` and
         ``torch.export`` the model must be in evaluation mode already.
         """
-        model, router = cast("RoutableModel", self.model), cast("Router", self.router)
+        model = cast("RoutableModel", self.model)
         if torch.compiler.is_compiling() and self.model.training:
             raise ArgumentError(
                 "Expected the model to be in evaluation mode when the dense path is compiled or "
                 "exported, but it is in training mode. Call `.eval()` first."
             )
         experts, features = model.router_inputs(*args, **kwargs)
-        logits = total = experts[:, 0]
-        active = torch.ones_like(total[:, 0], dtype=torch.bool)
+        means, stages = running_means(experts), self.stages
+        logits = means[:, 0]
+        active = torch.ones_like(logits[:, 0], dtype=torch.bool)
         used = active.to(torch.int64)
         for index in range(1, model.num_experts):
-            gate = router.gate(index - 1, total / index, features[:, index - 1])
-            active = active & goes_on(gate, self.threshold_logits[index - 1])
-            total = total + experts[:, index]
-            logits = torch.where(active[:, None], total / (index + 1), logits)
+            active = active & stages.goes_on(index - 1, means[:, index - 1], features[:, index - 1])
+            logits = torch.where(active[:, None], means[:, index], logits)
             used = used + active
         return RoutingOutput(logits, used) if return_routing else logits
 
@@ -201,16 +216,48 @@ class RoutingInference(nn.Module):
                 for such data and wrong for balanced ones.
         """
         result = calibrate(
-            cast("RoutableModel", self.model),
-            cast("Router", self.router),
+            self.stages,
             loader,
-            device=self.threshold_logits.device,
             max_experts=max_experts,
             max_flops=max_flops,
             max_accuracy_drop=max_accuracy_drop,
         )
         self.threshold_logits.fill_(result.threshold_logit)
         return result
+
+    def export_stages(self, example_input: Any = None) -> dict[str, ExportedProgram]:
+        """Export trunk, experts and gates as programs of their own; `StagedRunner` runs them.
+
+        Early exit cannot be one graph, since how many rows reach an expert depends on values. Its
+        parts can: each takes any number of rows, and what remains is a loop of a few lines. Every
+        tensor between the parts has the rows in its first dimension. Thresholds are exported as
+        they stand.
+
+        Args:
+            example_input: a batch as for ``RIDEWrapper``; by default the model's own example. All
+                sizes but the batch are fixed by it.
+
+        Returns:
+            Programs by name, each of which `torch.export.save` can store:
+            ``trunk``: the model's input tensors -> the tensors that cross the cut;
+            ``expert_0``, ``expert_1``, ...: those -> logits ``[b, C]``, features ``[b, D]``;
+            ``gate_0``, ...: mean logits ``[b, C]``, features ``[b, D]`` -> bool ``[b]``, goes on.
+
+        Raises:
+            ArgumentError: the model is not a ``RIDEWrapper``, or its path for this input is
+                unknown.
+
+        Example:
+            >>> from ride_plugin import ConfidenceRouter, RIDEWrapper
+            >>> backbone = nn.Sequential(
+            ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
+            ...     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+            ... )
+            >>> serve = RoutingInference(RIDEWrapper(backbone, 2), ConfidenceRouter())
+            >>> sorted(serve.export_stages())
+            ['expert_0', 'expert_1', 'gate_0', 'trunk']
+        """
+        return export_stages(self.stages, example_input)
 
     def extra_repr(self) -> str:
         """The thresholds, for ``repr``."""

@@ -46,3 +46,20 @@ class Router(Protocol):
 
     def gate(self, index: int, mean_logits: Tensor, features: Tensor) -> Tensor:
         """Logit ``[b]`` of "one more expert is needed" after expert ``index``."""
+
+
+class Stages(Protocol):
+    """Trunk, experts and gates that run one at a time: all that early exit needs to know."""
+
+    @property
+    def num_experts(self) -> int:
+        """``E``."""
+
+    def start(self, *args: Any, **kwargs: Any) -> tuple[State, Tensor, Tensor]:
+        """Run trunk and expert 0: state, logits ``[B, C]`` and features ``[B, D]``."""
+
+    def run_expert(self, index: int, state: Any) -> tuple[Tensor, Tensor]:
+        """Run one expert: logits ``[b, C]`` and features ``[b, D]``."""
+
+    def goes_on(self, index: int, mean_logits: Tensor, features: Tensor) -> Tensor:
+        """Whether each row needs one more expert after expert ``index``, bool ``[b]``."""

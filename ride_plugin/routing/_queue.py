@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin.routing._exit import RoutingOutput, goes_on, start
+from ride_plugin.routing._exit import RoutingOutput, Underway, rows_going_on, run_next
 from ride_plugin.routing._inference import RoutingInference
-from ride_plugin.routing._protocols import RoutableModel, Router
+from ride_plugin.routing._protocols import RoutableModel
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Waiting:
     """Rows that wait for one expert, of one or several submissions, oldest first."""
 
-    state: Any
-    total: Tensor  # [n, C], sum of the logits so far
+    rows: Underway
     tickets: Tensor  # int64 [n] on the CPU, ascending: whose row it is
     places: Tensor  # int64 [n], which row of that submission
 
@@ -31,21 +30,21 @@ class _Rows:
     def oldest(self) -> int:
         return int(self.tickets[0])
 
-    def select(self, rows: Tensor) -> _Rows:
-        return _Rows(
-            self.state.select(rows),
-            self.total.index_select(0, rows),
+    def select(self, rows: Tensor) -> _Waiting:
+        return _Waiting(
+            self.rows.select(rows),
             self.tickets.index_select(0, rows.to(self.tickets.device)),
             self.places.index_select(0, rows),
         )
 
     @staticmethod
-    def cat(parts: list[_Rows]) -> _Rows:
+    def cat(parts: list[_Waiting]) -> _Waiting:
         if len(parts) == 1:
             return parts[0]
-        return _Rows(
-            type(parts[0].state).cat([part.state for part in parts]),
-            torch.cat([part.total for part in parts]),
+        states = [part.rows.state for part in parts]
+        join = cast("Any", type(states[0])).cat
+        return _Waiting(
+            Underway(join(states), torch.cat([part.rows.total for part in parts])),
             torch.cat([part.tickets for part in parts]),
             torch.cat([part.places for part in parts]),
         )
@@ -95,7 +94,7 @@ class RoutingQueue:
         self._unfinished: dict[int, RoutingOutput] = {}
         self._finished: dict[int, RoutingOutput] = {}
         gates = cast("RoutableModel", serve.model).num_experts - 1
-        self._waiting: list[deque[_Rows]] = [deque() for _ in range(gates)]
+        self._waiting: list[deque[_Waiting]] = [deque() for _ in range(gates)]
 
     @property
     def num_waiting(self) -> int:
@@ -119,7 +118,7 @@ class RoutingQueue:
         """
         model = cast("RoutableModel", self.serve.model)
         with model.evaluating():
-            state, logits, features = start(model, args, kwargs)
+            state, logits, features = self.serve.stages.start(*args, **kwargs)
             if not hasattr(type(state), "cat"):
                 raise ArgumentError(
                     f"Expected the model's state to have a static method `cat`, but got "
@@ -129,7 +128,8 @@ class RoutingQueue:
             self._next_ticket += 1
             tickets = torch.full((len(logits),), ticket)
             places = torch.arange(len(logits), device=logits.device)
-            self._send_on(0, _Rows(state, logits, tickets, places), logits, features)
+            waiting = _Waiting(Underway(state, logits), tickets, places)
+            self._send_on(0, waiting, logits, features)
             used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
             self._unfinished[ticket] = RoutingOutput(logits.clone(), used)
             self._run_what_is_due(newest=ticket - self.max_wait)
@@ -168,7 +168,7 @@ class RoutingQueue:
         for ticket in self._unfinished.keys() - waiting:
             self._finished[ticket] = self._unfinished.pop(ticket)
 
-    def _take(self, stage: deque[_Rows]) -> _Rows:
+    def _take(self, stage: deque[_Waiting]) -> _Waiting:
         """Take up to ``batch_size`` rows, the oldest first."""
         parts, missing = [], self.batch_size
         while stage and missing > 0:
@@ -179,29 +179,26 @@ class RoutingQueue:
                 rows = rows.select(order[:missing])
             parts.append(rows)
             missing -= len(rows)
-        return _Rows.cat(parts)
+        return _Waiting.cat(parts)
 
-    def _run(self, index: int, rows: _Rows) -> None:
-        more, features = cast("RoutableModel", self.serve.model).run_expert(index, rows.state)
-        total = rows.total + more
-        mean = total / (index + 1)
-        owners, counts = rows.tickets.unique_consecutive(return_counts=True)
+    def _run(self, index: int, waiting: _Waiting) -> None:
+        further, mean, features = run_next(self.serve.stages, index, waiting.rows)
+        owners, counts = waiting.tickets.unique_consecutive(return_counts=True)
         sizes = counts.tolist()
         for ticket, logits, places in zip(
-            owners.tolist(), mean.split(sizes), rows.places.split(sizes), strict=True
+            owners.tolist(), mean.split(sizes), waiting.places.split(sizes), strict=True
         ):
             if ticket in self._unfinished:  # absent if another of its rows has failed
                 output = self._unfinished[ticket]
                 output.logits.index_copy_(0, places, logits)
                 output.num_experts_used.index_fill_(0, places, index + 1)
-        rows = _Rows(rows.state, total, rows.tickets, rows.places)
-        self._send_on(index, rows, mean, features)
+        self._send_on(index, replace(waiting, rows=further), mean, features)
 
-    def _send_on(self, index: int, rows: _Rows, mean: Tensor, features: Tensor) -> None:
+    def _send_on(self, index: int, waiting: _Waiting, mean: Tensor, features: Tensor) -> None:
         """Let the rows that need one more expert after expert ``index`` wait for it."""
         if index == len(self._waiting):
             return
-        gate = cast("Router", self.serve.router).gate(index, mean, features)
-        stay = goes_on(gate, self.serve.threshold_logits[index]).nonzero().squeeze(1)
-        if len(stay):
-            self._waiting[index].append(rows if len(stay) == len(rows) else rows.select(stay))
+        staying = rows_going_on(self.serve.stages, index, mean, features)
+        if len(staying):
+            everything = len(staying) == len(waiting)
+            self._waiting[index].append(waiting if everything else waiting.select(staying))

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast, overload
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from ride_plugin._errors import ArgumentError
 from ride_plugin._split import Rows, take_rows
 from ride_plugin._tree import tensors_in
-from ride_plugin.routing._exit import RoutingOutput
+from ride_plugin.routing._exit import RoutingOutput, walk
 
 _FIRST_DIM = Rows(0, 1)
+
+
+@dataclass(frozen=True)
+class _Crossing:
+    """What crosses the cut, rows in the first dimension."""
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.tensors[0])
+
+    def select(self, rows: Tensor) -> _Crossing:
+        return _Crossing(tuple(take_rows(value, _FIRST_DIM, rows) for value in self.tensors))
 
 
 class StagedRunner:
@@ -45,30 +61,44 @@ class StagedRunner:
         self._experts = [_function(name, stages) for name in experts]
         self._gates = [_function(name, stages) for name in gates]
 
+    @overload
+    def __call__(
+        self, *args: Any, return_routing: Literal[False] = False, **kwargs: Any
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, *args: Any, return_routing: Literal[True], **kwargs: Any
+    ) -> RoutingOutput: ...
+
+    @overload
+    def __call__(
+        self, *args: Any, return_routing: bool = False, **kwargs: Any
+    ) -> Tensor | RoutingOutput: ...
+
     @torch.no_grad()
-    def __call__(self, *args: Any, return_routing: bool = False, **kwargs: Any) -> Any:
+    def __call__(
+        self, *args: Any, return_routing: bool = False, **kwargs: Any
+    ) -> Tensor | RoutingOutput:
         """Run the stages on a batch; arguments and return as for `RoutingInference`."""
-        crossing = list(tensors_in(self._trunk(*tensors_in((args, kwargs)))))
-        total, features = self._experts[0](*crossing)
-        logits = mean = total
-        rows = torch.arange(len(total), device=total.device)
-        used = torch.ones_like(rows)
-        for index, (gate, expert) in enumerate(
-            zip(self._gates, self._experts[1:], strict=True), start=2
-        ):
-            (goes,) = tensors_in(gate(mean, features))
-            stay = goes.nonzero().squeeze(1)
-            if len(stay) == 0:
-                break
-            if len(stay) < len(total):
-                rows, total = rows.index_select(0, stay), total.index_select(0, stay)
-                crossing = [take_rows(value, _FIRST_DIM, stay) for value in crossing]
-            more, features = expert(*crossing)
-            total = total + more
-            mean = total / index
-            logits = logits.index_copy(0, rows, mean)
-            used.index_fill_(0, rows, index)
-        return RoutingOutput(logits, used) if return_routing else logits
+        output = walk(self, *args, **kwargs)
+        return output if return_routing else output.logits
+
+    def start(self, *args: Any, **kwargs: Any) -> tuple[_Crossing, Tensor, Tensor]:
+        """Run trunk and expert 0."""
+        crossing = tuple(tensors_in(self._trunk(*tensors_in((args, kwargs)))))
+        state = _Crossing(crossing)
+        return (state, *self.run_expert(0, state))
+
+    def run_expert(self, index: int, state: _Crossing) -> tuple[Tensor, Tensor]:
+        """Run one expert."""
+        logits, features = self._experts[index](*state.tensors)
+        return logits, features
+
+    def goes_on(self, index: int, mean_logits: Tensor, features: Tensor) -> Tensor:
+        """Whether each row needs one more expert after expert ``index``."""
+        (verdict,) = tensors_in(self._gates[index](mean_logits, features))
+        return verdict
 
 
 def _function(name: str, stages: Mapping[str, Any]) -> Callable[..., Any]:

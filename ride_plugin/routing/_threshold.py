@@ -14,9 +14,10 @@ from ride_plugin._cost import CostReport, cost_report
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import as_inputs
 from ride_plugin._tree import map_tensors
+from ride_plugin.functional import running_means
 from ride_plugin.routing._confidence import ConfidenceRouter, Kind
-from ride_plugin.routing._exit import goes_on
-from ride_plugin.routing._protocols import RoutableModel, Router
+from ride_plugin.routing._exit import RoutedStages, exceeds
+from ride_plugin.routing._protocols import Router
 
 LONG_TAIL_RATIO = 10
 """Calibration labels whose most and least frequent classes differ by more are long-tailed."""
@@ -106,11 +107,9 @@ class CalibrationResult:
 
 
 def calibrate(
-    model: RoutableModel,
-    router: Router,
+    routed: RoutedStages,
     loader: Iterable[Any],
     *,
-    device: torch.device,
     max_experts: float | None = None,
     max_flops: float | None = None,
     max_accuracy_drop: float | None = None,
@@ -135,7 +134,7 @@ def calibrate(
     baselines: dict[str, ConfidenceRouter] = {
         kind: ConfidenceRouter(kind) for kind in get_args(Kind)
     }
-    gates, right, labels, cost = _measure(model, {"router": router, **baselines}, loader, device)
+    gates, right, labels, cost = _measure(routed, baselines, loader)
     _warn_if_long_tailed(labels)
     curve = _sweep(gates.pop("router"), right, cost)
     index = _choose(curve, name, value)
@@ -146,21 +145,18 @@ def calibrate(
 
 @torch.no_grad()
 def _measure(
-    model: RoutableModel,
-    routers: Mapping[str, Router],
-    loader: Iterable[Any],
-    device: torch.device,
+    routed: RoutedStages, baselines: Mapping[str, Router], loader: Iterable[Any]
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, CostReport]:
     """One pass: gate logits ``[N, E-1]`` by router, hits ``[N, E]``, labels ``[N]``, the cost."""
+    model, routers = routed.model, {"router": routed.router, **baselines}
     gates: dict[str, list[Tensor]] = {kind: [] for kind in routers}
     right: list[Tensor] = []
     labels: list[Tensor] = []
     cost: CostReport | None = None
     for batch in loader:
-        inputs, target = _unpack(batch, device)
+        inputs, target = _unpack(batch, routed.threshold_logits.device)
         args, kwargs = as_inputs(inputs)
         logits, features = model.router_inputs(*args, **kwargs)
-        num_experts = logits.shape[1]
         if target.shape != (len(logits),) or target.is_floating_point():
             raise ArgumentError(
                 f"Expected argument `loader` to yield class indices of shape [{len(logits)}] with "
@@ -168,19 +164,17 @@ def _measure(
             )
         if len(target) == 0:
             continue
-        # Summed one by one, as inference does, so that the curve is what inference will give.
-        total, means = logits[:, 0], [logits[:, 0]]
-        for index in range(1, num_experts):
-            total = total + logits[:, index]
-            means.append(total / (index + 1))
+        means = running_means(logits)  # the bits that inference gives, so the curve is what it does
         for kind, router in routers.items():
-            columns = [router.gate(i, means[i], features[:, i]) for i in range(num_experts - 1)]
+            columns = [
+                router.gate(index, means[:, index], features[:, index])
+                for index in range(model.num_experts - 1)
+            ]
             gates[kind].append(torch.stack(columns, dim=1).float().cpu())
-        predictions = torch.stack([mean.argmax(dim=1) for mean in means], dim=1)
-        right.append((predictions == target[:, None]).cpu())
+        right.append((means.argmax(dim=2) == target[:, None]).cpu())
         labels.append(target.cpu())
         if cost is None:
-            learned = cast("nn.Module", routers["router"])
+            learned = cast("nn.Module", routed.router)
             cost = cost_report(model, example_input=(args, kwargs), router=learned)
     if cost is None:
         raise ArgumentError(
@@ -196,7 +190,7 @@ def _sweep(gates: Tensor, right: Tensor, report: CostReport) -> ExitCurve:
     limits = _candidates(gates)
     mean_experts, mean_flops, accuracy = [], [], []
     for limit in limits:
-        used = 1 + goes_on(gates, limit).long().cumprod(dim=1).sum(dim=1)
+        used = 1 + exceeds(gates, limit).long().cumprod(dim=1).sum(dim=1)
         mean_experts.append(used.double().mean())
         mean_flops.append(flops[used - 1].mean())
         accuracy.append(right.gather(1, used[:, None] - 1).double().mean())
