@@ -2,7 +2,7 @@
 
 from ride_plugin import functional, longtail, routing
 from ride_plugin._budget import plan
-from ride_plugin._convert import load_official_checkpoint, optimize_for_inference
+from ride_plugin._convert import load_official_checkpoint
 from ride_plugin._cost import cost_report, count_flops
 from ride_plugin._errors import (
     ArgumentError,
@@ -44,7 +44,6 @@ __all__ = [
     "functional",
     "load_official_checkpoint",
     "longtail",
-    "optimize_for_inference",
     "plan",
     "routing",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +98,34 @@ class CostReport:
         return "\n".join(lines)
 
 
+class CountableModel(Protocol):
+    """What is asked of a model to be counted: a ``RIDEWrapper`` has it all."""
+
+    @property
+    def num_experts(self) -> int:
+        """``E``."""
+
+    def run_trunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the shared part."""
+
+    def run_expert(self, index: int, state: Any) -> tuple[Tensor, Tensor]:
+        """Run one expert on what the trunk returned."""
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """Evaluation mode for the duration of a block."""
+
+    def example_input(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Inputs ``(args, kwargs)`` that the model accepts."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter once."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same by name; those of expert k start with ``experts.k.``."""
+
+
 def cost_report(
-    model: Any,
+    model: CountableModel,
     *,
     example_input: Any = None,
     router: nn.Module | None = None,
@@ -200,7 +227,9 @@ def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
             m.training = True
 
 
-def _counted(module: nn.Module, function: Any, *args: Any, **kwargs: Any) -> tuple[int, Any]:
+def _counted(
+    module: nn.Module | CountableModel, function: Any, *args: Any, **kwargs: Any
+) -> tuple[int, Any]:
     # The fused encoder layer is one operation to the counter, of which it knows nothing.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ride_plugin._construct import construct
 from ride_plugin._errors import ArgumentError
+from ride_plugin._fold_batchnorm import folded_copy
 from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits
 from ride_plugin._recompute import checkpointed
 from ride_plugin._split import (
@@ -204,6 +205,31 @@ class RIDEWrapper(SplitModule):
         the trunk by itself.
         """
         return plain_modules(self.parts(), range(self.num_experts)).train(self.training)
+
+    def optimize_for_inference(self) -> Self:
+        r"""Return a copy for serving: in evaluation mode, frozen, with BatchNorm folded away.
+
+        In evaluation a BatchNorm after a convolution is an affine map of each channel,
+        $w' = w \cdot \gamma / \sqrt{\sigma^2 + \epsilon}$ and
+        $b' = \beta + (b - \mu) \gamma / \sqrt{\sigma^2 + \epsilon}$, so it costs nothing once it
+        stands in the convolution's own weights. A pair is folded only where the BatchNorm receives
+        exactly what the convolution returned, and only if the model's logits stay the same to 1e-5
+        of their range; other BatchNorm layers stay as they are. This model is not changed.
+
+        Returns:
+            A copy that computes the same, faster, and can no longer be trained.
+
+        Example:
+            >>> backbone = nn.Sequential(
+            ...     nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),
+            ...     nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            ...     nn.Linear(8, 5),
+            ... )
+            >>> fast = RIDEWrapper(backbone, 2).optimize_for_inference()
+            >>> any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
+            False
+        """
+        return folded_copy(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | ExpertOutput:
         """Run the trunk once and every expert on its result.

@@ -48,9 +48,9 @@ def route(
     serve.set_threshold(0.5)  # what the authors use
     results["routed"]["router at 0.5"] = _measure(serve, test, class_counts)
     for kind, curve in chosen.baselines.items():
-        accurate = curve.accuracy.masked_fill(curve.flops > BUDGET * backbone, -1.0)
+        best = curve.best_within(max_flops=BUDGET * backbone)
         exits = RoutingInference(model, ConfidenceRouter(kind))  # type: ignore[arg-type]
-        exits.set_threshold(float(curve.thresholds[accurate.argmax()]))
+        exits.set_threshold(float(curve.thresholds[best]))
         results["routed"][f"{kind} at {BUDGET} x"] = _measure(exits, test, class_counts)
     measured = serve.calibrate(_images(test), max_experts=model.num_experts)
     for kind, curve in {"router": measured.curve, **measured.baselines}.items():

@@ -12,8 +12,8 @@ from torch.export import ExportedProgram
 from benchmarks.speed.networks import Case, by_hand, images, resnet32
 from benchmarks.speed.straightforward import HandSplit, StraightforwardRouting
 from benchmarks.speed.timing import compare
-from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference, optimize_for_inference
-from ride_plugin.routing import StagedRunner, export_stages
+from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
+from ride_plugin.routing import StagedRunner
 
 Stage = Callable[..., list[Tensor]]
 
@@ -31,7 +31,7 @@ def routing() -> Case:
 
     def rows() -> Iterator[list[Any]]:
         model = resnet32().eval()
-        served = optimize_for_inference(model)
+        served = model.optimize_for_inference()
         for shares in SHARES:
             for batch in BATCHES:
                 x, contiguous = images(batch), images(batch, channels_last=False)
@@ -113,8 +113,8 @@ def exported() -> Case:
     """Exported stages in onnxruntime, and with only trunk and gates there, at fixed shares."""
 
     def rows() -> Iterator[list[Any]]:
-        served = optimize_for_inference(resnet32().eval())
-        programs = export_stages(RoutingInference(served, ExpertRouter.for_model(served)))
+        served = resnet32().eval().optimize_for_inference()
+        programs = RoutingInference(served, ExpertRouter.for_model(served)).export_stages()
         stages = {name: _in_onnxruntime(program) for name, program in programs.items()}
         in_torch = {name: programs[name] for name in programs if name.startswith("expert_")}
         for shares in SHARES:

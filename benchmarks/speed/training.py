@@ -21,7 +21,6 @@ from ride_plugin import (
     ExpertRouter,
     RoutingLoss,
     experts_loss,
-    optimize_for_inference,
 )
 from ride_plugin.routing import RouterInputs
 
@@ -134,7 +133,7 @@ def router() -> Case:
     def rows() -> Iterator[list[Any]]:
         model = resnet32().eval().requires_grad_(False)
         first = by_hand(resnet32(channels_last=False)).eval().requires_grad_(False)
-        folded = optimize_for_inference(model)
+        folded = model.optimize_for_inference()
         gates, criterion = ExpertRouter.for_model(model), RoutingLoss()
         optimizer = torch.optim.Adam(gates.parameters(), 1e-3)
         for batch in (32, 128):

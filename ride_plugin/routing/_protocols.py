@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from ride_plugin._cost import CountableModel
 from ride_plugin._output import RouterInputs
 
 
@@ -21,24 +21,14 @@ class State(Protocol):
         """Return the state of the rows ``[b]`` only."""
 
 
-class RoutableModel(Protocol):
+class RoutableModel(CountableModel, Protocol):
     """A model whose trunk and experts run one at a time: ``RIDEWrapper``, or one made by hand."""
 
-    num_experts: int
     num_classes: int
     feature_dim: int
 
-    def run_trunk(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the shared part; returns a `State`."""
-
-    def run_expert(self, index: int, state: Any) -> tuple[Tensor, Tensor]:
-        """Run one expert: logits ``[b, C]`` and pooled features ``[b, D]``."""
-
     def router_inputs(self, *args: Any, **kwargs: Any) -> RouterInputs:
         """All experts' logits and features, in evaluation mode and without gradients."""
-
-    def evaluating(self) -> AbstractContextManager[Any]:
-        """Evaluation mode for the duration of a block."""
 
 
 class Router(Protocol):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import ClassCounts, check_class_counts
+from ride_plugin._checks import ClassCounts, Numbers, as_labels, check_class_counts
 from ride_plugin._errors import ArgumentError
+from ride_plugin.longtail import shot_groups
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class RoutingReport:
 
     Attributes:
         overall: over all samples; what `cost_report` takes as ``shares``.
-        many: over samples of classes with more than 100 training samples; None if there are none.
-        medium: 20 to 100 training samples; None if there are none.
-        few: fewer than 20 training samples; None if there are none.
+        many: over samples of many-shot classes; None if there are none.
+        medium: the same, medium-shot.
+        few: the same, few-shot.
     """
 
     overall: tuple[float, ...]
@@ -37,16 +38,23 @@ class RoutingReport:
 
 
 def routing_report(
-    num_experts_used: Tensor, target: Tensor, class_counts: ClassCounts, *, num_experts: int
+    num_experts_used: Numbers,
+    target: Numbers,
+    class_counts: ClassCounts,
+    *,
+    num_experts: int,
+    many: float = 100,
+    few: float = 20,
 ) -> RoutingReport:
     """Count the share of samples by number of experts used, overall and by shot.
 
     Args:
-        num_experts_used: int64 ``[N]``, collected from `RoutingOutput`.
+        num_experts_used: integers ``[N]``, collected from `RoutingOutput`.
         target: class indices ``[N]``.
-        class_counts: ``[C]``, training samples of each class; the field's cut-offs apply: many
-            above 100, medium 20 to 100, few below 20.
+        class_counts: ``[C]``, training samples of each class.
         num_experts: E, so that numbers which no sample used are reported as 0.
+        many: a class is many-shot above so many training samples; see `longtail.shot_groups`.
+        few: and few-shot below so many.
 
     Raises:
         ArgumentError: shapes do not fit, there are no samples, or a value is out of range.
@@ -61,29 +69,28 @@ def routing_report(
         few       0.000  0.500  0.500
     """
     counts = check_class_counts(class_counts)
-    used, labels = num_experts_used.cpu(), target.cpu()
-    if used.dim() != 1 or used.shape != labels.shape or len(used) == 0:
+    labels, used = (
+        as_labels(target, "target", len(counts)),
+        as_labels(num_experts_used, "num_experts_used"),
+    )
+    if used.shape != labels.shape:
         raise ArgumentError(
-            "Expected arguments `num_experts_used` and `target` to have the same shape [N] with "
-            f"N >= 1, but got {list(used.shape)} and {list(labels.shape)}."
+            "Expected arguments `num_experts_used` and `target` to have the same shape [N], but "
+            f"got {list(used.shape)} and {list(labels.shape)}."
         )
-    for name, values, low, high in (
-        ("num_experts_used", used, 1, num_experts),
-        ("target", labels, 0, len(counts) - 1),
-    ):
-        if values.is_floating_point() or values.min() < low or values.max() > high:
-            raise ArgumentError(
-                f"Expected argument `{name}` to hold integers from {low} to {high}, but got "
-                f"{values.dtype} from {values.min().item()} to {values.max().item()}."
-            )
-    of_sample = counts[labels]
+    if used.min() < 1 or used.max() > num_experts:
+        raise ArgumentError(
+            f"Expected argument `num_experts_used` to hold integers from 1 to {num_experts}, but "
+            f"got {int(used.min())} to {int(used.max())}. Pass `RoutingOutput.num_experts_used`."
+        )
+    groups = torch.from_numpy(shot_groups(counts, many, few))[labels]
 
-    many, few = of_sample > 100, of_sample < 20
-    groups = {"many": many, "medium": ~many & ~few, "few": few}
-
-    def shares(values: Tensor) -> tuple[float, ...]:
+    def shares(values: Tensor) -> tuple[float, ...] | None:
+        if len(values) == 0:
+            return None
         histogram = torch.bincount(values - 1, minlength=num_experts).double()
         return tuple((histogram / len(values)).tolist())
 
-    by_shot = {name: shares(used[group]) if group.any() else None for name, group in groups.items()}
-    return RoutingReport(shares(used), **by_shot)
+    overall = shares(used)
+    assert overall is not None
+    return RoutingReport(overall, *(shares(used[groups == group]) for group in range(3)))

@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checks import check_number
 from ride_plugin._cost import CostReport, cost_report
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import as_inputs
@@ -52,13 +53,29 @@ class ExitCurve:
         """The thresholds as probabilities, float64: many may lie very close to one."""
         return self.threshold_logits.double().sigmoid()
 
-    def best_within(self, max_experts: float) -> int:
-        """Index of the most accurate point with at most so many experts; of equals, the cheapest.
+    def best_within(
+        self, *, max_experts: float | None = None, max_flops: float | None = None
+    ) -> int:
+        """Index of the most accurate point within a budget; of equals, the cheapest.
+
+        Args:
+            max_experts: the budget as a mean number of experts for each row.
+            max_flops: the budget as mean FLOPs for each row. Give exactly one of the two.
 
         Raises:
-            ArgumentError: ``max_experts`` is below 1, which no point reaches.
+            ArgumentError: not exactly one budget is given, or no point is within it.
         """
-        return _most_accurate(self, self.mean_experts, "max_experts", max_experts)
+        name, budget = _only_one(max_experts=max_experts, max_flops=max_flops)
+        cost = self.mean_experts if name == "max_experts" else self.flops
+        within = cost <= budget * (1 + 1e-9)
+        if not within.any():
+            raise ArgumentError(
+                f"Expected argument `{name}` to be at least {float(cost.min()):g}, the cost of one "
+                f"expert for every row, but got {budget:g}."
+            )
+        accuracy = self.accuracy.masked_fill(~within, -1.0)
+        best = accuracy == accuracy.max()
+        return int(cost.masked_fill(~best, torch.inf).argmin())
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +107,8 @@ class CalibrationResult:
     def __str__(self) -> str:
         budget = float(self.curve.mean_experts[self.index])
         chosen = {"router": (self.curve, self.index)} | {
-            kind: (curve, curve.best_within(budget)) for kind, curve in self.baselines.items()
+            kind: (curve, curve.best_within(max_experts=budget))
+            for kind, curve in self.baselines.items()
         }
         chosen |= {"all experts": (self.curve, 0)}
         lines = [
@@ -115,22 +133,9 @@ def calibrate(
     max_accuracy_drop: float | None = None,
 ) -> CalibrationResult:
     """See `RoutingInference.calibrate`; this does not set the threshold."""
-    targets = {
-        "max_experts": max_experts,
-        "max_flops": max_flops,
-        "max_accuracy_drop": max_accuracy_drop,
-    }
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise ArgumentError(
-            "Expected exactly one of the arguments `max_experts`, `max_flops` and "
-            f"`max_accuracy_drop`, but got {sorted(given) or 'none'}."
-        )
-    ((name, value),) = given.items()
-    if not 0 <= value < float("inf"):
-        raise ArgumentError(
-            f"Expected argument `{name}` to be finite and not negative, but got {value}."
-        )
+    name, value = _only_one(
+        max_experts=max_experts, max_flops=max_flops, max_accuracy_drop=max_accuracy_drop
+    )
     baselines: dict[str, ConfidenceRouter] = {
         kind: ConfidenceRouter(kind) for kind in get_args(Kind)
     }
@@ -212,24 +217,23 @@ def _candidates(gates: Tensor) -> Tensor:
 
 
 def _choose(curve: ExitCurve, name: str, value: float) -> int:
-    if name == "max_experts":
-        return curve.best_within(value)
-    if name == "max_flops":
-        return _most_accurate(curve, curve.flops, name, value)
-    good = curve.accuracy >= curve.accuracy[0] - value - 1e-12
-    return int(curve.flops.masked_fill(~good, torch.inf).argmin())
+    if name == "max_accuracy_drop":
+        good = curve.accuracy >= curve.accuracy[0] - value - 1e-12
+        return int(curve.flops.masked_fill(~good, torch.inf).argmin())
+    return curve.best_within(**{name: value})
 
 
-def _most_accurate(curve: ExitCurve, cost: Tensor, name: str, budget: float) -> int:
-    within = cost <= budget * (1 + 1e-9)
-    if not within.any():
+def _only_one(**targets: float | None) -> tuple[str, float]:
+    """The one argument that is given, as (name, value)."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        *most, last = (f"`{name}`" for name in targets)
         raise ArgumentError(
-            f"Expected argument `{name}` to be at least {float(cost.min()):g}, the cost of one "
-            f"expert for every row, but got {budget:g}."
+            f"Expected exactly one of the arguments {', '.join(most)} and {last}, but got "
+            f"{sorted(given) or 'none'}."
         )
-    accuracy = curve.accuracy.masked_fill(~within, -1.0)
-    best = accuracy == accuracy.max()
-    return int(cost.masked_fill(~best, torch.inf).argmin())
+    ((name, value),) = given.items()
+    return name, check_number(value, name, 0.0)
 
 
 def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:

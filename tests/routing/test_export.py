@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInference
-from ride_plugin.routing import StagedRunner, export_stages
+from ride_plugin.routing import StagedRunner
 from tests.handmade import small_model
 
 
@@ -60,7 +60,7 @@ def serving(kind):
 def exported(kind):
     serve, _ = serving(kind)
     serve.model.train()
-    stages = export_stages(serve)
+    stages = serve.export_stages()
     assert all(module.training for module in serve.model.modules())
     return stages
 
@@ -139,7 +139,7 @@ def test_a_missing_stage_and_a_foreign_model_are_refused():
         StagedRunner({**exported("convolutional"), "gate_0": "gate_0.pt2"})
     model = small_model()
     with pytest.raises(ArgumentError, match="but got HandmadeModel"):
-        export_stages(RoutingInference(model, ExpertRouter.for_model(model)))
+        RoutingInference(model, ExpertRouter.for_model(model)).export_stages()
 
 
 class Dense(nn.Module):

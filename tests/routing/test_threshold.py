@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ride_plugin import ArgumentError, ConfidenceRouter, ExpertRouter, RoutingInference, cost_report
-from ride_plugin.routing import LongTailedCalibrationWarning, routing_report
+from ride_plugin.routing import LongTailedCalibrationWarning
 from tests.handmade import small_model
 
 
@@ -172,7 +172,7 @@ def test_long_tailed_labels_warn_and_balanced_ones_do_not(data):
         (None, {"max_experts": 2, "max_flops": 5}, r"\['max_experts', 'max_flops'\]"),
         (None, {"max_experts": 0.5}, "`max_experts` to be at least 1"),
         (None, {"max_flops": 10}, "`max_flops` to be at least"),
-        (None, {"max_accuracy_drop": -0.1}, "`max_accuracy_drop` to be finite"),
+        (None, {"max_accuracy_drop": -0.1}, "`max_accuracy_drop` to be a number >= 0"),
         ([torch.zeros(2, 3, 8, 8)], {"max_experts": 2}, "yield pairs"),
         ([("a", torch.zeros(2).long())], {"max_experts": 2}, "but got x of str"),
         ([(torch.zeros(2, 3, 8, 8), torch.zeros(2))], {"max_experts": 2}, "class indices"),
@@ -187,34 +187,17 @@ def test_bad_arguments_are_named(data, loader, target, message):
     assert serve.threshold.tolist() == [0.5, 0.5]
 
 
-def test_report_counts_shares_by_shot():
-    counts = [500, 101, 100, 20, 19]
-    target = torch.tensor([0, 0, 1, 2, 3, 3, 4])
-    used = torch.tensor([1, 2, 1, 3, 3, 1, 2])
-    report = routing_report(used, target, counts, num_experts=4)
-    assert report.overall == pytest.approx((3 / 7, 2 / 7, 2 / 7, 0))
-    assert report.many == pytest.approx((2 / 3, 1 / 3, 0, 0))
-    assert report.medium == pytest.approx((1 / 3, 0, 2 / 3, 0))
-    assert report.few == pytest.approx((0, 1, 0, 0))
-
-
-def test_empty_shots_are_absent():
-    report = routing_report(torch.tensor([1]), torch.tensor([0]), [500, 5], num_experts=2)
-    assert (report.medium, report.few) == (None, None)
-    assert "few       absent" in str(report)
-
-
-@pytest.mark.parametrize(
-    ("used", "target", "message"),
-    [
-        ([0], [0], "`num_experts_used` to hold integers from 1 to 3"),
-        ([4], [0], "`num_experts_used` to hold integers from 1 to 3"),
-        ([1], [2], "`target` to hold integers from 0 to 1"),
-        ([1, 2], [0], r"the same shape \[N\]"),
-        ([], [], "N >= 1"),
-    ],
-)
-def test_bad_reports_are_named(used, target, message):
-    used, target = torch.tensor(used).long(), torch.tensor(target).long()
-    with pytest.raises(ArgumentError, match=message):
-        routing_report(used, target, [10, 10], num_experts=3)
+def test_the_best_point_within_a_budget_by_experts_or_by_flops(data):
+    _, result = calibrated(data, max_experts=2.0)
+    for curve in (result.curve, *result.baselines.values()):
+        for name, cost in (("max_experts", curve.mean_experts), ("max_flops", curve.flops)):
+            budget = float(cost.median())
+            best = curve.best_within(**{name: budget})
+            within = [i for i in range(len(cost)) if cost[i] <= budget]
+            top = max(curve.accuracy[i] for i in within)
+            assert curve.accuracy[best] == top
+            assert cost[best] == min(cost[i] for i in within if curve.accuracy[i] == top)
+        with pytest.raises(ArgumentError, match="`max_experts` and `max_flops`, but got none"):
+            curve.best_within()
+        with pytest.raises(ArgumentError, match="`max_flops` to be at least"):
+            curve.best_within(max_flops=1.0)

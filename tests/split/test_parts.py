@@ -20,9 +20,8 @@ from ride_plugin import (
     SplitError,
     cost_report,
     expert_logits,
-    optimize_for_inference,
 )
-from ride_plugin.routing import RoutingQueue, export_stages
+from ride_plugin.routing import RoutingQueue
 from tests.backbones import BACKBONES, CifarResNet
 
 
@@ -109,9 +108,9 @@ def test_parts_satisfy_whatever_uses_a_wrapped_model() -> None:
     fresh = made_of_parts()[0].eval()
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), expected)
-    torch.testing.assert_close(optimize_for_inference(model)(x), expected)
+    torch.testing.assert_close(model.optimize_for_inference()(x), expected)
     confident = RoutingInference(model, ConfidenceRouter(), 0.2)
-    assert export_stages(confident).keys() == {
+    assert confident.export_stages().keys() == {
         "trunk", "expert_0", "expert_1", "expert_2", "gate_0", "gate_1"
     }  # fmt: skip
     queue = RoutingQueue(confident, batch_size=4)
@@ -333,7 +332,7 @@ def test_parts_come_back_as_a_sequential() -> None:
 def test_an_optimised_copy_comes_back_too() -> None:
     model = RIDEWrapper(CifarResNet(10, n=1), 2).eval()
     x = torch.randn(3, 3, 32, 32)
-    plain = optimize_for_inference(model).to_module(1)
+    plain = model.optimize_for_inference().to_module(1)
     assert ours(plain) == []
     torch.testing.assert_close(plain(x), expert_logits(model(x))[:, 1], rtol=1e-4, atol=1e-4)
 

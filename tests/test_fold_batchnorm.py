@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import RIDEWrapper, optimize_for_inference
+from ride_plugin import RIDEWrapper
 from tests.backbones import BACKBONES
 
 
@@ -25,7 +25,7 @@ def test_folded_model_gives_the_same_logits_and_leaves_the_original(kind: str) -
     constructor, shape, _ = BACKBONES[kind]
     model = trained(RIDEWrapper(constructor(), 2)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    served = optimize_for_inference(model)
+    served = model.optimize_for_inference()
     x = torch.randn(6, *shape)
     expected = model.router_inputs(x)
     for got, wanted in zip(served.router_inputs(x), expected, strict=True):
@@ -52,7 +52,7 @@ def test_batchnorm_is_kept_where_the_convolution_is_read_twice() -> None:
             return self.head(self.late(x).mean((2, 3)))
 
     model = trained(RIDEWrapper(Twice(), 2, fork_at="late")).eval()
-    served = optimize_for_inference(model)
+    served = model.optimize_for_inference()
     x = torch.randn(3, 3, 16, 16)
     assert isinstance(served.trunk.bn, nn.BatchNorm2d)
     torch.testing.assert_close(served(x), model(x))

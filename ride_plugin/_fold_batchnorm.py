@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,35 +14,11 @@ if TYPE_CHECKING:
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TOLERANCE = 1e-5
+Model = TypeVar("Model", bound="RIDEWrapper")
 
 
-def optimize_for_inference(model: RIDEWrapper) -> RIDEWrapper:
-    r"""Return a copy in evaluation mode whose BatchNorm layers are folded away.
-
-    In evaluation a BatchNorm after a convolution is an affine map of each channel,
-    $w' = w \cdot \gamma / \sqrt{\sigma^2 + \epsilon}$ and
-    $b' = \beta + (b - \mu) \gamma / \sqrt{\sigma^2 + \epsilon}$, so it costs nothing once it stands
-    in the convolution's own weights. A pair is folded only where the BatchNorm receives exactly
-    what the convolution returned, and only if the model's logits stay the same to 1e-5 of their
-    range; other BatchNorm layers stay as they are.
-
-    Args:
-        model: a wrapped model; it is not changed.
-
-    Returns:
-        A copy that computes the same, faster, and can no longer be trained.
-
-    Example:
-        >>> from ride_plugin import RIDEWrapper
-        >>> backbone = nn.Sequential(
-        ...     nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),
-        ...     nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        ...     nn.Linear(8, 5),
-        ... )
-        >>> fast = optimize_for_inference(RIDEWrapper(backbone, 2))
-        >>> any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
-        False
-    """
+def folded_copy(model: Model) -> Model:
+    """A copy in evaluation mode, frozen, whose BatchNorm layers are folded where that is exact."""
     served = copy.deepcopy(model).eval().requires_grad_(False)
     args, kwargs = served.example_input(2)
     with torch.no_grad():

@@ -1,0 +1,108 @@
+"""The one walk: every way of serving gives the bits of a walk written in plain Python."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from ride_plugin import ExpertRouter, RoutingInference
+from ride_plugin.functional import running_means
+from ride_plugin.routing import RoutingQueue, StagedRunner
+from tests.handmade import HandmadeState, small_model
+
+
+@dataclass(frozen=True)
+class JoinableState(HandmadeState):
+    def select(self, rows):
+        return JoinableState(self.features.index_select(0, rows))
+
+    @staticmethod
+    def cat(states):
+        return JoinableState(torch.cat([state.features for state in states]))
+
+
+def serving(num_experts=4, seed=0):
+    """A model, a router whose gates fall on both sides of their thresholds, and a batch."""
+    torch.manual_seed(seed)
+    model = small_model(num_experts).eval()
+    model.run_trunk = lambda x: JoinableState(model.trunk(x))
+    for expert in model.experts:
+        expert.requires_grad_(False).fc.weight.mul_(5)
+    router = ExpertRouter.for_model(model).requires_grad_(False)
+    x = torch.randn(48, 3, 8, 8)
+    gates = router(model.router_inputs(x)).double()
+    return RoutingInference(model, router, gates.quantile(0.4, dim=0).sigmoid()), x
+
+
+@torch.no_grad()
+def naive(serve, x):
+    """Row by row in dictionaries and lists; experts run on the rows that are left, in order."""
+    model = serve.model
+    features = model.trunk(x)
+    left, totals, output, used = list(range(len(x))), {}, {}, {}
+    for index in range(model.num_experts):
+        logits, pooled = model.experts[index](features[left])
+        for place, row in enumerate(left):
+            totals[row] = totals[row] + logits[place] if index else logits[place]
+            output[row] = totals[row] / (index + 1)
+            used[row] = index + 1
+        if index == model.num_experts - 1:
+            break
+        gates = serve.router.gate(index, torch.stack([output[row] for row in left]), pooled)
+        limit = serve.threshold_logits[index].item()
+        left = [row for row, gate in zip(left, gates.tolist(), strict=True) if gate > limit]
+        if not left:
+            break
+    rows = range(len(x))
+    return torch.stack([output[row] for row in rows]), torch.tensor([used[row] for row in rows])
+
+
+def runner_of(serve):
+    """The stages as plain functions of tensors, as another runtime would offer them."""
+    stages = {"trunk": serve.model.trunk}
+    for index, expert in enumerate(serve.model.experts):
+        stages[f"expert_{index}"] = expert
+    for index in range(serve.model.num_experts - 1):
+        stages[f"gate_{index}"] = lambda mean, features, index=index: serve.stages.goes_on(
+            index, mean, features
+        )
+    return StagedRunner(stages)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_inference_queue_and_runner_give_the_bits_of_the_naive_walk(seed):
+    serve, x = serving(seed=seed)
+    logits, used = naive(serve, x)
+    assert used.unique().tolist() == [1, 2, 3, 4]  # else the comparison says nothing
+    queue = RoutingQueue(serve, batch_size=64, max_wait=0)  # finishes each batch by itself
+    ticket = queue.submit(x)
+    for name, output in (
+        ("inference", serve(x, return_routing=True)),
+        ("queue", queue.results()[ticket]),
+        ("runner", runner_of(serve)(x, return_routing=True)),
+    ):
+        assert torch.equal(output.num_experts_used, used), name
+        assert torch.equal(output.logits, logits), name
+
+
+def test_running_means_have_the_bits_of_a_walk_on_which_every_row_goes_on():
+    serve, x = serving()
+    means = running_means(serve.model.router_inputs(x).expert_logits)
+    for count in (1, 2, 3, 4):
+        serve.threshold_logits.fill_(-torch.inf)
+        serve.threshold_logits[count - 1 :] = torch.inf
+        output = serve(x, return_routing=True)
+        assert output.num_experts_used.tolist() == [count] * len(x)
+        assert torch.equal(means[:, count - 1], output.logits)
+        assert torch.equal(serve.dense(x), output.logits)
+
+
+def test_calibration_walks_as_inference_does():
+    serve, x = serving()
+    labels = torch.arange(len(x)) % 5
+    curve = serve.calibrate([(x, labels)], max_experts=3.0).curve
+    for index in range(0, len(curve.threshold_logits), 9):
+        serve.threshold_logits.fill_(curve.threshold_logits[index])
+        logits, used = naive(serve, x)
+        assert curve.mean_experts[index] == used.double().mean()
+        assert curve.accuracy[index] == (logits.argmax(1) == labels).double().mean()

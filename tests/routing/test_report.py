@@ -1,0 +1,60 @@
+"""The routing report against counts by hand."""
+
+import pytest
+import torch
+
+from ride_plugin import ArgumentError
+from ride_plugin.routing import routing_report
+
+
+def test_report_counts_shares_by_shot():
+    counts = [500, 101, 100, 20, 19]
+    target = torch.tensor([0, 0, 1, 2, 3, 3, 4])
+    used = torch.tensor([1, 2, 1, 3, 3, 1, 2])
+    report = routing_report(used, target, counts, num_experts=4)
+    assert report.overall == pytest.approx((3 / 7, 2 / 7, 2 / 7, 0))
+    assert report.many == pytest.approx((2 / 3, 1 / 3, 0, 0))
+    assert report.medium == pytest.approx((1 / 3, 0, 2 / 3, 0))
+    assert report.few == pytest.approx((0, 1, 0, 0))
+
+
+def test_empty_shots_are_absent():
+    report = routing_report(torch.tensor([1]), torch.tensor([0]), [500, 5], num_experts=2)
+    assert (report.medium, report.few) == (None, None)
+    assert "few       absent" in str(report)
+
+
+def test_cut_offs_are_those_of_the_other_reports():
+    counts, target = [300, 120, 50, 10], torch.tensor([0, 1, 2, 3])
+    used = torch.tensor([1, 2, 3, 3])
+    report = routing_report(used, target, counts, num_experts=3, many=200, few=60)
+    assert report.many == (1, 0, 0)
+    assert report.medium == (0, 1, 0)
+    assert report.few == (0, 0, 1)
+    with pytest.raises(ArgumentError, match="0 <= few <= many"):
+        routing_report(used, target, counts, num_experts=3, many=10, few=60)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_integers_of_any_width_are_indices(dtype):
+    counts = [500] + [50] * 299 if dtype != torch.uint8 else [500] + [50] * 199
+    target = torch.tensor([0, 1, 1, 0], dtype=dtype)
+    used = torch.tensor([1, 2, 2, 1], dtype=dtype)
+    report = routing_report(used, target, counts, num_experts=2)
+    assert (report.many, report.medium, report.few) == ((1, 0), (0, 1), None)
+
+
+@pytest.mark.parametrize(
+    ("used", "target", "message"),
+    [
+        ([0], [0], "`num_experts_used` to hold integers from 1 to 3"),
+        ([4], [0], "`num_experts_used` to hold integers from 1 to 3"),
+        ([1], [2], "`target` to hold class labels 0 .. 1"),
+        ([1, 2], [0], r"the same shape \[N\]"),
+        ([], [], "`target` to be integer class labels"),
+    ],
+)
+def test_bad_reports_are_named(used, target, message):
+    used, target = torch.tensor(used).long(), torch.tensor(target).long()
+    with pytest.raises(ArgumentError, match=message):
+        routing_report(used, target, [10, 10], num_experts=3)
