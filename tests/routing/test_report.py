@@ -49,9 +49,9 @@ def test_integers_of_any_width_are_indices(dtype):
     [
         ([0], [0], "`num_experts_used` to hold integers from 1 to 3"),
         ([4], [0], "`num_experts_used` to hold integers from 1 to 3"),
-        ([1], [2], "`target` to hold class labels 0 .. 1"),
+        ([1], [2], "`target` to hold class indices from 0 to 1"),
         ([1, 2], [0], r"the same shape \[N\]"),
-        ([], [], "`target` to be integer class labels"),
+        ([], [], "`target` to be integers"),
     ],
 )
 def test_bad_reports_are_named(used, target, message):

@@ -172,7 +172,7 @@ def test_long_tailed_labels_warn_and_balanced_ones_do_not(data):
         (None, {"max_experts": 2, "max_flops": 5}, r"\['max_experts', 'max_flops'\]"),
         (None, {"max_experts": 0.5}, "`max_experts` to be at least 1"),
         (None, {"max_flops": 10}, "`max_flops` to be at least"),
-        (None, {"max_accuracy_drop": -0.1}, "`max_accuracy_drop` to be a number >= 0"),
+        (None, {"max_accuracy_drop": -0.1}, "`max_accuracy_drop` to be a finite number >= 0"),
         ([torch.zeros(2, 3, 8, 8)], {"max_experts": 2}, "yield pairs"),
         ([("a", torch.zeros(2).long())], {"max_experts": 2}, "but got x of str"),
         ([(torch.zeros(2, 3, 8, 8), torch.zeros(2))], {"max_experts": 2}, "class indices"),
