@@ -99,7 +99,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def pages(base: str) -> Iterator[dict[str, Page]]:
+def pages(base: str) -> dict[str, Page]:
     """Every page that can be reached from the first one, by its address."""
     command = ["chromedriver", "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
@@ -119,7 +119,7 @@ def pages(base: str) -> Iterator[dict[str, Page]]:
             browser.close()
         finally:
             driver.terminate()
-    yield found
+    return found
 
 
 def test_every_page_can_be_reached(base: str, pages: dict[str, Page]) -> None:
