@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from benchmarks.speed.networks import Case, by_hand, images, resnet32
 from benchmarks.speed.straightforward import HandSplit, StraightforwardRouting
 from benchmarks.speed.timing import compare
 from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
-from ride_plugin.routing import StagedRunner
+from ride_plugin.routing import StagedRunner, fuse_stages
 
-Stage = Callable[..., list[Tensor]]
+Stage = Callable[..., Sequence[Tensor]]
 
 SHARES = ((0.41, 0.09, 0.50), (0.8, 0.1, 0.1))
 BATCHES = (1, 8, 128, 1024)
@@ -110,32 +110,37 @@ def _all_experts(model: RIDEWrapper, x: Tensor) -> Callable[[], None]:
 
 
 def exported() -> Case:
-    """Exported stages in onnxruntime, and with only trunk and gates there, at fixed shares."""
+    """Stages without this library's Python, fused or in onnxruntime, at fixed shares."""
 
     def rows() -> Iterator[list[Any]]:
         served = resnet32().eval().optimize_for_inference()
         programs = RoutingInference(served, ExpertRouter.for_model(served)).export_stages()
+        fused = fuse_stages(programs)
         stages = {name: _in_onnxruntime(program) for name, program in programs.items()}
-        in_torch = {name: programs[name] for name in programs if name.startswith("expert_")}
         for shares in SHARES:
             for batch in BATCHES:
                 x, quota = images(batch, channels_last=False), _Quota(shares, batch)
-                gates = {
-                    f"gate_{i}": _at_fixed_share(stages[f"gate_{i}"], size)
-                    for i, size in enumerate(quota.sizes)
-                }
-                runner = StagedRunner({**stages, **gates})
-                mixed = StagedRunner({**stages, **gates, **in_torch})
+                ideal = _ideal(by_hand(served).eval(), images(batch), quota.sizes)
+                quick, other = (_at_shares(kind, quota) for kind in (fused, stages))
                 theirs = _straightforward(quota)
                 with torch.no_grad():
                     yield [
                         f"{shares}, batch {batch}",
-                        compare(lambda: runner(x), lambda: theirs(x)),
-                        compare(lambda: mixed(x), lambda: theirs(x)),
+                        compare(lambda: quick(x), lambda: theirs(x)),
+                        compare(lambda: quick(x), ideal),
+                        compare(lambda: other(x), lambda: theirs(x)),
                     ]
 
-    header = ["shares of 1, 2, 3 experts", "onnxruntime", "trunk and gates in it"]
+    header = ["shares of 1, 2, 3 experts", "fused", "fused / ideal", "onnxruntime"]
     return "Exported stages / straightforward", header, rows()
+
+
+def _at_shares(stages: Mapping[str, Stage], quota: _Quota) -> StagedRunner:
+    gates = {
+        f"gate_{i}": _at_fixed_share(stages[f"gate_{i}"], size)
+        for i, size in enumerate(quota.sizes)
+    }
+    return StagedRunner({**stages, **gates})
 
 
 def _in_onnxruntime(program: ExportedProgram) -> Stage:

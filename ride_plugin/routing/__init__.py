@@ -4,6 +4,7 @@ from ride_plugin._output import RouterInputs
 from ride_plugin._split import TrunkState
 from ride_plugin.routing._confidence import ConfidenceRouter
 from ride_plugin.routing._exit import RoutingOutput
+from ride_plugin.routing._fused import fuse_stages
 from ride_plugin.routing._inference import RoutingInference
 from ride_plugin.routing._loss import RoutingLoss
 from ride_plugin.routing._queue import RoutingQueue
@@ -30,5 +31,6 @@ __all__ = [
     "RoutingReport",
     "StagedRunner",
     "TrunkState",
+    "fuse_stages",
     "routing_report",
 ]

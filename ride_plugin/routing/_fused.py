@@ -1,0 +1,346 @@
+"""Exported stages made fast: operations fused and weights laid out once, before serving starts.
+
+An exported stage is a graph of plain operations. Here BatchNorm goes into the convolution before
+it, the addition of a residual and a ReLU into the convolution whose result they take, and whatever
+depends on parameters alone is computed once. No compiler is needed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from ride_plugin._errors import ArgumentError
+
+_ATEN = torch.ops.aten
+_TYPICAL_BATCH = 32  # weights are laid out for it; any batch runs
+_SMALL = 12_000  # elements of a single image below which torch's own convolution is faster
+
+
+def fuse_stages(stages: Mapping[str, ExportedProgram]) -> dict[str, nn.Module]:
+    """Turn exported stages into equal functions of tensors that run faster.
+
+    The results differ from those of the programs by rounding. Convolutions in float32 on an x86
+    processor run in oneDNN with their ReLU and addition; everywhere else, and for layers that
+    oneDNN does not take, the same operations run one after the other. Autocast has no effect.
+
+    Args:
+        stages: what ``serve.export_stages()`` returned, or the same programs loaded from files.
+
+    Returns:
+        Modules by the same names, for `StagedRunner`. They are in evaluation mode and their
+        weights do not require gradients. They take any batch size, can be pickled, and can serve
+        several threads.
+
+    Raises:
+        ArgumentError: a stage is not an ``ExportedProgram``.
+
+    Example:
+        >>> from torch import nn
+        >>> from ride_plugin import ConfidenceRouter, RIDEWrapper, RoutingInference
+        >>> from ride_plugin.routing import StagedRunner, fuse_stages
+        >>> backbone = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
+        ...     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+        ... )
+        >>> serve = RoutingInference(RIDEWrapper(backbone, 2), ConfidenceRouter())
+        >>> runner = StagedRunner(fuse_stages(serve.export_stages()))
+        >>> x = torch.randn(4, 3, 32, 32)
+        >>> torch.allclose(runner(x), serve(x), atol=1e-5)
+        True
+    """
+    fused: dict[str, nn.Module] = {}
+    for name, program in stages.items():
+        if not isinstance(program, ExportedProgram):
+            raise ArgumentError(
+                f"Expected `stages[{name!r}]` to be an ExportedProgram, but got "
+                f"{type(program).__name__}. Pass what ``serve.export_stages()`` returned."
+            )
+        fused[name] = FusedStage(program)
+    return fused
+
+
+class FusedStage(nn.Module):
+    """One stage as a plain graph of fused operations: tensors in, a tuple of tensors out."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.graph_module = _fused(program)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the stage; images are taken in either memory format."""
+        if torch.is_autocast_enabled(tensors[0].device.type):
+            with torch.autocast(tensors[0].device.type, enabled=False):
+                return cast("tuple[Tensor, ...]", self.graph_module(*tensors))
+        return cast("tuple[Tensor, ...]", self.graph_module(*tensors))
+
+
+class FusedConv2d(nn.Module):
+    """A convolution, then the addition of ``other`` if given, then a ReLU if asked for."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: tuple[list[int], list[int], list[int], int],
+        relu: bool,
+        input_size: list[int],
+    ) -> None:
+        super().__init__()
+        weight = weight.detach().clone(memory_format=torch.channels_last)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.stride, self.padding, self.dilation, self.groups = options
+        self.relu = relu
+        self.input_size = input_size
+        self._pack()
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Map ``x`` ``[b, c, h, w]``; ``other`` has the shape of the result."""
+        if self._packed is None or (len(x) == 1 and x.numel() < _SMALL):
+            out = F.conv2d(
+                x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            )
+            if other is not None:
+                out = out.add_(other)
+            return out.relu_() if self.relu else out
+        where = (self.padding, self.stride, self.dilation, self.groups)
+        if other is None:
+            unary = "relu" if self.relu else "none"
+            return cast(
+                "Tensor",
+                torch.ops.mkldnn._convolution_pointwise(
+                    x, self._packed, self.bias, *where, unary, [], ""
+                ),
+            )
+        then = "relu" if self.relu else None
+        return cast(
+            "Tensor",
+            torch.ops.mkldnn._convolution_pointwise.binary(
+                x, other, self._packed, self.bias, *where, "add", 1.0, then, [], None
+            ),
+        )
+
+    def extra_repr(self) -> str:
+        """What was fused."""
+        return f"{list(self.weight.shape)}, relu={self.relu}, packed={self._packed is not None}"
+
+    def _pack(self) -> None:
+        """Lay the weight out as oneDNN wants it; None where oneDNN does not take it."""
+        self._packed: Any = None
+        weight = self.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and _has_onednn():
+            where = (self.padding, self.stride, self.dilation, self.groups)
+            self._packed = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, *where, self.input_size
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv2d:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._pack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pack()
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_convolution_pointwise"
+    )
+
+
+def _fused(program: ExportedProgram) -> fx.GraphModule:
+    exported = program.module()
+    # A plain signature: what export's own calling convention does at each call is not needed.
+    exported.graph.set_codegen(fx.graph.CodeGen())
+    exported.graph._tracer_cls = None  # the one of export cannot be made again after pickling
+    module = fx.GraphModule(exported, exported.graph).eval()
+    graph = module.graph
+    _inline_autocast(module)
+    _drop_what_does_nothing(graph)
+    _lay_out_images(graph)
+    _fold_batch_norms(module)
+    _fuse_convolutions(module)
+    graph.eliminate_dead_code()
+    _compute_constants(module)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+def _inline_autocast(module: fx.GraphModule) -> None:
+    """Regions that switch autocast off are put in place: a stage runs without autocast anyway."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if getattr(node.target, "__name__", "") != "wrap_with_autocast" or node.args[2]:
+            continue
+        inner = cast("fx.GraphModule", module.get_submodule(node.args[4].target))
+        values = dict(zip(inner.graph.find_nodes(op="placeholder"), node.args[5:], strict=True))
+        with graph.inserting_before(node):
+            results = graph.graph_copy(inner.graph, values)
+        results = results if isinstance(results, tuple | list) else (results,)
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def _drop_what_does_nothing(graph: fx.Graph) -> None:
+    """Export's checks of types, and casts to the type that a tensor has."""
+    for node in list(graph.nodes):
+        if node.target == "_guards_fn" or node.target is _ATEN._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is _ATEN.to.dtype and node.args[0].meta["val"].dtype == node.args[1]:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _lay_out_images(graph: fx.Graph) -> None:
+    """Images go through channels-last, in which convolutions are fastest."""
+    for node in graph.find_nodes(op="placeholder"):
+        users = [u for u in node.users if u.target is _ATEN.conv2d.default and u.args[0] is node]
+        if users:
+            with graph.inserting_after(node):
+                laid_out = graph.call_method(
+                    "contiguous", (node,), {"memory_format": torch.channels_last}
+                )
+            laid_out.meta = dict(node.meta)
+            for user in users:
+                user.replace_input_with(node, laid_out)
+
+
+def _constant(module: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor that an argument reads from the module, or None."""
+    if isinstance(node, fx.Node) and node.op == "get_attr":
+        value = operator.attrgetter(str(node.target))(module)
+        return value if isinstance(value, Tensor) else None
+    return None
+
+
+def _fold_batch_norms(module: fx.GraphModule) -> None:
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=_ATEN.batch_norm.default):
+        before, *statistics = node.args[:5]
+        training, _, eps = node.args[5:8]
+        if before.target is not _ATEN.conv2d.default or len(before.users) > 1 or training:
+            continue
+        gamma, beta, mean, var = (_constant(module, value) for value in statistics)
+        weight = _constant(module, before.args[1])
+        bias = _constant(module, before.args[2] if len(before.args) > 2 else None)
+        if weight is None or mean is None or var is None:
+            continue
+        new_weight, new_bias = fuse_conv_bn_weights(weight, bias, mean, var, eps, gamma, beta)
+        with graph.inserting_before(before):
+            arguments = [
+                _new_constant(module, f"{before.name}_{what}", value)
+                for what, value in (("weight", new_weight), ("bias", new_bias))
+            ]
+        before.args = (before.args[0], *arguments, *before.args[3:])
+        node.replace_all_uses_with(before)
+        graph.erase_node(node)
+
+
+def _new_constant(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    while hasattr(module, name):
+        name += "_"
+    module.register_buffer(name, value.detach())
+    return module.graph.get_attr(name)
+
+
+def _fuse_convolutions(module: fx.GraphModule) -> None:
+    graph = module.graph
+    for index, node in enumerate(graph.find_nodes(op="call_function", target=_ATEN.conv2d.default)):
+        weight = _constant(module, node.args[1])
+        bias = _constant(module, node.args[2] if len(node.args) > 2 else None)
+        padding = node.args[4] if len(node.args) > 4 else [0, 0]
+        if weight is None or isinstance(padding, str):
+            continue
+        chain, other = [node], None
+        added = _only_user(node, _ATEN.add.Tensor, _ATEN.add_.Tensor)
+        if added is not None and not added.kwargs:
+            left, right = added.args
+            value = right if left is node else left
+            overwritten = node if added.target is _ATEN.add.Tensor else left
+            # The fused call stands where the addition stood, so its other operand exists there.
+            if overwritten is node and value is not node and _same_shape(node, value):
+                chain, other = [node, added], value
+        relu = _only_user(chain[-1], _ATEN.relu.default, _ATEN.relu_.default)
+        if relu is not None:
+            chain.append(relu)
+        options = (
+            list(node.args[3]) if len(node.args) > 3 else [1, 1],
+            list(padding),
+            list(node.args[5]) if len(node.args) > 5 else [1, 1],
+            node.args[6] if len(node.args) > 6 else 1,
+        )
+        fused = FusedConv2d(weight, bias, options, relu is not None, _sizes(node.args[0]))
+        module.add_submodule(f"fused_{index}", fused)
+        with graph.inserting_before(chain[-1]):
+            inputs = (node.args[0],) if other is None else (node.args[0], other)
+            call = graph.call_module(f"fused_{index}", inputs)
+        call.meta = dict(chain[-1].meta)
+        chain[-1].replace_all_uses_with(call)
+        for replaced in reversed(chain):  # what works in place outlives a search for dead code
+            graph.erase_node(replaced)
+
+
+def _only_user(node: fx.Node, *targets: Any) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in targets else None
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    if not isinstance(b, fx.Node):
+        return False
+    shapes = [getattr(node.meta.get("val"), "shape", None) for node in (a, b)]
+    return shapes[0] is not None and str(shapes[0]) == str(shapes[1])
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    return [s if isinstance(s, int) else _TYPICAL_BATCH for s in node.meta["val"].shape]
+
+
+def _compute_constants(module: fx.GraphModule) -> None:
+    """Compute once what depends on parameters alone, a cosine classifier's directions say."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        inputs = node.all_input_nodes
+        values = {source: _constant(module, source) for source in inputs}
+        if not inputs or None in values.values() or node.target._schema.is_mutable:
+            continue
+        result = node.target(
+            *fx.map_arg(node.args, values.__getitem__),
+            **fx.map_arg(node.kwargs, values.__getitem__),
+        )
+        if isinstance(result, Tensor):
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_new_constant(module, f"{node.name}_value", result))
+            graph.erase_node(node)

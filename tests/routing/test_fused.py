@@ -1,0 +1,208 @@
+"""Fused stages give what the exported programs give, to rounding, for every pattern they touch."""
+
+import copy
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInference
+from ride_plugin.routing import StagedRunner, fuse_stages
+from ride_plugin.routing._fused import FusedConv2d, FusedStage
+
+
+class Block(nn.Module):
+    """One convolution and what follows it, in one of many ways."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        groups = 8 if kind == "depthwise" else 2 if kind == "grouped" else 1
+        padding: str | int = "same" if kind == "same" else 1
+        self.conv = nn.Conv2d(8, 8, 3, padding=padding, groups=groups, bias=kind != "no_bias")
+        self.other = nn.Conv2d(8, 8, 1)
+        self.norm = nn.BatchNorm2d(8, affine=kind != "plain_norm")
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = self.kind
+        if kind == "both_used":
+            out = self.conv(x)
+            return F.relu(out) + self.norm(out)
+        out = self.norm(self.conv(x)) if kind != "without_norm" else self.conv(x)
+        if kind == "in_place":
+            return F.relu(out.add_(x), inplace=True)
+        if kind == "into_the_other":
+            x = x * 1.0
+            return F.relu(x.add_(out)) + x
+        if kind == "two_convolutions":
+            return F.relu(self.other(x) + out)
+        if kind == "twice_the_same":
+            return F.relu(out + out)
+        if kind == "broadcast":
+            return F.relu(out + x.mean(dim=(2, 3), keepdim=True))
+        if kind == "weighted":
+            return F.relu(torch.add(out, x, alpha=0.5))
+        if kind == "number":
+            return F.relu(out + 1.0)
+        if kind == "no_relu":
+            return out + x
+        if kind == "addition_used_twice":
+            total = out + x
+            return F.relu(total) + total
+        return F.relu(out)
+
+
+KINDS = [
+    "plain",
+    "plain_norm",
+    "without_norm",
+    "no_bias",
+    "depthwise",
+    "grouped",
+    "same",
+    "in_place",
+    "into_the_other",
+    "both_used",
+    "two_convolutions",
+    "twice_the_same",
+    "broadcast",
+    "weighted",
+    "number",
+    "no_relu",
+    "addition_used_twice",
+]
+
+
+class Network(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.block = Block(kind)
+        self.head = nn.Linear(8, 5)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+                nn.init.normal_(module.running_mean)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.block(self.stem(x))
+        return x, self.head(x.mean(dim=(2, 3)))
+
+
+def exported(network: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    return torch.export.export(network.eval(), (x,), dynamic_shapes=shapes)
+
+
+def kinds_of_operations(stage: FusedStage) -> set[str]:
+    return {str(node.target) for node in stage.graph_module.graph.nodes}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fused_stage_is_the_program(kind: str) -> None:
+    network = Network(kind)
+    stage = FusedStage(exported(network, torch.randn(2, 3, 17, 17)))
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 17, 17)
+        for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
+            before = laid_out.clone()
+            for _ in range(2):  # nothing may be changed in place that the next call reads
+                results = stage(laid_out)
+                with torch.no_grad():
+                    for got, expected in zip(results, network(laid_out), strict=True):
+                        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(laid_out, before)
+
+
+@pytest.mark.parametrize("kind", ["plain", "in_place", "two_convolutions", "no_relu", "depthwise"])
+def test_no_normalisation_addition_or_activation_is_left(kind: str) -> None:
+    stage = FusedStage(exported(Network(kind), torch.randn(2, 3, 17, 17)))
+    left = " ".join(kinds_of_operations(stage))
+    assert not any(word in left for word in ("batch_norm", "relu", "add", "aten.conv2d"))
+
+
+@pytest.mark.parametrize("kind", ["into_the_other", "both_used", "weighted", "addition_used_twice"])
+def test_what_others_read_too_is_not_fused(kind: str) -> None:
+    stage = FusedStage(exported(Network(kind), torch.randn(2, 3, 17, 17)))
+    assert any("relu" in target for target in kinds_of_operations(stage))
+
+
+def test_a_layer_that_onednn_does_not_take_falls_back() -> None:
+    network = Network("in_place").double()
+    x = torch.randn(4, 3, 17, 17, dtype=torch.float64)
+    stage = FusedStage(exported(network, x))
+    assert all(m._packed is None for m in stage.modules() if isinstance(m, FusedConv2d))
+    with torch.no_grad():
+        torch.testing.assert_close(stage(x)[1], network(x)[1])
+
+
+def test_what_depends_on_parameters_alone_is_computed_once() -> None:
+    class Cosine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (F.linear(F.normalize(x), F.normalize(self.weight)),)
+
+    network, x = Cosine(), torch.randn(4, 8)
+    stage = FusedStage(exported(network, x))
+    norms = [n for n in stage.graph_module.graph.nodes if "norm" in str(n.target)]
+    assert len(norms) == 1  # that of the features
+    torch.testing.assert_close(stage(x)[0], network(x)[0].detach())
+
+
+def test_autocast_around_a_stage_changes_nothing() -> None:
+    stage = FusedStage(exported(Network("plain"), torch.randn(2, 3, 17, 17)))
+    x = torch.randn(4, 3, 17, 17)
+    expected = stage(x)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(stage(x)[1], expected)
+
+
+def test_stages_survive_copies_files_and_new_weights() -> None:
+    x = torch.randn(4, 3, 17, 17)
+    stage = FusedStage(exported(Network("in_place"), x))
+    expected = stage(x)[1]
+    buffer = io.BytesIO()
+    torch.save(stage, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x)[1], expected)
+    assert torch.equal(copy.deepcopy(stage)(x)[1], expected)
+    other = FusedStage(exported(Network("in_place"), x))
+    assert not torch.equal(other(x)[1], expected)
+    other.load_state_dict(stage.state_dict())
+    assert torch.equal(other(x)[1], expected)
+    assert not any(parameter.requires_grad for parameter in stage.parameters())
+
+
+def test_a_routed_model_is_served_from_fused_stages_by_several_threads() -> None:
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
+    )  # fmt: skip
+    model = RIDEWrapper(backbone, 3, classifier="cosine", example_input=torch.randn(2, 3, 9, 9))
+    serve = RoutingInference(model, ExpertRouter.for_model(model))
+    batches = [torch.randn(n, 3, 9, 9) for n in (1, 3, 64)] * 4
+    gates = torch.cat([serve.router(model.router_inputs(x)).detach() for x in batches])
+    middle = gates.double().sort(dim=0).values[len(gates) // 2 - 1 :][:2].mean(dim=0)
+    serve.set_threshold(middle.sigmoid())  # between two gates: rounding moves no row across it
+    runner = StagedRunner(fuse_stages(serve.export_stages()))
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda x: runner(x, return_routing=True), batches))
+    used = set()
+    for x, (logits, num_experts_used) in zip(batches, results, strict=True):
+        expected = serve(x, return_routing=True)
+        assert torch.equal(num_experts_used, expected.num_experts_used)
+        torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
+        used |= set(num_experts_used.tolist())
+    assert used == {1, 2, 3}
+
+
+def test_only_programs_can_be_fused() -> None:
+    with pytest.raises(ArgumentError, match=r"stages\['trunk'\].*export_stages"):
+        fuse_stages({"trunk": nn.Identity()})  # type: ignore[dict-item]
