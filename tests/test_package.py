@@ -188,6 +188,8 @@ TORCHS_OWN = {  # private in name, but the only way to what torch keeps there
     "_non_persistent_buffers_set",
     "_parameters",
     "_qkv_same_embed_dim",
+    "_schema",
+    "_tracer_cls",
     "_version",
 }
 

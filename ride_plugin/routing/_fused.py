@@ -213,7 +213,10 @@ def _inline_autocast(module: fx.GraphModule) -> None:
 def _drop_what_does_nothing(graph: fx.Graph) -> None:
     """Export's checks of types, and casts to the type that a tensor has."""
     for node in list(graph.nodes):
-        if node.target == "_guards_fn" or node.target is _ATEN._assert_tensor_metadata.default:
+        if (
+            node.target == "_guards_fn"
+            or node.target is torch.ops.aten._assert_tensor_metadata.default
+        ):
             graph.erase_node(node)
         elif node.target is _ATEN.to.dtype and node.args[0].meta["val"].dtype == node.args[1]:
             node.replace_all_uses_with(node.args[0])
