@@ -5,12 +5,15 @@ from typing import NamedTuple
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from ride_plugin.longtail import LongTailedSubset
 
 IMBALANCE = 20  # the most frequent digit has 100 training images, the rarest 5
 MANY, FEW = 50, 15  # "many": more than 50 training images, "few": fewer than 15
+
+
+Loader = DataLoader[tuple[Tensor, ...]]
 
 
 class Digits(NamedTuple):

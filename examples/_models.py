@@ -34,9 +34,10 @@ class SmallResNet(nn.Module):
         self.layer1 = BasicBlock(16, 16, stride=1)
         self.layer2 = BasicBlock(16, 32, stride=2)
         self.layer3 = BasicBlock(32, 64, stride=2)
-        self.linear = nn.Linear(64, num_classes)
+        self.linear: nn.Module = nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean(dim=(2, 3)))
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from statistics import mean, stdev
 
 import torch
-from _data import FEW, MANY, Digits, long_tailed_digits
+from _data import FEW, MANY, Digits, Loader, long_tailed_digits
 from quickstart import augment
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -21,7 +21,7 @@ Run = Callable[[Digits, argparse.Namespace], dict[str, ShotReport]]
 
 def train_plain(
     model: nn.Module,
-    loader: DataLoader,
+    loader: Loader,
     criterion: nn.Module,
     epochs: int,
     parameters: Iterable[Tensor] | None = None,
@@ -45,7 +45,7 @@ def sgd(parameters: Iterable[Tensor], lr: float = 0.05) -> torch.optim.SGD:
     )
 
 
-def loaders(digits: Digits) -> tuple[DataLoader, DataLoader]:
+def loaders(digits: Digits) -> tuple[Loader, Loader]:
     """Batches as the images come, and batches in which every class is as frequent as any other."""
     sampler = ClassBalancedSampler(digits.train.labels)
     return (

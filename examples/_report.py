@@ -50,8 +50,8 @@ def table(results: dict[str, list[Result]]) -> str:
     for name, runs in results.items():
         flops = mean(r.flops for r in runs)
         used = "-"
-        if runs[0].shares is not None:
-            shares = [mean(r.shares["overall"][i] for r in runs) for i in range(NUM_EXPERTS)]
+        if taken := [r.shares["overall"] for r in runs if r.shares is not None]:
+            shares = [mean(share) for share in zip(*taken, strict=True)]
             used = " / ".join(f"{100 * share:.0f} %" for share in shares)
         accuracies = [_spread([r.accuracy[group] for r in runs]) for group in GROUPS]
         # Seed by seed: which images were drawn moves every method, and cancels here.
@@ -68,7 +68,7 @@ def table(results: dict[str, list[Result]]) -> str:
 
 def plot(results: dict[str, list[Result]], path: str) -> None:
     """Three panels: what accuracy costs, where it is gained, and who gets more experts."""
-    colours = dict(zip(results, plt.get_cmap("tab10").colors, strict=False))
+    colours = {name: f"C{i}" for i, name in enumerate(results)}
     figure, (cost, shots, routing) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
 
     plain_flops = mean(r.flops for r in next(iter(results.values())))
@@ -92,12 +92,12 @@ def plot(results: dict[str, list[Result]], path: str) -> None:
 
     step = 0.8 / len(results)
     for i, (name, runs) in enumerate(results.items()):
-        values = [[r.accuracy[group] for r in runs] for group in GROUPS]
+        by_group = [[r.accuracy[group] for r in runs] for group in GROUPS]
         shots.bar(
             [x + (i - (len(results) - 1) / 2) * step for x in range(len(GROUPS))],
-            [mean(v) for v in values],
+            [mean(v) for v in by_group],
             width=step,
-            yerr=[_deviation(v) for v in values],
+            yerr=[_deviation(v) for v in by_group],
             error_kw={"elinewidth": 1},
             color=colours[name],
             label=name,
@@ -116,10 +116,11 @@ def plot(results: dict[str, list[Result]], path: str) -> None:
         ylabel="test accuracy (%)",
     )
 
-    name, runs = next((n, r) for n, r in results.items() if r[0].shares is not None)
+    name = next(name for name, runs in results.items() if runs[0].shares is not None)
+    routed = [r.shares for r in results[name] if r.shares is not None]
     left = [0.0] * len(GROUPS)
     for i in range(NUM_EXPERTS):
-        shares = [100 * mean(r.shares[group][i] for r in runs) for group in GROUPS]
+        shares = [100 * mean(share[group][i] for share in routed) for group in GROUPS]
         label = f"{i + 1} expert{'s' if i else ''}"
         blue = plt.get_cmap("Blues")(0.3 + 0.3 * i)
         bars = routing.barh(GROUPS, shares, left=left, color=blue, label=label)

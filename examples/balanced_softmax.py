@@ -9,20 +9,19 @@ Lines that use RIDE end in ``# RIDE``. See docs/how-to/recipes.md.
 
 import argparse
 
-from _data import Digits
+from _data import Digits, Loader
 from _models import SmallResNet
 from _recipes import compare, loaders, parse, sgd, test, train_plain
 from quickstart import augment
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader
 
 from ride_plugin import RIDEWrapper, experts_loss
 from ride_plugin.longtail import BalancedSoftmaxLoss, LogitAdjustedLoss, ShotReport
 
 
 def train_experts(
-    loader: DataLoader, epochs: int, class_counts: list[int], taus: list[float]
+    loader: Loader, epochs: int, class_counts: list[int], taus: list[float]
 ) -> RIDEWrapper:
     model = RIDEWrapper(SmallResNet(), num_experts=len(taus), expert_width=0.75)  # RIDE
     criteria = [LogitAdjustedLoss(class_counts, tau=tau) for tau in taus]  # RIDE: one an expert

@@ -7,19 +7,18 @@ Lines that use RIDE end in ``# RIDE``. See docs/how-to/recipes.md.
 
 import argparse
 
-from _data import Digits
+from _data import Digits, Loader
 from _models import SmallResNet
 from _recipes import compare, loaders, parse, sgd, test, train_plain
 from quickstart import augment
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader
 
 from ride_plugin import DiversityLoss, RIDEWrapper, experts_loss
 from ride_plugin.longtail import ShotReport, freeze_representation, reset_classifiers
 
 
-def train_experts(loader: DataLoader, epochs: int, class_counts: list[int]) -> RIDEWrapper:
+def train_experts(loader: Loader, epochs: int, class_counts: list[int]) -> RIDEWrapper:
     model = RIDEWrapper(SmallResNet(), num_experts=3, expert_width=0.75)  # RIDE
     diversity = DiversityLoss(  # RIDE
         class_counts, start_epoch=round(0.8 * epochs), form="official"
@@ -39,7 +38,7 @@ def train_experts(loader: DataLoader, epochs: int, class_counts: list[int]) -> R
     return model.eval()
 
 
-def retrain_classifiers(model: RIDEWrapper, balanced: DataLoader, epochs: int) -> RIDEWrapper:
+def retrain_classifiers(model: RIDEWrapper, balanced: Loader, epochs: int) -> RIDEWrapper:
     reset_classifiers(model)
     criterion = nn.CrossEntropyLoss()
     optimizer = sgd(freeze_representation(model))  # the model is in evaluation mode, and stays so

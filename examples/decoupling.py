@@ -9,13 +9,13 @@ import argparse
 import copy
 
 import torch
-from _data import Digits
+from _data import Digits, Loader
 from _models import SmallResNet
 from _recipes import compare, loaders, parse, sgd, test, train_plain
 from crt import train_experts
 from quickstart import augment
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from ride_plugin import RIDEWrapper, experts_loss
 from ride_plugin.longtail import (
@@ -36,12 +36,12 @@ def choose_tau(model: nn.Module, held_out: TensorDataset, classifier: str | None
         changed = copy.deepcopy(model)
         tau_normalize(changed, tau, classifier=classifier)
         with torch.no_grad():
-            return (changed(x).argmax(dim=1) == y).float().mean().item()
+            return float((changed(x).argmax(dim=1) == y).float().mean())
 
     return max(TAUS, key=accuracy)
 
 
-def scale_weights(model: RIDEWrapper, balanced: DataLoader, epochs: int) -> RIDEWrapper:
+def scale_weights(model: RIDEWrapper, balanced: Loader, epochs: int) -> RIDEWrapper:
     freeze_representation(model)
     scalings = learnable_weight_scaling(model)  # one for each expert
     optimizer = sgd([scaling.scale for scaling in scalings], lr=0.2)

@@ -6,15 +6,15 @@ Lines that use RIDE end in ``# RIDE``. See docs/how-to/recipes.md.
 """
 
 import argparse
+from typing import Literal
 
 import torch
-from _data import Digits
+from _data import Digits, Loader
 from _models import SmallResNet
 from _recipes import compare, loaders, sgd, test
 from quickstart import augment
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader
 
 from ride_plugin import DistillationLoss, DiversityLoss, RIDEWrapper, experts_loss
 from ride_plugin.longtail import ShotReport
@@ -22,11 +22,11 @@ from ride_plugin.longtail import ShotReport
 
 def train_experts(
     num_experts: int,
-    loader: DataLoader,
+    loader: Loader,
     epochs: int,
     class_counts: list[int],
     teacher: RIDEWrapper | None = None,
-    form: str = "per_expert",
+    form: Literal["per_expert", "official"] = "per_expert",
 ) -> RIDEWrapper:
     model = RIDEWrapper(SmallResNet(), num_experts, expert_width=0.75)  # RIDE
     diversity = DiversityLoss(  # RIDE

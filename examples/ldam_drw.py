@@ -7,19 +7,18 @@ Lines that use RIDE end in ``# RIDE``. See docs/how-to/recipes.md.
 
 import argparse
 
-from _data import Digits
+from _data import Digits, Loader
 from _models import SmallResNet
 from _recipes import compare, loaders, parse, sgd, test
 from quickstart import augment
 from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
-from torch.utils.data import DataLoader
 
 from ride_plugin import DiversityLoss, RIDEWrapper, experts_loss
 from ride_plugin.longtail import CosineClassifier, DeferredReweighting, LDAMLoss, ShotReport
 
 
-def train_plain(loader: DataLoader, epochs: int, class_counts: list[int]) -> nn.Module:
+def train_plain(loader: Loader, epochs: int, class_counts: list[int]) -> nn.Module:
     model = SmallResNet()
     model.linear = CosineClassifier(64, 10)
     criterion = LDAMLoss(class_counts)
@@ -37,9 +36,7 @@ def train_plain(loader: DataLoader, epochs: int, class_counts: list[int]) -> nn.
     return model.eval()
 
 
-def train_experts(
-    loader: DataLoader, epochs: int, class_counts: list[int], weight: float
-) -> nn.Module:
+def train_experts(loader: Loader, epochs: int, class_counts: list[int], weight: float) -> nn.Module:
     model = RIDEWrapper(  # RIDE
         SmallResNet(), num_experts=3, expert_width=0.75, classifier="cosine"
     )

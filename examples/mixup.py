@@ -8,14 +8,13 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from _data import Digits
+from _data import Digits, Loader
 from _models import SmallResNet
 from _recipes import compare, loaders, parse, sgd, test
 from quickstart import augment
 from torch import Tensor, nn
 from torch.distributions import Beta
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader
 
 from ride_plugin import DiversityLoss, RIDEWrapper, experts_loss
 from ride_plugin.longtail import ShotReport
@@ -29,7 +28,7 @@ def mix(x: Tensor, y: Tensor, alpha: float = 0.2) -> tuple[Tensor, Tensor]:
     return share * x + (1 - share) * x[order], share * target + (1 - share) * target[order]
 
 
-def train_plain(loader: DataLoader, epochs: int) -> nn.Module:
+def train_plain(loader: Loader, epochs: int) -> nn.Module:
     model = SmallResNet()
     criterion = nn.CrossEntropyLoss()
     optimizer = sgd(model.parameters())
@@ -45,7 +44,7 @@ def train_plain(loader: DataLoader, epochs: int) -> nn.Module:
     return model.eval()
 
 
-def train_experts(loader: DataLoader, epochs: int, class_counts: list[int]) -> RIDEWrapper:
+def train_experts(loader: Loader, epochs: int, class_counts: list[int]) -> RIDEWrapper:
     model = RIDEWrapper(SmallResNet(), num_experts=3, expert_width=0.75)  # RIDE
     diversity = DiversityLoss(  # RIDE
         class_counts, start_epoch=round(0.8 * epochs), form="official"

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
-from _data import long_tailed_digits
+from _data import Loader, long_tailed_digits
 from _models import SmallResNet
 from _report import Result, evaluate, plot, table
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from ride_plugin import (
 from ride_plugin.longtail import BalancedSoftmaxLoss
 
 
-def train_plain(loader: DataLoader, epochs: int, bar: tqdm, class_counts: list[int]) -> nn.Module:
+def train_plain(loader: Loader, epochs: int, bar: tqdm, class_counts: list[int]) -> nn.Module:
     """An ordinary loop: what RIDE is compared with."""
     model = SmallResNet()
     criterion = BalancedSoftmaxLoss(class_counts)
@@ -49,7 +49,7 @@ def train_plain(loader: DataLoader, epochs: int, bar: tqdm, class_counts: list[i
 
 
 def train_experts(
-    loader: DataLoader, epochs: int, bar: tqdm, class_counts: list[int], weight: float
+    loader: Loader, epochs: int, bar: tqdm, class_counts: list[int], weight: float
 ) -> RIDEWrapper:
     """Stage one: the same loop with RIDE's lines in it."""
     model = RIDEWrapper(SmallResNet(), num_experts=3, expert_width=0.75)  # RIDE
@@ -74,7 +74,7 @@ def train_experts(
     return model.eval()
 
 
-def train_router(model: RIDEWrapper, loader: DataLoader, epochs: int, bar: tqdm) -> ExpertRouter:
+def train_router(model: RIDEWrapper, loader: Loader, epochs: int, bar: tqdm) -> ExpertRouter:
     """Stage two: the model stays as it is, the router learns who needs one more expert."""
     router = ExpertRouter.for_model(model)  # RIDE
     criterion = RoutingLoss()  # RIDE
@@ -106,7 +106,8 @@ def run(seed: int, epochs: int, bar: tqdm) -> dict[str, Result]:
     calibration = DataLoader(digits.calibration, batch_size=100)
     x = digits.test.tensors[0]
 
-    def test(logits: Tensor, flops: float, used: Tensor | None = None) -> Result:
+    def test(logits: Tensor, flops: float | None, used: Tensor | None = None) -> Result:
+        assert flops is not None
         return evaluate(logits, digits.test.tensors[1], digits.train.class_counts, flops, used)
 
     torch.manual_seed(seed)

@@ -3,18 +3,14 @@
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.resnets import CifarResNet
 from ride_plugin import ExpertRouter
 from ride_plugin.routing import RouterInputs
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-REFERENCE = SHARED / "reference"
 
 
 @dataclass(frozen=True)
@@ -97,24 +93,6 @@ def small_model(num_experts=3, num_classes=5, width=12):
     return HandmadeModel(trunk, experts, num_classes, width, torch.zeros(1, 3, 8, 8))
 
 
-class Block(nn.Module):
-    """Residual block of the CIFAR ResNet; shortcuts without parameters pad the channels."""
-
-    def __init__(self, in_width, width, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_width, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.stride, self.pad = stride, (width - in_width) // 2
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride > 1:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(out + x)
-
-
 class Cosine(nn.Module):
     def __init__(self, in_features, num_classes):
         super().__init__()
@@ -124,18 +102,12 @@ class Cosine(nn.Module):
         return 30 * F.normalize(x, dim=1) @ F.normalize(self.weight, dim=0)
 
 
-def stage(in_width, width, stride):
-    return nn.Sequential(
-        Block(in_width, width, stride), *(Block(width, width, 1) for _ in range(4))
-    )
-
-
 class Stem(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = stage(16, 16, 1)
+        self.layer1 = CifarResNet.stage(16, 16, 1)
 
     def forward(self, x):
         return self.layer1(F.relu(self.bn1(self.conv1(x))))
@@ -144,8 +116,8 @@ class Stem(nn.Module):
 class ResNetExpert(nn.Module):
     def __init__(self, width, num_classes):
         super().__init__()
-        self.layer2 = stage(16, width // 2, 2)
-        self.layer3 = stage(width // 2, width, 2)
+        self.layer2 = CifarResNet.stage(16, width // 2, 2)
+        self.layer3 = CifarResNet.stage(width // 2, width, 2)
         self.linear = Cosine(width, num_classes)
 
     def forward(self, x):
@@ -186,11 +158,3 @@ class _First(nn.Module):
 
     def forward(self, x):
         return self.module(x)[0]
-
-
-def reference_arrays():
-    """Numbers from the authors' code: arrays, and the network's state dict."""
-    with np.load(REFERENCE / "resnet32.npz") as archive:
-        arrays = {key: torch.from_numpy(archive[key]) for key in archive.files}
-    state = {k.removeprefix("state/"): v for k, v in arrays.items() if k.startswith("state/")}
-    return arrays, state

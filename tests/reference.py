@@ -1,17 +1,26 @@
-"""Numbers computed by the authors' code; tests that need them skip where they are absent."""
+"""What the authors' code computed: files that are not part of the repository.
+
+Tests that read them carry `@pytest.mark.reference`, and are skipped where the files are absent.
+"""
 
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
-_LOSSES = Path(__file__).resolve().parents[2] / "shared" / "reference" / "losses.npz"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+REFERENCE = SHARED / "reference"
+DATA = SHARED / "data"
 
 
-@pytest.fixture
-def losses() -> dict[str, torch.Tensor]:
-    if not _LOSSES.exists():
-        pytest.skip("reference numbers are not part of the repository")
-    with np.load(_LOSSES) as arrays:
+def arrays_in(path: Path) -> dict[str, torch.Tensor]:
+    """Every array of an `.npz` file."""
+    with np.load(path) as arrays:
         return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
+
+
+def resnet32_arrays() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Inputs and outputs of the authors' ResNet-32, and its state dict under their names."""
+    arrays = arrays_in(REFERENCE / "resnet32.npz")
+    state = {k.removeprefix("state/"): v for k, v in arrays.items() if k.startswith("state/")}
+    return arrays, state

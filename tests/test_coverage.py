@@ -8,8 +8,7 @@ from benchmarks.coverage.architecture import Architecture
 from benchmarks.coverage.checks import CHECKS
 from benchmarks.coverage.compare import NotApplicable
 from benchmarks.coverage.subject import Subject
-
-from .zoo.models import MODELS
+from benchmarks.zoo.models import MODELS
 
 _NOT_PICKLED = {"cifar_resnet32_option_a"}  # a closure inside the backbone
 _ONE_SIZE = {"late_class_token"}

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from ride_plugin import RIDEWrapper
+from ride_plugin._initialise import reinitialise
+from ride_plugin._split._probe import clone_module
 
 from .backbones import CifarResNet, mlp
 
@@ -105,3 +107,24 @@ def test_experts_without_anything_to_learn_warn() -> None:
     backbone = mlp().requires_grad_(False)
     with pytest.warns(UserWarning, match="Every parameter behind the fork is frozen"):
         RIDEWrapper(backbone, 2)
+
+
+def test_entries_are_shuffled_constants_stay_statistics_are_reset() -> None:
+    expert = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    with torch.no_grad():
+        expert[0].bias.fill_(0.25)
+        expert[1].running_mean.fill_(3)
+    before = clone_module(expert)
+    assert reinitialise(expert, keep=set()) == []
+    assert not torch.equal(expert[0].weight, before[0].weight)
+    flat, old = expert[0].weight.flatten(), before[0].weight.flatten()
+    assert torch.equal(flat.sort().values, old.sort().values)
+    assert (expert[0].bias == 0.25).all()
+    assert (expert[1].running_mean == 0).all()
+
+
+def test_tied_tensors_are_kept() -> None:
+    expert = nn.Linear(6, 5)
+    before = expert.weight.clone()
+    reinitialise(expert, keep={id(expert.weight)})
+    assert torch.equal(expert.weight, before)

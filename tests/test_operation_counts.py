@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.cifar.resnet import ResNet32
+from benchmarks.resnets import CifarResNet
 from benchmarks.speed.live_bytes import LiveBytes
 from ride_plugin import (
     DiversityLoss,
@@ -109,13 +109,13 @@ def test_the_loss_takes_few_operations_however_many_experts(form, detach_others)
     assert all(counter.reads == {} for pair in pairs for counter in pair)
 
 
-class Narrow(ResNet32):
+class Narrow(CifarResNet):
     """Full width up to the fork and three quarters of it from there on."""
 
     def __init__(self):
         super().__init__(CLASSES)
-        self.layer2 = self._stage(16, 24, 2)
-        self.layer3 = self._stage(24, 48, 2)
+        self.layer2 = self.stage(16, 24, 2)
+        self.layer3 = self.stage(24, 48, 2)
         self.linear = nn.Linear(48, CLASSES)
 
 
@@ -196,7 +196,7 @@ def test_three_checkpointed_experts_need_no_more_memory_than_the_single_backbone
 
         return run
 
-    single = peak(step(ResNet32(CLASSES).to(memory_format=torch.channels_last)))
+    single = peak(step(CifarResNet(CLASSES).to(memory_format=torch.channels_last)))
     model = resnet32()
     kept = peak(step(model))
     model.checkpoint_experts = True

@@ -217,6 +217,15 @@ def test_nobody_touches_the_private_fields_of_another_object(name: str) -> None:
     assert touched | imported == set()
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "ride_plugin"])
+def test_only_tests_import_tests(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert "tests" not in {name.split(".")[0] for name in names}, path
+
+
 def test_the_wheel_holds_the_package_with_py_typed_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -49,7 +49,8 @@ def load(path: Path, imbalance: float, device: torch.device) -> tuple[Split, Spl
         train, test = (_read(path / name, b"fine_labels") for name in ("train", "test"))
     else:
         parts = [_read(path / f"data_batch_{i}", b"labels") for i in range(1, 6)]
-        train = tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+        pixels_of, labels_of = zip(*parts, strict=True)
+        train = np.concatenate(pixels_of), np.concatenate(labels_of)
         test = _read(path / "test_batch", b"labels")
     if path.suffix != ".npz":
         chosen = np.asarray(long_tailed_indices(train[1], imbalance, seed=0))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.cifar.data import Split, augment, normalise
 from benchmarks.cifar.evaluate import accuracy, flops, mean_by_class
-from benchmarks.cifar.resnet import ResNet32
+from benchmarks.resnets import CifarResNet
 from ride_plugin import (
     ConfidenceRouter,
     ExpertRouter,
@@ -39,7 +39,7 @@ def route(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     router = _train(model, train, generator, degrees)
-    backbone = flops(ResNet32(len(class_counts)))
+    backbone = flops(CifarResNet(len(class_counts)))
     results: dict[str, Any] = {"routed": {}, "curves": {}}
     serve = RoutingInference(model, router)
     balanced = _images(_balanced(train, seed), generator, degrees)
@@ -102,8 +102,10 @@ def _images(
 def _measure(serve: RoutingInference, test: Split, class_counts: Tensor) -> dict[str, Any]:
     outputs = [serve(x, return_routing=True) for x, _ in _images(test)]
     logits, used = (torch.cat(part) for part in zip(*outputs, strict=True))
-    report = routing_report(used, test.labels, class_counts, num_experts=serve.model.num_experts)
-    shares = torch.bincount(used, minlength=serve.model.num_experts + 1)[1:] / len(used)
+    assert isinstance(serve.model, RIDEWrapper)
+    num_experts = serve.model.num_experts
+    report = routing_report(used, test.labels, class_counts, num_experts=num_experts)
+    shares = torch.bincount(used, minlength=num_experts + 1)[1:] / len(used)
     router = serve.router if isinstance(serve.router, ExpertRouter) else None
     cost = cost_report(serve.model, router=router, shares=shares.tolist())
     return {

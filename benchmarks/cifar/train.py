@@ -16,9 +16,9 @@ from tqdm import tqdm
 from benchmarks.cifar.data import Split, augment, batches, normalise
 from benchmarks.cifar.evaluate import device_name, evaluate
 from benchmarks.cifar.methods import METHODS, Method
-from benchmarks.cifar.resnet import ResNet32
 from benchmarks.cifar.routing import route
 from benchmarks.cifar.second_stage import normalise_classifiers, retrain_classifiers
+from benchmarks.resnets import CifarResNet
 from ride_plugin import DistillationLoss, DiversityLoss, RIDEWrapper, expert_logits, experts_loss
 from ride_plugin.longtail import (
     CosineClassifier,
@@ -83,7 +83,7 @@ class Run:
 
     def _build(self) -> nn.Module:
         method, num_classes = self.method, len(self.class_counts)
-        model: nn.Module = ResNet32(num_classes)
+        model: nn.Module = CifarResNet(num_classes)
         if method.num_experts:
             model = RIDEWrapper(
                 model,
@@ -93,7 +93,7 @@ class Run:
             )
         elif method.cosine:
             model.linear = CosineClassifier(64, num_classes)
-        return model.to(self.device, memory_format=torch.channels_last)
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def execute(self) -> dict[str, Any]:
         """Train unless done, evaluate the last epoch, write and return the result."""

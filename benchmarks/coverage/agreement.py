@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,15 +111,15 @@ def gradients_two(subject: Subject) -> None:
     model = copy.deepcopy(subject.two).eval()
     got = _gradients(model, lambda: expert_logits(run_wrapped(model, subject.inputs)))
     plains = [subject.expert_as_backbone(index) for index in range(2)]
-    each = [_gradients(p, lambda p=p: run(p, subject.inputs)) for p in plains]
+    each = [_gradients(p, partial(run, p, subject.inputs)) for p in plains]
     for index, expected in enumerate(each):
         ours = {k: v for k, v in got.items() if k.startswith(f"experts.{index}.")}
         require_gradients(_merged(ours), expected, subset=True)
     ours = {k: v for k, v in got.items() if k.startswith("trunk.")}
-    total = {}
+    total: dict[str, Tensor | None] = {}
     for name in each[0]:
-        parts = [g[name] for g in each if g[name] is not None]
-        total[name] = sum(parts) if parts else None
+        parts = [gradient for g in each if (gradient := g[name]) is not None]
+        total[name] = torch.stack(parts).sum(0) if parts else None
     require_gradients(_merged(ours), total, subset=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from benchmarks.coverage import hard_cases, hard_modules, longtail
 from benchmarks.coverage.architecture import Architecture
-from tests.zoo.models import MODELS
+from benchmarks.zoo.models import MODELS
 
 _COMPILED = {"cifar_resnet32_option_a", "drop_path_dict", "keeps_features", "set_network"}
 

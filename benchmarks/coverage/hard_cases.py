@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.images import conv_bn
+from benchmarks.zoo.images import conv_bn
 
 
 class DenseSkips(nn.Module):

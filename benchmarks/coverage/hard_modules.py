@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from tests.zoo.images import conv_bn
+from benchmarks.zoo.images import conv_bn
 
 
 class Parametrized(nn.Module):
@@ -69,6 +69,8 @@ class ParameterBank(nn.Module):
 
 class Prototypes(nn.Module):
     """Classifies by distance to prototypes; a moving mean of features is updated in place."""
+
+    mean: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +134,7 @@ class Wrapped(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = nn.Module()
+        self.model: Any = nn.Module()
         self.model.backbone = self.Inner()
         self.model.decode_head = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(32, 10, 1))
 
@@ -180,6 +182,8 @@ class GraphNetwork(nn.Module):
 
 class TorchTransformer(nn.Module):
     """torch's own encoder (fused in evaluation), positions as a buffer, batch second."""
+
+    positions: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def rows_of(inputs: Inputs, rows: Tensor) -> Inputs:
 def other_sizes(inputs: Inputs) -> Iterator[Inputs]:
     """A larger input that is not square, and a smaller one."""
     for stretch in ((1.25, 1.5), (0.75, 0.75)):
-        yield map_tensors(lambda t, stretch=stretch: _resized(t, stretch), inputs)
+        yield map_tensors(partial(_resized, stretch=stretch), inputs)
 
 
 def _resized(tensor: Tensor, stretch: tuple[float, float]) -> Tensor:
@@ -51,9 +52,9 @@ def _resized(tensor: Tensor, stretch: tuple[float, float]) -> Tensor:
         return tensor.repeat(1, repeats, *[1] * (tensor.dim() - 2))[:, :length].contiguous()
     if tensor.dim() == 3:
         # Positions come last in a signal [B, C, T] and in the middle of a sequence [B, T, D].
-        dims = (2,) if shape[2] > 4 * shape[1] else (1,)
+        dims = [2] if shape[2] > 4 * shape[1] else [1]
     else:
-        dims = tuple(range(max(2, tensor.dim() - 2), tensor.dim()))
+        dims = list(range(max(2, tensor.dim() - 2), tensor.dim()))
     for dim, factor in zip(dims, stretch, strict=False):
         size = shape[dim] * factor
         shape[dim] = int(size) if shape[dim] < 64 else round(size / 32) * 32

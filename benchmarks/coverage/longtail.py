@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.images import CifarResNet
+from benchmarks.resnets import CifarResNet
+from benchmarks.zoo.images import closure_shortcut, resnet32_option_a
 
 
 class BasicBlock(nn.Module):
@@ -87,9 +89,14 @@ class ModulatedAttention(nn.Module):
 class ResNetFeatures(nn.Module):
     """ImageNet ResNet without classifier; returns features, or features and maps."""
 
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
     def __init__(
         self,
-        block: type[nn.Module],
+        block: type[BasicBlock] | type[Bottleneck],
         layers: tuple[int, int, int, int],
         attention: bool = False,
         returns_maps: bool = False,
@@ -109,7 +116,7 @@ class ResNetFeatures(nn.Module):
                 stage.append(block(self.inplanes, planes, stride, **options))
                 self.inplanes = planes * block.expansion
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
-        self.att = ModulatedAttention(self.inplanes, 7, 7) if attention else None
+        self.att: nn.Module | None = ModulatedAttention(self.inplanes, 7, 7) if attention else None
         self.avgpool = nn.AvgPool2d(7, stride=1)
 
     def forward(self, x: Tensor, *_: object) -> Tensor | tuple[Tensor, Tensor]:
@@ -152,6 +159,8 @@ class CosineNormClassifier(nn.Module):
 
 class CausalNormClassifier(nn.Module):
     """Several heads of normalised weights, and a moving mean of the features as a buffer."""
+
+    mean_feature: Tensor
 
     def __init__(self, dim: int, heads: int = 2) -> None:
         super().__init__()
@@ -212,7 +221,7 @@ class CombinedNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        body = CifarResNet(5, normed=False)
+        body = CifarResNet(10)
         self.backbone = nn.Sequential(
             body.conv1, body.bn1, nn.ReLU(), body.layer1, body.layer2, body.layer3
         )
@@ -227,14 +236,14 @@ class CombinedNetwork(nn.Module):
         return x if feature_flag else self.classifier(x)
 
 
-def _pair(classifier: Callable[[int], nn.Module], *args: object, **options: object) -> nn.Module:
+def _pair(classifier: Callable[[int], nn.Module], *args: Any, **options: Any) -> nn.Module:
     features = ResNetFeatures(*args, **options)
     return Pair(features, classifier(features.inplanes))
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "ldam_resnet32": (lambda: CifarResNet(5, normed=False), "option-A shortcuts"),
-    "ldam_resnet32_normed": (lambda: CifarResNet(5), "option-A shortcuts, normalised head"),
+    "ldam_resnet32": (lambda: CifarResNet(10, shortcut=closure_shortcut), "option-A shortcuts"),
+    "ldam_resnet32_normed": (resnet32_option_a, "option-A shortcuts, normalised head"),
     "decoupling_resnet10_pair": (
         lambda: _pair(DotProductClassifier, BasicBlock, (1, 1, 1, 1), returns_maps=True),
         "features and maps; kept as attributes",

@@ -55,7 +55,7 @@ class Subject:
         for part in (self.two.trunk, self.two.experts[index]):
             ours.update(part.named_parameters(remove_duplicate=False))
             ours.update(part.named_buffers(remove_duplicate=False))
-        theirs = dict(module.named_parameters(remove_duplicate=False))
+        theirs: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         theirs.update(module.named_buffers(remove_duplicate=False))
         if missing := set(theirs) - set(ours):
             raise Failed(f"not in trunk or expert: {sorted(missing)[:3]}")

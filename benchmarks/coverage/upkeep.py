@@ -101,6 +101,7 @@ def threads(subject: Subject) -> None:
             for _ in range(2):
                 with torch.no_grad():
                     got = logits_in(model(*batches[index][0], **batches[index][1]))
+                assert got is not None
                 require_equal(got, expected[index], f"thread {index}")
         except Exception as error:
             wrong.append(f"{type(error).__name__}: {error}")

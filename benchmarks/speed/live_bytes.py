@@ -13,7 +13,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operations create while they live; exact, no sampling."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._seen: set[int] = set()
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.cifar.resnet import ResNet32
+from benchmarks.resnets import CifarResNet
 from benchmarks.speed.live_bytes import LiveBytes
 from benchmarks.speed.networks import (
     Case,
@@ -17,6 +17,7 @@ from benchmarks.speed.networks import (
     plain_resnet50,
     resnet32,
     resnet50,
+    to_channels_last,
     train_step,
 )
 from benchmarks.speed.timing import compare
@@ -24,8 +25,10 @@ from benchmarks.speed.timing import compare
 
 def memory() -> Case:
     """Largest amount of live tensor memory in a training step, against the single backbone."""
-    networks = {
-        "ResNet-32": (resnet32, lambda: ResNet32(100), 32, (128,), (1, 2, 3, 4, 6, 8)),
+    networks: dict[
+        str, tuple[Any, Callable[[], nn.Module], int, tuple[int, ...], tuple[int, ...]]
+    ] = {
+        "ResNet-32": (resnet32, lambda: CifarResNet(100), 32, (128,), (1, 2, 3, 4, 6, 8)),
         "ResNet-50": (resnet50, plain_resnet50, 224, (8, 32, 64), (3, 4)),
     }
 
@@ -82,7 +85,7 @@ def _case(
 def _counted_peak(model: nn.Module, batch: int, size: int) -> int:
     """Peak of a step on tensors without contents, which have sizes and take no time."""
     mode = FakeTensorMode()
-    for module in model.to(memory_format=torch.channels_last).modules():
+    for module in to_channels_last(model).modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(mode.from_tensor(parameter.detach()))

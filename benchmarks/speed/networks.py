@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cifar.resnet import ResNet32
+from benchmarks.resnets import CifarResNet, ImageNetResNet
 from benchmarks.speed.straightforward import HandSplit
 from ride_plugin import RIDEWrapper, experts_loss
-from tests.backbones import ImageNetResNet
 
+_Module = TypeVar("_Module", bound=nn.Module)
 Case = tuple[str, list[str], Iterator[list[Any]]]
 
 
-class NarrowResNet32(ResNet32):
+def to_channels_last(model: _Module) -> _Module:
+    """In place; torch's annotations of `Module.to` forget its memory format."""
+    return cast(_Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+
+
+class NarrowResNet32(CifarResNet):
     """Full width up to the fork and 3/4 of it from there on, as the authors build it."""
 
     def __init__(self, num_classes: int = 100) -> None:
         super().__init__(num_classes)
-        self.layer2 = self._stage(16, 24, 2)
-        self.layer3 = self._stage(24, 48, 2)
+        self.layer2 = self.stage(16, 24, 2)
+        self.layer3 = self.stage(24, 48, 2)
         self.linear = nn.Linear(48, num_classes)
 
 
@@ -33,7 +38,7 @@ def resnet32(
     """The paper's CIFAR network: ResNet-32, experts of 3/4 width, cosine classifiers."""
     backbone = NarrowResNet32(num_classes)
     model = RIDEWrapper(backbone, num_experts, fork_at="layer2", classifier="cosine")
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    return to_channels_last(model) if channels_last else model
 
 
 def resnet50(num_experts: int = 3, channels_last: bool = True) -> RIDEWrapper:
@@ -41,7 +46,7 @@ def resnet50(num_experts: int = 3, channels_last: bool = True) -> RIDEWrapper:
     model = RIDEWrapper(
         plain_resnet50(), num_experts, fork_at="layer3", expert_width=0.75, classifier="cosine"
     )
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    return to_channels_last(model) if channels_last else model
 
 
 def plain_resnet50() -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,7 +147,9 @@ def _at_shares(stages: Mapping[str, Stage], quota: _Quota) -> StagedRunner:
 def _in_onnxruntime(program: ExportedProgram) -> Stage:
     import onnxruntime
 
-    graph = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
+    exported = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert exported is not None
+    graph = exported.model_proto
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(
@@ -181,6 +184,6 @@ def gates() -> Case:
             x = images(batch)
             with torch.no_grad():
                 inputs = model.router_inputs(x)
-                yield [batch, compare(lambda inputs=inputs: router(inputs), _all_experts(model, x))]
+                yield [batch, compare(partial(router, inputs), _all_experts(model, x))]
 
     return "The router's own time / that of all experts", ["batch", "ratio"], rows()

@@ -7,6 +7,7 @@ both sides run the same layers. `StraightforwardRouting` carries full batches an
 from __future__ import annotations
 
 import copy
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -47,14 +48,23 @@ class HandSplit(nn.Module):
     def expert(self, index: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and pooled features of one expert."""
         layers = self.experts[index]
+        assert isinstance(layers, nn.Sequential)
         pooled = layers[:-1](features)
         return layers[-1](pooled), pooled
+
+
+class Gates(Protocol):
+    """What early exit asks of a router."""
+
+    def gate(self, index: int, mean_logits: Tensor, features: Tensor) -> Tensor:
+        """One logit for each row: positive to go on."""
+        ...
 
 
 class StraightforwardRouting(nn.Module):
     """Early exit with boolean masks; BatchNorm as it is, layout as it comes."""
 
-    def __init__(self, split: HandSplit, router: ExpertRouter, limits: Tensor) -> None:
+    def __init__(self, split: HandSplit, router: Gates, limits: Tensor) -> None:
         super().__init__()
         self.split, self.router, self.limits = split, router, limits
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from benchmarks.speed.timing import compare
 from ride_plugin import (
     DiversityLoss,
     ExpertRouter,
+    RIDEWrapper,
     RoutingLoss,
     experts_loss,
 )
@@ -31,7 +33,7 @@ def _counts(classes: int) -> list[int]:
 
 def training() -> Case:
     """A whole training step against the hand-written split, and against the first thing to try."""
-    sizes = {
+    sizes: dict[str, tuple[Callable[[bool], RIDEWrapper], int, int, int]] = {
         "ResNet-32, 3 experts, batch 128": (lambda last: resnet32(3, last), 128, 32, 100),
         "ResNet-32, 4 experts, batch 128": (lambda last: resnet32(4, last), 128, 32, 100),
         "ResNet-50 at 224, 3 experts, batch 4": (lambda last: resnet50(3, last), 4, 224, 1000),
@@ -150,11 +152,16 @@ def router() -> Case:
             def theirs(x: Tensor = contiguous, y: Tensor = y) -> None:
                 router_step_by_expert(first, gates, optimizer, x, y)
 
+            def with_inputs(
+                model: RIDEWrapper, x: Tensor, then: Callable[[RouterInputs], None]
+            ) -> None:
+                then(model.router_inputs(x))
+
             yield [
                 f"batch {batch}",
-                compare(lambda x=x, learn=learn: learn(model.router_inputs(x)), theirs),
-                compare(lambda x=x, learn=learn: learn(folded.router_inputs(x)), theirs),
-                compare(lambda stored=stored, learn=learn: learn(stored), theirs),
+                compare(partial(with_inputs, model, x, learn), theirs),
+                compare(partial(with_inputs, folded, x, learn), theirs),
+                compare(partial(learn, stored), theirs),
             ]
 
     header = ["ResNet-32, 3 experts", "step", "BatchNorm folded", "on stored inputs"]

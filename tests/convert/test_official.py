@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cifar.resnet import ResNet32
+from benchmarks.resnets import CifarResNet
 from ride_plugin import (
     ArgumentError,
     CheckpointError,
@@ -27,15 +27,14 @@ from ride_plugin import (
     count_flops,
     load_official_checkpoint,
 )
-from tests.handmade import REFERENCE, SHARED, reference_arrays, resnet32_ride
+from tests.handmade import resnet32_ride
 from tests.official import Official, Plain
-
-needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="not part of the repository")
+from tests.reference import REFERENCE, SHARED, resnet32_arrays
 
 
 @functools.cache
 def built(num_experts: int, width: float, num_classes: int) -> RIDEWrapper:
-    backbone = ResNet32(num_classes)
+    backbone = CifarResNet(num_classes)
     return RIDEWrapper(backbone, num_experts, expert_width=width, classifier="cosine").eval()
 
 
@@ -67,7 +66,7 @@ def test_images(count: int) -> Tensor:
 test_images.__test__ = False
 
 
-@needs_reference
+@pytest.mark.reference
 def test_a_network_that_the_authors_code_trained_gives_its_own_outputs() -> None:
     model = cifar_model()
     router = ExpertRouter.for_model(model)
@@ -88,9 +87,9 @@ def test_a_network_that_the_authors_code_trained_gives_its_own_outputs() -> None
     torch.testing.assert_close(routed[:64], first[1], rtol=0, atol=1e-4)
 
 
-@needs_reference
+@pytest.mark.reference
 def test_their_random_network_gives_its_own_outputs() -> None:
-    arrays, state = reference_arrays()
+    arrays, state = resnet32_arrays()
     model = cifar_model()
     router = ExpertRouter.for_model(model)
     load_official_checkpoint(model, router, state)
@@ -282,12 +281,12 @@ def before(model: nn.Module) -> dict[str, Tensor]:
         (lambda: cifar_model(3, 1.0), r"48 features, the model of 64: pass expert_width=0\.75"),
         (lambda: cifar_model(3, 0.75, 10), "100 classes, the model 10"),
         (
-            lambda: RIDEWrapper(ResNet32(100), 3, expert_width=0.75),
+            lambda: RIDEWrapper(CifarResNet(100), 3, expert_width=0.75),
             "cosine classifiers .* pass classifier='cosine'",
         ),
         (
             lambda: RIDEWrapper(
-                ResNet32(100), 3, fork_at="layer3", expert_width=0.75, classifier="cosine"
+                CifarResNet(100), 3, fork_at="layer3", expert_width=0.75, classifier="cosine"
             ),
             "begin at layer2, the model forks at layer3: pass fork_at='layer2'",
         ),
@@ -309,7 +308,7 @@ def test_linear_classifiers_do_not_go_into_cosine_ones() -> None:
         state[f"{key}.bias"] = torch.zeros(100)
     with pytest.raises(CheckpointError, match="pass classifier=None"):
         load_official_checkpoint(cifar_model(2), None, state)
-    model = RIDEWrapper(ResNet32(100), 2, expert_width=0.75)
+    model = RIDEWrapper(CifarResNet(100), 2, expert_width=0.75)
     assert not load_official_checkpoint(model, None, state).cosine
     assert torch.equal(model.classifiers[1].weight, state["backbone.linears.1.weight"])
 
@@ -355,7 +354,7 @@ def test_routers_that_do_not_fit_are_told_apart() -> None:
 def test_what_is_no_ride_checkpoint_is_refused() -> None:
     model = cifar_model(2)
     with pytest.raises(CheckpointError, match="before wrapping it"):
-        load_official_checkpoint(model, None, ResNet32(100).state_dict())
+        load_official_checkpoint(model, None, CifarResNet(100).state_dict())
     with pytest.raises(CheckpointError, match="state dict"):
         load_official_checkpoint(model, None, {"state_dict": None})
     twice = {**cifar_state(2), "bn1.weight": torch.ones(16)}

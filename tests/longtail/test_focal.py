@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 from ride_plugin import RIDEError
 from ride_plugin.longtail import FocalLoss
-from tests.reference import losses  # noqa: F401
 
 
 def naive(logits, target, gamma, weight=None):
@@ -35,7 +34,7 @@ def test_equals_the_equation_by_loops_for_indices_and_probabilities(gamma, weigh
 
 
 @pytest.mark.parametrize("gamma", ["0.5", "1.0", "2.0"])
-def test_equals_the_authors_numbers(losses, gamma: str) -> None:  # noqa: F811
+def test_equals_the_authors_numbers(losses, gamma: str) -> None:
     experts = losses["expert_logits"].clone().requires_grad_()
     loss = FocalLoss(float(gamma))(experts[:, 0], losses["target"])
     loss.backward()

@@ -8,7 +8,6 @@ from ride_plugin.longtail import (
     LDAMLoss,
     effective_number_weights,
 )
-from tests.reference import losses  # noqa: F401
 
 COUNTS = [500, 40, 3]
 
@@ -20,7 +19,7 @@ def test_weights_equal_the_series_of_the_effective_number(beta: float) -> None:
     assert effective_number_weights(COUNTS, beta).tolist() == pytest.approx(expected, 1e-6)
 
 
-def test_weights_equal_the_authors_numbers(losses) -> None:  # noqa: F811
+def test_weights_equal_the_authors_numbers(losses) -> None:
     weights = effective_number_weights(losses["class_counts"])
     torch.testing.assert_close(weights, losses["drw_class_weights"].float(), rtol=1e-5, atol=0)
 

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -7,8 +5,8 @@ from torch.utils.data import TensorDataset
 
 from ride_plugin import RIDEError
 from ride_plugin.longtail import LongTailedSubset, long_tailed_counts, long_tailed_indices
+from tests.reference import DATA
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar100_lt.npz"
 LABELS = torch.arange(120) % 4  # 30 images a class
 
 
@@ -23,9 +21,9 @@ def test_counts_of_cifar_100_lt_are_the_fields() -> None:
     ]
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the images are not part of the repository")
+@pytest.mark.reference
 def test_counts_equal_those_of_the_real_data_set() -> None:
-    with np.load(DATA) as arrays:
+    with np.load(DATA / "cifar100_lt.npz") as arrays:
         there = np.bincount(arrays["train_labels"]).tolist()
     assert long_tailed_counts(100, 500, 100) == there
 

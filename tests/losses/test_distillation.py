@@ -15,7 +15,6 @@ from ride_plugin import (
 )
 from ride_plugin._output import attach_expert_logits
 from tests import oracles
-from tests.reference import losses  # noqa: F401
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -49,7 +48,7 @@ def test_official_form_distils_the_mean_once() -> None:
 
 
 @pytest.mark.parametrize("phase", ["before", "after"])
-def test_official_pieces_equal_the_reference(losses, phase: str) -> None:  # noqa: F811
+def test_official_pieces_equal_the_reference(losses, phase: str) -> None:
     student, target = losses["expert_logits"].requires_grad_(), losses["target"].long()
     weight = losses["drw_class_weights"] if phase == "after" else None
     start_epoch = 0 if phase == "after" else 1

@@ -18,7 +18,6 @@ from ride_plugin import (
 )
 from ride_plugin._output import attach_expert_logits
 from tests import oracles
-from tests.reference import losses  # noqa: F401
 
 COUNTS = [50, 20, 5, 2]
 FORMS = ["paper", "official"]
@@ -45,7 +44,7 @@ def test_paper_form_is_minus_weight_times_mean_divergence(detach_others, start_e
 
 
 @pytest.mark.parametrize("phase", ["before", "after"])
-def test_official_form_with_ldam_equals_the_reference(losses, phase: str) -> None:  # noqa: F811
+def test_official_form_with_ldam_equals_the_reference(losses, phase: str) -> None:
     logits = losses["expert_logits"].requires_grad_()
     weight = losses["drw_class_weights"] if phase == "after" else None
     diversity = DiversityLoss(losses["class_counts"], weight=0.45, form="official", start_epoch=160)

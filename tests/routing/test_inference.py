@@ -19,13 +19,10 @@ from ride_plugin import (
     experts_loss,
 )
 from ride_plugin.routing import RoutingOutput
-from tests.handmade import REFERENCE, SHARED, reference_arrays, resnet32_ride, small_model
+from tests.handmade import resnet32_ride, small_model
+from tests.reference import REFERENCE, SHARED, resnet32_arrays
 
-needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="reference numbers absent")
 OFFICIAL, CIFAR = REFERENCE / "official_ride_ea.pth", SHARED / "data" / "cifar100_lt.npz"
-needs_official = pytest.mark.skipif(
-    not (OFFICIAL.exists() and CIFAR.exists()), reason="trained network or images absent"
-)
 
 
 def conv_backbone():
@@ -285,9 +282,9 @@ def test_dense_exports_with_a_free_batch_size():
         assert torch.equal(used, serve(x[:rows], return_routing=True).num_experts_used)
 
 
-@needs_reference
+@pytest.mark.reference
 def test_the_authors_routed_numbers():
-    arrays, state = reference_arrays()
+    arrays, state = resnet32_arrays()
     model, router = resnet32_ride(state)
     inputs = model.router_inputs(arrays["x"])
     close = {"rtol": 1e-5, "atol": 1e-5 * float(arrays["expert_logits"].abs().max())}
@@ -299,7 +296,7 @@ def test_the_authors_routed_numbers():
         torch.testing.assert_close(logits, arrays["routed_logits"], **close)
 
 
-@needs_official
+@pytest.mark.reference
 def test_the_authors_trained_network_routes_the_same_way():
     saved = torch.load(OFFICIAL, weights_only=True)
     model, router = resnet32_ride(saved["state_dict"])

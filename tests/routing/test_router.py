@@ -14,9 +14,8 @@ from ride_plugin import (
 )
 from ride_plugin.functional import routing_loss, routing_targets
 from ride_plugin.routing import RouterInputs
-from tests.handmade import REFERENCE, reference_arrays, resnet32_ride, small_model
-
-needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="reference numbers absent")
+from tests.handmade import resnet32_ride, small_model
+from tests.reference import resnet32_arrays
 
 
 def inputs(batch=6, num_experts=3, num_classes=10, feature_dim=7, dtype=torch.float64):
@@ -175,9 +174,9 @@ def test_extreme_gates_give_finite_loss_and_gradient(extreme):
     assert gate_logits.grad.isfinite().all()
 
 
-@needs_reference
+@pytest.mark.reference
 def test_the_authors_numbers():
-    arrays, state = reference_arrays()
+    arrays, state = resnet32_arrays()
     _, router = resnet32_ride(state)
     router.double()
     data = RouterInputs(arrays["expert_logits"].double(), arrays["expert_features"].double())

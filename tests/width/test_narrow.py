@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.zoo.stateful import FrozenStem
 from ride_plugin import (
     ArgumentError,
     RIDEWrapper,
@@ -22,9 +20,7 @@ from ride_plugin._initialise import warn_if_trained
 from ride_plugin._width._map import WidthMap
 from tests.backbones import BACKBONES, CifarResNet, ImageNetResNet, mlp
 from tests.handmade import resnet32_ride
-from tests.zoo.stateful import FrozenStem
-
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "resnet32.npz"
+from tests.reference import resnet32_arrays
 
 
 def widths(expert: nn.Module) -> dict[str, tuple[int, int]]:
@@ -62,13 +58,15 @@ class _AllExperts(nn.Module):
         return self.model.router_inputs(x).expert_logits
 
 
-@pytest.mark.skipif(not REFERENCE.exists(), reason="reference numbers are not in the repository")
+@pytest.mark.reference
 def test_shapes_are_those_of_the_authors_checkpoint() -> None:
-    state = np.load(REFERENCE)
+    _, state = resnet32_arrays()
     expert = RIDEWrapper(CifarResNet(), 3, expert_width=0.75).experts[1]
     for stage in ("layer2", "layer3"):
-        prefix = f"state/backbone.{stage}s.1."
-        theirs = {k.removeprefix(prefix): state[k].shape for k in state if k.startswith(prefix)}
+        prefix = f"backbone.{stage}s.1."
+        theirs = {
+            k.removeprefix(prefix): tuple(v.shape) for k, v in state.items() if k.startswith(prefix)
+        }
         ours = {k: tuple(v.shape) for k, v in expert.get_submodule(stage).state_dict().items()}
         assert ours == theirs
 

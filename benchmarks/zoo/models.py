@@ -6,12 +6,21 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .images import AuxiliaryHeads, CifarResNet, DropPathDict, FeaturesAndClassifier, LateClassToken
+from .images import (
+    AuxiliaryHeads,
+    DropPathDict,
+    FeaturesAndClassifier,
+    LateClassToken,
+    resnet32_option_a,
+)
 from .other_inputs import AudioConvNet, SetNetwork, TextLSTM, TwoInputs, convnet_3d
 from .stateful import ControlFlow, FrozenStem, KeepsFeatures
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "cifar_resnet32_option_a": (CifarResNet, "padding shortcut in a closure, normalised head"),
+    "cifar_resnet32_option_a": (
+        resnet32_option_a,
+        "closures as shortcuts, normalised head",
+    ),
     "features_and_classifier": (FeaturesAndClassifier, "two networks in a ModuleDict"),
     "auxiliary_heads": (AuxiliaryHeads, "auxiliary heads in training only"),
     "drop_path_dict": (DropPathDict, "stochastic depth and dropout, dict output"),

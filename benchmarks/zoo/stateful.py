@@ -33,6 +33,8 @@ class FrozenStem(nn.Module):
     """BatchNorm frozen by an overridden train(), buffers that are not saved, a cached grid."""
 
     grid: Tensor | None
+    mean: Tensor
+    steps: Tensor
 
     def __init__(self) -> None:
         super().__init__()

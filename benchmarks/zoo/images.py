@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.resnets import CifarResNet
+
 
 def conv_bn(in_channels: int, channels: int, stride: int = 1) -> nn.Sequential:
     """Convolution, BatchNorm, ReLU."""
@@ -38,53 +40,15 @@ class LambdaLayer(nn.Module):
         return self.function(x)
 
 
-class OptionABlock(nn.Module):
-    """Residual block whose shortcut pads channels with zeros, inside a closure."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut: nn.Module = nn.Sequential()
-        if stride != 1 or in_channels != channels:
-            pad = (0, 0, 0, 0, channels // 4, channels // 4)
-            self.shortcut = LambdaLayer(lambda x: F.pad(x[:, :, ::2, ::2], pad))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += self.shortcut(x)
-        return F.relu(out)
+def closure_shortcut(missing: int) -> nn.Module:
+    """Pads channels with zeros inside a closure, which cannot be pickled."""
+    half = missing // 2
+    return LambdaLayer(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, missing - half)))
 
 
-class CifarResNet(nn.Module):
-    """CIFAR ResNet with option-A shortcuts and a normalised head, as LDAM-DRW's."""
-
-    def __init__(self, blocks: int = 5, num_classes: int = 10, normed: bool = True) -> None:
-        super().__init__()
-        self.in_planes = 16
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._make_layer(16, blocks, 1)
-        self.layer2 = self._make_layer(32, blocks, 2)
-        self.layer3 = self._make_layer(64, blocks, 2)
-        head = NormedLinear if normed else nn.Linear
-        self.linear = head(64, num_classes)
-
-    def _make_layer(self, planes: int, blocks: int, stride: int) -> nn.Sequential:
-        layers = []
-        for step in [stride] + [1] * (blocks - 1):
-            layers.append(OptionABlock(self.in_planes, planes, step))
-            self.in_planes = planes
-        return nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.layer3(self.layer2(self.layer1(out)))
-        out = F.avg_pool2d(out, int(out.shape[3]))
-        return self.linear(out.flatten(1))
+def resnet32_option_a() -> CifarResNet:
+    """ResNet-32 with closures as shortcuts and a normalised head, as LDAM-DRW's."""
+    return CifarResNet(10, head=NormedLinear, shortcut=closure_shortcut)
 
 
 class FeaturesAndClassifier(nn.Module):
@@ -132,7 +96,7 @@ class AuxiliaryHeads(nn.Module):
         self.dropout = nn.Dropout(0.3)
         self.head = nn.Linear(32, 10)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor | None, ...]:
         x = self.stage1(x)
         early = self.early(x.mean((2, 3))) if self.training else None
         x = self.stage3(self.stage2(x))
@@ -178,7 +142,10 @@ class LateClassToken(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, 16) * 0.02)
         self.positions = nn.Parameter(torch.randn(1, 16, 16) * 0.02)
         self.late_positions = self.positions  # tied: read before and after the fork
-        block = lambda: nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True)  # noqa: E731
+
+        def block() -> nn.Module:
+            return nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True)
+
         self.blocks = nn.ModuleList([block() for _ in range(3)])
         self.class_blocks = nn.ModuleList([block() for _ in range(2)])
         self.norm = nn.LayerNorm(16)

@@ -1,0 +1,28 @@
+"""Inputs as users hand them over, and batches of other sizes made of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ride_plugin import ArgumentError
+from ride_plugin._inputs import as_inputs, resize_batch
+
+
+def test_forms() -> None:
+    x = torch.rand(2, 3)
+    assert as_inputs(x) == ((x,), {})
+    assert as_inputs((x, 1)) == ((x, 1), {})
+    assert as_inputs({"x": x}) == ((), {"x": x})
+    with pytest.raises(ArgumentError, match="`example_input`"):
+        as_inputs("x")
+
+
+def test_rows_are_repeated_and_varied() -> None:
+    x, ids, scale = torch.rand(2, 3), torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor(2.0)
+    (got, got_ids, got_scale), _ = resize_batch(((x, ids, scale), {}), 5)
+    assert torch.equal(got[:2], x)
+    assert len(got.unique(dim=0)) == 5
+    assert got_ids.shape == (5, 3)
+    assert set(got_ids.flatten().tolist()) == set(ids.flatten().tolist())
+    assert got_scale is scale
