@@ -15,8 +15,8 @@ def test_units_are_blocks_and_layers_between_them() -> None:
     root, _ = call_tree(CifarResNet(n=2).eval(), ((torch.rand(2, 3, 32, 32),), {}))
     names = [unit.name for unit in units_of(root)]
     assert names[:5] == ["conv1", "bn1", "relu", "layer1.0", "layer1.1"]
-    assert names[-1] == "linear"
-    assert [tokens(unit) for unit in units_of(root)][-2:] == [64, 1]
+    assert names[-2:] == ["pool", "linear"]
+    assert [tokens(unit) for unit in units_of(root)][-3:] == [64, 1, 1]
 
 
 def test_multiply_adds_of_resnet_32_are_the_known_number() -> None:
