@@ -1,7 +1,7 @@
 """How a backbone becomes trunk and experts: record and replay, fork, views, self-check."""
 
 from ride_plugin._split._analysis import throwaway
-from ride_plugin._split._build import split_backbone
+from ride_plugin._split._build import reason_of_fork, split_backbone
 from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._graft import graft_experts
 from ride_plugin._split._join import join_parts
@@ -27,6 +27,7 @@ __all__ = [
     "plain_modules",
     "play",
     "read_attributes",
+    "reason_of_fork",
     "record",
     "replace_classifiers",
     "replicate",

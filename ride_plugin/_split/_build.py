@@ -69,6 +69,13 @@ def split_backbone(backbone: nn.Module, fork_at: str | None, example_input: Any)
         return learned(backbone, views, seen, fork.name, forked_units)
 
 
+def reason_of_fork(backbone: nn.Module, fork_at: str | None, example_input: Any) -> tuple[str, str]:
+    """Where ``backbone`` is forked, and why there, in words."""
+    with random_state_kept(backbone):
+        fork = choose_fork(examine(backbone, example_input).root, fork_at)
+    return fork.name, fork.reason
+
+
 def examine(backbone: nn.Module, example_input: Any) -> Examined:
     """Run a copy of the backbone on the example, or on one that is guessed.
 

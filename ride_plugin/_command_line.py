@@ -1,0 +1,251 @@
+"""The command line: what a split would cost, how it was made, and how a model fares by shot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._budget import plan
+from ride_plugin._cost import cost_report
+from ride_plugin._errors import ArgumentError, RIDEError
+from ride_plugin._split import reason_of_fork
+from ride_plugin._wrapper import RIDEWrapper
+from ride_plugin.longtail import analyze, shot_report
+
+_BACKBONE = """\
+MODULE:FACTORY names what makes the backbone, for example torchvision.models:resnet50 or
+mymodels.resnet:resnet32. It is imported from the current directory or the environment, and
+called without arguments."""
+_PREDICTIONS = """\
+The file holds arrays as numpy.savez writes them: `target` [N], `class_counts` [C], and one of
+`expert_logits` [N, E, C], `logits` [N, C] or `predictions` [N]; with `expert_logits` also
+`num_experts_used` [N] if the model was routed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it succeeded, 2 after a message on standard error if not."""
+    options = _parser().parse_args(arguments)
+    try:
+        text, values = options.run(options)
+    except (RIDEError, OSError) as error:
+        print(f"python -m ride_plugin {options.command}: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(values, indent=2) if options.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ride_plugin", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    plain = argparse.RawDescriptionHelpFormatter
+    for name, run, text in (
+        ("plan", _plan, "compare numbers and widths of experts by cost, before training"),
+        ("inspect", _inspect, "show where a backbone is forked and why, what is shared, the cost"),
+    ):
+        command = commands.add_parser(name, help=text, description=_BACKBONE, formatter_class=plain)
+        command.set_defaults(run=run)
+        several = "+" if name == "plan" else None
+        command.add_argument("backbone", metavar="MODULE:FACTORY")
+        command.add_argument("--num-experts", type=int, nargs=several, metavar="E")
+        command.add_argument("--expert-width", type=float, nargs=several, metavar="W")
+        command.add_argument("--fork-at", metavar="NAME", help="first forked submodule")
+        command.add_argument(
+            "--input", metavar="SIZES", help="of one sample, such as 3,224,224; guessed if left out"
+        )
+        if name == "plan":
+            command.add_argument("--budget", type=float, default=1.1, help="in plain backbones")
+    command = commands.add_parser(
+        "report",
+        help="accuracy by shot, calibration and experts, from stored predictions",
+        description=_PREDICTIONS,
+        formatter_class=plain,
+    )
+    command.set_defaults(run=_report)
+    command.add_argument("predictions", type=Path, metavar="FILE.npz")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write one line for each class")
+    command.add_argument("--many", type=int, default=100, help="many-shot: more images than this")
+    command.add_argument("--few", type=int, default=20, help="few-shot: fewer images than this")
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print values instead of a table")
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    backbone, example = _backbone(options.backbone), _example(options.input)
+    found = plan(
+        backbone,
+        num_experts=options.num_experts or (2, 3, 4),
+        expert_widths=options.expert_width or (1.0, 0.75, 0.5),
+        max_flops_ratio=options.budget,
+        fork_at=options.fork_at,
+        example_input=example,
+    )
+    fork, reason = reason_of_fork(backbone, options.fork_at, example)
+    rows: list[dict[str, Any]] = [
+        {
+            "num_experts": row.num_experts,
+            "expert_width": row.expert_width,
+            "parameters": row.report.parameters,
+            "flops": row.report.flops,
+            "flops_ratio": row.ratio,
+            "trunk_share": row.report.trunk_flops / max(1, row.report.flops),
+            "affordable_experts": row.affordable_experts,
+        }
+        for row in found.rows
+    ]
+    lines = [f"forked at {fork} ({reason})"]
+    if found.rows:
+        report = found.rows[0].report
+        lines.append(
+            f"the trunk holds {report.trunk_flops / max(1, report.backbone_flops or 0):.0%} of the "
+            f"plain backbone's {(report.backbone_flops or 0) / 1e6:,.1f} MFLOPs"
+        )
+    values = {"fork_at": fork, "reason": reason, "rows": rows, "failed": dict(found.failed)}
+    return "\n".join([*lines, str(found)]), values
+
+
+def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    backbone, example = _backbone(options.backbone), _example(options.input)
+    fork, reason = reason_of_fork(backbone, options.fork_at, example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about weights, which do not matter here
+        model = RIDEWrapper(
+            backbone,
+            3 if options.num_experts is None else options.num_experts,
+            expert_width=1.0 if options.expert_width is None else options.expert_width,
+            fork_at=options.fork_at,
+            example_input=example,
+        )
+    report = cost_report(model, backbone=backbone)
+    plain = _sizes(backbone)
+    sides = [("shared", _sizes(model.trunk)), ("forked", _sizes(model.experts[0]))]
+    rows: list[dict[str, Any]] = [
+        {"module": name, "side": side, "parameters": size, "backbone_parameters": plain.get(name)}
+        for side, sizes in sides
+        for name, size in sizes.items()
+    ]
+    width = max(len(row["module"]) for row in rows)
+    lines = [
+        f"forked at {fork} ({reason})",
+        f"{model.num_experts} experts of width {model.expert_width}, {model.num_classes} classes",
+        "",
+        f"{'module':{width}}  side    {'parameters':>12}  {'in the backbone':>15}",
+        *(
+            f"{row['module']:{width}}  {row['side']}  {row['parameters']:>12,}  "
+            f"{row['backbone_parameters'] or 0:>15,}"
+            for row in rows
+        ),
+        "",
+        str(report),
+    ]
+    values = {
+        "fork_at": fork,
+        "reason": reason,
+        "num_experts": model.num_experts,
+        "expert_width": model.expert_width,
+        "num_classes": model.num_classes,
+        "modules": rows,
+        "parameters": report.parameters,
+        "flops": report.flops,
+        "backbone_parameters": report.backbone_parameters,
+        "backbone_flops": report.backbone_flops,
+    }
+    return "\n".join(lines), values
+
+
+def _report(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    arrays = _arrays(options.predictions)
+    cuts = {"many": options.many, "few": options.few}
+    target, class_counts = arrays["target"], arrays["class_counts"]
+    if "predictions" in arrays:
+        report = shot_report(arrays["predictions"], target, class_counts, **cuts)
+        text, values = str(report), {}
+    else:
+        found = analyze(
+            arrays["expert_logits"] if "expert_logits" in arrays else arrays["logits"][:, None],
+            target,
+            class_counts,
+            num_experts_used=arrays.get("num_experts_used"),
+            **cuts,
+        )
+        report, text = found.report, str(found)
+        values = {"calibration_error": vars(found.calibration_error)}
+    accuracy = {name: getattr(report, name) for name in ("overall", "many", "medium", "few")}
+    if options.csv is not None:
+        report.per_class_csv(options.csv)
+    return text, {"accuracy": accuracy, **values, "per_class": list(report.per_class)}
+
+
+def _backbone(name: str) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ArgumentError(
+            f"Expected MODULE:FACTORY, such as torchvision.models:resnet50, but got {name!r}."
+        )
+    sys.path.insert(0, "")  # as for `python -c`: the current directory
+    try:
+        made = attrgetter(attribute)(importlib.import_module(module_name))
+        made = made if isinstance(made, nn.Module) else made()
+    except Exception as error:  # whatever the user's own code raises
+        raise ArgumentError(
+            f"Could not make a backbone from {name!r}: {type(error).__name__}: {error}. Expected a "
+            "module that can be imported from here, and a function or class in it that takes no "
+            "arguments."
+        ) from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(made, nn.Module):
+        raise ArgumentError(
+            f"Expected {name!r} to return a torch.nn.Module, but got {type(made).__name__}."
+        )
+    return made
+
+
+def _example(sizes: str | None) -> Tensor | None:
+    if sizes is None:
+        return None
+    try:
+        shape = [int(size) for size in sizes.split(",")]
+        if min(shape) < 1:
+            raise ValueError
+    except ValueError:
+        raise ArgumentError(
+            f"Expected --input to be sizes of one sample, such as 3,224,224, but got {sizes!r}."
+        ) from None
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ArgumentError(f"Cannot read {path} as an .npz file of numbers ({error}).") from error
+    missing = {"target", "class_counts"} - arrays.keys()
+    if missing or not {"expert_logits", "logits", "predictions"} & arrays.keys():
+        raise ArgumentError(f"{_PREDICTIONS}\n{path} holds {sorted(arrays) or 'nothing'}.")
+    return arrays
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    """Parameters below each child, or below each of its children where it is the only one."""
+    prefix = ""
+    while len(children := dict(module.named_children())) == 1:
+        ((name, module),) = children.items()
+        prefix += name + "."
+    sizes: dict[str, int] = {}
+    for name, parameter in module.named_parameters():
+        child = prefix + name.split(".")[0]
+        sizes[child] = sizes.get(child, 0) + parameter.numel()
+    return sizes

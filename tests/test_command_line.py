@@ -1,0 +1,131 @@
+"""``python -m ride_plugin`` prints what the library counts, and its errors say what to do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ride_plugin import RIDEWrapper, cost_report, plan
+from ride_plugin._command_line import main
+from ride_plugin.longtail import analyze, shot_report
+from tests.backbones import plain_convnet
+
+CONVNET = "tests.backbones:plain_convnet"
+
+
+def values_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plan_prints_the_plan(capsys):
+    found = plan(plain_convnet(), num_experts=(3,), expert_widths=(0.75,))
+    values = values_of(capsys, "plan", CONVNET, "--num-experts", "3", "--expert-width", "0.75")
+    (row,) = values["rows"]
+    assert row["flops_ratio"] == found.rows[0].ratio
+    assert row["trunk_share"] == found.rows[0].report.trunk_flops / found.rows[0].report.flops
+    assert main(["plan", CONVNET, "--num-experts", "3", "--expert-width", "0.75"]) == 0
+    assert capsys.readouterr().out.endswith(f"{found}\n")
+
+
+def test_inspect_tells_what_is_shared_and_what_is_forked(capsys):
+    model = RIDEWrapper(plain_convnet(), 2, expert_width=0.5)
+    report = cost_report(model)
+    values = values_of(capsys, "inspect", CONVNET, "--num-experts", "2", "--expert-width", "0.5")
+    assert values["fork_at"] == model.fork_at
+    assert "resolution levels" in values["reason"]
+    assert (values["parameters"], values["flops"]) == (report.parameters, report.flops)
+    for side, size in (
+        ("shared", report.trunk_parameters),
+        ("forked", report.expert_parameters[0]),
+    ):
+        assert size == sum(m["parameters"] for m in values["modules"] if m["side"] == side)
+
+
+def test_the_size_of_an_input_can_be_given(capsys):
+    sizes = [
+        values_of(capsys, "inspect", CONVNET, "--input", given)["flops"]
+        for given in ("1,16,16", "1,32,32")
+    ]
+    assert 3.5 < sizes[1] / sizes[0] < 4.5
+
+
+@pytest.fixture
+def arrays():
+    generator = np.random.default_rng(0)
+    return {
+        "expert_logits": generator.normal(size=(40, 3, 4)).astype("float32"),
+        "target": generator.integers(4, size=40),
+        "class_counts": np.array([300, 150, 60, 5]),
+        "num_experts_used": generator.integers(1, 4, size=40),
+    }
+
+
+def test_report_is_the_librarys_own(capsys, tmp_path, arrays):
+    np.savez(tmp_path / "routed.npz", **arrays)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    expected = analyze(**tensors)
+    assert main(["report", str(tmp_path / "routed.npz"), "--csv", str(tmp_path / "out.csv")]) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + 4
+    values = values_of(capsys, "report", str(tmp_path / "routed.npz"))
+    assert values["accuracy"]["overall"] == expected.report.overall
+    assert values["calibration_error"]["few"] == expected.calibration_error.few
+
+
+@pytest.mark.parametrize("name", ["logits", "predictions"])
+def test_report_takes_one_models_logits_or_predicted_classes(capsys, tmp_path, arrays, name):
+    logits = arrays["expert_logits"].mean(axis=1)
+    arrays = {"target": arrays["target"], "class_counts": arrays["class_counts"]}
+    np.savez(
+        tmp_path / "p.npz", **arrays, **{name: logits if name == "logits" else logits.argmax(1)}
+    )
+    values = values_of(capsys, "report", str(tmp_path / "p.npz"), "--many", "200", "--few", "100")
+    tensors = [torch.from_numpy(array) for array in (logits, *arrays.values())]
+    expected = shot_report(*tensors, many=200, few=100)
+    assert values["accuracy"]["few"] == expected.few
+    assert ("calibration_error" in values) == (name == "logits")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "tests.backbones"], "Expected MODULE:FACTORY"),
+        (["inspect", "tests.nowhere:net"], "No module named 'tests.nowhere'"),
+        (["inspect", "tests.backbones:Lambda"], "takes no arguments"),
+        (["inspect", "builtins:dict"], "to return a torch.nn.Module, but got dict"),
+        (["inspect", CONVNET, "--input", "3,x"], "such as 3,224,224, but got '3,x'"),
+        (["inspect", CONVNET, "--fork-at", "layer9"], "`fork_at`"),
+        (["plan", CONVNET, "--num-experts", "0"], "`num_experts`"),
+        (["report", "nowhere.npz"], "No such file"),
+        (["report", "README.md"], "Cannot read README.md as an .npz file"),
+    ],
+)
+def test_errors_say_what_to_do(capsys, arguments, said):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert said in printed.err
+
+
+def test_a_file_without_the_arrays_is_refused(capsys, tmp_path, arrays):
+    np.savez(tmp_path / "p.npz", target=arrays["target"])
+    assert main(["report", str(tmp_path / "p.npz")]) == 2
+    assert "holds ['target']" in capsys.readouterr().err
+
+
+def test_pickled_objects_are_not_loaded(capsys, tmp_path):
+    np.savez(tmp_path / "p.npz", target=np.array([object()], dtype=object))
+    assert main(["report", str(tmp_path / "p.npz")]) == 2
+    assert "allow_pickle=False" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "ride_plugin", "--help"]
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert "inspect" in result.stdout
