@@ -205,7 +205,7 @@ def passes(mutant: Mutant, limit: float) -> tuple[bool, float]:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         sys.meta_path.insert(0, _Finder(mutant))
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+        options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider"]
         os._exit(int(pytest.main([*options, *tests_of(mutant.path)])))
     while time.monotonic() - began < limit:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -239,6 +239,10 @@ def main() -> None:
         for entry in map(json.loads, options.log.read_text().splitlines()):
             known[f"{entry['path']}:{entry['line']}: {entry['change']}"] = entry["killed"]
     print(f"{len(everything)} mutants, {len(sample)} of them run", flush=True)
+    for path in sorted({mutant.path for mutant in sample}):
+        unchanged = Mutant(path, 0, "", (ROOT / path).read_text())
+        if not options.again and not passes(unchanged, options.limit)[0]:
+            raise SystemExit(f"the tests of {path} fail without any change: {tests_of(path)}")
     killed = run = 0
     for mutant in sample:
         name = f"{mutant.path}:{mutant.line}: {mutant.change}"

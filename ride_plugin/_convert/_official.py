@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ride_plugin._convert._safe_load import load_tensors
@@ -103,10 +104,10 @@ def load_official_checkpoint(
     found = _measure(state, router is not None)
     _check_measures(state, found, model)
     ours, gates = _renamed(state, model)
-    problems = _misfits(ours, dict(model.state_dict()))
+    problems = _misfits(ours, model)
     if router is not None:
         _check_gates(gates, router)
-        problems += _misfits(gates, dict(router.state_dict()))
+        problems += _misfits(gates, router)
     if problems:
         raise CheckpointError(
             "The checkpoint does not fit, and nothing was loaded (names are ours, shapes are "
@@ -115,9 +116,11 @@ def load_official_checkpoint(
             + "\nWrap the backbone that the authors trained, with the file's number of experts, "
             "width, fork and classifier; the page on load_official_checkpoint lists them."
         )
-    model.load_state_dict({name: tensor for name, (_, tensor) in ours.items()})
+    converted: list[tuple[nn.Module, _State]] = [(model, _converted(ours, model))]
     if router is not None:
-        router.load_state_dict({name: tensor for name, (_, tensor) in gates.items()})
+        converted.append((router, _converted(gates, router)))
+    for module, loaded in converted:  # nothing can fail any more
+        module.load_state_dict(loaded)
     return found
 
 
@@ -240,9 +243,19 @@ def _check_gates(gates: dict[str, tuple[str, Tensor]], router: ExpertRouter) -> 
             )
 
 
-def _misfits(theirs: dict[str, tuple[str, Tensor]], own: _State) -> list[str]:
+def _converted(theirs: dict[str, tuple[str, Tensor]], module: nn.Module) -> _State:
+    own = module.state_dict()
+    return {name: tensor.to(own[name]) for name, (_, tensor) in theirs.items()}
+
+
+def _misfits(theirs: dict[str, tuple[str, Tensor]], module: nn.Module) -> list[str]:
     lines = []
+    own: _State = module.state_dict()
+    first_of: dict[int, str] = {}
     for name, tensor in own.items():
+        if tensor.is_meta:
+            lines.append(f"on the meta device in the model: {name}; move it with to_empty() first")
+            continue
         if name not in theirs:
             lines.append(f"missing in the file: {name} {list(tensor.shape)}")
         elif theirs[name][1].shape != tensor.shape:
@@ -250,6 +263,13 @@ def _misfits(theirs: dict[str, tuple[str, Tensor]], own: _State) -> list[str]:
             lines.append(
                 f"other shape: {name} {list(given.shape)} -> {list(tensor.shape)} (their {key})"
             )
+        elif tensor.is_floating_point() and not theirs[name][1].is_floating_point():
+            key, given = theirs[name]
+            lines.append(f"other type: {name} {given.dtype} -> {tensor.dtype} (their {key})")
+        else:  # a frozen tensor is one for all experts, and holds one expert's values
+            first = first_of.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+            if not torch.equal(theirs[first][1], theirs[name][1]):
+                lines.append(f"one tensor in the model, two in the file: {first}, {name}")
     for name, (key, tensor) in theirs.items():
         if name not in own:
             lines.append(f"unexpected in the file: {key} {list(tensor.shape)}")
@@ -275,8 +295,28 @@ def _state_in(content: Any) -> _State:
             raise CheckpointError(
                 f"The state dict holds `{name}` twice, with and without a prefix. Remove one."
             )
+        _check_tensor(key, tensor)
         found[name] = tensor
     return found
+
+
+def _check_tensor(key: str, tensor: Tensor) -> None:
+    """Refuse what has the right shape and no numbers that a weight could take."""
+    kind = None
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested:
+        kind = f"a {type(tensor).__name__}, not a plain tensor"
+    elif tensor.is_meta:
+        kind = "on the meta device, where it has no values"
+    elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
+        layout = "quantized" if tensor.is_quantized else f"{tensor.layout}"
+        kind = f"{layout} of {tensor.dtype}, not dense and real"
+    elif not tensor.isfinite().all():
+        kind = "not finite: it holds NaN or infinity, so training diverged or the file is damaged"
+    if kind is not None:
+        raise CheckpointError(
+            f"Expected dense, real and finite tensors in the checkpoint, but `{key}` is {kind}. "
+            "Nothing was loaded."
+        )
 
 
 def _some(state: _State) -> str:

@@ -7,9 +7,12 @@ import functools
 import os
 import pathlib
 import pickle
+import random
 import re
 import sys
+import time
 import types
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
@@ -362,3 +365,127 @@ def test_what_is_no_ride_checkpoint_is_refused() -> None:
         load_official_checkpoint(model, None, twice)
     with pytest.raises(ArgumentError, match="RIDEWrapper"):
         load_official_checkpoint(nn.DataParallel(model), None, cifar_state(2))
+
+
+def small_model(**options: object) -> RIDEWrapper:
+    layers = {"conv1": nn.Linear(8, 16), "layer2": nn.Linear(16, 16), "fc": nn.Linear(16, 5)}
+    return RIDEWrapper(nn.Sequential(OrderedDict(layers)), 2, fork_at="layer2", **options)
+
+
+def small_state() -> dict[str, Tensor]:
+    state = {"conv1.weight": torch.randn(16, 8), "conv1.bias": torch.randn(16)}
+    for k in range(2):
+        state |= {f"layer2s.{k}.weight": torch.randn(16, 16), f"layer2s.{k}.bias": torch.randn(16)}
+        state |= {f"linears.{k}.weight": torch.randn(5, 16), f"linears.{k}.bias": torch.randn(5)}
+    return state
+
+
+def require_unchanged(model: nn.Module, kept: dict[str, Tensor]) -> None:
+    assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
+
+
+NO_WEIGHTS = {
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "complex": lambda t: t.to(torch.complex64),
+    "integer": lambda t: t.to(torch.int8),
+    "NaN": lambda t: t.index_fill(0, torch.tensor([1]), torch.nan),
+    "infinity": lambda t: t.index_fill(0, torch.tensor([1]), torch.inf),
+    "nested": lambda t: torch.nested.nested_tensor(list(t)),
+    "subclass": lambda t: t.as_subclass(Marked),
+}
+
+
+class Marked(Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:.*quantiz.*")
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_tensors_of_the_right_shape_that_are_no_weights_change_nothing(kind: str) -> None:
+    state, model = small_state(), small_model()
+    last = list(state)[-2]  # everything before it fits
+    state[last] = NO_WEIGHTS[kind](state[last])
+    kept = before(model)
+    with pytest.raises(CheckpointError, match=r"linears\.1\.weight|experts\.1\.fc\.weight"):
+        load_official_checkpoint(model, None, state)
+    require_unchanged(model, kept)
+
+
+def test_a_model_without_values_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"on the meta device in the model: .*to_empty"):
+        load_official_checkpoint(small_model().to("meta"), None, small_state())
+
+
+def test_experts_that_share_a_tensor_do_not_take_two() -> None:
+    state, model = small_state(), small_model()
+    model.experts[1].layer2.weight = model.experts[0].layer2.weight  # as frozen layers are
+    kept = before(model)
+    with pytest.raises(CheckpointError, match=r"one tensor in the model, two in the file.*layer2"):
+        load_official_checkpoint(model, None, state)
+    require_unchanged(model, kept)
+    state["layer2s.1.weight"] = state["layer2s.0.weight"].clone()
+    load_official_checkpoint(model, None, state)
+    assert torch.equal(model.experts[1].layer2.weight, state["layer2s.1.weight"])
+
+
+def test_a_pickle_of_protocol_4_is_told_how_to_be_kept(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "protocol.pth"
+    torch.save({"state_dict": small_state()}, path, pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"in pickle protocol 4,.*torch\.save\("):
+        load_official_checkpoint(small_model(), None, path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_that_is_cut_off_anywhere_is_said_to_be_damaged(
+    tmp_path: pathlib.Path, legacy: bool
+) -> None:
+    path = official_file(tmp_path / "whole.pth", small_state(), legacy)
+    whole, model = path.read_bytes(), small_model()
+    load_official_checkpoint(model, None, path)
+    kept = before(model)
+    for share in range(1, 40):
+        path.write_bytes(whole[: len(whole) * share // 40])
+        with pytest.raises(CheckpointError, match="damaged, cut off or no checkpoint"):
+            load_official_checkpoint(model, None, path)
+    require_unchanged(model, kept)
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: pathlib.Path) -> None:
+    state, path = small_state(), tmp_path / "flipped.pth"
+    whole = official_file(path, state, legacy=False).read_bytes()
+    model, generator = small_model(), random.Random(0)
+    load_official_checkpoint(model, None, path)
+    kept, found = before(model), 0
+    for _ in range(200):
+        flipped = bytearray(whole)
+        flipped[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            load_official_checkpoint(model, None, path)
+        except CheckpointError:
+            found += 1
+        require_unchanged(model, kept)
+    assert found > 50  # the others are in padding, dates and repeated headers
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_an_archive_that_inflates_is_refused_before_it_is_unpacked(
+    tmp_path: pathlib.Path, overlapping: bool
+) -> None:
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED if overlapping else 8) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("archive/data/0", bytes(10**6 if overlapping else 10**8))
+        if overlapping:  # a thousand members that are one and the same
+            for k in range(1, 1000):
+                again = copy.copy(archive.infolist()[1])
+                again.filename = f"archive/data/{k}"
+                archive.filelist.append(again)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="more bytes than the file has"):
+        load_official_checkpoint(small_model(), None, path)
+    assert path.stat().st_size < 3 * 10**6
+    assert time.monotonic() - began < 5
