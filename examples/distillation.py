@@ -30,7 +30,7 @@ def train_experts(
 ) -> RIDEWrapper:
     model = RIDEWrapper(SmallResNet(), num_experts, expert_width=0.75)  # RIDE
     diversity = DiversityLoss(  # RIDE
-        class_counts, start_epoch=round(0.8 * epochs), form="official"
+        class_counts, start_epoch=round(0.8 * epochs)
     )
     distillation = DistillationLoss(form=form)  # RIDE
     criterion = nn.CrossEntropyLoss()

@@ -43,7 +43,7 @@ def train_experts(loader: Loader, epochs: int, class_counts: list[int], weight: 
     criterion = LDAMLoss(class_counts)
     drw = DeferredReweighting(criterion, class_counts, start_epoch=round(0.8 * epochs))
     diversity = DiversityLoss(  # RIDE
-        class_counts, weight=weight, start_epoch=drw.start_epoch, form="official"
+        class_counts, weight=weight, start_epoch=drw.start_epoch
     )
     optimizer = sgd(model.parameters())
     scheduler = MultiStepLR(optimizer, [round(0.8 * epochs), round(0.9 * epochs)])

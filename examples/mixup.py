@@ -47,7 +47,7 @@ def train_plain(loader: Loader, epochs: int) -> nn.Module:
 def train_experts(loader: Loader, epochs: int, class_counts: list[int]) -> RIDEWrapper:
     model = RIDEWrapper(SmallResNet(), num_experts=3, expert_width=0.75)  # RIDE
     diversity = DiversityLoss(  # RIDE
-        class_counts, start_epoch=round(0.8 * epochs), form="official"
+        class_counts, start_epoch=round(0.8 * epochs)
     )
     criterion = nn.CrossEntropyLoss()
     optimizer = sgd(model.parameters())

@@ -54,7 +54,7 @@ def train_experts(
     """Stage one: the same loop with RIDE's lines in it."""
     model = RIDEWrapper(SmallResNet(), num_experts=3, expert_width=0.75)  # RIDE
     diversity = DiversityLoss(  # RIDE
-        class_counts, weight=weight, start_epoch=round(0.8 * epochs), form="official"
+        class_counts, weight=weight, start_epoch=round(0.8 * epochs)
     )
     criterion = BalancedSoftmaxLoss(class_counts)
     optimizer = torch.optim.SGD(

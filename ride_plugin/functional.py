@@ -94,7 +94,7 @@ def class_balance(class_counts: ClassCounts, gamma: float) -> Tensor:
 
 
 def class_temperatures(
-    class_counts: ClassCounts, *, eta: float = 1.0, gamma: float = 0.05, form: Form = "paper"
+    class_counts: ClassCounts, *, eta: float, gamma: float, form: Form
 ) -> Tensor:
     r"""Return the temperature of each class: highest, $\eta$, for the most frequent one.
 
@@ -112,7 +112,7 @@ def class_temperatures(
         ``[C]``; not checked to be positive, which a large gamma can break in the paper's form.
 
     Example:
-        >>> class_temperatures(torch.tensor([30.0, 10.0, 20.0]), gamma=0.1)
+        >>> class_temperatures(torch.tensor([30.0, 10.0, 20.0]), eta=1.0, gamma=0.1, form="paper")
         tensor([1.0000, 0.9000, 0.9500])
     """
     eta = check_number(eta, "eta", 0, open_low=True)

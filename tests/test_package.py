@@ -23,6 +23,7 @@ GROUND = {  # knows nothing of models
     "ride_plugin._errors",
     "ride_plugin._numerics",
     "ride_plugin._output",
+    "ride_plugin._schedule",
     "ride_plugin.functional",
 }
 PACKAGES = ("_convert", "_split", "_width", "longtail", "losses", "routing")

@@ -43,7 +43,7 @@ def training() -> Case:
         for name, (network, batch, size, classes) in sizes.items():
             model = network(True)
             y = torch.randint(0, classes, (batch,))
-            diversity = DiversityLoss(_counts(classes), weight=0.45, form="official")
+            diversity = DiversityLoss(_counts(classes), weight=0.45)
 
             def ours(out: Any, y: Tensor = y, diversity: nn.Module = diversity) -> Tensor:
                 return experts_loss(nn.functional.cross_entropy, out, y) + diversity(out, y)
@@ -93,8 +93,8 @@ def loss() -> Case:
             experts = torch.randn(batch, num_experts, classes, requires_grad=True)
             y = torch.randint(0, classes, (batch,))
             counts = _counts(classes)
-            paper = DiversityLoss(counts, weight=0.2)
-            official = DiversityLoss(counts, weight=0.2, form="official")
+            paper = DiversityLoss(counts, weight=0.2, form="paper")
+            official = DiversityLoss(counts, weight=0.2)
             temperature = paper.schedule.temperature[y]
 
             def run(function: Callable[[], Tensor], leaf: Tensor = experts) -> Callable[[], None]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import ClassCounts, check_class_counts, check_integer, check_number
+from ride_plugin._checks import ClassCounts, check_class_counts, check_instance, check_number
 from ride_plugin._errors import ArgumentError
+from ride_plugin._schedule import Schedule
 
 
 def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) -> Tensor:
@@ -41,7 +42,7 @@ def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) ->
     return (weights / weights.mean()).float()
 
 
-class DeferredReweighting:
+class DeferredReweighting(Schedule):
     """Schedule that switches a criterion's class weights on at a late epoch.
 
     Before ``start_epoch`` the criterion keeps the weights it came with; from then on it has
@@ -52,10 +53,12 @@ class DeferredReweighting:
     NeurIPS 2019, algorithm 1 (epoch 160 of 200 on CIFAR).
 
     It behaves as a learning-rate scheduler does: ``last_epoch`` is 0 at construction, and
-    ``step()`` is called once at the end of each epoch.
+    ``step()`` is called once at the end of each epoch. Its state dict holds the epoch; the
+    criterion keeps its own.
 
     Attributes:
-        last_epoch: index of the current epoch, from 0.
+        last_epoch: the current epoch, counted from zero.
+        is_active: whether the class weights act in it.
         weight: ``[C]``, the class weights used from ``start_epoch`` on.
 
     Example:
@@ -67,6 +70,8 @@ class DeferredReweighting:
         >>> criterion.weight
         tensor([0.2007, 1.7993])
     """
+
+    criterion: nn.Module
 
     def __init__(
         self,
@@ -88,7 +93,9 @@ class DeferredReweighting:
         Raises:
             ArgumentError: the criterion has no weights of this length, or a number is out of range.
         """
+        super().__init__(start_epoch)
         self.weight = effective_number_weights(class_counts, beta)
+        check_instance(criterion, "criterion", nn.Module, "a module that holds class weights")
         held = getattr(criterion, "weight", None)
         if not isinstance(held, Tensor) or held.shape != self.weight.shape:
             got = list(held.shape) if isinstance(held, Tensor) else held
@@ -98,42 +105,18 @@ class DeferredReweighting:
                 f"weight=torch.ones({len(self.weight)}): a weight that exists can be switched in "
                 "place."
             )
-        self.criterion = criterion
-        self.start_epoch = check_integer(start_epoch, "start_epoch")
+        # Not as a submodule: the criterion is saved and moved by whoever owns it.
+        self.__dict__["criterion"] = criterion
         self._initial = held.detach().clone()
-        self.last_epoch = 0
-        self._apply()
+        self._refresh()
 
-    @property
-    def is_active(self) -> bool:
-        """Whether the class weights act in the current epoch."""
-        return self.last_epoch >= self.start_epoch
-
-    def step(self) -> None:
-        """Move on to the next epoch; call it once at the end of each."""
-        self.last_epoch += 1
-        self._apply()
-
-    def state_dict(self) -> dict[str, int]:
-        """Return what a checkpoint needs."""
-        return {"last_epoch": self.last_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Take up the epoch of a checkpoint and apply its weights.
-
-        Raises:
-            ArgumentError: the state is not one of :meth:`state_dict`.
-        """
-        if not isinstance(state_dict, dict) or set(state_dict) != {"last_epoch"}:
-            raise ArgumentError(
-                "Expected argument `state_dict` to hold `last_epoch` alone, but got "
-                f"{state_dict!r}. Pass what DeferredReweighting.state_dict() returned."
-            )
-        self.last_epoch = check_integer(state_dict["last_epoch"], "last_epoch")
-        self._apply()
-
-    def _apply(self) -> None:
+    def _refresh(self) -> None:
+        super()._refresh()
         held = self.criterion.weight
         assert isinstance(held, Tensor)
         with torch.no_grad():
             held.copy_(self.weight if self.is_active else self._initial)
+
+    def extra_repr(self) -> str:
+        """Return what ``print`` shows."""
+        return f"start_epoch={self.start_epoch}, last_epoch={self.last_epoch}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -23,35 +23,39 @@ from ride_plugin._output import Output, expert_logits
 from ride_plugin.functional import Form
 from ride_plugin.losses._temperature import TemperatureSchedule
 
-_DEFAULTS = {"gamma": 0.05, "eta": 1.0, "start_epoch": 0}
-
 
 class DiversityLoss(nn.Module):
     r"""Distribution-aware diversity loss: minus the divergence between experts.
+
+    $$L = -\frac{\lambda \bar T^2}{B} \sum_b \sum_i \mathrm{KL}\bigl(q(x_b) \,\|\, p_i(x_b)\bigr),
+    \qquad p_i = \mathrm{softmax}(z_i / T), \quad q = \mathrm{softmax}(\bar z / T),$$
+
+    with the ensemble's logits $\bar z$ held constant and the temperature of each *class* dividing
+    that class's logit (the authors' code; see `functional.kl_from_mean`). With ``form="paper"``,
+    each expert is compared with every other at the temperature of the sample's class (paper,
+    section 3; see `functional.pairwise_kl`):
 
     $$L = -\frac{\lambda}{B} \sum_b \frac{1}{E-1} \sum_i \sum_{j \ne i}
     \mathrm{KL}\bigl(p_i(x_b) \,\|\, p_j(x_b)\bigr), \qquad
     p_i = \mathrm{softmax}(z_i / T_{y_b}).$$
 
-    (Paper, section 3. Differs from the authors' code, which ``form="official"`` follows: see
-    `functional.kl_from_mean`.) Add it to the classification loss of the experts; it is never
-    positive. Its gain over weight 0 was within the noise between seeds, but for 0.8 points in each
-    of two seeds with balanced softmax and cosine classifiers on CIFAR-100-LT.
+    Add it to the classification loss of the experts; it is never positive. Its gain over weight 0
+    was within the noise between seeds, but for 0.8 points in each of two seeds with balanced
+    softmax and cosine classifiers on CIFAR-100-LT.
 
-    **Take** ``form="official"`` **unless it is the paper's equation that you study.** The paper's
-    divergence has no bound, and once experts are confident, one gains more by leaving the others
-    than by being right: with cross entropy on CIFAR-100-LT at the default weight, the first of
-    three experts fell to 7 % accuracy. The official form's gradient is bounded by ``weight``.
+    **The paper's form can ruin experts.** Its divergence has no bound, and once experts are
+    confident, one gains more by leaving the others than by being right: with cross entropy on
+    CIFAR-100-LT at the default weight, the first of three experts fell to 7 % accuracy. The
+    official form's gradient is bounded by ``weight``.
 
     Args:
         class_counts: training samples of each class, ``[C]``, positive.
         weight: $\lambda$, not negative. The authors use 0.45 (CIFAR-100-LT) and 0.2 (ImageNet-LT,
             iNaturalist); their own argument carries the minus sign.
-        gamma: see `TemperatureSchedule`.
+        gamma: see `TemperatureSchedule`, whose default it has; so for the next two.
         eta: see `TemperatureSchedule`.
         start_epoch: see `TemperatureSchedule`.
-        form: ``"paper"`` as above; ``"official"``, the authors' code, compares each expert with the
-            ensemble instead.
+        form: ``"official"`` or ``"paper"``, as above.
         detach_others: in the paper's form, each expert takes the others as given. **With False
             training diverges**: KL is unbounded, and every expert can drive the others' divergence
             up at no cost of its own (measured: accuracy 93.7 to 42.6 at the default weight).
@@ -65,7 +69,7 @@ class DiversityLoss(nn.Module):
 
     Example:
         >>> import torch
-        >>> diversity = DiversityLoss([300, 100, 20], weight=0.2, form="official")
+        >>> diversity = DiversityLoss([300, 100, 20], weight=0.2)
         >>> expert_logits = torch.randn(8, 3, 3, requires_grad=True)  # or the model's output
         >>> loss = diversity(expert_logits, torch.randint(3, (8,)))
         >>> loss.backward()
@@ -77,10 +81,10 @@ class DiversityLoss(nn.Module):
         class_counts: ClassCounts,
         *,
         weight: float = 0.2,
-        gamma: float = 0.05,
-        eta: float = 1.0,
-        start_epoch: int = 0,
-        form: Form = "paper",
+        gamma: float | None = None,
+        eta: float | None = None,
+        start_epoch: int | None = None,
+        form: Form = "official",
         detach_others: bool = True,
         temperature: TemperatureSchedule | None = None,
     ) -> None:
@@ -93,13 +97,12 @@ class DiversityLoss(nn.Module):
         )
         self.form: Form = check_choice(form, "form", get_args(Form))
         self.detach_others = check_bool(detach_others, "detach_others")
+        all_given = {"gamma": gamma, "eta": eta, "start_epoch": start_epoch}
+        given: dict[str, Any] = {k: value for k, value in all_given.items() if value is not None}
         if temperature is None:
-            temperature = TemperatureSchedule(
-                class_counts, eta=eta, gamma=gamma, start_epoch=start_epoch, form=form
-            )
+            temperature = TemperatureSchedule(class_counts, form=form, **given)
         else:
             check_instance(temperature, "temperature", TemperatureSchedule, "a TemperatureSchedule")
-            given = {"gamma": gamma, "eta": eta, "start_epoch": start_epoch}
             _check_schedule(temperature, len(check_class_counts(class_counts)), form, given)
         self.schedule = temperature
 
@@ -150,13 +153,12 @@ class DiversityLoss(nn.Module):
 
 
 def _check_schedule(
-    schedule: TemperatureSchedule, num_classes: int, form: str, given: dict[str, float]
+    schedule: TemperatureSchedule, num_classes: int, form: str, given: dict[str, Any]
 ) -> None:
-    changed = [name for name, value in given.items() if value != _DEFAULTS[name]]
-    if changed:
+    for name, value in given.items():
         raise ArgumentError(
-            f"Expected argument `{changed[0]}` to be left alone when `temperature` is given, but "
-            f"got {given[changed[0]]}. Set it on the TemperatureSchedule."
+            f"Expected argument `{name}` to be left alone when `temperature` is given, but got "
+            f"{value!r}. Set it on the TemperatureSchedule."
         )
     if schedule.num_classes != num_classes or schedule.form != form:
         raise ArgumentError(

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self, get_args
+from typing import Self, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ride_plugin import functional
-from ride_plugin._checks import (
-    ClassCounts,
-    check_choice,
-    check_class_counts,
-    check_integer,
-    check_number,
-)
+from ride_plugin._checks import ClassCounts, check_choice, check_class_counts, check_number
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
+from ride_plugin._schedule import Schedule
 from ride_plugin.functional import Form
 
 
-class TemperatureSchedule(nn.Module):
+class TemperatureSchedule(Schedule):
     r"""Temperature of each class: the same for all at first, lower for rare classes later.
 
     $$T_k = \eta \quad (\text{epoch} < \text{start\_epoch}), \qquad
-    T_k = \eta\, \psi_k + \eta\, (1 - \max_c \psi_c) \quad (\text{then}).$$
+    T_k = \eta\, \psi_k / \max_c \psi_c \quad (\text{then}).$$
 
-    (Paper, section 3; the warm-up is from the authors' code. See `functional.class_temperatures`
-    and `functional.class_balance` for $\psi$ and for the official form.)
+    (The authors' code; the paper, section 3, has no warm-up and shifts the largest temperature to
+    $\eta$ instead, which ``form="paper"`` does. See `functional.class_temperatures`, and
+    `functional.class_balance` for $\psi$.)
 
     It behaves like a learning-rate scheduler: epochs count from zero, ``step()`` belongs at the end
     of each, ``state_dict()`` holds the epoch. It is a module, so that the temperatures follow
@@ -41,16 +37,17 @@ class TemperatureSchedule(nn.Module):
             use 0.05 (CIFAR-100-LT), 0.02 (ImageNet-LT) and 0.015 (iNaturalist).
         start_epoch: first epoch, counted from zero, with a temperature for each class. The authors
             use 160 of 200 (CIFAR-100-LT) and 80 of 100.
-        form: ``"paper"``, or ``"official"`` for the normalisation in the authors' code.
+        form: ``"official"``, the normalisation in the authors' code, or ``"paper"``.
 
     Attributes:
         temperature: ``[C]``, the temperatures of the current epoch (a buffer updated in place).
         last_epoch: the current epoch.
+        is_active: whether classes have temperatures of their own in it.
 
     Raises:
         ArgumentError: counts that are not positive, eta not positive, gamma outside [0, 1],
-            start_epoch negative, an unknown form, or a gamma so large that the temperature of the
-            rarest class would not be positive.
+            start_epoch negative, an unknown form, or, in the paper's form, a gamma so large that
+            the temperature of the rarest class would not be positive.
 
     Example:
         >>> schedule = TemperatureSchedule([300, 100, 20], start_epoch=1)
@@ -58,7 +55,7 @@ class TemperatureSchedule(nn.Module):
         tensor([1., 1., 1.])
         >>> schedule.step()
         >>> schedule.temperature
-        tensor([1.0000, 0.9286, 0.9000])
+        tensor([1.0000, 0.9324, 0.9054])
     """
 
     temperature: Tensor
@@ -70,9 +67,9 @@ class TemperatureSchedule(nn.Module):
         eta: float = 1.0,
         gamma: float = 0.05,
         start_epoch: int = 0,
-        form: Form = "paper",
+        form: Form = "official",
     ) -> None:
-        super().__init__()
+        super().__init__(start_epoch)
         counts = check_class_counts(class_counts)
         self.eta = check_number(eta, "eta", 0, open_low=True, advice="The paper uses 1.")
         self.gamma = check_number(
@@ -82,11 +79,7 @@ class TemperatureSchedule(nn.Module):
             1,
             advice="The authors use 0.05, 0.02 and 0.015; 0 gives all classes one temperature.",
         )
-        self.start_epoch = check_integer(
-            start_epoch, "start_epoch", advice="Epochs count from zero; 0 starts at once."
-        )
         self.form: Form = check_choice(form, "form", get_args(Form))
-        self.last_epoch = 0
         # In float64 and no buffer, so that casting the module back and forth loses nothing.
         self._by_class = functional.class_temperatures(
             counts, eta=self.eta, gamma=self.gamma, form=self.form
@@ -107,20 +100,6 @@ class TemperatureSchedule(nn.Module):
         """Number of classes C."""
         return len(self._by_class)
 
-    def step(self) -> None:
-        """Go on to the next epoch; call it at the end of each, beside the LR scheduler's."""
-        self.last_epoch += 1
-        self._refresh()
-
-    def get_extra_state(self) -> dict[str, int]:
-        """Return what ``state_dict()`` keeps: the epoch."""
-        return {"last_epoch": self.last_epoch}
-
-    def set_extra_state(self, state: Any) -> None:
-        """Resume at the epoch that ``state_dict()`` kept."""
-        self.last_epoch = int(state["last_epoch"])
-        self._refresh()
-
     def extra_repr(self) -> str:
         """Arguments and epoch, as ``repr`` shows them."""
         return (
@@ -129,15 +108,16 @@ class TemperatureSchedule(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         # Temperatures differ in the third digit, which a cast to half precision would round away.
         self.temperature = float32_or_better(self.temperature)
         self._refresh()
         return self
 
     def _refresh(self) -> None:
+        super()._refresh()
         # In place: a compiled loss keeps the buffer it has seen and does not compile again.
-        if self.last_epoch >= self.start_epoch:
+        if self.is_active:
             self.temperature.copy_(self._by_class)
         else:
             self.temperature.fill_(self.eta)

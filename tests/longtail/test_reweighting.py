@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -72,7 +74,7 @@ def test_resuming_restores_the_weights_in_both_directions() -> None:
     own = [0.5, 1.0, 2.0]
     first = LDAMLoss(COUNTS, weight=own)
     drw = DeferredReweighting(first, COUNTS, start_epoch=1)
-    early = drw.state_dict()
+    early = copy.deepcopy(drw.state_dict())  # as a file would hold it
     drw.step()
     resumed = LDAMLoss(COUNTS, weight=own)
     again = DeferredReweighting(resumed, COUNTS, start_epoch=1)
@@ -102,8 +104,10 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(RIDEError, match=r"`beta`.*< 1, but got 1"):
         effective_number_weights(COUNTS, 1.0)
     drw = DeferredReweighting(LDAMLoss(COUNTS), COUNTS, start_epoch=1)
-    with pytest.raises(RIDEError, match=r"`state_dict`.*epoch"):
-        drw.load_state_dict({"epoch": 3})
+    with pytest.raises(RIDEError, match="`epoch` to be an integer >= 0, but got"):
+        drw.load_state_dict({"epoch": torch.tensor(-1)})
+    with pytest.raises(RIDEError, match="`criterion` to be a module that holds class weights"):
+        DeferredReweighting(torch.nn.functional.cross_entropy, COUNTS, start_epoch=1)
 
 
 @pytest.mark.parametrize("criterion", criteria()[:2], ids=lambda c: type(c).__name__)

@@ -32,8 +32,9 @@ def batch(num_experts: int = 3) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("start_epoch", [0, 1])
 def test_paper_form_is_minus_weight_times_mean_divergence(detach_others, start_epoch) -> None:
     logits, target = batch()
-    loss = DiversityLoss(COUNTS, weight=0.3, start_epoch=start_epoch, detach_others=detach_others)
-    loss = loss.double()
+    loss = DiversityLoss(
+        COUNTS, weight=0.3, start_epoch=start_epoch, form="paper", detach_others=detach_others
+    ).double()
     temperature = loss.schedule.temperature[target]
     assert (temperature == 1).all() == (start_epoch == 1)
     expected = -0.3 * oracles.pairwise_kl(logits, temperature, detach_others).mean()
@@ -90,7 +91,7 @@ def test_one_hot_targets_equal_indices(form) -> None:
 
 def test_mixed_targets_use_the_expected_temperature() -> None:
     logits, target = batch()
-    loss = DiversityLoss(COUNTS, weight=1.0).double()
+    loss = DiversityLoss(COUNTS, weight=1.0, form="paper").double()
     one_hot = nn.functional.one_hot(target, 4).double()
     mixed = 0.4 * one_hot + 0.6 * one_hot.flip(0)
     temperature = loss.schedule.temperature[target]
@@ -213,7 +214,7 @@ def test_operations_are_few_flat_in_experts_and_read_nothing_back(form) -> None:
 @pytest.mark.parametrize("target", [[0, 1, 4, 0, 0, 0], [0, -1, 2, 0, 0, 0]])
 def test_index_out_of_range_is_named(target: list[int]) -> None:
     with pytest.raises(ArgumentError, match="`target` to hold class indices from 0 to 3, but got"):
-        DiversityLoss(COUNTS)(batch()[0], torch.tensor(target))
+        DiversityLoss(COUNTS, form="paper")(batch()[0], torch.tensor(target))
 
 
 @pytest.mark.parametrize(
@@ -241,6 +242,15 @@ def test_logits_that_do_not_fit_the_counts_are_named(shape) -> None:
         DiversityLoss(COUNTS)(torch.zeros(shape), torch.zeros(shape[0], dtype=torch.long))
 
 
+def test_defaults_are_those_of_the_schedule_and_safe_to_add_to_any_loop() -> None:
+    loss, schedule = DiversityLoss(COUNTS), TemperatureSchedule(COUNTS)
+    assert repr(loss.schedule) == repr(schedule)
+    assert (loss.form, schedule.form) == ("official", "official")
+    logits = torch.tensor([[[9.0, 0, 0, 0], [0, 9.0, 0, 0]]]).requires_grad_()
+    loss(logits, torch.tensor([0])).backward()
+    assert logits.grad.abs().sum(-1).max() <= 2 * loss.weight  # bounded, however confident
+
+
 def test_negative_weight_is_refused_with_the_sign_explained() -> None:
     with pytest.raises(ArgumentError, match=r"`weight`.*-0\.45.*minus sign built in"):
         DiversityLoss(COUNTS, weight=-0.45)
@@ -248,9 +258,12 @@ def test_negative_weight_is_refused_with_the_sign_explained() -> None:
 
 def test_own_schedule_and_its_arguments_do_not_mix() -> None:
     schedule = TemperatureSchedule(COUNTS)
-    with pytest.raises(ArgumentError, match="`gamma` to be left alone when `temperature` is given"):
-        DiversityLoss(COUNTS, gamma=0.02, temperature=schedule)
-    with pytest.raises(ArgumentError, match="schedule for 4 classes with form='official'"):
-        DiversityLoss(COUNTS, form="official", temperature=schedule)
+    for name, value in (("gamma", 0.02), ("gamma", 0.05), ("eta", 1.0), ("start_epoch", 0)):
+        with pytest.raises(ArgumentError, match=f"`{name}` to be left alone when `temperature`"):
+            DiversityLoss(COUNTS, **{name: value}, temperature=schedule)
+    with pytest.raises(ArgumentError, match="`temperature` to be a TemperatureSchedule, but got 2"):
+        DiversityLoss(COUNTS, temperature=2)
+    with pytest.raises(ArgumentError, match="schedule for 4 classes with form='paper'"):
+        DiversityLoss(COUNTS, form="paper", temperature=schedule)
     with pytest.raises(ArgumentError, match=r"schedule for 2 classes.*got one for 4"):
         DiversityLoss([1, 2], temperature=schedule)

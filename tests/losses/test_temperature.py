@@ -13,30 +13,38 @@ from ride_plugin import ArgumentError, TemperatureSchedule
 COUNTS = [500, 100, 20, 5]
 
 
+def official(gamma: float = 0.05, eta: float = 1.0) -> torch.Tensor:
+    mean = sum(COUNTS) / len(COUNTS)
+    psi = [gamma * n / mean + 1 - gamma for n in COUNTS]
+    return torch.tensor([eta * value / max(psi) for value in psi])
+
+
 def paper(gamma: float = 0.05, eta: float = 1.0) -> torch.Tensor:
     mean = sum(COUNTS) / len(COUNTS)
     psi = [gamma * n / mean + 1 - gamma for n in COUNTS]
     return torch.tensor([eta * value + eta * (1 - max(psi)) for value in psi])
 
 
-def test_class_temperatures_act_from_the_start_epoch_on() -> None:
-    schedule = TemperatureSchedule(COUNTS, eta=1.1, start_epoch=2)
+@pytest.mark.parametrize("form", ["paper", "official"])
+def test_class_temperatures_act_from_the_start_epoch_on(form) -> None:
+    by_class = {"paper": paper, "official": official}[form](eta=1.1)
+    schedule = TemperatureSchedule(COUNTS, eta=1.1, start_epoch=2, form=form)
     for epoch in range(5):
         assert schedule.last_epoch == epoch
-        expected = torch.full((4,), 1.1) if epoch < 2 else paper(eta=1.1)
+        expected = torch.full((4,), 1.1) if epoch < 2 else by_class
         torch.testing.assert_close(schedule.temperature, expected)
         schedule.step()
 
 
 def test_starts_with_class_temperatures_by_default() -> None:
-    torch.testing.assert_close(TemperatureSchedule(COUNTS).temperature, paper())
+    torch.testing.assert_close(TemperatureSchedule(COUNTS).temperature, official())
 
 
 @pytest.mark.parametrize(
     "counts", [COUNTS, tuple(COUNTS), np.array(COUNTS), torch.tensor(COUNTS), np.float32(COUNTS)]
 )
 def test_takes_counts_in_any_usual_form(counts) -> None:
-    torch.testing.assert_close(TemperatureSchedule(counts).temperature, paper())
+    torch.testing.assert_close(TemperatureSchedule(counts).temperature, official())
 
 
 def test_uniform_counts_and_zero_gamma_give_one_temperature() -> None:
@@ -62,7 +70,42 @@ def test_state_survives_inside_another_module() -> None:
     owner["schedule"].step()
     fresh = nn.ModuleDict({"schedule": TemperatureSchedule(COUNTS, start_epoch=1)})
     fresh.load_state_dict(owner.state_dict())
-    torch.testing.assert_close(fresh["schedule"].temperature, paper())
+    torch.testing.assert_close(fresh["schedule"].temperature, official())
+
+
+def test_the_state_is_of_tensors_so_that_any_file_format_can_hold_it() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), TemperatureSchedule(COUNTS, start_epoch=1))
+    model[1].step()
+    state = model.state_dict()
+    assert set(state) == {"0.weight", "0.bias", "1.epoch"}
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def test_survives_a_safetensors_file() -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = nn.Sequential(nn.Linear(2, 2), TemperatureSchedule(COUNTS, start_epoch=1))
+    model[1].step()
+    state = model.state_dict()
+    fresh = nn.Sequential(nn.Linear(2, 2), TemperatureSchedule(COUNTS, start_epoch=1))
+    fresh.load_state_dict(safetensors.load(safetensors.save(state)))
+    assert fresh[1].last_epoch == 1
+    torch.testing.assert_close(fresh[1].temperature, official())
+
+
+def test_buffers_without_values_are_filled_again() -> None:
+    schedule = TemperatureSchedule(COUNTS, start_epoch=1)
+    schedule.step()
+    schedule.to("meta").to_empty(device="cpu")
+    assert int(schedule.epoch) == schedule.last_epoch == 1
+    torch.testing.assert_close(schedule.temperature, official())
+
+
+@pytest.mark.parametrize("epoch", [-5, 2.9, float("nan")])
+def test_an_epoch_that_cannot_be_is_not_loaded(epoch: float) -> None:
+    schedule = TemperatureSchedule(COUNTS)
+    with pytest.raises(ArgumentError, match="`epoch` to be an integer >= 0, but got"):
+        schedule.load_state_dict({"epoch": torch.tensor(epoch)})
+    assert schedule.last_epoch == 0
 
 
 def test_going_back_to_an_earlier_epoch_takes_temperatures_back() -> None:
@@ -78,7 +121,7 @@ def test_step_keeps_the_buffer_in_place() -> None:
     buffer = schedule.temperature
     schedule.step()
     assert schedule.temperature is buffer
-    torch.testing.assert_close(buffer, paper())
+    torch.testing.assert_close(buffer, official())
 
 
 def test_temperatures_lose_nothing_when_cast_back_and_forth() -> None:
@@ -101,7 +144,7 @@ def test_copy_steps_by_itself() -> None:
 
 def test_repr_names_every_argument() -> None:
     assert repr(TemperatureSchedule(COUNTS)) == (
-        "TemperatureSchedule(num_classes=4, eta=1.0, gamma=0.05, start_epoch=0, form='paper', "
+        "TemperatureSchedule(num_classes=4, eta=1.0, gamma=0.05, start_epoch=0, form='official', "
         "last_epoch=0)"
     )
 
@@ -149,7 +192,7 @@ def test_arguments_out_of_range_are_named(argument: str, value) -> None:
 
 def test_gamma_that_makes_a_temperature_negative_is_told_its_limit() -> None:
     with pytest.raises(ArgumentError, match=r"must be below 0\.316") as error:
-        TemperatureSchedule(COUNTS, gamma=0.5)
+        TemperatureSchedule(COUNTS, gamma=0.5, form="paper")
     assert "gamma=0.5" in str(error.value)
-    TemperatureSchedule(COUNTS, gamma=0.315)
-    TemperatureSchedule(COUNTS, gamma=0.5, form="official")
+    TemperatureSchedule(COUNTS, gamma=0.315, form="paper")
+    TemperatureSchedule(COUNTS, gamma=0.5)

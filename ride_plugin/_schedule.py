@@ -1,0 +1,59 @@
+"""What depends on the epoch: one protocol, that of learning-rate schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._checks import check_integer
+
+
+class Schedule(nn.Module):
+    """Something that changes at an epoch: ``step()`` at the end of each, ``last_epoch`` from 0.
+
+    It is a module, so that its state dict can be saved within that of whatever owns it. The epoch
+    is saved as a tensor, which every file format for state dicts can hold.
+
+    Attributes:
+        start_epoch: the first epoch, counted from zero, in which the change acts.
+        last_epoch: the current epoch.
+    """
+
+    epoch: Tensor
+
+    def __init__(self, start_epoch: int) -> None:
+        super().__init__()
+        self.start_epoch = check_integer(
+            start_epoch, "start_epoch", advice="Epochs count from zero; 0 starts at once."
+        )
+        self.last_epoch = 0
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the change acts in the current epoch."""
+        return self.last_epoch >= self.start_epoch
+
+    def step(self) -> None:
+        """Go on to the next epoch; call it at the end of each, beside the LR scheduler's."""
+        self.last_epoch += 1
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Let everything that depends on the epoch follow it."""
+        self.epoch.fill_(self.last_epoch)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._refresh()  # `to_empty` leaves buffers without their values
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        name = f"{prefix}epoch"
+        if name in state_dict:
+            self.last_epoch = check_integer(state_dict[name], name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._refresh()
