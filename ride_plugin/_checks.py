@@ -112,7 +112,7 @@ def check_floating(value: object, name: str, *shape: int | str, advice: str = ""
 
     A leading ``"..."`` allows any further dimensions.
     """
-    sizes = shape[1:] if shape[0] == "..." else shape
+    sizes = shape[1:] if shape[:1] == ("...",) else shape
     if isinstance(value, Tensor) and value.is_floating_point():
         found = tuple(value.shape)
         if len(sizes) < len(shape):
@@ -126,14 +126,13 @@ def check_floating(value: object, name: str, *shape: int | str, advice: str = ""
 
 
 def check_temperature(value: Tensor | float, size: int) -> Tensor | float:
-    """Return a positive number, or a tensor of them, 0-dimensional or ``[size]``."""
+    """Return a positive number, or a floating-point tensor, 0-dimensional or ``[size]``.
+
+    The values of a tensor are not read, at a training step: `inverse_of` makes NaN of negative ones.
+    """
     if not isinstance(value, Tensor):
         return check_number(value, "temperature", 0, open_low=True)
-    if value.dim():
-        check_floating(value, "temperature", size)
-    if _may_read(value) and not bool((value.isfinite() & (value > 0)).all()):
-        refuse("temperature", "positive and finite throughout", value.detach().flatten().tolist())
-    return value
+    return check_floating(value, "temperature", *([size] if value.dim() else []))
 
 
 def check_class_counts(class_counts: ClassCounts) -> Tensor:

@@ -143,10 +143,13 @@ def sample_temperatures(temperature: Tensor, target: Tensor) -> Tensor:
     classes = check_floating(temperature, "temperature", "C").shape[0]
     batch = target.shape[0] if isinstance(target, Tensor) and target.dim() else 0
     target = check_target(target, batch, classes)
-    check_classes(target, "target", classes)
     if target.is_floating_point():
         return (target * temperature).sum(dim=1)  # a matrix product would be lowered by autocast
-    return temperature.gather(0, target)  # gather: negative indices raise, they do not wrap
+    try:
+        return temperature.gather(0, target)  # gather: negative indices raise, they do not wrap
+    except (IndexError, RuntimeError):
+        check_classes(target, "target", classes)
+        raise
 
 
 def pairwise_kl(
