@@ -128,7 +128,7 @@ def check_floating(value: object, name: str, *shape: int | str, advice: str = ""
 def check_temperature(value: Tensor | float, size: int) -> Tensor | float:
     """Return a positive number, or a floating-point tensor, 0-dimensional or ``[size]``.
 
-    The values of a tensor are not read, at a training step: `inverse_of` makes NaN of negative ones.
+    The values of a tensor are not read at each step; `inverse_of` makes NaN of negative ones.
     """
     if not isinstance(value, Tensor):
         return check_number(value, "temperature", 0, open_low=True)
