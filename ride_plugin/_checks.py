@@ -126,10 +126,7 @@ def check_floating(value: object, name: str, *shape: int | str, advice: str = ""
 
 
 def check_temperature(value: Tensor | float, size: int) -> Tensor | float:
-    """Return a positive number, or a floating-point tensor, 0-dimensional or ``[size]``.
-
-    The values of a tensor are not read at each step; `inverse_of` makes NaN of negative ones.
-    """
+    """Return a positive number, or a tensor, 0-dimensional or ``[size]``, which is not read."""
     if not isinstance(value, Tensor):
         return check_number(value, "temperature", 0, open_low=True)
     return check_floating(value, "temperature", *([size] if value.dim() else []))

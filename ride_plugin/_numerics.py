@@ -134,10 +134,7 @@ def float32_or_better(logits: Tensor) -> Tensor:
 
 
 def inverse_of(temperature: Tensor | float, logits: Tensor) -> Tensor:
-    """One over the temperature, which is held constant, in the dtype of the logits.
-
-    NaN for one that is not positive, so that nobody takes the result for a divergence.
-    """
+    """One over the temperature, which is held constant, in the dtype of the logits."""
     if isinstance(temperature, Tensor):
-        return temperature.detach().to(logits.dtype).rsqrt().square()
+        return temperature.detach().to(logits.dtype).reciprocal()
     return torch.full((), 1 / temperature, dtype=logits.dtype, device=logits.device)

@@ -25,6 +25,7 @@ from ride_plugin._checks import (
     check_temperature,
     refuse,
 )
+from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import compare, float32_or_better, inverse_of, with_gradient
 
 __all__ = [
@@ -109,7 +110,11 @@ def class_temperatures(
             divides by it.
 
     Returns:
-        ``[C]``; not checked to be positive, which a large gamma can break in the paper's form.
+        ``[C]``, positive.
+
+    Raises:
+        ArgumentError: a temperature would not be positive, which a large gamma can do in the
+            paper's form; or an argument is out of range.
 
     Example:
         >>> class_temperatures(torch.tensor([30.0, 10.0, 20.0]), eta=1.0, gamma=0.1, form="paper")
@@ -120,7 +125,16 @@ def class_temperatures(
     psi = class_balance(class_counts, gamma)
     if form == "official":
         return eta * psi / psi.max()
-    return eta * psi + eta * (1 - psi.max())
+    temperatures = eta * psi + eta * (1 - psi.max())
+    lowest = float(temperatures.min())
+    if not lowest > 0:
+        limit = gamma / float(psi.max() - psi.min())
+        raise ArgumentError(
+            "Expected argument `gamma` to keep every temperature positive, but got "
+            f"gamma={gamma:g}, with which the rarest class has temperature {lowest:.3g}. For "
+            f"these class counts it must be below {limit:.3g}."
+        )
+    return temperatures
 
 
 def sample_temperatures(temperature: Tensor, target: Tensor) -> Tensor:

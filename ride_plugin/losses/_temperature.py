@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ride_plugin import functional
 from ride_plugin._checks import ClassCounts, check_choice, check_class_counts, check_number
-from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._schedule import Schedule
 from ride_plugin.functional import Form
@@ -70,7 +69,6 @@ class TemperatureSchedule(Schedule):
         form: Form = "official",
     ) -> None:
         super().__init__(start_epoch)
-        counts = check_class_counts(class_counts)
         self.eta = check_number(eta, "eta", 0, open_low=True, advice="The paper uses 1.")
         self.gamma = check_number(
             gamma,
@@ -82,17 +80,9 @@ class TemperatureSchedule(Schedule):
         self.form: Form = check_choice(form, "form", get_args(Form))
         # In float64 and no buffer, so that casting the module back and forth loses nothing.
         self._by_class = functional.class_temperatures(
-            counts, eta=self.eta, gamma=self.gamma, form=self.form
+            check_class_counts(class_counts), eta=self.eta, gamma=self.gamma, form=self.form
         )
-        lowest = self._by_class.min().item()
-        if not lowest > 0:
-            psi_spread = (counts.max() - counts.min()).item() / counts.mean().item()
-            raise ArgumentError(
-                "Expected argument `gamma` to keep every temperature positive, but got "
-                f"gamma={gamma}, with which the rarest class has temperature {lowest:.3g}. For "
-                f"these class counts it must be below {1 / psi_spread:.3g}."
-            )
-        self.register_buffer("temperature", torch.empty(len(counts)), persistent=False)
+        self.register_buffer("temperature", torch.empty(len(self._by_class)), persistent=False)
         self._refresh()
 
     @property
