@@ -20,6 +20,7 @@ from ride_plugin._initialise import (
     warn_if_trained,
 )
 from ride_plugin._split import (
+    Choice,
     Parts,
     graft_experts,
     replace_classifiers,
@@ -39,9 +40,11 @@ def construct(
     classifier: Literal["cosine"] | Callable[[int, int], nn.Module] | None,
     expert_factory: Callable[[int], nn.Module] | None,
     example_input: Any,
+    logits: Choice,
+    num_classes: int | None,
 ) -> Parts:
     """The parts of a wrapped model; arguments and errors are those of :class:`RIDEWrapper`."""
-    split = split_backbone(backbone, fork_at, example_input)
+    split = split_backbone(backbone, fork_at, example_input, logits, num_classes)
     if expert_width < 1:
         warn_if_trained(split.views.expert)  # before narrowing, which starts the statistics anew
         split = narrow_expert(split, expert_width)
@@ -49,8 +52,8 @@ def construct(
         parts = replicate(split, num_experts)
     else:
         parts = graft_experts(split, expert_factory, num_experts)
-    if classifier is not None:
-        parts = replace_classifiers(parts, classifier)
+    if classifier is not None or num_classes not in (None, parts.num_classes):
+        parts = replace_classifiers(parts, classifier, num_classes)
     if expert_factory is None and (num_experts > 1 or expert_width < 1):
         parts = initialise(parts, init, expert_width)
     return parts

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 from torch import Tensor
+
+Path: TypeAlias = tuple[int | str, ...]
+"""A place inside nested values: keys, indices and names of fields, from outside to inside."""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -51,15 +54,48 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     )
 
 
-def logits_in(output: Any) -> Tensor | None:
-    """Return the ``[B, C]`` logits of a classifier's output, or None if there are none.
+def matrices_in(value: Any) -> list[tuple[Path, Tensor]]:
+    """The floating-point matrices in a value, depth first, each with its place in it."""
+    if isinstance(value, Tensor):
+        return [((), value)] if is_matrix(value) else []
+    items: Iterable[tuple[int | str, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    elif isinstance(getattr(value, "logits", None), Tensor):
+        items = (("logits", value.logits),)
+    return [((key, *path), t) for key, item in items for path, t in matrices_in(item)]
 
-    A tensor is the logits; a structured output gives its ``logits`` entry, else its first matrix.
+
+def at_path(value: Any, path: Path) -> Any:
+    """What lies at a place that :func:`matrices_in` named; None if there is nothing."""
+    for key in path:
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        elif isinstance(key, int):
+            inside = isinstance(value, list | tuple) and -len(value) <= key < len(value)
+            value = value[key] if inside else None
+        else:
+            value = getattr(value, str(key), None)
+    return value
+
+
+def is_matrix(value: object) -> bool:
+    """Whether a value is a floating-point tensor ``[B, C]``."""
+    return isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+
+
+def logits_in(output: Any) -> Tensor | None:
+    """Return the ``[B, C]`` logits of a classifier's output, or None if it is not certain which.
+
+    A matrix is the logits; of a structured output it is the entry named `logits`, or the only
+    matrix in it.
     """
-    if isinstance(output, Tensor):
-        return output if output.dim() == 2 and output.is_floating_point() else None
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(named, Tensor):
-        return logits_in(named)
-    matrices = (t for t in tensors_in(output) if t.dim() == 2 and t.is_floating_point())
-    return next(matrices, None)
+    found = matrices_in(output)
+    named = [tensor for path, tensor in found if path and path[-1] == "logits"]
+    if len(named) == 1:
+        return named[0]
+    return found[0][1] if len(found) == 1 else None

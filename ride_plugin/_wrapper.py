@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from numbers import Integral
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checks import check_integer
 from ride_plugin._construct import construct
 from ride_plugin._errors import ArgumentError
 from ride_plugin._fold_batchnorm import folded_copy
@@ -19,6 +19,7 @@ from ride_plugin._recompute import checkpointed
 from ride_plugin._split import (
     Parts,
     SplitModule,
+    check_logits_choice,
     feature_dim_of,
     join_parts,
     plain_modules,
@@ -35,7 +36,8 @@ class RIDEWrapper(SplitModule):
     Args:
         backbone: any module that maps a batch to logits ``[B, C]``; it is not modified. A
             structured output (a dataclass or dict with ``logits``, auxiliary heads in training)
-            is reduced to its logits.
+            is reduced to its logits. Wrap the module itself, before DistributedDataParallel, FSDP
+            and ``torch.compile``.
         num_experts: number of experts, ``E >= 1``. With one, the model is the backbone.
         fork_at: name of the first forked submodule, as in ``backbone.named_modules()``. By default
             the last two resolution levels of a convolutional network, or the last third of a
@@ -54,6 +56,15 @@ class RIDEWrapper(SplitModule):
             is its forked half, with the weights that it has; its early half is dropped.
         example_input: a batch as the backbone's forward receives it: a tensor, a tuple of
             arguments, or a dict of keyword arguments. Guessed if None.
+        logits: which part of the backbone's output is the logits ``[B, C]``: an index, a key or
+            attribute, or a function of the output (one of a module, not a lambda, if the model
+            shall be pickled). None finds them where it is certain: the output itself, an entry
+            named `logits`, the only matrix, or what a classifier returned that comes last of all;
+            everything else is an error that lists what was found.
+        num_classes: ``C``. If it is the backbone's own number it confirms it; if not, the experts'
+            classifiers are made anew with as many outputs, which needs a linear layer in the
+            backbone (a pretrained head of 1000 classes, a task of 150) or ``classifier=``. None
+            takes the backbone's own number.
         return_experts: return :class:`ExpertOutput` instead of a tensor that carries the experts'
             logits; can be set at any time. Needed under DistributedDataParallel with
             ``static_graph`` or ``find_unused_parameters``, and under DataParallel.
@@ -89,10 +100,15 @@ class RIDEWrapper(SplitModule):
         classifier: Literal["cosine"] | Callable[[int, int], nn.Module] | None = None,
         expert_factory: Callable[[int], nn.Module] | None = None,
         example_input: Any = None,
+        logits: int | str | Callable[[Any], Tensor] | None = None,
+        num_classes: int | None = None,
         return_experts: bool = False,
         checkpoint_experts: bool = False,
     ) -> None:
-        num_experts = _num_experts(num_experts)
+        num_experts = check_integer(num_experts, "num_experts", 1)
+        if num_classes is not None:
+            num_classes = check_integer(num_classes, "num_classes", 2)
+        check_logits_choice(logits)
         if init not in ("fresh", "copy"):
             raise ArgumentError(
                 f"Expected argument `init` to be 'fresh' or 'copy', but got {init!r}."
@@ -121,6 +137,8 @@ class RIDEWrapper(SplitModule):
             classifier=classifier,
             expert_factory=expert_factory,
             example_input=example_input,
+            logits=logits,
+            num_classes=num_classes,
         )
         self._assemble(parts, expert_width, return_experts, checkpoint_experts)
 
@@ -169,7 +187,8 @@ class RIDEWrapper(SplitModule):
             >>> tuple(model(torch.randn(4, 8)).shape)
             (4, 5)
         """
-        parts = join_parts(trunk, expert_factory, _num_experts(num_experts), example_input)
+        number = check_integer(num_experts, "num_experts", 1)
+        parts = join_parts(trunk, expert_factory, number, example_input)
         model = cls.__new__(cls)
         cls._assemble(model, parts, 1.0, return_experts, checkpoint_experts)
         return model
@@ -278,19 +297,6 @@ class RIDEWrapper(SplitModule):
         return [
             checkpointed(partial(logits_of, k), self.experts[k]) for k in range(len(self.experts))
         ]
-
-
-def _num_experts(number: int) -> int:
-    """``number`` as an int if it is a number of experts.
-
-    Raises:
-        ArgumentError: it is not.
-    """
-    if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
-        raise ArgumentError(
-            f"Expected argument `num_experts` to be an integer >= 1, but got {number!r}."
-        )
-    return int(number)
 
 
 def _as_expert_index(index: int, num_experts: int) -> int:

@@ -51,7 +51,9 @@ def test_map_rebuilds_what_torch_functions_return() -> None:
         lambda t: (t,),
         lambda t: {"logits": t},
         lambda t: Output(None, t),
-        lambda t: (t, torch.rand(2, 7)),
+        lambda t: (t, torch.rand(2, 7, 3)),
+        lambda t: {"features": torch.rand(2, 7), "logits": t},
+        lambda t: (torch.rand(2, 7), {"logits": t}),
     ],
 )
 def test_logits_are_found(wrap) -> None:
@@ -62,3 +64,4 @@ def test_logits_are_found(wrap) -> None:
 def test_no_logits() -> None:
     assert logits_in(torch.rand(2, 3, 4)) is None
     assert logits_in(("a", 1)) is None
+    assert logits_in((torch.rand(2, 7), torch.rand(2, 5))) is None  # which one?

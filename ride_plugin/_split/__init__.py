@@ -5,6 +5,7 @@ from ride_plugin._split._build import reason_of_fork, split_backbone
 from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._graft import graft_experts
 from ride_plugin._split._join import join_parts
+from ride_plugin._split._logits import Choice, check_logits_choice
 from ride_plugin._split._module import SplitModule
 from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
@@ -14,12 +15,14 @@ from ride_plugin._split._state import TrunkState, hollow
 from ride_plugin._split._tape import Recorded
 
 __all__ = [
+    "Choice",
     "Parts",
     "Recorded",
     "Rows",
     "Split",
     "SplitModule",
     "TrunkState",
+    "check_logits_choice",
     "feature_dim_of",
     "graft_experts",
     "hollow",

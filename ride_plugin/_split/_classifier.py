@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,66 +11,89 @@ from torch import Tensor, nn
 from ride_plugin._cosine import CosineClassifier
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._split._parts import Parts
-from ride_plugin._split._probe import Call
+from ride_plugin._split._probe import Call, address_of
 from ride_plugin._split._tape import watch_classifier
-from ride_plugin._tree import logits_in
 
 ClassifierFactory = Callable[[int, int], nn.Module]
 
 
-def find_classifier(root: Call, output: Any, forked_units: list[str]) -> str | None:
-    """Name of the last parametric leaf that returns ``B x C`` elements, preferably the logits.
+@dataclass(frozen=True)
+class Head:
+    """A module whose result is as large as the logits.
+
+    Attributes:
+        name: its name in the backbone.
+        exact: whether its result is the logits, and nothing computed from it.
+    """
+
+    name: str
+    exact: bool
+
+
+def find_classifier(root: Call, logits: Tensor) -> Head | None:
+    """The module with a weight matrix that returned the logits, else the last one that may have.
 
     None if there is none, for example where the class weights are used by a function call.
     """
-    logits = logits_in(output)
-    if logits is None:
-        raise SplitError("The backbone returned no logits [B, C].")
     candidates = [
-        leaf
-        for leaf in root.leaves
-        if leaf.num_parameters
-        and leaf.shape is not None
-        and torch.Size(leaf.shape).numel() == logits.numel()
-        and any(leaf.name == unit or leaf.name.startswith(unit + ".") for unit in forked_units)
+        call
+        for call in root.walk()
+        if call is not root
+        and call.shape is not None
+        and torch.Size(call.shape).numel() == logits.numel()
+        and any(parameter.dim() > 1 for parameter in call.module.parameters())
     ]
-    exact = [c for c in candidates if c.outputs[0][0] == logits.data_ptr()]
-    chosen = (exact or candidates)[-1:]
-    return chosen[0].name if chosen else None
+    exact = [call for call in candidates if call.outputs[0][0] == address_of(logits)]
+    if exact:
+        return Head(exact[0].name, True)  # the innermost: a container returns what its last does
+    leaves = [call for call in candidates if not call.children]
+    return Head(leaves[-1].name, False) if leaves else None
 
 
-def replace_classifiers(parts: Parts, classifier: str | ClassifierFactory) -> Parts:
-    """Give each expert a new classifier.
+def replace_classifiers(
+    parts: Parts, classifier: str | ClassifierFactory | None, num_classes: int | None
+) -> Parts:
+    """Give each expert a new classifier: the one asked for, or a linear layer as the old one.
 
     Raises:
         SplitError: the backbone's classifier is not an ordinary linear layer on pooled features.
         ArgumentError: ``classifier`` is of another kind.
     """
+    num_classes = parts.num_classes if num_classes is None else num_classes
     olds = parts.classifiers()
     in_features = _in_features(olds[0], parts.num_classes) if olds else None
-    if in_features is None:
+    if in_features is None or (classifier is None and not isinstance(olds[0], nn.Linear)):
         kind = f"is a {type(olds[0]).__name__} at `{parts.classifier}`" if olds else "was not found"
+        argument = "`num_classes=`" if classifier is None else "`classifier=`"
         raise SplitError(
-            f"Expected the backbone's classifier to be a linear layer that `classifier=` can "
-            f"replace, but it {kind}. Replace it in the backbone before wrapping, for example by "
-            "ride_plugin.longtail.CosineClassifier, and leave `classifier=None`."
+            f"Expected the backbone's classifier to be a linear layer that {argument} can replace, "
+            f"but it {kind}. Replace it in the backbone before wrapping, for example by "
+            "ride_plugin.longtail.CosineClassifier, and leave the argument out."
         )
     for expert, old in zip(parts.experts, olds, strict=True):
         if callable(classifier):
-            new = classifier(in_features, parts.num_classes)
+            new = classifier(in_features, num_classes)
         elif classifier == "cosine":
-            new = CosineClassifier(in_features, parts.num_classes)
+            new = CosineClassifier(in_features, num_classes)
+        elif classifier is None:
+            new = nn.Linear(in_features, num_classes, bias=getattr(old, "bias", None) is not None)
         else:
             raise ArgumentError(
                 "Expected argument `classifier` to be None, 'cosine' or a function of "
                 f"(in_features, num_classes) that returns a module, but got {classifier!r}."
+            )
+        if not isinstance(new, nn.Module):
+            raise ArgumentError(
+                "Expected argument `classifier` to return a torch.nn.Module for (in_features, "
+                f"num_classes) = {(in_features, num_classes)}, but it returned "
+                f"{type(new).__name__}."
             )
         parameter = next(old.parameters())
         new = new.to(parameter.device, parameter.dtype).train(old.training)
         path, _, attribute = str(parts.classifier).rpartition(".")
         setattr(expert.get_submodule(path), attribute, new)
         watch_classifier(expert, parts.classifier, parts.running)
-    return parts
+    return replace(parts, num_classes=num_classes)
 
 
 def _in_features(head: nn.Module, num_classes: int) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._inputs import Inputs, as_inputs, resize_batch
-from ride_plugin._tree import logits_in
+from ride_plugin._split._logits import LogitsReader, describe
+from ride_plugin._tree import matrices_in
 
 _SMALL_FIRST = (32, 224, 28, 64, 16, 8, 96, 128, 160, 192, 240, 256, 288, 299, 331, 384, 448, 512)
 _LARGE_FIRST = (224, 32, 256, 299, 384, 240, 288, 192, 160, 128, 96, 64, 28, 331, 448, 512, 16, 8)
 _LENGTHS = (64, 256, 1024, 4096, 16000, 16, 512)
 
 
-def find_example(backbone: nn.Module, example: Any) -> Inputs:
+def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> Inputs:
     """Return inputs for two rows that ``backbone`` (a throwaway copy, in eval mode) accepts.
 
     Raises:
@@ -26,32 +28,32 @@ def find_example(backbone: nn.Module, example: Any) -> Inputs:
     if example is not None:
         inputs = resize_batch(as_inputs(example), 2)
         try:
-            output = _run(backbone, inputs)
+            _run(backbone, inputs)
         except Exception as error:
             raise SplitError(
                 f"The backbone does not run on `example_input`: {type(error).__name__}: {error}. "
                 "Pass a batch as its forward receives it."
             ) from error
-        if logits_in(output) is None:
-            raise SplitError(
-                "Expected argument `backbone` to map a batch to logits [B, C], but on "
-                f"`example_input` it returned {_describe(output)}. Wrap a classifier."
-            )
         return inputs
-    last: str = "it has no layer whose input shape is known"
-    for inputs in _guesses(backbone):
-        try:
-            logits = logits_in(output := _run(backbone, inputs))
-        except Exception as error:
-            last = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            continue
-        if logits is not None and logits.shape[0] == 2:
-            return inputs
-        last = f"it returned {_describe(output)} where logits [B, C] were expected"
+    furthest, best = -1, "it has no layer whose input shape is known"
+    with _calls_counted(backbone) as count:
+        for inputs in _guesses(backbone):
+            count[0] = 0
+            try:
+                output = _run(backbone, inputs)
+                if _has_rows(reader, output):
+                    return inputs
+                cause = f"returned {describe(output)} where logits [B, C] were expected"
+                count[0] += 1
+            except Exception as error:
+                first = (str(error).splitlines() or [""])[0]
+                cause = f"raised {type(error).__name__}: {first}"
+            if count[0] > furthest:  # what came furthest comes closest to what it takes
+                furthest, best = count[0], f"on {_shapes(inputs)} it {cause}"
     raise SplitError(
-        f"Could not guess an input that the backbone accepts (last attempt: {last}). Pass "
-        "`example_input=`: a batch as its forward receives it (a tensor, a tuple of arguments or "
-        "a dict of keyword arguments)."
+        f"Could not guess an input that the backbone accepts. The most plausible attempt: {best}. "
+        "Pass `example_input=`: a batch as its forward receives it (a tensor, a tuple of arguments "
+        "or a dict of keyword arguments)."
     )
 
 
@@ -60,10 +62,33 @@ def _run(backbone: nn.Module, inputs: Inputs) -> Any:
         return backbone(*inputs[0], **inputs[1])
 
 
-def _describe(output: Any) -> str:
-    if isinstance(output, Tensor):
-        return f"a {output.dtype} tensor of shape {list(output.shape)}"
-    return type(output).__name__
+def _has_rows(reader: LogitsReader, output: Any) -> bool:
+    logits = reader.logits_of(output)
+    found = [t for _, t in matrices_in(output)] if logits is None else [logits]
+    return any(tensor.shape[0] == 2 for tensor in found)
+
+
+@contextmanager
+def _calls_counted(backbone: nn.Module) -> Iterator[list[int]]:
+    """How many submodules a forward has called, also one that failed: how far it came."""
+    count = [0]
+
+    def note(module: nn.Module, args: Any) -> None:
+        count[0] += 1
+
+    modules = [m for m in backbone.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shapes(inputs: Inputs) -> str:
+    args, kwargs = inputs
+    shown = [f"{list(value.shape)}" for value in args]
+    return ", ".join(shown + [f"{name}={list(value.shape)}" for name, value in kwargs.items()])
 
 
 def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
@@ -97,9 +122,16 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
     if config is not None and name == "input_values":  # a waveform
         for length in (16000, *_LENGTHS):  # a second, as such models take it
             yield (), {"input_values": floats(2, length)}
-    size = (getattr(backbone, "default_cfg", None) or {}).get("input_size")
-    if size is not None:
-        yield (floats(2, *size),), {}
+    if config is not None and name == "input_features":  # a spectrogram, frames first or last
+        bins = int(getattr(config, "num_mel_bins", 80))
+        frames = int(getattr(config, "max_source_positions", 512))
+        for shape in ((bins, 2 * frames), (frames, bins), (100, bins)):
+            yield (), {name: floats(2, *shape)}
+    for attribute in ("pretrained_cfg", "default_cfg"):  # timm's
+        card = getattr(backbone, attribute, None) or {}
+        size = card.get("input_size") if isinstance(card, Mapping) else None
+        if size is not None:
+            yield (floats(2, *size),), {}
 
     first = next((m for m in backbone.modules() if _input_is_known(m)), None)
     if isinstance(first, nn.Conv2d):

@@ -68,6 +68,9 @@ def join_parts(
             with random_state_kept(network):
                 example = splits[0].inputs if splits else example_input
                 seen = examine(network, example)
+                if seen.reader is not None:
+                    network.register_forward_hook(seen.reader)
+                    expert.head.register_forward_hook(seen.reader)
                 splits.append(learned(network, views, seen, "head", ["head"]))
         except SplitError as error:
             raise SplitError(f"`expert_factory({index})` does not fit: {error}") from error

@@ -16,6 +16,7 @@ from ride_plugin._contexts import evaluating, random_state_kept
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._analysis import layout_of
+from ride_plugin._split._logits import describe
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._probe import detached_activations
@@ -164,9 +165,22 @@ class SplitModule(nn.Module):
 
     def _read(self, output: Any) -> tuple[Tensor, Tensor]:
         logits = logits_in(output)
-        if logits is None:
-            raise RIDEError("An expert returned no logits [B, C]; the backbone's output changed.")
         features = pooled(self._running.features)
+        if (
+            logits is None
+            or logits.shape[1] != self.num_classes
+            or (features is None and self.classifier_name is not None)
+        ):
+            raise RIDEError(
+                f"An expert returned {describe(output)}"
+                + (", and its classifier did not run" if features is None else "")
+                + f", where logits of {self.num_classes} classes were expected, as when the "
+                "backbone was wrapped. A forward that is told by arguments to return something "
+                "else cannot be trained this way: call the model for its logits. The experts' "
+                "features come from `model.router_inputs(x)`, a plain backbone from "
+                "`model.to_module(k)`; another number of classes is asked for when wrapping, by "
+                "`num_classes=`."
+            )
         # A classifier that is not a module of its own leaves no feature; its logits stand in.
         return logits, logits if features is None else features
 

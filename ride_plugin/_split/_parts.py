@@ -138,8 +138,20 @@ def trial_run(
 
 
 def feature_dim_of(parts: Parts) -> int:
-    """``D``, the number of features that the experts' classifiers receive."""
-    return trial_run(parts, 0, parts.inputs)[1].shape[1]
+    """``D``, the number of features that the experts' classifiers receive.
+
+    Raises:
+        SplitError: an expert returns another number of classes than it should.
+    """
+    logits, features = trial_run(parts, 0, parts.inputs)
+    if logits.shape[1] != parts.num_classes:
+        raise SplitError(
+            f"Expected the experts to return logits of {parts.num_classes} classes, but they "
+            f"return {logits.shape[1]}. A `classifier=` function has to return a module with "
+            f"{parts.num_classes} outputs, its second argument; another number of classes is "
+            "asked for by `num_classes=`."
+        )
+    return features.shape[1]
 
 
 def _another_expert(views: Views) -> tuple[nn.Module, list[Link]]:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._join import Joined
+from ride_plugin._split._logits import LogitsReader
 from ride_plugin._split._parts import Parts, trial_run
 from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._tape import FeatureHook, ForkHook, Recorded, UnitHooks
 from ride_plugin._split._views import Link
-from ride_plugin._tree import logits_in
 
-_OURS = (ForkHook, FeatureHook, UnitHooks)
+_OURS = (ForkHook, FeatureHook, LogitsReader, UnitHooks)
 
 
 def plain_modules(parts: Parts, indices: Sequence[int]) -> nn.ModuleList:
@@ -35,11 +35,12 @@ def plain_modules(parts: Parts, indices: Sequence[int]) -> nn.ModuleList:
     roots = [copied.experts[index] for index in indices]
     for root in roots:
         _reunite(root, copied.links)
+    readers = [_reader_in(root) for root in roots]
     for part in (copied.trunk, *roots):
         _strip_hooks(part)
     plain = [nn.Sequential(r.body, r.head) if isinstance(r, Joined) else r for r in roots]
-    for index, module in zip(indices, plain, strict=True):
-        _check(parts, index, module)
+    for index, module, reader in zip(indices, plain, readers, strict=True):
+        _check(parts, index, module, reader)
     return nn.ModuleList(plain)
 
 
@@ -70,14 +71,19 @@ def _strip_hooks(root: nn.Module) -> None:
                     del hooks[key]
 
 
-def _check(parts: Parts, index: int, module: nn.Module) -> None:
+def _reader_in(root: nn.Module) -> LogitsReader:
+    hooks = (hook for module in root.modules() for hook in module._forward_hooks.values())
+    return next((hook for hook in hooks if isinstance(hook, LogitsReader)), LogitsReader())
+
+
+def _check(parts: Parts, index: int, module: nn.Module, reader: LogitsReader) -> None:
     inputs = resize_batch(parts.inputs, 2)
     probe = copy.deepcopy(module).eval()  # a forward may leave caches behind
     expected, _ = trial_run(parts, index, inputs)
     args, kwargs = inputs
     with torch.no_grad():
         try:
-            got = logits_in(probe(*args, **kwargs))
+            got = reader.logits_of(probe(*args, **kwargs))
         except Exception as error:
             raise RIDEError(
                 f"Expert {index} does not run as a module of its own ({type(error).__name__}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,16 @@ class Call:
         if not self.children:
             return [self]
         return [leaf for child in self.children for leaf in child.leaves]
+
+    def walk(self) -> Iterator[Call]:
+        """This call and those inside it, each after the calls inside it."""
+        for child in self.children:
+            yield from child.walk()
+        yield self
+
+    def calls_of(self, name: str) -> list[Call]:
+        """The calls of one submodule."""
+        return [call for call in self.walk() if call.name == name]
 
     @property
     def multiply_adds(self) -> int:
@@ -103,8 +114,13 @@ def detached_activations(module: nn.Module) -> dict[int, Any]:
     }
 
 
+def address_of(tensor: Tensor) -> int:
+    """Where a tensor's data begin."""
+    return tensor.data_ptr()
+
+
 def _seen(value: Any) -> list[Seen]:
-    return [(t.data_ptr(), tuple(t.shape)) for t in tensors_in(value) if _has_address(t)]
+    return [(address_of(t), tuple(t.shape)) for t in tensors_in(value) if _has_address(t)]
 
 
 def _has_address(tensor: Tensor) -> bool:

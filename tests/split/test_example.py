@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from ride_plugin._split._example import find_example
+from ride_plugin._split._logits import LogitsReader
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,6 @@ from ride_plugin._split._example import find_example
     ],
 )
 def test_inputs_are_guessed_from_the_first_layer(backbone, shape) -> None:
-    (x,), kwargs = find_example(backbone.eval(), None)
+    (x,), kwargs = find_example(backbone.eval(), None, LogitsReader())
     assert tuple(x.shape) == shape
     assert not kwargs

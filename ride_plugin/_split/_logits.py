@@ -1,0 +1,256 @@
+"""Which of a backbone's outputs are its logits: decided where it is certain, asked where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._errors import ArgumentError, RIDEError, SplitError
+from ride_plugin._split._classifier import Head, find_classifier
+from ride_plugin._split._probe import Call, address_of
+from ride_plugin._tree import Path, at_path, is_matrix, logits_in, matrices_in
+
+Choice: TypeAlias = int | str | Callable[[Any], Tensor] | None
+"""What users say about it: an index, a key, a function of the output, or nothing."""
+
+_FUNCTION = (
+    "Pass `logits=`: an index, a key or attribute, or a function that returns the logits [B, C] "
+    "of what the backbone returns"
+)
+
+
+_PAIR = (
+    "Where features and classifier are two modules, wrap both: RIDEWrapper.from_pair("
+    "feature_extractor, classifier)."
+)
+
+
+@dataclass
+class LogitsReader:
+    """Forward hook of a view's root: of what the backbone returns, only the logits go on.
+
+    Attributes:
+        choice: what the user said.
+        known: for each kind of output that the build has seen, where the logits lie in it.
+    """
+
+    choice: Choice = None
+    known: dict[tuple[Path, ...], Path] = field(default_factory=dict)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor:
+        """Return the logits ``[B, C]``.
+
+        Raises:
+            RIDEError: the output is of a kind that the build has not seen.
+        """
+        logits = self.logits_of(output)
+        if logits is None:
+            raise RIDEError(
+                "The backbone returned something else than when it was wrapped, and which part of "
+                f"it holds the logits is not certain: {describe(output)}. {_FUNCTION}."
+            )
+        return logits
+
+    def logits_of(self, output: Any) -> Tensor | None:
+        """The logits if they are certain, else None."""
+        chosen: Any
+        if callable(self.choice):
+            chosen = self.choice(output)
+        elif isinstance(output, Tensor):
+            chosen = output
+        elif self.choice is not None:
+            chosen = at_path(output, (self.choice,))
+        else:
+            path = self.known.get(tuple(path for path, _ in matrices_in(output)))
+            chosen = logits_in(output) if path is None else at_path(output, path)
+        return chosen if is_matrix(chosen) else None
+
+
+def check_logits_choice(choice: object) -> None:
+    """Raise ArgumentError unless ``choice`` is something that ``logits=`` accepts."""
+    if choice is None or callable(choice) or isinstance(choice, str):
+        return
+    if not isinstance(choice, int) or isinstance(choice, bool):
+        raise ArgumentError(
+            "Expected argument `logits` to be None, an index, a key or a function of the "
+            f"backbone's output, but got {choice!r}."
+        )
+
+
+def find_logits(
+    reader: LogitsReader,
+    root: Call,
+    output: Any,
+    num_classes: int | None,
+    differentiable: Callable[[], Any],
+) -> tuple[Tensor, Head | None]:
+    """The logits in the backbone's output in evaluation mode, and the classifier they come from.
+
+    An entry named `logits` is taken, or the only matrix. Among several it is the one that a
+    classifier returned and that depends on the others while none depends on it, or the only one
+    with ``num_classes`` columns.
+
+    Args:
+        reader: is taught where they lie.
+        root: the calls that led to ``output``.
+        output: what the backbone returned for two rows.
+        num_classes: what the user said.
+        differentiable: runs the backbone again and returns its output with its graph.
+
+    Raises:
+        SplitError: it is not certain; the message lists what may be meant.
+    """
+    logits = reader.logits_of(output)
+    found = matrices_in(output)
+    if logits is None and len(found) > 1 and reader.choice is None:
+        path = _computed_last(root, found, differentiable)
+        if path is None and num_classes is not None:
+            fitting = [path for path, tensor in found if tensor.shape[1] == num_classes]
+            path = fitting[0] if len(fitting) == 1 else None
+        if path is None:
+            raise SplitError(
+                f"Which part of the backbone's output is the logits? It returned "
+                f"{describe(output)}. {_FUNCTION}; for example {_advice(found)}."
+            )
+        reader.known[tuple(path for path, _ in found)] = path
+        logits = reader.logits_of(output)
+    if logits is None or logits.shape[0] != 2:
+        raise SplitError(
+            "Expected argument `backbone` to map a batch to logits [B, C], but for 2 rows it "
+            f"returned {describe(output)}. Wrap a classifier"
+            + ("." if reader.choice is None else ", or pass another `logits=`.")
+        )
+    return logits, find_classifier(root, logits)
+
+
+def learn_training_output(reader: LogitsReader, root: Call, output: Any, head: Head | None) -> None:
+    """Find the logits in what the backbone returns in training mode, with auxiliary heads say.
+
+    Raises:
+        SplitError: it is not certain which they are.
+    """
+    if reader.logits_of(output) is not None:
+        return
+    found = matrices_in(output)
+    for path, tensor in found:
+        if head is not None and any(_returned(c, tensor) for c in root.calls_of(head.name)):
+            reader.known[tuple(path for path, _ in found)] = path
+            return
+    raise SplitError(
+        "In training mode the backbone returns something else than in evaluation, and which part "
+        f"of it is the logits is not certain: {describe(output)}. {_FUNCTION}; for example "
+        f"{_advice(found) if found else '`logits=0`'}."
+    )
+
+
+def check_classifies(
+    root: Call,
+    output: Any,
+    logits: Tensor,
+    head: Head | None,
+    reader: LogitsReader,
+    num_classes: int | None,
+) -> None:
+    """Raise unless the logits come from a classifier, or are said to be logits.
+
+    Raises:
+        SplitError: they look like features; or there is no classifier to give ``num_classes``.
+    """
+    columns = logits.shape[1]
+    rectified = bool((logits >= 0).all() & (logits == 0).any() & logits.any())
+    found = head is not None and not rectified and (head.exact or isinstance(output, Tensor))
+    if num_classes not in (None, columns):
+        if not found:
+            raise SplitError(
+                f"Expected argument `num_classes` to be the backbone's own number, {columns}, or "
+                "the backbone to end in a linear layer that can be made anew, but got "
+                f"{num_classes} and found no such layer. {_PAIR}"
+            )
+        return
+    named = any(path[-1:] == ("logits",) and t is logits for path, t in matrices_in(output))
+    said = reader.choice is not None or named or columns in {num_classes, *_stated(root.module)}
+    by_function = head is None and not rectified and _class_weights(root, columns)
+    if not (said or found or by_function):
+        raise SplitError(
+            f"The backbone returns {describe(output)}, and no layer with a weight for each column "
+            f"was found to return it: it looks like a feature extractor. {_PAIR} If these are "
+            f"logits, pass `num_classes={columns}`."
+        )
+
+
+def describe(output: Any) -> str:
+    """An output in words, with its matrices by name and shape."""
+    if isinstance(output, Tensor):
+        return f"a {output.dtype} tensor of shape {list(output.shape)}"
+    found = matrices_in(output)
+    kind = type(output).__name__
+    if not found:
+        return f"a {kind} without a matrix [B, C]"
+    listed = ", ".join(f"{_spelled(path)} of shape {list(t.shape)}" for path, t in found)
+    return f"a {kind} with {listed}"
+
+
+def _computed_last(
+    root: Call, found: Sequence[tuple[Path, Tensor]], differentiable: Callable[[], Any]
+) -> Path | None:
+    """The only matrix that a classifier returned, if it comes last of all matrices as well."""
+    heads = [
+        path for path, t in found if (head := find_classifier(root, t)) is not None and head.exact
+    ]
+    if len(heads) != 1:
+        return None
+    try:
+        output = differentiable()
+        tensors = [at_path(output, path) for path, _ in found]
+        last = [
+            path
+            for (path, _), tensor in zip(found, tensors, strict=True)
+            if not any(_depends(other, tensor) for other in tensors if other is not tensor)
+        ]
+    except Exception:  # no gradients: then nothing is known of the order
+        return None
+    return heads[0] if last == heads else None
+
+
+def _depends(later: Tensor, earlier: Tensor) -> bool:
+    if not later.requires_grad or not earlier.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(later.sum(), earlier, retain_graph=True, allow_unused=True)
+    return gradient is not None
+
+
+def _stated(backbone: nn.Module) -> set[object]:
+    """The numbers of classes that a backbone says it has."""
+    config = getattr(backbone, "config", None)
+    return {getattr(backbone, "num_classes", None), getattr(config, "num_labels", None)} - {None}
+
+
+def _class_weights(root: Call, num_classes: int) -> bool:
+    """Whether a matrix with a row for each class is used otherwise than by calling its module."""
+    called = {id(call.module) for call in root.walk() if not call.children}
+    return any(
+        parameter.dim() == 2
+        and num_classes in parameter.shape[: 1 if isinstance(module, nn.Linear) else 2]
+        for module in root.module.modules()
+        if id(module) not in called
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def _returned(call: Call, tensor: Tensor) -> bool:
+    return any(address == address_of(tensor) for address, _ in call.outputs)
+
+
+def _spelled(path: Path) -> str:
+    return "output" + "".join(f"[{key!r}]" for key in path)
+
+
+def _advice(found: Sequence[tuple[Path, Tensor]]) -> str:
+    path = found[-1][0]
+    if len(path) == 1:
+        return f"`logits={path[0]!r}`"
+    return f"`logits=lambda output: {_spelled(path)}`"

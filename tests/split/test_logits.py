@@ -1,0 +1,402 @@
+"""Which output is the logits: found where it is certain, asked for where not, checked at calls."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ride_plugin import (
+    ArgumentError,
+    RIDEError,
+    RIDEWrapper,
+    SplitError,
+    expert_logits,
+)
+
+
+class Net(nn.Module):
+    """Features of 16, logits of 5, returned as ``shape`` says."""
+
+    def __init__(self, shape: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.stem, self.late, self.fc = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Any:
+        features = torch.relu(self.late(torch.relu(self.stem(x))))
+        return self.shape(features, self.fc(features))
+
+
+class Twice(nn.Module):
+    """Two heads on the same features, as contrastive learning has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.late = nn.Linear(8, 16), nn.Linear(16, 16)
+        self.project, self.fc = nn.Linear(16, 12), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = torch.relu(self.late(torch.relu(self.stem(x))))
+        return {"projection": self.project(x), "out": self.fc(x)}
+
+
+class Cosine(nn.Module):
+    """Returns an embedding, which is a layer's result, and logits, which no module returns."""
+
+    def __init__(self, detached: bool = False) -> None:
+        super().__init__()
+        self.stem, self.embed = nn.Linear(8, 16), nn.Linear(16, 12)
+        self.centres = nn.Parameter(torch.randn(5, 12))
+        self.detached = detached
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(torch.relu(self.stem(x)))
+        logits = 16 * F.linear(F.normalize(x), F.normalize(self.centres))
+        return (x.detach() if self.detached else x), logits
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda f, z: z,
+        lambda f, z: (f, z),
+        lambda f, z: (z, f),
+        lambda f, z: [f, {"maps": f[:, :, None, None]}, z],
+        lambda f, z: (f, {"logits": z}),
+        lambda f, z: {"features": f, "out": z},
+        lambda f, z: {"logits": z, "features": f, "again": 2 * z},
+        lambda f, z: {"out": z, "maps": f[:, :, None, None]},
+    ],
+)
+def test_logits_are_found_wherever_they_lie(shape: Callable[[Tensor, Tensor], Any]) -> None:
+    net = Net(shape)
+    model = RIDEWrapper(net, 2, fork_at="late", init="copy")
+    assert model.num_classes == 5
+    assert model.feature_dim == 16
+    assert model.classifiers == [expert.fc for expert in model.experts]
+    x = torch.randn(6, 8)
+    for k, expert in enumerate(model.experts):
+        state = {**net.state_dict()}
+        state |= {f"fc.{name}": tensor for name, tensor in expert.fc.state_dict().items()}
+        plain = Net(lambda f, z: z)
+        plain.load_state_dict(state)
+        torch.testing.assert_close(expert_logits(model(x))[:, k], plain(x))
+    model(x).sum().backward()
+    assert all(head.weight.grad.abs().sum() > 0 for head in model.classifiers)
+
+
+@pytest.mark.parametrize(
+    "backbone", [Twice, Cosine, lambda: Cosine(True), lambda: Net(lambda f, z: (z, z.softmax(1)))]
+)
+def test_what_is_not_certain_is_asked_for(backbone: Callable[[], nn.Module]) -> None:
+    with pytest.raises(SplitError, match=r"is the logits.*\[2, 5\].*Pass `logits=`: an index"):
+        RIDEWrapper(backbone(), 2)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "logits"),
+    [
+        (Twice, "out"),
+        (Twice, lambda output: output["out"]),
+        (Cosine, 1),
+        (Cosine, -1),
+        (lambda: Net(lambda f, z: (z, z.softmax(1))), 0),
+        (lambda: Net(lambda f, z: z.view(-1, 5, 1)), lambda output: output.flatten(1)),
+    ],
+)
+def test_the_answer_settles_it(backbone: Callable[[], nn.Module], logits: Any) -> None:
+    net = backbone()
+    x = torch.randn(4, 8)
+    output = net(x)
+    expected = logits(output) if callable(logits) else output[logits]
+    model = RIDEWrapper(net, 1, logits=logits)
+    assert model.num_classes == 5
+    torch.testing.assert_close(model(x), expected)
+    assert type(model.to_module()(x)) is type(output)  # the way back returns what it returned
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+
+
+def test_the_list_of_candidates_comes_with_an_example_that_works() -> None:
+    with pytest.raises(SplitError) as error:
+        RIDEWrapper(Twice(), 2)
+    assert "output['projection'] of shape [2, 12], output['out'] of shape [2, 5]" in str(
+        error.value
+    )
+    assert "for example `logits='out'`" in str(error.value)
+    assert RIDEWrapper(Twice(), 2, logits="out").num_classes == 5
+    assert RIDEWrapper(Twice(), 2, num_classes=5).num_classes == 5  # only one of them has five
+
+
+@pytest.mark.parametrize("logits", ["none", 2, lambda output: output["out"].unsqueeze(0)])
+def test_a_wrong_answer_is_refused(logits: Any) -> None:
+    with pytest.raises(SplitError, match="pass another `logits=`"):
+        RIDEWrapper(Twice(), 2, logits=logits)
+
+
+@pytest.mark.parametrize("logits", [1.0, True, ["out"]])
+def test_an_answer_of_another_kind_is_refused(logits: Any) -> None:
+    with pytest.raises(ArgumentError, match="`logits` to be None, an index, a key or a function"):
+        RIDEWrapper(Twice(), 2, logits=logits)
+
+
+class Auxiliary(Net):
+    """Another head in training, first in what comes back."""
+
+    def __init__(self, inside: bool = True) -> None:
+        super().__init__(lambda f, z: z)
+        self.auxiliary = nn.Linear(16, 5)
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.stem(x))
+        auxiliary = self.auxiliary(x)
+        logits = self.fc(torch.relu(self.late(x)))
+        logits = logits if self.inside else F.linear(x, self.fc.weight)
+        return (auxiliary, logits) if self.training else logits
+
+
+def test_auxiliary_heads_in_training_are_told_from_the_classifier() -> None:
+    net = Auxiliary()
+    model = RIDEWrapper(net, 1)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(model(x), net(x)[1])
+    torch.testing.assert_close(model.eval()(x), net.eval()(x))
+
+
+def test_auxiliary_heads_that_cannot_be_told_are_asked_for() -> None:
+    with pytest.raises(SplitError, match="In training mode the backbone returns something else"):
+        RIDEWrapper(Auxiliary(inside=False), 1)
+    net = Auxiliary(inside=False)
+    model = RIDEWrapper(net, 1, logits=1)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(model(x), net(x)[1])
+
+
+def extractor(*last: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), *last
+    )
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        (nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(16)),
+        (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 64), nn.ReLU(inplace=True)),
+        (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 64), nn.ReLU(), nn.Dropout()),
+    ],
+)
+def test_a_feature_extractor_is_no_classifier(last: tuple[nn.Module, ...]) -> None:
+    with pytest.raises(SplitError, match=r"looks like a feature extractor.*from_pair.*num_classes"):
+        RIDEWrapper(extractor(*last), 2)
+
+
+def test_a_structured_output_without_logits_is_no_classifier() -> None:
+    class Pooler(Net):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"hidden": x[:, None], "pooler": torch.tanh(self.late(torch.relu(self.stem(x))))}
+
+    with pytest.raises(SplitError, match="looks like a feature extractor"):
+        RIDEWrapper(Pooler(lambda f, z: z), 2)
+
+
+def test_a_convolutional_classifier_is_confirmed_by_its_number_of_classes() -> None:
+    def net() -> nn.Module:  # as SqueezeNet ends; a feature extractor may end so, too
+        return extractor(nn.ReLU(), nn.Conv2d(16, 7, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten())  # fmt: skip
+
+    with pytest.raises(SplitError, match="If these are logits, pass `num_classes=7`"):
+        RIDEWrapper(net(), 2)
+    assert RIDEWrapper(net(), 2, num_classes=7).num_classes == 7
+    said = net()
+    said.num_classes = 7  # as torchvision's has it
+    assert RIDEWrapper(said, 2).num_classes == 7
+
+
+def test_class_weights_used_by_a_function_are_a_classifier() -> None:
+    class Functional(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.late(torch.relu(self.stem(x))))
+            return 16 * F.linear(F.normalize(x), F.normalize(self.fc.weight))
+
+    model = RIDEWrapper(Functional(lambda f, z: z), 2)
+    assert model.classifiers == []
+    assert model.num_classes == 5
+
+
+def test_a_classifier_with_parametrised_weights_is_found() -> None:
+    net = Net(lambda f, z: z)
+    nn.utils.parametrizations.weight_norm(net.fc)
+    model = RIDEWrapper(net, 2, init="copy")
+    assert model.classifier_name == "fc"
+    assert model.feature_dim == 16
+
+
+def linear_net(**kwargs: Any) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(),
+                         nn.Linear(16, 5, **kwargs))  # fmt: skip
+
+
+@pytest.mark.parametrize("init", ["fresh", "copy"])
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_another_number_of_classes_makes_the_classifiers_anew(init: Any, num_experts: int) -> None:
+    net = linear_net(bias=False)
+    model = RIDEWrapper(net, num_experts, init=init, num_classes=11)
+    assert model.num_classes == 11
+    assert net[4].weight.shape == (5, 16)  # the backbone keeps its own
+    for head in model.classifiers:
+        assert type(head) is nn.Linear
+        assert head.weight.shape == (11, 16)
+        assert head.bias is None
+    x = torch.randn(4, 8)
+    assert expert_logits(model(x)).shape == (4, num_experts, 11)
+    assert model.router_inputs(x).expert_features.shape == (4, num_experts, 16)
+    if init == "copy":
+        assert torch.equal(model.trunk[0].weight, net[0].weight)
+        assert all(torch.equal(e[2].weight, net[2].weight) for e in model.experts)
+    assert model.to_module(0)(x).shape == (4, 11)
+
+
+def test_the_number_of_classes_goes_with_another_kind_of_classifier() -> None:
+    model = RIDEWrapper(linear_net(), 2, classifier="cosine", num_classes=7)
+    assert [type(head).__name__ for head in model.classifiers] == ["CosineClassifier"] * 2
+    assert model(torch.randn(3, 8)).shape == (3, 7)
+    narrow = RIDEWrapper(linear_net(), 2, fork_at="2", expert_width=0.5, num_classes=7)
+    assert narrow.classifiers[0].weight.shape == (7, 8)
+
+
+def test_the_number_of_classes_is_checked() -> None:
+    assert RIDEWrapper(linear_net(), 2, num_classes=5).num_classes == 5
+    for wrong in (1, 2.5, True, "5"):
+        with pytest.raises(ArgumentError, match="`num_classes` to be an integer >= 2"):
+            RIDEWrapper(linear_net(), 2, num_classes=wrong)  # type: ignore[arg-type]
+    with pytest.raises(SplitError, match=r"`num_classes` to be the backbone's own number, 16.*10"):
+        RIDEWrapper(extractor(nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                              nn.Flatten()), 2, num_classes=10)  # fmt: skip
+    with pytest.raises(SplitError, match=r"linear layer that `num_classes=` can replace"):
+        RIDEWrapper(extractor(nn.Conv2d(16, 5, 7), nn.Flatten()), 2, num_classes=9,
+                    example_input=torch.randn(2, 3, 32, 32))  # fmt: skip
+
+
+def test_a_classifier_function_with_the_wrong_number_of_outputs_is_refused() -> None:
+    with pytest.raises(SplitError, match=r"5 classes, but they return 16"):
+        RIDEWrapper(linear_net(), 2, classifier=lambda features, classes: nn.Linear(16, 16))
+    with pytest.raises(ArgumentError, match="`classifier` to return a torch"):
+        RIDEWrapper(linear_net(), 2, classifier=lambda features, classes: None)  # type: ignore
+
+
+class Flags(nn.Module):
+    """Called by flags, as some codebases do: features first, then the classifier on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.late, self.fc = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.same = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, features: bool = False, other: bool = False) -> Tensor:
+        x = torch.relu(self.late(torch.relu(self.stem(x))))
+        if features:
+            return x
+        return self.same(x) if other else self.fc(x)
+
+
+@pytest.mark.parametrize("flag", ["features", "other"])
+@pytest.mark.parametrize("checkpoint_experts", [False, True])
+def test_flags_that_leave_the_classifier_out_are_refused(
+    flag: str, checkpoint_experts: bool
+) -> None:
+    model = RIDEWrapper(Flags(), 2, fork_at="late", checkpoint_experts=checkpoint_experts)
+    x = torch.randn(4, 8)
+    assert model(x).shape == (4, 5)
+    with pytest.raises(RIDEError, match=r"its classifier did not run.*router_inputs"):
+        model(x, **{flag: True})
+    with pytest.raises(RIDEError, match="its classifier did not run"):
+        model.router_inputs(x, **{flag: True})
+    assert model(x).shape == (4, 5)
+
+
+def test_a_classifier_replaced_by_one_of_other_size_is_noticed() -> None:
+    model = RIDEWrapper(linear_net(), 2)
+    for expert in model.experts:
+        expert[4] = nn.Linear(16, 9)
+    with pytest.raises(RIDEError, match=r"\[4, 9\], where logits of 5 classes.*num_classes="):
+        model(torch.randn(4, 8))
+
+
+def test_a_compiled_backbone_is_taken_as_it_was_before() -> None:
+    net = linear_net()
+    compiled = torch.compile(net, backend="eager")
+    with pytest.warns(UserWarning, match="compile the wrapped model instead"):
+        model = RIDEWrapper(compiled, 2, init="copy")
+    plain = RIDEWrapper(net, 2, init="copy")
+    assert model.fork_at == plain.fork_at
+    assert list(model.state_dict()) == list(plain.state_dict())
+    net.load_state_dict(model.to_module(1).state_dict())
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(expert_logits(model(x))[:, 1], net(x))
+
+
+def test_a_compiled_part_is_taken_as_it_was_before() -> None:
+    net = nn.Sequential(linear_net()[:2], linear_net()[2:])
+    names = list(net.state_dict())
+    net[0] = torch.compile(net[0], backend="eager")
+    with pytest.warns(UserWarning, match="compile the wrapped model instead"):
+        model = RIDEWrapper(net, 1)
+    assert list(model.to_module().state_dict()) == names
+    assert type(net[0]).__name__ == "OptimizedModule"  # the backbone keeps it
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_wrapping_what_was_made_parallel_names_the_right_order(inside: bool) -> None:
+    net: nn.Module = nn.DataParallel(linear_net())
+    with pytest.raises(SplitError, match=r"DataParallel\(RIDEWrapper\(net, \.\.\.\)\)"):
+        RIDEWrapper(nn.Sequential(net) if inside else net, 2)
+
+
+class DistributedDataParallel(nn.Sequential):
+    """Known by its name, since making a real one takes a process group."""
+
+
+def test_distributed_modules_are_refused_by_name() -> None:
+    with pytest.raises(SplitError, match=r"`0` is DistributedDataParallel.*ranks to drift apart"):
+        RIDEWrapper(nn.Sequential(DistributedDataParallel(linear_net())), 2)
+
+
+def test_a_guess_that_fails_reports_the_attempt_that_came_furthest() -> None:
+    class Needs32(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.Flatten()
+            self.fc = nn.Linear(11, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.pool(self.conv(x)))
+
+    with pytest.raises(SplitError) as error:
+        RIDEWrapper(Needs32(), 2)
+    assert "on [2, 3, 32, 32] it raised RuntimeError: mat1 and mat2 shapes" in str(error.value)
+
+
+@pytest.mark.parametrize("attribute", ["pretrained_cfg", "default_cfg"])
+def test_the_input_size_that_a_model_card_names_is_used(attribute: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 5, 3), nn.Flatten(), nn.Linear(4 * 13 * 15, 5))
+    with pytest.raises(SplitError, match="Could not guess"):
+        RIDEWrapper(net, 2)
+    setattr(net, attribute, {"input_size": (3, 41, 47)})
+    model = RIDEWrapper(net, 2)
+    assert model.example_input(3)[0][0].shape == (3, 3, 41, 47)
+
+
+def test_plain_backbones_are_not_warned_of_or_hooked() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = RIDEWrapper(linear_net(), 2)
+    assert not model.trunk._forward_hooks
