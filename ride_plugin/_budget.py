@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from ride_plugin._checks import check_integer, check_number, refuse
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._cost import CostReport, check_shares, cost_report
 from ride_plugin._errors import ArgumentError, WidthError
@@ -139,23 +140,23 @@ def plan(
         >>> found.best.num_experts, found.best.expert_width
         (2, 0.5)
     """
-    numbers = sorted(set(num_experts))
-    if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
-        raise ArgumentError(
-            f"Expected argument `num_experts` to hold integers >= 1, but got {num_experts!r}."
-        )
-    if not expert_widths:
-        raise ArgumentError("Expected argument `expert_widths` to hold a width, but got none.")
-    if not max_flops_ratio > 0:
-        raise ArgumentError(
-            f"Expected argument `max_flops_ratio` to be positive, but got {max_flops_ratio!r}."
-        )
+    numbers = sorted(
+        {check_integer(n, "num_experts", 1) for n in _several(num_experts, "num_experts")}
+    )
+    widths = sorted(
+        {
+            check_number(width, "expert_widths", 0, 1, open_low=True)
+            for width in _several(expert_widths, "expert_widths")
+        },
+        reverse=True,
+    )
+    max_flops_ratio = check_number(max_flops_ratio, "max_flops_ratio", 0, open_low=True)
     shares_of = _by_number(shares, numbers)
     rows: list[PlanRow] = []
     failed = []
     with random_state_kept(backbone), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about weights, which do not matter here
-        for width in sorted(set(expert_widths), reverse=True):
+        for width in widths:
             try:
                 model = RIDEWrapper(
                     backbone, 2, expert_width=width, fork_at=fork_at, example_input=example_input
@@ -169,7 +170,17 @@ def plan(
                 for number in numbers
             ]
     rows.sort(key=lambda row: row.num_experts)  # stable: wide ones stay first
-    return Plan(tuple(rows), float(max_flops_ratio), tuple(failed))
+    return Plan(tuple(rows), max_flops_ratio, tuple(failed))
+
+
+def _several(values: Any, name: str) -> list[Any]:
+    """What is to be compared, as a list of at least one."""
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        refuse(name, "a sequence", values, f"Pass `{name}=({values!r},)` for a single one.")
+    found = list(values)
+    if not found:
+        refuse(name, "a sequence of at least one", values)
+    return found
 
 
 def _by_number(

@@ -217,6 +217,38 @@ def check_logits_target(
     return target
 
 
+def check_predictions(logits: Tensor, name: str) -> None:
+    """Raise if some sample's logits ``[..., C]`` name no class, on the CPU and not in a graph.
+
+    The largest logit is NaN if one is, +inf if one is, and -inf only if all classes are masked.
+    On an accelerator the read would stall the device.
+    """
+    if not logits.numel() or not _may_read(logits):
+        return
+    broken = ~logits.amax(dim=-1).isfinite()
+    if bool(broken.any()):
+        raise ArgumentError(
+            f"Expected {name} to be free of NaN and +inf, with at least one class that is not -inf "
+            f"for every sample, but got such in {int(broken.sum())} of {broken.numel()} rows. "
+            "Stage one has probably diverged: look at its loss, or skip the bad samples."
+        )
+
+
+def check_numbers(values: Tensor, name: str) -> None:
+    """Raise if a tensor holds NaN or an infinite value, on the CPU and not in a graph."""
+    if not is_finite(values):
+        raise ArgumentError(
+            f"Expected {name} to be free of NaN and infinite values, but "
+            f"{int((~values.isfinite()).sum())} of {values.numel()} are such. The training has "
+            "probably diverged: look at its loss, or skip the bad samples."
+        )
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether all values are finite; True where looking would stall a device or break a graph."""
+    return not _may_read(values) or bool(values.isfinite().all())
+
+
 def as_cpu_tensor(values: object, name: str) -> Tensor:
     """Return ``values`` as a detached tensor on the CPU, whatever kind of array they came in."""
     try:

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ride_plugin._checks import as_cpu_tensor, refuse
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import as_inputs, batch_size_of
+from ride_plugin._output import RouterInputs
+from ride_plugin._tree import map_tensors
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,9 @@ class CountableModel(Protocol):
     def run_expert(self, index: int, state: Any) -> tuple[Tensor, Tensor]:
         """Run one expert on what the trunk returned."""
 
+    def router_inputs(self, *args: Any, **kwargs: Any) -> RouterInputs:
+        """All experts' logits and features, in evaluation mode and without gradients."""
+
     def evaluating(self) -> AbstractContextManager[Any]:
         """Evaluation mode for the duration of a block."""
 
@@ -174,11 +180,13 @@ def cost_report(
     args, kwargs = model.example_input() if example_input is None else as_inputs(example_input)
     rows = batch_size_of((args, kwargs))
     with model.evaluating(), torch.no_grad():
-        trunk_flops, state = _counted(model, model.run_trunk, *args, **kwargs)
+        # Not counted: a path that the model has not seen is learned here, by passes of its own.
+        state = model.run_trunk(*args, **kwargs)
+        everything, _ = _counted(model, model.router_inputs, *args, **kwargs)
         expert_flops, gate_flops = [], []
         for index in range(model.num_experts):
             flops, (logits, features) = _counted(model, model.run_expert, index, state)
-            expert_flops.append(flops // rows)
+            expert_flops.append(flops)
             if index < model.num_experts - 1:
                 gate = 0
                 if router is not None:
@@ -193,12 +201,12 @@ def cost_report(
         trunk_parameters=sum(p.numel() for p in names.values()) - sum(expert_parameters),
         expert_parameters=expert_parameters,
         router_parameters=0 if router is None else _parameters(router),
-        trunk_flops=trunk_flops // rows,
-        expert_flops=tuple(expert_flops),
+        trunk_flops=(everything - sum(expert_flops)) // rows,
+        expert_flops=tuple(flops // rows for flops in expert_flops),
         gate_flops=tuple(gate_flops),
         shares=checked,
         backbone_parameters=None if backbone is None else _parameters(backbone),
-        backbone_flops=None if backbone is None else count_flops(backbone, *args, **kwargs) // rows,
+        backbone_flops=None if backbone is None else _flops_of(backbone, args, kwargs) // rows,
     )
 
 
@@ -248,12 +256,26 @@ def _counted(
     return counter.get_total_flops(), result
 
 
+def _flops_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Its FLOPs on the model's inputs, which may be in another precision or place by now."""
+    like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(()))
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    args, kwargs = map_tensors(moved, (args, kwargs))
+    return count_flops(backbone, *args, **kwargs)
+
+
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def check_shares(shares: Sequence[float], num_experts: int) -> tuple[float, ...]:
-    values = tuple(shares.tolist() if isinstance(shares, Tensor) else map(float, shares))
+    found = as_cpu_tensor(shares, "shares")
+    if found.dim() != 1 or found.is_complex() or found.dtype == torch.bool:
+        refuse("shares", f"{num_experts} numbers that sum to 1", shares)
+    values = tuple(found.double().tolist())
     if len(values) != num_experts:
         raise ArgumentError(
             f"Expected argument `shares` to hold {num_experts} numbers, one for each number of "

@@ -21,6 +21,8 @@ from ride_plugin._checks import (
     check_classes,
     check_floating,
     check_number,
+    check_numbers,
+    check_predictions,
     check_target,
     check_temperature,
     refuse,
@@ -356,6 +358,7 @@ def routing_targets(expert_logits: Tensor, target: Tensor) -> Tensor:
                 [False]])
     """
     classes = _class_indices(target, expert_logits)
+    check_predictions(expert_logits, "the experts' logits")
     right = (
         float32_or_better(expert_logits.detach()).cumsum(dim=1).argmax(dim=2) == classes[:, None]
     )
@@ -399,6 +402,7 @@ def routing_loss(
     )
     if not targets.numel():
         refuse("targets", "those of at least one sample and gate", targets)
+    check_numbers(gate_logits, "the gates' logits")
     wide = float32_or_better(gate_logits)
     positive = -pos_weight * F.logsigmoid(wide)
     negative = -neg_weight * F.logsigmoid(-wide)

@@ -110,6 +110,61 @@ def test_a_plain_module_is_refused():
         cost_report(nn.Linear(2, 2))
 
 
+class Grown(nn.Module):
+    """Takes another path for larger images: one that the build has not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.late = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.more, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        if x.shape[-1] > 8:
+            x = self.more(x)
+        return self.head(self.late(x).mean((2, 3)))
+
+
+def test_learning_a_path_is_not_counted():
+    x = torch.randn(2, 3, 16, 16)
+    model = RIDEWrapper(Grown(), 2, fork_at="late", example_input=torch.randn(2, 3, 8, 8))
+    first = cost_report(model, example_input=x, backbone=Grown())
+    assert first == cost_report(model, example_input=x, backbone=Grown())
+    assert first.trunk_flops + first.expert_flops[0] == first.backbone_flops
+
+
+def test_a_path_that_is_learned_anew_each_time_is_not_counted():
+    class Random(Grown):
+        def forward(self, x):
+            x = self.more(self.stem(x)) if torch.rand(()) > -1 else self.stem(x)
+            return self.head(self.late(x).mean((2, 3)))
+
+    model = RIDEWrapper(Random(), 2, fork_at="late", example_input=torch.randn(2, 3, 8, 8))
+    model._layouts.clear()  # nothing that the model knows fits this input
+    model._learn_layout = lambda *args: [model.trunk.stem(args[0][0]) for _ in range(9)] and None
+    report = cost_report(model, backbone=Random())
+    assert report.trunk_flops + report.expert_flops[0] == report.backbone_flops
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_in_another_precision_is_counted(dtype):
+    expected = cost_report(
+        RIDEWrapper(Grown(), 2, fork_at="late", example_input=torch.randn(2, 3, 8, 8)),
+        backbone=Grown(),
+    )
+    model = RIDEWrapper(Grown(), 2, fork_at="late", example_input=torch.randn(2, 3, 8, 8))
+    assert cost_report(model.to(dtype), backbone=Grown()) == expected
+
+
+@pytest.mark.parametrize("shares", ["abc", True, None, [None, 0.5, 0.5], [[0.5, 0.3, 0.2]]])
+def test_what_is_no_share_is_refused(shares):
+    if shares is None:
+        assert cost_report(small_model(), shares=None).shares is None
+    else:
+        with pytest.raises(ArgumentError, match="`shares` to"):
+            cost_report(small_model(), shares=shares)
+
+
 def test_a_transformer_is_counted_alike_alone_and_wrapped() -> None:
     backbone = VisionTransformer(depth=3)
     report = cost_report(RIDEWrapper(backbone, 1), backbone=backbone)

@@ -56,3 +56,14 @@ def test_batchnorm_is_kept_where_the_convolution_is_read_twice() -> None:
     x = torch.randn(3, 3, 16, 16)
     assert isinstance(served.trunk.bn, nn.BatchNorm2d)
     torch.testing.assert_close(served(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_in_another_precision_is_folded(dtype: torch.dtype) -> None:
+    model = trained(RIDEWrapper(BACKBONES["plain convnet"][0](), 2)).eval().to(dtype)
+    served = model.optimize_for_inference()
+    x = torch.randn(4, *BACKBONES["plain convnet"][1], dtype=dtype)
+    assert {p.dtype for p in served.parameters()} == {dtype}
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in served.modules())
+    error = (served(x) - model(x)).abs().max() / model(x).abs().max()
+    assert error < (1e-12 if dtype == torch.float64 else 20 * torch.finfo(dtype).eps)

@@ -22,7 +22,7 @@ from ride_plugin._split._passes import play, pooled, read_attributes, record, wr
 from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._tape import watch_classifier
-from ride_plugin._tree import logits_in
+from ride_plugin._tree import logits_in, map_tensors
 
 
 class SplitModule(nn.Module):
@@ -211,8 +211,14 @@ class SplitModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._inputs = map_tensors(lambda example: _following(example, fn(example)), self._inputs)
         self.relink()
         return self
+
+
+def _following(example: Tensor, moved: Tensor) -> Tensor:
+    """The example input where the parameters are now, with its values: `to_empty` keeps none."""
+    return example if moved.is_meta else example.to(moved.device, moved.dtype)
 
 
 def _relink(module: SplitModule, *_: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._errors import ArgumentError
+from ride_plugin._checks import check_choice, check_predictions
 from ride_plugin._numerics import float32_or_better
 
 Kind = Literal["max_probability", "margin"]
@@ -35,11 +35,7 @@ class ConfidenceRouter(nn.Module):
 
     def __init__(self, kind: Kind = "max_probability") -> None:
         super().__init__()
-        if kind not in get_args(Kind):
-            raise ArgumentError(
-                f"Expected argument `kind` to be one of {list(get_args(Kind))}, but got {kind!r}."
-            )
-        self.kind = kind
+        self.kind: Kind = check_choice(kind, "kind", get_args(Kind))
 
     def gate(self, index: int, mean_logits: Tensor, features: Tensor) -> Tensor:
         """Logit of "not confident" for each row; same call as `ExpertRouter.gate`.
@@ -51,9 +47,13 @@ class ConfidenceRouter(nn.Module):
 
         Returns:
             ``[b]``, float32 or float64.
+
+        Raises:
+            ArgumentError: (on the CPU only) a row's logits hold NaN or +inf.
         """
         # log((1 - p) / p) from the logits themselves: 1 - p alone would lose all its digits
         # where p is close to one, which is where most samples are.
+        check_predictions(mean_logits, "`mean_logits`")
         log_p = float32_or_better(mean_logits).log_softmax(dim=1)
         best, where = log_p.max(dim=1, keepdim=True)
         others = log_p.scatter(1, where, -torch.inf)

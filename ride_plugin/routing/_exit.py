@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ride_plugin._checks import check_predictions
 from ride_plugin.routing._protocols import RoutableModel, Router, Stages, State
 
 
@@ -94,6 +95,13 @@ def rows_going_on(stages: Stages, index: int, mean: Tensor, features: Tensor) ->
     return stages.goes_on(index, mean, features).nonzero().squeeze(1)
 
 
+def run_first(stages: Stages, *args: Any, **kwargs: Any) -> tuple[Underway, Tensor, Tensor]:
+    """Run trunk and expert 0 on a batch; returns what `run_next` does."""
+    state, logits, features = stages.start(*args, **kwargs)
+    check_predictions(logits, "the logits of expert 0")
+    return Underway(state, logits), logits, features
+
+
 def run_next(stages: Stages, index: int, rows: Underway) -> tuple[Underway, Tensor, Tensor]:
     """Run expert ``index`` on rows that have seen all experts before it.
 
@@ -102,7 +110,9 @@ def run_next(stages: Stages, index: int, rows: Underway) -> tuple[Underway, Tens
     """
     more, features = stages.run_expert(index, rows.state)
     total = rows.total + more
-    return Underway(rows.state, total), total / (index + 1), features
+    mean = total / (index + 1)
+    check_predictions(mean, f"the logits of the experts up to number {index}")
+    return Underway(rows.state, total), mean, features
 
 
 def walk(stages: Stages, *args: Any, **kwargs: Any) -> RoutingOutput:
@@ -113,8 +123,8 @@ def walk(stages: Stages, *args: Any, **kwargs: Any) -> RoutingOutput:
         *args: what the trunk takes, and ``**kwargs``.
         **kwargs: see ``*args``.
     """
-    state, logits, features = stages.start(*args, **kwargs)
-    rows, mean = Underway(state, logits), logits
+    rows, mean, features = run_first(stages, *args, **kwargs)
+    logits = mean
     used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
     places: Tensor | None = None  # of `rows` in the batch; None means all of it
     for index in range(1, stages.num_experts):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from ride_plugin._checks import as_cpu_tensor, refuse
 from ride_plugin._errors import ArgumentError
 from ride_plugin.functional import running_means
 from ride_plugin.routing._exit import RoutedStages, RoutingOutput, walk
@@ -86,8 +87,10 @@ class RoutingInference(nn.Module):
         Raises:
             ArgumentError: a value is not from 0 to 1, or their number is not 1 or E-1.
         """
-        # In float64 on the CPU: its logit keeps apart probabilities that are close to one.
-        values = torch.as_tensor(threshold).detach().to("cpu", torch.float64)
+        values = as_cpu_tensor(threshold, "threshold")
+        if values.is_complex() or values.dtype == torch.bool:
+            refuse("threshold", "a probability, or one for each gate", threshold)
+        values = values.double()  # its logit keeps apart probabilities that are close to one
         if values.dim() > 1 or values.numel() not in (1, self.threshold_logits.numel()):
             raise ArgumentError(
                 "Expected argument `threshold` to be one number or one for each of the "

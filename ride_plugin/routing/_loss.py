@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ride_plugin._errors import ArgumentError
+from ride_plugin._checks import check_number
 from ride_plugin._output import Output, expert_logits
 from ride_plugin.functional import routing_loss, routing_targets
 
@@ -32,13 +32,8 @@ class RoutingLoss(nn.Module):
 
     def __init__(self, pos_weight: float = 100.0, neg_weight: float = 1.0) -> None:
         super().__init__()
-        for name, weight in (("pos_weight", pos_weight), ("neg_weight", neg_weight)):
-            if not 0 <= weight < float("inf"):
-                raise ArgumentError(
-                    f"Expected argument `{name}` to be finite and not negative, but got {weight}."
-                )
-        self.pos_weight = pos_weight
-        self.neg_weight = neg_weight
+        self.pos_weight = check_number(pos_weight, "pos_weight", 0)
+        self.neg_weight = check_number(neg_weight, "neg_weight", 0)
 
     def forward(self, gate_logits: Tensor, output: Output, target: Tensor) -> Tensor:
         """Return the loss, a scalar.

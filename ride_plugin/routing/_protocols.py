@@ -7,7 +7,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ride_plugin._cost import CountableModel
-from ride_plugin._output import RouterInputs
 
 
 class State(Protocol):
@@ -26,9 +25,6 @@ class RoutableModel(CountableModel, Protocol):
 
     num_classes: int
     feature_dim: int
-
-    def router_inputs(self, *args: Any, **kwargs: Any) -> RouterInputs:
-        """All experts' logits and features, in evaluation mode and without gradients."""
 
 
 class Router(Protocol):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ride_plugin._checks import check_instance, check_integer
 from ride_plugin._errors import ArgumentError
-from ride_plugin.routing._exit import RoutingOutput, Underway, rows_going_on, run_next
+from ride_plugin._tree import map_tensors
+from ride_plugin.routing._exit import RoutingOutput, Underway, rows_going_on, run_first, run_next
 from ride_plugin.routing._inference import RoutingInference
 from ride_plugin.routing._protocols import RoutableModel
+
+_ADVICE = "Pass RoutingInference(model, router)."
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,14 @@ class _Waiting:
         )
 
 
+@dataclass
+class _Submission:
+    """A batch on its way: its output so far, and how many of its rows still need an expert."""
+
+    output: RoutingOutput
+    underway: int
+
+
 class RoutingQueue:
     """Serves small batches with early exit, and lets later experts run on full batches.
 
@@ -82,16 +94,13 @@ class RoutingQueue:
     """
 
     def __init__(self, serve: RoutingInference, *, batch_size: int = 64, max_wait: int = 4) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("max_wait", max_wait, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ArgumentError(
-                    f"Expected argument `{name}` to be an integer >= {least}, but got {value!r}."
-                )
-        self.serve = serve
-        self.batch_size = batch_size
-        self.max_wait = max_wait
+        self.serve = check_instance(
+            serve, "serve", RoutingInference, "a RoutingInference", advice=_ADVICE
+        )
+        self.batch_size = check_integer(batch_size, "batch_size", 1)
+        self.max_wait = check_integer(max_wait, "max_wait", 0)
         self._next_ticket = 0
-        self._unfinished: dict[int, RoutingOutput] = {}
+        self._unfinished: dict[int, _Submission] = {}
         self._finished: dict[int, RoutingOutput] = {}
         gates = cast("RoutableModel", serve.model).num_experts - 1
         self._waiting: list[deque[_Waiting]] = [deque() for _ in range(gates)]
@@ -113,25 +122,26 @@ class RoutingQueue:
             The ticket under which `results` returns this batch: 0, 1, 2, ...
 
         Raises:
-            ArgumentError: (on the CPU only) an expert's logits hold NaN; the submissions whose
-                rows ran together then have no result.
+            ArgumentError: (on the CPU only) an expert's logits hold NaN. After an error or an
+                interruption, the submissions whose rows ran just then have no result.
         """
-        model = cast("RoutableModel", self.serve.model)
-        with model.evaluating():
-            state, logits, features = self.serve.stages.start(*args, **kwargs)
-            if not hasattr(type(state), "cat"):
+        # Rows that wait may hold parts of the inputs, and the caller may fill his buffer anew.
+        args, kwargs = map_tensors(torch.clone, (args, kwargs))
+        with cast("RoutableModel", self.serve.model).evaluating():
+            rows, logits, features = run_first(self.serve.stages, *args, **kwargs)
+            if not hasattr(type(rows.state), "cat"):
                 raise ArgumentError(
                     f"Expected the model's state to have a static method `cat`, but got "
-                    f"{type(state).__name__} without it. Wrap the model with RIDEWrapper."
+                    f"{type(rows.state).__name__} without it. Wrap the model with RIDEWrapper."
                 )
             ticket = self._next_ticket
             self._next_ticket += 1
             tickets = torch.full((len(logits),), ticket)
             places = torch.arange(len(logits), device=logits.device)
-            waiting = _Waiting(Underway(state, logits), tickets, places)
-            self._send_on(0, waiting, logits, features)
             used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
-            self._unfinished[ticket] = RoutingOutput(logits.clone(), used)
+            output = RoutingOutput(logits.clone(), used)
+            self._unfinished[ticket] = _Submission(output, underway=len(logits))
+            self._send_on(0, _Waiting(rows, tickets, places), logits, features)
             self._run_what_is_due(newest=ticket - self.max_wait)
         return ticket
 
@@ -155,18 +165,16 @@ class RoutingQueue:
         """Run stages with a full batch, or with a row of ticket ``newest`` or older."""
         for index, stage in enumerate(self._waiting, start=1):
             while stage and (stage[0].oldest <= newest or sum(map(len, stage)) >= self.batch_size):
-                rows = self._take(stage)
-                try:
-                    self._run(index, rows)
-                except Exception:
-                    for ticket in rows.tickets.unique().tolist():
-                        self._unfinished.pop(ticket, None)
-                    raise
-        waiting = {
+                self._run(index, self._take(stage))
+        waiting = Counter(
             ticket for stage in self._waiting for r in stage for ticket in r.tickets.tolist()
-        }
-        for ticket in self._unfinished.keys() - waiting:
-            self._finished[ticket] = self._unfinished.pop(ticket)
+        )
+        for ticket, submission in list(self._unfinished.items()):
+            if submission.underway == 0:
+                self._finished[ticket] = self._unfinished.pop(ticket).output
+            elif submission.underway != waiting[ticket]:
+                # An error or an interruption came while some of its rows ran: they are lost.
+                del self._unfinished[ticket]
 
     def _take(self, stage: deque[_Waiting]) -> _Waiting:
         """Take up to ``batch_size`` rows, the oldest first."""
@@ -188,17 +196,24 @@ class RoutingQueue:
         for ticket, logits, places in zip(
             owners.tolist(), mean.split(sizes), waiting.places.split(sizes), strict=True
         ):
-            if ticket in self._unfinished:  # absent if another of its rows has failed
-                output = self._unfinished[ticket]
+            if ticket in self._unfinished:  # absent if others of its rows were lost
+                output = self._unfinished[ticket].output
                 output.logits.index_copy_(0, places, logits)
                 output.num_experts_used.index_fill_(0, places, index + 1)
         self._send_on(index, replace(waiting, rows=further), mean, features)
 
     def _send_on(self, index: int, waiting: _Waiting, mean: Tensor, features: Tensor) -> None:
         """Let the rows that need one more expert after expert ``index`` wait for it."""
-        if index == len(self._waiting):
-            return
-        staying = rows_going_on(self.serve.stages, index, mean, features)
-        if len(staying):
-            everything = len(staying) == len(waiting)
-            self._waiting[index].append(waiting if everything else waiting.select(staying))
+        settled = waiting.tickets
+        if index < len(self._waiting):
+            staying = rows_going_on(self.serve.stages, index, mean, features)
+            goes_on = torch.zeros(len(waiting), dtype=torch.bool)
+            goes_on[staying.cpu()] = True
+            settled = settled[~goes_on]
+            if len(staying):
+                everything = len(staying) == len(waiting)
+                self._waiting[index].append(waiting if everything else waiting.select(staying))
+        # Last: what is interrupted before leaves too many underway, and so no result.
+        for ticket, count in Counter(settled.tolist()).items():
+            if ticket in self._unfinished:
+                self._unfinished[ticket].underway -= count

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import ClassCounts, Numbers, as_labels, check_class_counts
+from ride_plugin._checks import ClassCounts, Numbers, as_labels, check_class_counts, check_integer
 from ride_plugin._errors import ArgumentError
 from ride_plugin.longtail import shot_groups
 
@@ -69,6 +69,7 @@ def routing_report(
         few       0.000  0.500  0.500
     """
     counts = check_class_counts(class_counts)
+    num_experts = check_integer(num_experts, "num_experts", 1)
     labels, used = (
         as_labels(target, "target", len(counts)),
         as_labels(num_experts_used, "num_experts_used"),

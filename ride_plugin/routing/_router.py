@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ride_plugin._checks import check_numbers, check_predictions, is_finite
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import RouterInputs
@@ -146,7 +147,15 @@ class ExpertRouter(nn.Module):
             dtype = self.output.weight.dtype
             hidden = F.relu(self.hidden[index](direction.to(dtype)))
             logit: Tensor = self.output(torch.cat((top.to(dtype), hidden), dim=1)).squeeze(1)
-        _refuse_nan(logit, mean_logits, features)
+        # What is no number anywhere in a gate's input reaches its output.
+        if not is_finite(logit):
+            check_predictions(mean_logits, "the experts' logits")
+            check_numbers(features, "the experts' features")
+            raise ArgumentError(
+                "Expected the router's parameters to be finite, but its gate returned NaN for "
+                "finite logits and features. Stage two has probably diverged: lower its learning "
+                "rate."
+            )
         return logit
 
     def extra_repr(self) -> str:
@@ -175,23 +184,6 @@ def _checked(inputs: tuple[Tensor, Tensor], router: ExpertRouter) -> tuple[Tenso
             "Expected `expert_logits` and `expert_features` to hold the same batch, but got "
             f"{len(logits)} and {len(features)} rows."
         )
+    check_predictions(logits, "the experts' logits")
+    check_numbers(features, "the experts' features")
     return logits, features
-
-
-def _refuse_nan(logit: Tensor, mean_logits: Tensor, features: Tensor) -> None:
-    # A NaN anywhere in a gate's input reaches its output, so looking at [b] values is enough.
-    # On an accelerator the look would stall the device; there NaN stays visible as NaN, in the
-    # loss and in the routed logits. A compiled graph cannot branch on a value either.
-    if logit.device.type != "cpu" or torch.compiler.is_compiling() or not logit.isnan().any():
-        return
-    for name, value in (("logits", mean_logits), ("features", features)):
-        if not value.isfinite().logical_or(value == -torch.inf).all():
-            raise ArgumentError(
-                f"Expected the experts' {name} to be free of NaN and +inf, but got "
-                f"{int(value.isnan().sum())} NaN among {value.numel()} values. Stage one has "
-                "probably diverged: look at its loss, or skip the bad samples."
-            )
-    raise ArgumentError(
-        "Expected the router's parameters to be finite, but its gate returned NaN for finite "
-        "logits and features. Stage two has probably diverged: lower its learning rate."
-    )

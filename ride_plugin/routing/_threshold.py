@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_number
+from ride_plugin._checks import check_classes, check_number, check_predictions, check_target
 from ride_plugin._cost import CostReport, cost_report
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import as_inputs
@@ -162,11 +162,9 @@ def _measure(
         inputs, target = _unpack(batch, routed.threshold_logits.device)
         args, kwargs = as_inputs(inputs)
         logits, features = model.router_inputs(*args, **kwargs)
-        if target.shape != (len(logits),) or target.is_floating_point():
-            raise ArgumentError(
-                f"Expected argument `loader` to yield class indices of shape [{len(logits)}] with "
-                f"each batch, but got {target.dtype} of shape {list(target.shape)}."
-            )
+        target = check_target(target, len(logits), logits.shape[2], soft=False)
+        check_classes(target, "target", logits.shape[2])
+        check_predictions(logits, "the experts' logits")
         if len(target) == 0:
             continue
         means = running_means(logits)  # the bits that inference gives, so the curve is what it does

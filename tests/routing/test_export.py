@@ -142,6 +142,15 @@ def test_a_missing_stage_and_a_foreign_model_are_refused():
         RoutingInference(model, ExpertRouter.for_model(model)).export_stages()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_precision_is_exported(dtype):
+    torch.manual_seed(0)
+    model = RIDEWrapper(convolutional(), 2, example_input=torch.randn(2, 3, 8, 8)).eval().to(dtype)
+    serve, x = RoutingInference(model, ExpertRouter.for_model(model)), torch.randn(5, 3, 8, 8)
+    runner = StagedRunner(serve.export_stages())
+    torch.testing.assert_close(runner(x.to(dtype)), serve(x.to(dtype)))
+
+
 class Dense(nn.Module):
     def __init__(self, serve):
         super().__init__()

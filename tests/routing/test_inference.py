@@ -153,7 +153,7 @@ def test_nothing_runs_for_no_rows_and_nothing_is_gathered_for_all_rows(value, ru
     assert model.rows_of_expert == runs
 
 
-def test_at_most_one_nonzero_per_gate_and_no_item():
+def test_at_most_one_nonzero_per_gate_and_no_item_off_the_cpu(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -164,7 +164,9 @@ def test_at_most_one_nonzero_per_gate_and_no_item():
             return func(*args, **(kwargs or {}))
 
     serve, x = serving(threshold=(0.5, 0.4))
-    serve.router = ConfidenceRouter()  # ExpertRouter looks for NaN, on the CPU only
+    serve.router = ConfidenceRouter()
+    serve(x)
+    monkeypatch.setattr("ride_plugin._checks._may_read", lambda tensor: False)  # as elsewhere
     with Count():
         serve(x)
     assert Count.seen.count("nonzero") == 2
@@ -336,9 +338,34 @@ def test_bad_arguments_are_named(build, message):
         build(small_model())
 
 
-def test_nan_logits_raise():
-    serve, x = serving()
+@pytest.mark.parametrize(
+    "threshold",
+    ["0.5", None, True, [0.5, "0.5"], {0.5}, 1j, [[0.5, 0.5]], torch.tensor([True, False])],
+)
+def test_what_is_no_probability_is_refused(threshold):
+    with pytest.raises(ArgumentError, match="`threshold` to be"):
+        RoutingInference(small_model(), ConfidenceRouter(), threshold)
+
+
+@pytest.mark.parametrize(
+    "threshold", [np.float32(0.25), torch.tensor(0.25), np.array([0.25, 0.25])]
+)
+def test_numbers_of_other_libraries_are_thresholds(threshold):
+    serve = RoutingInference(small_model(), ConfidenceRouter(), threshold)
+    assert serve.threshold.tolist() == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("expert", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["router", "confidence", "a gate that reads nothing"])
+def test_logits_that_are_no_numbers_raise_whichever_expert_gives_them(kind, expert, value):
+    serve, x = serving(threshold=0.0)
+    if kind != "router":
+        serve.router = ConfidenceRouter() if kind == "confidence" else FixedGate(1.0)
     with torch.no_grad():
-        serve.model.experts[0].fc.bias[0] = torch.nan
-    with pytest.raises(ArgumentError, match="experts' logits to be free of NaN"):
+        serve.model.experts[expert].fc.bias[0] = value
+    with pytest.raises(ArgumentError, match=r"logits.*to be free of NaN"):
         serve(x)
+    if kind != "a gate that reads nothing":
+        with pytest.raises(ArgumentError, match=r"logits.*to be free of NaN"):
+            serve.calibrate([(x, torch.arange(len(x)) % 5)], max_experts=2.0)

@@ -1,5 +1,7 @@
 """The queue against routed inference, row by row, and its bound on how long a row waits."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -139,17 +141,80 @@ def test_an_expert_that_fails_drops_the_submissions_it_ran_on():
     assert list(queue.flush()) == [ticket]
 
 
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, RuntimeError])
+@pytest.mark.parametrize("where", ["run_expert", "gate", "select"])
+def test_nothing_unfinished_is_handed_out_after_an_interruption(interruption, where, monkeypatch):
+    serve = serving(threshold=0.3)
+    first, second, third = batches([6, 6, 6])
+    for moment in range(1, 6):
+        queue, count = RoutingQueue(serve, batch_size=5, max_wait=1), [0]
+        holder = {"run_expert": serve.model, "gate": serve.router, "select": TrunkState}[where]
+        original = getattr(holder, where)
+
+        def interrupted(*args, original=original, count=count, moment=moment):
+            count[0] += 1
+            if count[0] == moment:
+                raise interruption("now")
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, where, interrupted)
+            inputs, results = {}, {}
+            for x in (first, second):
+                try:
+                    inputs[queue.submit(x)] = x
+                except interruption:
+                    inputs[queue._next_ticket - 1] = x
+            with suppress(interruption):
+                results = queue.flush()
+        results |= queue.flush()
+        inputs[queue.submit(third)] = third
+        results |= queue.flush()
+        for ticket, output in results.items():
+            assert_equal_row_by_row(output, serve, inputs[ticket])
+        assert queue._next_ticket - 1 in results
+        assert queue._unfinished == {}
+
+
+def test_the_callers_buffer_may_be_filled_anew():
+    torch.manual_seed(0)
+
+    class ReadsInput(nn.Module):  # whose experts read the input itself
+        def __init__(self):
+            super().__init__()
+            self.early, self.late, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.head(self.late(self.early(x)).relu() + x)
+
+    model = RIDEWrapper(ReadsInput(), 3, fork_at="late", example_input=torch.randn(2, 6))
+    serve = RoutingInference(model, ExpertRouter.for_model(model), 0.0)
+    queue = RoutingQueue(serve, batch_size=64)
+    x = torch.randn(4, 6)
+    expected = serve(x, return_routing=True)
+    ticket = queue.submit(x)
+    x.zero_()
+    assert torch.equal(queue.flush()[ticket].logits, expected.logits)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch_size": 0}, "`batch_size` to be an integer >= 1, but got 0"),
         ({"batch_size": 2.5}, "`batch_size` to be an integer >= 1, but got 2.5"),
         ({"max_wait": -1}, "`max_wait` to be an integer >= 0, but got -1"),
+        ({"max_wait": True}, "`max_wait` to be an integer >= 0, but got True"),
+        ({"batch_size": None}, "`batch_size` to be an integer >= 1, but got None"),
     ],
 )
 def test_arguments_are_checked(options, message):
     with pytest.raises(ArgumentError, match=message):
         RoutingQueue(SERVE, **options)
+
+
+def test_the_wrapper_itself_is_refused():
+    with pytest.raises(ArgumentError, match=r"(?s)`serve` to be a RoutingInference.*Pass Routing"):
+        RoutingQueue(SERVE.model)
 
 
 def test_a_model_whose_states_cannot_be_joined_is_refused():

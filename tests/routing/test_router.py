@@ -246,8 +246,8 @@ def test_confidence_tells_very_confident_rows_apart():
         (lambda: ExpertRouter(7, 1, num_classes=4), "nothing to route"),
         (lambda: ExpertRouter(0, 3, num_classes=4), "`feature_dim` to be at least 1"),
         (lambda: ExpertRouter(7, 3, num_classes=4, top_k=0), "`top_k` to be at least 1"),
-        (lambda: RoutingLoss(pos_weight=-1), "`pos_weight` to be finite"),
-        (lambda: RoutingLoss(neg_weight=float("nan")), "`neg_weight` to be finite"),
+        (lambda: RoutingLoss(pos_weight=-1), "`pos_weight` to be a finite"),
+        (lambda: RoutingLoss(neg_weight=float("nan")), "`neg_weight` to be a finite"),
         (lambda: ConfidenceRouter("entropy"), "`kind` to be one of"),
     ],
 )
@@ -287,14 +287,45 @@ def test_a_tensor_instead_of_a_pair_is_named():
         ExpertRouter(7, 3, num_classes=10)(torch.zeros(4, 3, 10))
 
 
+def nan_of(expert, value=torch.nan):
+    """Logits of three experts, one of whose values is no number."""
+    logits = torch.zeros(4, 3, 5)
+    logits[2, expert, 1] = value
+    return logits
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("expert", [0, 1, 2])
+def test_the_router_refuses_what_is_no_number_in_any_expert(expert, value):
+    with pytest.raises(ArgumentError, match="free of NaN"):
+        ExpertRouter(7, 3, num_classes=5)((nan_of(expert, value), torch.zeros(4, 3, 7)))
+    features = torch.zeros(4, 3, 7)
+    features[1, expert, 0] = value
+    with pytest.raises(ArgumentError, match="free of NaN"):
+        ExpertRouter(7, 3, num_classes=5)((torch.zeros(4, 3, 5), features))
+
+
 @pytest.mark.parametrize(
     ("gate_logits", "logits", "target", "message"),
     [
-        (torch.zeros(4, 3), torch.zeros(4, 3, 5), torch.zeros(4).long(), "`gate_logits` to have"),
-        (torch.zeros(4, 2), torch.zeros(4, 3, 5), torch.full((4,), 5), "from 0 to 4, but got 5"),
-        (torch.zeros(4, 2), torch.zeros(4, 3, 5), torch.full((4,), -1), "from 0 to 4, but got -1"),
+        (torch.zeros(4, 3), torch.zeros(4, 3, 5), torch.zeros(4).long(), "`gate_logits` to be"),
+        (
+            torch.zeros(4, 2),
+            torch.zeros(4, 3, 5),
+            torch.full((4,), 5),
+            "from 0 to 4, but got values from 5",
+        ),
+        (
+            torch.zeros(4, 2),
+            torch.zeros(4, 3, 5),
+            torch.full((4,), -1),
+            "from 0 to 4, but got values from -1",
+        ),
         (torch.zeros(4, 2), torch.zeros(4, 3, 5), torch.zeros(3).long(), "`target`"),
         (torch.zeros(4, 0), torch.zeros(4, 1, 5), torch.zeros(4).long(), "at least two experts"),
+        (torch.zeros(0, 2), torch.zeros(0, 3, 5), torch.zeros(0).long(), "at least one sample"),
+        (torch.full((4, 2), torch.nan), torch.zeros(4, 3, 5), torch.zeros(4).long(), "free of NaN"),
+        (torch.zeros(4, 2), nan_of(2), torch.zeros(4).long(), "free of NaN"),
     ],
 )
 def test_bad_loss_arguments_are_named(gate_logits, logits, target, message):

@@ -118,7 +118,7 @@ def test_the_model_runs_once_over_the_loader(data):
     model, _, x, y = data
     before = model.trunk_runs
     calibrated(data, max_experts=2.0)
-    assert model.trunk_runs - before == len(batches(x, y)) + 1  # one more to count FLOPs
+    assert model.trunk_runs - before == len(batches(x, y)) + 2  # two more to count FLOPs
 
 
 def test_baselines_equal_a_calibration_of_their_own(data):
@@ -176,6 +176,11 @@ def test_long_tailed_labels_warn_and_balanced_ones_do_not(data):
         ([torch.zeros(2, 3, 8, 8)], {"max_experts": 2}, "yield pairs"),
         ([("a", torch.zeros(2).long())], {"max_experts": 2}, "but got x of str"),
         ([(torch.zeros(2, 3, 8, 8), torch.zeros(2))], {"max_experts": 2}, "class indices"),
+        ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, -1]))], {"max_experts": 2}, "from -1 to 0"),
+        ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 5]))], {"max_experts": 2}, "from 0 to 5"),
+        (None, {"max_experts": "2"}, "`max_experts` to be a finite number"),
+        (None, {"max_experts": True}, "`max_experts` to be a finite number"),
+        (None, {"max_flops": float("nan")}, "`max_flops` to be a finite number"),
     ],
 )
 def test_bad_arguments_are_named(data, loader, target, message):
