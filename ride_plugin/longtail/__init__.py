@@ -16,6 +16,11 @@ from ride_plugin.longtail._logit_adjustment import (
     LogitAdjustedLoss,
     adjust_logits,
 )
+from ride_plugin.longtail._prior_shift import (
+    PriorCalibration,
+    PriorEstimate,
+    calibrate_prior,
+)
 from ride_plugin.longtail._reweighting import DeferredReweighting, effective_number_weights
 from ride_plugin.longtail._sampler import ClassBalancedSampler
 from ride_plugin.longtail._shots import ShotReport, shot_report
@@ -41,10 +46,13 @@ __all__ = [
     "LearnableWeightScaling",
     "LogitAdjustedLoss",
     "LongTailedSubset",
+    "PriorCalibration",
+    "PriorEstimate",
     "ShotReport",
     "adjust_logits",
     "analyze",
     "bias_variance",
+    "calibrate_prior",
     "effective_number_weights",
     "expected_calibration_error",
     "find_classifiers",

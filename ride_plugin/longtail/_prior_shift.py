@@ -1,0 +1,230 @@
+"""Test data whose class frequencies nobody knows: found from unlabelled samples, with a guard."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ride_plugin._checks import (
+    ClassCounts,
+    Numbers,
+    as_labels,
+    check_class_counts,
+    check_floating,
+    check_number,
+)
+from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
+
+_LARGEST_TAU = 3.0
+_STANDARD_ERRORS = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class PriorCalibration:
+    r"""How a model's logits become probabilities for any class prior; see `calibrate_prior`.
+
+    For a class prior $\pi(\tau)_c \propto n_c^{\tau}$ the posterior is the softmax of
+
+    $$a\, z_c + (b + \tau) \log n_c.$$
+
+    Attributes:
+        scale: $a$, below one where the model is overconfident.
+        offset: $b$, minus the share of the training prior that is left in the logits.
+        log_counts: ``[C]`` float64, $\log (n_c / \sum_k n_k)$.
+    """
+
+    scale: float
+    offset: float
+    log_counts: Tensor
+
+    def adjust(self, logits: Tensor, tau: float) -> Tensor:
+        r"""Logits for a known class prior.
+
+        Args:
+            logits: ``[..., C]``.
+            tau: the exponent of the prior: 1 for data distributed as the training data, 0 for
+                balanced ones, below 0 where the rare classes are the frequent ones.
+
+        Returns:
+            ``[..., C]``, float32 or better.
+
+        Raises:
+            ArgumentError: the logits do not have ``C`` classes, or ``tau`` is not a number.
+        """
+        check_floating(logits, "logits", "...", len(self.log_counts))
+        exponent = self.offset + check_number(tau, "tau", advice="Balanced data have 0.")
+        precise = float32_or_better(logits)
+        return self.scale * precise + exponent * self.log_counts.to(precise)
+
+    def estimate(self, logits: Tensor) -> PriorEstimate:
+        r"""Find the class prior of unlabelled test data by maximum likelihood.
+
+        With $q_i$ the posterior of sample i for balanced data, $\tau$ maximises
+
+        $$\frac1N \sum_i \log \sum_c C\, \pi(\tau)_c\, q_{ic},$$
+
+        the likelihood of the samples relative to that of balanced data (Saerens et al., "Adjusting
+        the Outputs of a Classifier to New a Priori Probabilities", Neural Computation 2002, with
+        one free number in place of C). Whether it may be trusted is decided on samples that it was
+        not found on: each half of the data judges the number that the other half found.
+
+        Args:
+            logits: ``[N, C]`` of the model that was calibrated, N >= 2.
+
+        Returns:
+            A `PriorEstimate`, whose `justified` is False where nothing should be changed.
+
+        Raises:
+            ArgumentError: the shape does not fit, or a logit is NaN.
+        """
+        check_floating(logits, "logits", "N", len(self.log_counts))
+        if len(logits) < 2:
+            raise ArgumentError(
+                f"Expected argument `logits` to hold at least two samples, but got {len(logits)}. "
+                "Collect a batch of test data first."
+            )
+        posterior = self.adjust(logits.detach().cpu().double(), 0.0).log_softmax(dim=1)
+        if not bool(posterior.isfinite().all()):
+            raise ArgumentError("Expected argument `logits` to be finite, but some are not.")
+        order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
+        halves = posterior[order[::2]], posterior[order[1::2]]
+        gains = torch.cat(
+            [
+                _gain(judge, self.log_counts, _most_likely(found_on, self.log_counts))
+                for found_on, judge in (halves, halves[::-1])
+            ]
+        )
+        return PriorEstimate(
+            calibration=self,
+            tau=_most_likely(posterior, self.log_counts),
+            gain=float(gains.mean()),
+            standard_error=float(gains.std()) / math.sqrt(len(gains)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PriorEstimate:
+    """What `PriorCalibration.estimate` found.
+
+    Attributes:
+        calibration: the calibration that it was found with.
+        tau: the exponent of the most likely prior.
+        gain: mean log-likelihood of a sample beyond that of balanced data, in nats, on data that
+            tau was not found on.
+        standard_error: of `gain`.
+    """
+
+    calibration: PriorCalibration
+    tau: float
+    gain: float
+    standard_error: float
+
+    @property
+    def justified(self) -> bool:
+        """Whether the gain exceeds two standard errors; if not, the data may be balanced."""
+        return self.gain > _STANDARD_ERRORS * self.standard_error
+
+    @property
+    def prior(self) -> Tensor:
+        """The class prior ``[C]``, float64: the estimate, or balanced if not justified."""
+        tau = self.tau if self.justified else 0.0
+        return (tau * self.calibration.log_counts).softmax(dim=0)
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """Logits for the estimated prior; the logits as they are where it is not justified."""
+        return self.calibration.adjust(logits, self.tau) if self.justified else logits
+
+
+def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) -> PriorCalibration:
+    r"""Learn two numbers from labelled held-out data: how sure logits are, and of which prior.
+
+    A model trained on long-tailed data keeps some of its training prior whatever its loss, and is
+    overconfident; unlabelled test data cannot tell either from a shift of the classes. With $m_c$
+    the frequency of class c among the held-out labels, scale and offset minimise the cross entropy
+    of $a\, z_c + b \log n_c + \log m_c$, which is convex. The held-out data may be balanced or
+    long-tailed, and a few hundred samples suffice; they must not be training data, which a model
+    knows by heart. (Not in the paper.)
+
+    Args:
+        logits: ``[N, C]``: the model's output, or that of routed inference.
+        labels: ``[N]``, class indices.
+        class_counts: training samples of each class, ``[C]``.
+
+    Raises:
+        ArgumentError: shapes do not fit, the counts are equal, a logit is not finite, or the
+            logits tell nothing about the labels.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.arange(3).repeat(100)
+        >>> logits = torch.nn.functional.one_hot(labels, 3) * 2 + torch.randn(300, 3)
+        >>> calibration = calibrate_prior(logits, labels, [100, 10, 1])
+        >>> few_of_the_last = calibration.estimate(logits[(labels < 2)])
+        >>> few_of_the_last.justified, few_of_the_last.tau > 0
+        (True, True)
+    """
+    counts = check_class_counts(class_counts)
+    log_counts = (counts / counts.sum()).log()
+    check_floating(logits, "logits", "N", len(counts))
+    target = as_labels(labels, "labels", len(counts))
+    z = logits.detach().cpu().double()
+    if len(z) != len(target) or not bool(z.isfinite().all()):
+        raise ArgumentError(
+            f"Expected argument `logits` to be finite, with a row for each of the {len(target)} "
+            f"labels, but got {len(z)} rows."
+        )
+    if counts.min() == counts.max():
+        raise ArgumentError(
+            "Expected argument `class_counts` to differ between classes, but all are equal: the "
+            "priors that can be told apart here are powers of the counts."
+        )
+    present = target.bincount(minlength=len(counts)).double().log()  # -inf for absent classes
+    numbers = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([numbers], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(numbers[0] * z + numbers[1] * log_counts + present, target)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    scale, offset = numbers.tolist()
+    if not scale > 1e-6 or not math.isfinite(offset):
+        raise ArgumentError(
+            "Expected argument `logits` to tell something about the labels, but the best scale is "
+            f"{scale:g}. Check that rows and labels belong together."
+        )
+    return PriorCalibration(scale, offset, log_counts)
+
+
+def _gain(posterior: Tensor, log_counts: Tensor, tau: float) -> Tensor:
+    """Log-likelihood of each sample under the prior, beyond that under balanced classes."""
+    log_prior = (tau * log_counts).log_softmax(dim=0)
+    return (posterior + log_prior).logsumexp(dim=1) + math.log(len(log_counts))
+
+
+def _most_likely(posterior: Tensor, log_counts: Tensor) -> float:
+    """Maximise the mean gain over tau: a coarse grid, then the golden section around its best."""
+
+    def value(tau: float) -> float:
+        return float(_gain(posterior, log_counts, tau).mean())
+
+    step = 0.25
+    grid = [step * k for k in range(round(-_LARGEST_TAU / step), round(_LARGEST_TAU / step) + 1)]
+    best = max(grid, key=value)
+    low, high = best - step, best + step
+    ratio = (math.sqrt(5) - 1) / 2
+    for _ in range(14):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        if value(left) > value(right):
+            high = right
+        else:
+            low = left
+    return (low + high) / 2

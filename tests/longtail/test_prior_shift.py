@@ -1,0 +1,131 @@
+"""The prior of unlabelled data, against data whose posterior is known exactly."""
+
+import math
+
+import pytest
+import torch
+
+from ride_plugin import ArgumentError
+from ride_plugin.longtail import calibrate_prior
+
+CLASSES = 20
+COUNTS = [round(500 * 0.01 ** (c / (CLASSES - 1))) for c in range(CLASSES)]
+LOG_COUNTS = torch.tensor(COUNTS, dtype=torch.float64).div(sum(COUNTS)).log()
+
+
+def sample(tau, n, seed, *, order=None):
+    """Gaussian classes at the corners of a simplex, and their exact log-likelihoods [N, C]."""
+    generator = torch.Generator().manual_seed(seed)
+    prior = (tau * LOG_COUNTS).softmax(0)
+    prior = prior if order is None else prior[order]
+    labels = prior.multinomial(n, replacement=True, generator=generator)
+    x = torch.randn(n, CLASSES, generator=generator, dtype=torch.float64)
+    x[torch.arange(n), labels] += 2.5
+    return 2.5 * x, labels  # log p(x | c) up to what is the same for all classes
+
+
+def as_a_model_gives_them(log_likelihood, scale=0.4, offset=-0.3):
+    return ((log_likelihood - offset * LOG_COUNTS) / scale).float()
+
+
+@pytest.mark.parametrize("held_out_tau", [0.0, 1.0])
+def test_scale_and_offset_are_found_from_balanced_and_from_long_tailed_data(held_out_tau):
+    log_likelihood, labels = sample(held_out_tau, 20_000, 0)
+    found = calibrate_prior(as_a_model_gives_them(log_likelihood), labels, COUNTS)
+    assert found.scale == pytest.approx(0.4, rel=0.05)
+    assert found.offset == pytest.approx(-0.3, abs=0.06)
+
+
+@pytest.mark.parametrize("tau", [-0.85, -0.3, 0.5, 1.0])
+def test_a_shift_is_found_and_adjusting_is_as_good_as_knowing_it(tau):
+    held_out, labels = sample(0.0, 2_000, 1)
+    calibration = calibrate_prior(as_a_model_gives_them(held_out), labels, COUNTS)
+    log_likelihood, truth = sample(tau, 5_000, 2)
+    logits = as_a_model_gives_them(log_likelihood)
+    found = calibration.estimate(logits)
+    assert found.justified
+    assert found.tau == pytest.approx(tau, abs=0.12)
+    assert found.prior.sum().item() == pytest.approx(1.0)
+    accuracy = (found.adjust(logits).argmax(1) == truth).double().mean()
+    best = ((log_likelihood + tau * LOG_COUNTS).argmax(1) == truth).double().mean()
+    before = (logits.argmax(1) == truth).double().mean()
+    assert best - accuracy < 0.005
+    assert accuracy > before
+
+
+def test_balanced_data_and_too_few_samples_are_left_as_they_are():
+    held_out, labels = sample(0.0, 5_000, 1)
+    calibration = calibrate_prior(as_a_model_gives_them(held_out), labels, COUNTS)
+    refused = 0
+    for seed in range(20):
+        logits = as_a_model_gives_them(sample(0.0, 1_000, 100 + seed)[0])
+        found = calibration.estimate(logits)
+        if not found.justified:
+            refused += 1
+            assert found.adjust(logits) is logits
+            assert torch.allclose(found.prior, torch.full((CLASSES,), 1 / CLASSES).double())
+    assert refused >= 19
+    assert not calibration.estimate(as_a_model_gives_them(sample(0.5, 4, 3)[0])).justified
+
+
+def test_a_long_tail_over_other_classes_is_not_mistaken_for_one_over_ours():
+    held_out, labels = sample(0.0, 5_000, 1)
+    calibration = calibrate_prior(as_a_model_gives_them(held_out), labels, COUNTS)
+    order = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(3))
+    log_likelihood, truth = sample(1.0, 5_000, 4, order=order)
+    logits = as_a_model_gives_them(log_likelihood)
+    found = calibration.estimate(logits)
+    before = (logits.argmax(1) == truth).double().mean()
+    assert (found.adjust(logits).argmax(1) == truth).double().mean() > before - 0.005
+
+
+def test_the_estimate_is_the_maximum_of_the_likelihood():
+    held_out, labels = sample(0.0, 2_000, 1)
+    calibration = calibrate_prior(as_a_model_gives_them(held_out), labels, COUNTS)
+    logits = as_a_model_gives_them(sample(0.6, 500, 5)[0])
+    found = calibration.estimate(logits)
+
+    def likelihood(tau):  # naive: a loop over samples, probabilities and no logarithms
+        prior = [count**tau for count in COUNTS]
+        prior = [p / sum(prior) for p in prior]
+        rows = calibration.adjust(logits.double(), 0.0).softmax(1).tolist()
+        return sum(
+            math.log(sum(CLASSES * p * q for p, q in zip(prior, row, strict=True))) for row in rows
+        )
+
+    assert likelihood(found.tau) >= max(likelihood(found.tau + d) for d in (-0.01, 0.01))
+
+
+def test_the_order_of_the_samples_does_not_decide():
+    held_out, labels = sample(0.0, 2_000, 1)
+    calibration = calibrate_prior(as_a_model_gives_them(held_out), labels, COUNTS)
+    log_likelihood, truth = sample(1.0, 2_000, 6)
+    found = calibration.estimate(as_a_model_gives_them(log_likelihood[truth.argsort()]))
+    assert found.justified
+    assert found.tau == pytest.approx(1.0, abs=0.12)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "counts", "message"),
+    [
+        (torch.zeros(4, 3), [0, 1, 2, 0], [5, 5, 5], "differ between classes"),
+        (torch.zeros(4, 3), [0, 1, 2], [9, 5, 2], "row for each of the 3"),
+        (torch.full((4, 3), math.nan), [0, 1, 2, 0], [9, 5, 2], "finite"),
+        (torch.zeros(4, 2), [0, 1, 1, 0], [9, 5, 2], "logits"),
+        (torch.zeros(4, 3), [0, 1, 2, 3], [9, 5, 2], "labels"),
+        (-torch.eye(3).repeat(9, 1), [0, 1, 2] * 9, [9, 5, 2], "tell something"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(logits, labels, counts, message):
+    with pytest.raises(ArgumentError, match=message):
+        calibrate_prior(logits, labels, counts)
+
+
+def test_estimates_refuse_what_does_not_fit():
+    held_out, labels = sample(0.0, 500, 1)
+    calibration = calibrate_prior(as_a_model_gives_them(held_out), labels, COUNTS)
+    for wrong in (torch.zeros(1, CLASSES), torch.zeros(9, 3), torch.full((9, CLASSES), math.nan)):
+        with pytest.raises(ArgumentError, match="logits"):
+            calibration.estimate(wrong)
+    with pytest.raises(ArgumentError, match="tau"):
+        calibration.adjust(torch.zeros(2, CLASSES), math.nan)
