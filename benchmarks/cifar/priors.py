@@ -20,8 +20,8 @@ from torch import Tensor
 from benchmarks.cifar.data import load
 from benchmarks.cifar.evaluate import predict
 from benchmarks.cifar.methods import METHODS
-from benchmarks.cifar.resnet import ResNet32
 from benchmarks.cifar.train import Recipe, Run
+from benchmarks.resnets import CifarResNet
 from ride_plugin import RIDEWrapper, load_official_checkpoint
 from ride_plugin.longtail import PriorCalibration, calibrate_prior
 
@@ -116,7 +116,7 @@ def main() -> None:
     _, test, counts = data
     if options.official is not None:
         official = RIDEWrapper(
-            ResNet32(len(counts)),
+            CifarResNet(len(counts)),
             3,
             expert_width=0.75,
             classifier="cosine",
