@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ride_plugin import RIDEWrapper, cost_report, plan
 from ride_plugin._command_line import main
@@ -15,6 +16,11 @@ from ride_plugin.longtail import analyze, shot_report
 from tests.backbones import plain_convnet
 
 CONVNET = "tests.backbones:plain_convnet"
+
+
+def any_size() -> nn.Module:
+    convolutions = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1)
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
 
 
 def values_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
@@ -48,8 +54,8 @@ def test_inspect_tells_what_is_shared_and_what_is_forked(capsys):
 
 def test_the_size_of_an_input_can_be_given(capsys):
     sizes = [
-        values_of(capsys, "inspect", CONVNET, "--input", given)["flops"]
-        for given in ("1,16,16", "1,32,32")
+        values_of(capsys, "inspect", f"{__name__}:any_size", "--input", given)["flops"]
+        for given in ("3,16,16", "3,32,32")
     ]
     assert 3.5 < sizes[1] / sizes[0] < 4.5
 
