@@ -47,7 +47,8 @@ def test_equals_the_authors_numbers(losses, phase: str) -> None:
     loss = LDAMLoss(losses["class_counts"], weight=weight)(experts[:, 0], losses["target"])
     loss.backward()
     torch.testing.assert_close(loss, losses[f"ldam_{phase}_drw_loss"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(experts.grad, losses[f"ldam_{phase}_drw_grad"], rtol=1e-5, atol=1e-9)
+    reference = losses[f"ldam_{phase}_drw_grad"]
+    torch.testing.assert_close(experts.grad[: len(reference)], reference, rtol=1e-5, atol=1e-9)
 
 
 def test_gradient_is_that_of_finite_differences() -> None:
