@@ -15,6 +15,8 @@ import matplotlib.pyplot as plt
 
 GROUPS = ("overall", "many", "medium", "few")
 NUM_EXPERTS = 3
+# Okabe and Ito's colours, which people who see fewer colours can tell apart.
+OKABE_ITO = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00")
 
 
 @dataclass
@@ -72,21 +74,25 @@ def plot(results: dict[str, list[Result]], path: str) -> None:
     figure, (cost, shots, routing) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
 
     plain_flops = mean(r.flops for r in next(iter(results.values())))
-    taken: list[float] = []
-    for name, runs in results.items():
-        flops = mean(r.flops for r in runs) / plain_flops
-        while any(abs(flops - other) < 0.02 for other in taken):
-            flops += 0.02  # side by side, where two methods cost the same
-        taken.append(flops)
+    costs = [mean(r.flops for r in runs) / plain_flops for runs in results.values()]
+    for (name, runs), relative in zip(results.items(), costs, strict=True):
         values = [r.accuracy["overall"] for r in runs]
-        cost.errorbar(
-            flops, mean(values), _deviation(values), fmt="o", capsize=4, color=colours[name]
+        cost.errorbar(  # of two that cost the same, the marker shows which is which
+            relative,
+            mean(values),
+            _deviation(values),
+            fmt=markers[name],
+            ms=8,
+            capsize=4,
+            color=colours[name],
+            markerfacecolor="none",
+            markeredgewidth=2,
         )
     cost.set(
         title="Accuracy against computation",
         xlabel="FLOPs per image (plain backbone = 1)",
         ylabel="test accuracy (%)",
-        xlim=(0, max(taken) + 0.2),
+        xlim=(0, max(costs) + 0.2),
     )
     cost.grid(alpha=0.3)
 

@@ -41,4 +41,5 @@ def test_quickstart_prints_one_table_and_draws_one_plot(tmp_path: Path) -> None:
         assert float(relative) > 0
     assert cells["plain backbone"][-2] == "1.00"
     assert float(cells["RIDE, routed"][-2]) < float(cells["RIDE, all experts"][-2])
+    assert "Too short to judge: 2 epochs and 1 seeds" in result.stdout
     assert (tmp_path / "quickstart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
