@@ -70,7 +70,8 @@ def table(results: dict[str, list[Result]]) -> str:
 
 def plot(results: dict[str, list[Result]], path: str) -> None:
     """Three panels: what accuracy costs, where it is gained, and who gets more experts."""
-    colours = {name: f"C{i}" for i, name in enumerate(results)}
+    colours = dict(zip(results, OKABE_ITO, strict=False))
+    markers = dict(zip(results, "osD^v", strict=False))
     figure, (cost, shots, routing) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
 
     plain_flops = mean(r.flops for r in next(iter(results.values())))
