@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
@@ -51,7 +52,15 @@ Output: TypeAlias = Tensor | ExpertOutput | RouterInputs
 
 
 def attach_expert_logits(logits: Tensor, experts: Tensor) -> Tensor:
-    """Let ``logits`` ``[B, C]`` carry ``experts`` ``[B, E, C]``; returns ``logits`` itself."""
+    """Let ``logits`` ``[B, C]`` carry ``experts`` ``[B, E, C]``; returns ``logits`` itself.
+
+    A loss of the carried logits alone still sends a gradient, zero, through ``logits``: engines
+    such as FSDP2 hook what the model returned and wait there for the backward pass. Without it
+    they would train nothing and say nothing.
+    """
+    if logits.requires_grad:
+        never = torch.zeros((), dtype=torch.bool, device=logits.device)
+        experts = torch.where(never, logits.unsqueeze(1), experts)
     setattr(logits, _ATTRIBUTE, experts)
     return logits
 

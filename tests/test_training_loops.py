@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ride_plugin import (
     DiversityLoss,
@@ -178,56 +173,6 @@ def test_stage_two_is_an_ordinary_loop_with_everything_else_frozen() -> None:
     assert all(p.grad is None for p in model.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-
-
-# ------------------------------------------------------------- two processes
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _train_on_rank(rank: int, port: int, folder: str, options: dict[str, bool]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = RIDEWrapper(CifarResNet(7, n=1), 3, return_experts=bool(options))
-    ddp = DistributedDataParallel(model, **options)
-    diversity = DiversityLoss(COUNTS)
-    torch.manual_seed(rank)
-    for _ in range(2):
-        x, y = torch.randn(4, 3, 32, 32), torch.randint(0, 7, (4,))
-        model.zero_grad()
-        out = ddp(x)
-        (experts_loss(nn.functional.cross_entropy, out, y) + diversity(out, y)).backward()
-    torch.save((x, y, gradients(model), model.state_dict()), f"{folder}/{rank}.pth")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(params=[{}, {"static_graph": True}, {"find_unused_parameters": True}])
-def ranks(request: pytest.FixtureRequest, tmp_path: Path) -> list[tuple]:
-    mp.spawn(_train_on_rank, (_free_port(), str(tmp_path), request.param), nprocs=2)
-    return [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
-
-
-def test_distributed_gradients_are_the_mean_of_both_processes(ranks: list[tuple]) -> None:
-    diversity = DiversityLoss(COUNTS)
-    expected: dict[str, Tensor] = {}
-    for x, y, _, state in ranks:
-        torch.manual_seed(0)
-        model = RIDEWrapper(CifarResNet(7, n=1), 3)
-        model.load_state_dict(state)
-        model.train()
-        loss_of(model, diversity, x, y).backward()
-        for name, gradient in gradients(model).items():
-            expected[name] = expected.get(name, 0) + gradient / 2
-    for _, _, got, _ in ranks:
-        assert got.keys() == expected.keys()
-        for name, gradient in got.items():
-            torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
 
 
 def test_checkpointed_experts_give_equal_gradients_statistics_and_random_numbers() -> None:

@@ -421,14 +421,29 @@ def test_forward_that_changes_its_path_is_refused() -> None:
         RIDEWrapper(Fickle(), 2, fork_at="b")
 
 
-def test_replacing_a_trunk_module_after_wrapping_is_noticed() -> None:
-    model = RIDEWrapper(ImageNetResNet(), 2)
-    model.trunk.bn1 = nn.SyncBatchNorm(8)
-    model.eval()
-    from ride_plugin import ReplayError
+def test_a_trunk_module_may_be_replaced_and_hooked_after_wrapping() -> None:
+    model = RIDEWrapper(ImageNetResNet(), 2).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = expert_logits(model(x))
+    # As `convert_sync_batchnorm`, adapters and pruning do it.
+    model.trunk.bn1 = nn.Sequential(model.trunk.bn1, nn.Identity())
+    torch.testing.assert_close(expert_logits(model(x)), expected)
+    model.trunk.bn1.register_forward_hook(lambda module, args, result: result * 2)
+    model.trunk.bn1.register_forward_pre_hook(lambda module, args: (args[0] + 1,), prepend=True)
+    doubled = expert_logits(model(x))
+    assert not torch.allclose(doubled, expected)
+    torch.testing.assert_close(model.router_inputs(x).expert_logits, doubled)
 
-    with pytest.raises(ReplayError, match="Convert the backbone before wrapping"):
-        model(torch.randn(2, 3, 64, 64))
+
+def test_hooks_of_an_expert_and_of_the_trunk_run_once_a_forward() -> None:
+    model = RIDEWrapper(ImageNetResNet(), 2).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = expert_logits(model(x))
+    seen: list[str] = []
+    for name, view in (("trunk", model.trunk), ("0", model.experts[0]), ("1", model.experts[1])):
+        view.register_forward_pre_hook(lambda m, a, n=name: seen.append(n) or (a[0] + 0,))
+    torch.testing.assert_close(expert_logits(model(x)), expected)
+    assert seen == ["trunk", "0", "1"]
 
 
 def test_cosine_classifier_on_a_convolution_is_refused() -> None:

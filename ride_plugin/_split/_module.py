@@ -16,12 +16,12 @@ from ride_plugin._contexts import evaluating, random_state_kept
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._analysis import layout_of
-from ride_plugin._split._logits import describe
+from ride_plugin._split._logits import LogitsReader, describe
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._state import Layout, TrunkState
-from ride_plugin._split._tape import watch_classifier
+from ride_plugin._split._tape import places_of_units, watch_classifier
 from ride_plugin._tree import logits_in, map_tensors
 
 
@@ -51,6 +51,7 @@ class SplitModule(nn.Module):
         self._num_probed = parts.num_probed
         self.trunk = parts.trunk
         self.experts = nn.ModuleList(parts.experts)
+        self._units = places_of_units(self.trunk)
         self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
 
     def parts(self) -> Parts:
@@ -77,6 +78,7 @@ class SplitModule(nn.Module):
     def run_trunk(self, *args: Any, **kwargs: Any) -> TrunkState:
         """Run the shared part only; hand the result to :meth:`run_expert`."""
         before = read_attributes(self.trunk, self._attributes)
+        self._keep_hooks()
         state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
         return self._settled(replace(state, attributes=before), args, kwargs)
 
@@ -136,13 +138,15 @@ class SplitModule(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[TrunkState, Tensor, Tensor]:
         changes = self.num_experts > 1 and any(known.changes_in_place for known in self._layouts)
-        # Going on into expert 0 would let it write into what the others read; and DataParallel's
-        # replica of the trunk leads to the original's expert, on another device.
-        if changes or getattr(self, "_is_replica", False):
+        # Going on into expert 0 would let it write into what the others read, and would pass by the
+        # hooks of the expert itself (FSDP2's gather its parameters); and DataParallel's replica of
+        # the trunk leads to the original's expert, on another device.
+        if changes or _is_hooked(self.experts[0]) or getattr(self, "_is_replica", False):
             state = self.run_trunk(*args, **kwargs)
             return (state, *self.run_expert(0, state))
         before = read_attributes(self.trunk, self._attributes)
         watch_classifier(self.experts[0], self.classifier_name, self._running)
+        self._keep_hooks()
         self._running.features = None
         try:
             # The recording goes on into expert 0: one pass fewer over the backbone's own code.
@@ -162,6 +166,11 @@ class SplitModule(nn.Module):
             if layout is not None and layout.keys == state.keys:  # not where paths are random
                 state = replace(state, layout=layout)
         return state.hollowed()
+
+    def _keep_hooks(self) -> None:
+        if not torch.compiler.is_compiling():
+            for place in self._units:
+                place.keep_hooks()
 
     def _read(self, output: Any) -> tuple[Tensor, Tensor]:
         logits = logits_in(output)
@@ -219,6 +228,12 @@ class SplitModule(nn.Module):
 def _following(example: Tensor, moved: Tensor) -> Tensor:
     """The example input where the parameters are now, with its values: `to_empty` keeps none."""
     return example if moved.is_meta else example.to(moved.device, moved.dtype)
+
+
+def _is_hooked(expert: nn.Module) -> bool:
+    """Tell whether somebody has registered forward hooks on an expert itself."""
+    ours = (isinstance(hook, LogitsReader) for hook in expert._forward_hooks.values())
+    return bool(expert._forward_pre_hooks) or not all(ours)
 
 
 def _relink(module: SplitModule, *_: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ride_plugin._errors import ReplayError
 from ride_plugin._inputs import batch_size_of
 from ride_plugin._split._state import Layout, TrunkState
-from ride_plugin._split._tape import ForkReached, Player, Recorder, Running
+from ride_plugin._split._tape import ForkReached, Player, Recorder, Running, StartHook
 
 _MISSING = object()
 
@@ -37,7 +38,7 @@ def record(
     recorder = Recorder((args, kwargs), stop_at_fork, known)
     running.recorder = recorder
     output = None
-    recorder.enter()
+    _begin(recorder, trunk, running)
     try:
         output = trunk(*args, **kwargs)
     except ForkReached:
@@ -62,12 +63,25 @@ def play(expert: nn.Module, running: Running, state: TrunkState) -> Any:
     player = Player(state.keys, state.own_values())
     args, kwargs = player.values[0]
     running.player = player
-    player.enter()
+    _begin(player, expert, running)
     try:
         return expert(*args, **kwargs)
     finally:
         player.leave()
         running.player = None
+
+
+def _begin(mode: Recorder | Player, view: nn.Module, running: Running) -> None:
+    """Let the mode see the view's forward, but not what hooks of the view compute before it."""
+    hooks = cast(OrderedDict[int, Any], view._forward_pre_hooks)
+    if not hooks or torch.compiler.is_compiling():
+        mode.enter()
+    elif not isinstance(next(reversed(hooks.values())), StartHook):
+        ours = next((key for key, hook in hooks.items() if isinstance(hook, StartHook)), None)
+        if ours is None:
+            view.register_forward_pre_hook(StartHook(running))
+        else:
+            hooks.move_to_end(ours)
 
 
 def read_attributes(owner: nn.Module, names: Sequence[tuple[str, str]]) -> tuple[Any, ...]:

@@ -14,10 +14,10 @@ from ride_plugin._split._join import Joined
 from ride_plugin._split._logits import LogitsReader
 from ride_plugin._split._parts import Parts, trial_run
 from ride_plugin._split._probe import detached_activations
-from ride_plugin._split._tape import FeatureHook, ForkHook, Recorded, UnitHooks
+from ride_plugin._split._tape import FeatureHook, ForkHook, Recorded, StartHook, UnitHooks
 from ride_plugin._split._views import Link
 
-_OURS = (ForkHook, FeatureHook, LogitsReader, UnitHooks)
+_OURS = (ForkHook, FeatureHook, LogitsReader, StartHook, UnitHooks)
 
 
 def plain_modules(parts: Parts, indices: Sequence[int]) -> nn.ModuleList:

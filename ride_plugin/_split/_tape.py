@@ -11,8 +11,10 @@ so an expert can run on a subset of the rows.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
@@ -31,9 +33,10 @@ class ForkReached(Exception):
 class Running(threading.local):
     """The pass in progress in this thread: one object for each wrapper, safe to copy and pickle."""
 
-    recorder: Recorder | None = None
-    player: Player | None = None
-    features: Tensor | None = None  # what the last classifier that ran received
+    def __init__(self) -> None:  # in each thread; a compiled forward must find the names there
+        self.recorder: Recorder | None = None
+        self.player: Player | None = None
+        self.features: Tensor | None = None  # what the last classifier that ran received
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Running:
         return Running()
@@ -189,6 +192,11 @@ class UnitHooks:
         self.running = running
         self.key = key
 
+    def install(self, unit: nn.Module) -> None:
+        """Register both."""
+        unit.register_forward_pre_hook(self.before)
+        unit.register_forward_hook(self.after)
+
     def before(self, module: nn.Module, args: Any) -> None:
         if self.running.recorder is not None:
             self.running.recorder.unit_begins()
@@ -196,6 +204,58 @@ class UnitHooks:
     def after(self, module: nn.Module, args: Any, result: Any) -> None:
         if self.running.recorder is not None:
             self.running.recorder.unit_ends(self.key, result)
+
+
+@dataclass
+class UnitPlace:
+    """Where a unit of the trunk stands; somebody may put another module there."""
+
+    parent: nn.Module
+    name: str
+    hooks: UnitHooks
+
+    def keep_hooks(self) -> None:
+        """Let the hooks stand on the module that is here now, around those of everybody else.
+
+        What a unit's other hooks compute (FSDP2 gathers parameters there) belongs to the unit. As
+        glue, the experts would look for it in the backbone's forward, which does not have it.
+        """
+        unit = self.parent._modules[self.name]
+        assert unit is not None
+        if not any(map(_is_ours, unit._forward_pre_hooks.values())):
+            self.hooks.install(unit)  # somebody replaced the module: SyncBatchNorm, an adapter
+        for hooks, last in ((unit._forward_pre_hooks, False), (unit._forward_hooks, True)):
+            if not _is_ours(next((reversed if last else iter)(hooks.values()))):
+                ours = next(key for key, hook in hooks.items() if _is_ours(hook))
+                cast(OrderedDict[int, Any], hooks).move_to_end(ours, last=last)
+
+
+def places_of_units(trunk: nn.Module) -> list[UnitPlace]:
+    """Find the units: the submodules that carry :class:`UnitHooks`."""
+    places: list[UnitPlace] = []
+    for parent in trunk.modules():
+        for name, child in parent.named_children():
+            for hook in child._forward_pre_hooks.values():
+                hooks = getattr(hook, "__self__", None)
+                if isinstance(hooks, UnitHooks):
+                    places.append(UnitPlace(parent, name, hooks))
+    return places
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), UnitHooks)
+
+
+class StartHook:
+    """Last pre-hook of a view that has others: glue begins after them."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        mode = self.running.recorder or self.running.player
+        if mode is not None and not mode.on_stack:
+            mode.enter()
 
 
 class ForkHook:

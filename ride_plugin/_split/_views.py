@@ -151,9 +151,7 @@ def build_views(
     trunk = copy.deepcopy(source, {**replaced, **{id(t): t for t in _tensors(source)}})
     trunk_modules = dict(trunk.named_modules(remove_duplicate=False))
     for name in trunk_units:
-        hooks = UnitHooks(running, name)
-        trunk_modules[name].register_forward_pre_hook(hooks.before)
-        trunk_modules[name].register_forward_hook(hooks.after)
+        UnitHooks(running, name).install(trunk_modules[name])
     for stand_in, owner in ((stand_ins, trunk), (replaced, expert)):
         for module in stand_in.values():
             module.stand_for(owner)
