@@ -1,11 +1,11 @@
-"""Amending the plan of a trial: where two widths meet that have to be equal, one gives way."""
+"""What happens where two widths meet that have to be equal: one of them is changed in the plan."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._width._attention import Attention
@@ -15,33 +15,35 @@ from ride_plugin._width._map import WidthMap
 from ride_plugin._width._plan import Amended, Plan, Step, Stuck
 
 
-class Amender(Ledger):
-    """Decides which of two widths changes; a layer that cannot be narrowed keeps its width.
+class Amender:
+    """Decides which of two widths changes; a layer that cannot be narrowed keeps its own.
 
     Args:
-        expert: an expert's view of the backbone.
-        frozen: ids of tensors that the trunk owns.
-        plan: amended when widths do not meet.
+        ledger: changes and origins of this trial.
+        plan: amended where widths do not meet.
         widths: the map of widths.
         attentions: attention modules of the expert.
+
+    Attributes:
+        running: names of the modules that run at the moment, the innermost last.
+        amended: whether this trial has changed the plan.
     """
 
     def __init__(
         self,
-        expert: nn.Module,
-        frozen: set[int],
+        ledger: Ledger,
         plan: Plan,
         widths: WidthMap,
         attentions: Sequence[Attention],
     ) -> None:
-        super().__init__(expert, frozen)
+        self.ledger = ledger
         self.plan = plan
         self.widths = widths
-        self._attentions = {attention.name: attention for attention in attentions}
-        self._stack: list[str] = []  # names of the modules that are running
-        self._amended = False
+        self.attentions = {attention.name: attention for attention in attentions}
+        self.running: list[str] = []
+        self.amended = False
 
-    def _reconciled(
+    def reconciled(
         self, name: str, step: Step, args: Any, kwargs: Any, error: Exception
     ) -> tuple[Any, Any]:
         """Amend the plan where operands do not fit, and make them fit for the rest of the trial."""
@@ -74,21 +76,21 @@ class Amender(Ledger):
             loser, axis, size = self._loser((tensors[i], a), (tensors[j], b))
             k = i if loser is tensors[i] else j
             old = step.inputs[k][axis] if k < len(step.inputs) else None
-            self._pin(loser, axis, size, old)
+            self.pin(loser, axis, size, old)
             tensors[k] = resized(loser, {axis % loser.dim(): size})
-            self._alive.append(tensors[k])
+            self.ledger.keep_alive(tensors[k])
             changed = True
         if not changed:
-            self._give_way(tensors, f"`{name}`: {str(error).splitlines()[0]}")
+            self.give_way(tensors, f"`{name}`: {str(error).splitlines()[0]}")
         replaced = iter(tensors)
         fitted: tuple[Any, Any] = map_tensors(lambda _: next(replaced), (args, kwargs))
         return fitted
 
     def _loser(self, a: tuple[Tensor, int], b: tuple[Tensor, int]) -> tuple[Tensor, int, int]:
-        """Which of two has to change, along which dimension, and to which size."""
+        """Which of two tensors has to change, along which dimension, and to which size."""
 
         def reluctance(side: tuple[Tensor, int]) -> tuple[int, int]:
-            tags = self._tags_of(side[0])
+            tags = self.ledger.tags_of(side[0])
             if not tags:
                 return 3, 0
             if all(kind == "raw" for kind, _ in tags):
@@ -96,24 +98,24 @@ class Amender(Ledger):
             layers = [name for kind, name in tags if kind == "layer"]
             narrowed = side[0].shape[side[1]]
             other = (b if side is a else a)[0].shape[(b if side is a else a)[1]]
-            # Of two layers, the one that is narrower widens: the other may have no choice.
+            # The narrower of two layers becomes wider, since the other may be unable to narrow.
             return (2 if all(n in self.plan.out for n in layers) else 1), int(narrowed > other)
 
         loser, winner = (a, b) if reluctance(a) < reluctance(b) else (b, a)
         return loser[0], loser[1], winner[0].shape[winner[1]]
 
-    def _pin(self, tensor: Tensor, axis: int, size: int, old_size: int | None) -> None:
+    def pin(self, tensor: Tensor, axis: int, size: int, old_size: int | None) -> None:
         """Amend the plan so that ``tensor`` gets ``size`` along ``axis``."""
         now = tensor.shape[axis]
         if now == size:
             return
-        tags = self._tags_of(tensor)
+        tags = self.ledger.tags_of(tensor)
         done = False
         for kind, name in tags:
             if kind == "raw":
                 done |= self._pin_raw(name, now, size)
             else:
-                old_out, out = self.layers.get(name, (0, 0))
+                old_out, out = self.ledger.layers.get(name, (0, 0))
                 reference = old_size if old_size is not None else now
                 wanted = round((old_out if old_size is not None else out) * size / reference)
                 if name not in self.plan.out and wanted > 0:
@@ -123,12 +125,12 @@ class Amender(Ledger):
                     self.plan.out[name] = old_out
                     done = True
         if not done:
-            self._give_way((), f"a width of {now} meets one of {size}")
-        self._amended = True
+            self.give_way((), f"a width of {now} meets one of {size}")
+        self.amended = True
 
     def _pin_raw(self, name: str, now: int, size: int) -> bool:
         path, _, key = name.rpartition(".")
-        tensor: Any = getattr(self._modules_by_name[path], key)
+        tensor: Any = getattr(self.ledger.modules[path], key)
         dims = [d for d, s in enumerate(tensor.shape) if s == now]
         dims = dims or [d for d, s in enumerate(tensor.shape) if s > 1]
         if len(dims) < 1 or (len(dims) > 1 and tensor.shape[dims[0]] != now):
@@ -140,26 +142,31 @@ class Amender(Ledger):
         sizes[dims[-1]] = wanted
         return True
 
-    def _give_way(self, tensors: Iterable[Tensor], reason: str) -> None:
-        """Fall back: another way to narrow the attention here, else keep the layers at fault."""
-        if self._amended:
-            raise Amended  # what fails may follow from what was amended already
-        where = self._stack[-1] if self._stack else ""
-        for name in reversed(self._stack):
-            attention = self._attentions.get(name)
+    def give_way(self, tensors: Iterable[Tensor], reason: str) -> None:
+        """Try another way to narrow the attention that runs; else let layers keep their widths.
+
+        Raises:
+            Amended: the plan has changed, so another trial is worth it.
+            Stuck: nothing is left to change.
+        """
+        if self.amended:
+            raise Amended  # this failure may be a consequence of an earlier change of the plan
+        where = self.running[-1] if self.running else ""
+        for name in reversed(self.running):
+            attention = self.attentions.get(name)
             if attention is not None:
                 tried = self.plan.choice.get(name, 0)
                 if tried + 1 < len(attention.choices(self.widths.ratio)):
                     self.plan.choice[name] = tried + 1
                     raise Amended
-        tags = {tag for tensor in tensors for tag in self._tags_of(tensor)}
+        tags = {tag for tensor in tensors for tag in self.ledger.tags_of(tensor)}
         at_fault = [name for kind, name in tags if kind == "layer"]
-        for path in ("", *reversed(self._stack)):
+        for path in ("", *reversed(self.running)):
             if path:
-                at_fault = [name for name in self._out if name.startswith(path + ".")]
+                at_fault = [name for name in self.ledger.new_widths if name.startswith(path + ".")]
             kept = False
             for name in at_fault:
-                old_out, out = self.layers[name]
+                old_out, out = self.ledger.layers[name]
                 if out != old_out and self.plan.out.get(name) != old_out:
                     self.plan.out[name] = old_out
                     kept = True

@@ -1,7 +1,7 @@
 """Attention with fewer heads: the Python attributes that attention modules keep of their sizes.
 
-The number of heads is reduced and the size of a head kept, since the scale of the scores belongs
-to it; where that leaves no whole number near the ratio, heads get smaller instead.
+The number of heads is reduced. The size of a head stays, because the scores are scaled by it. Where
+no whole number of heads is near the ratio, each head gets smaller instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layers whose width can be chosen: where their sizes stand, and how to resize and redraw them."""
+"""Layers that can be narrowed: where they keep their sizes, how to resize and redraw them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Kind(NamedTuple):
 
 
 class ChannelPad(nn.Module):
-    """Shortcut without parameters: stride or pool, then zero channels around (ResNet, option A).
+    """Shortcut without parameters: subsample, then add channels of zeros (ResNet, option A).
 
     Args:
         channels: output width.
-        stride: of the subsampling.
-        centred: zeros on both sides, else behind.
-        pool: average over the stride's window rather than take its first pixel.
+        stride: one pixel of so many is kept, in both directions.
+        centred: zeros before and after the channels, else only after them.
+        pool: average over the pixels of a stride instead of taking the first one.
     """
 
     def __init__(self, channels: int, stride: int, centred: bool, pool: bool) -> None:
@@ -60,14 +60,13 @@ class ChannelPad(nn.Module):
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """How to narrow ``module``; None if it is no layer with a width of its own."""
+    """Where ``module`` keeps its sizes, or None if its width cannot be chosen."""
     weight = module._parameters.get("weight")
     if isinstance(module, ChannelPad):
         return Kind(None, 0, "", "channels", 1)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return Kind(0, 1, "in_channels", "out_channels", 1)
     if isinstance(module, nn.modules.conv._ConvNd):
-        # Kept channels must stay where they are when the weight has more dimensions than known.
         return Kind(1, 0, "in_channels", "out_channels", 1)
     if isinstance(module, nn.Linear):
         return Kind(1, 0, "in_features", "out_features", -1)
@@ -79,7 +78,10 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def resized(tensor: Tensor, sizes: dict[int, int]) -> Tensor:
-    """Return ``tensor`` with other sizes along some dimensions: leading entries, else repeated."""
+    """Return ``tensor`` with other sizes along some dimensions.
+
+    Where it gets smaller the first entries stay; where it gets larger they are repeated.
+    """
     for dim, size in sizes.items():
         if tensor.shape[dim] != size:
             index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
@@ -88,11 +90,11 @@ def resized(tensor: Tensor, sizes: dict[int, int]) -> Tensor:
 
 
 def redrawn(new: Tensor, old: Tensor, fan_ratio: float) -> Tensor:
-    """Fresh values for a resized parameter, with the character of the old one.
+    """Return new values for a resized parameter, distributed as the old ones.
 
-    Entries are drawn from the old tensor's without replacement, and scaled by ``sqrt(old fan-in /
-    new fan-in)``: every unit's pre-activation keeps its variance, whatever the initialisation.
-    Constants stay; orthogonal weights are drawn orthogonal; identities keep their places.
+    They are the old tensor's entries in random order, times ``sqrt(old fan-in / new fan-in)``: so
+    what a unit computes keeps its variance, whatever the initialisation was. A constant tensor
+    stays constant, an orthogonal matrix is drawn orthogonal, and an identity stays an identity.
     """
     if is_constant(old) or is_sparse(old):
         return new

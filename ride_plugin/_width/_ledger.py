@@ -1,4 +1,4 @@
-"""The changes of one trial: resized parameters, set attributes, and which layer made a tensor."""
+"""What one trial has changed, so that it can be undone, and which layer made which tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ride_plugin._tree import tensors_in
 from ride_plugin._width._layers import kind_of, resized
@@ -31,39 +30,46 @@ class Change:
     fan_ratio: float
 
 
-class Ledger(TorchFunctionMode):
-    """Keeps every change of an expert, so that it can be undone.
+class Ledger:
+    """Changes an expert's layers, remembers each change, and knows which layer made a tensor.
 
     Args:
         expert: an expert's view of the backbone.
-        frozen: ids of tensors that the trunk owns.
+        frozen: ids of tensors that the trunk owns, which stay as they are.
+
+    Attributes:
+        changes: every resized parameter and buffer, in order.
+        layers: old and new output width of each layer that was resized, by name.
+        new_widths: the new output widths alone, also of layers that kept theirs.
+        modules: the expert's modules by name; ``names`` is the way back, from ids.
+        owners: modules and keys of each tensor that may be resized, by id.
     """
 
     def __init__(self, expert: nn.Module, frozen: set[int]) -> None:
-        super().__init__()
         self.changes: list[Change] = []
         self.layers: dict[str, tuple[int, int]] = {}  # name -> (old, new) output width
-        self._names = {id(module): name for name, module in expert.named_modules()}
-        self._modules_by_name = dict(expert.named_modules())
+        self.names = {id(module): name for name, module in expert.named_modules()}
+        self.modules = dict(expert.named_modules())
         self._undo: list[Callable[[], None]] = []
-        self._out: dict[str, int] = {}
+        self.new_widths: dict[str, int] = {}
         self._tags: dict[int, frozenset[Tag]] = {}
         self._alive: list[Any] = []
         self._swapped: dict[int, Tensor] = {}
-        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.owners: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in expert.modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and id(tensor) not in frozen:
-                    self._owners.setdefault(id(tensor), []).append((module, name))
+                    self.owners.setdefault(id(tensor), []).append((module, name))
 
     def undo(self) -> None:
         """Put everything back."""
         for restore in reversed(self._undo):
             restore()
 
-    def _resize(
+    def resize(
         self, module: nn.Module, name: str, sizes: dict[int, int], fan_ratio: float = 1.0
     ) -> None:
+        """Resize a parameter or buffer along some dimensions; tied tensors stay tied."""
         where = module._parameters if name in module._parameters else module._buffers
         old: Any = where[name]
         if all(old.shape[dim] == size for dim, size in sizes.items()):
@@ -71,59 +77,68 @@ class Ledger(TorchFunctionMode):
         value = resized(old, sizes)
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)
-        owners = self._owners.pop(id(old), [(module, name)])
+        owners = self.owners.pop(id(old), [(module, name)])
         for owner, key in owners:  # tied parameters stay tied
             slot: Any = owner._parameters if key in owner._parameters else owner._buffers
             slot[key] = value
             self._undo.append(partial(slot.__setitem__, key, old))
-        self._owners[id(value)] = owners
+        self.owners[id(value)] = owners
         self._swapped[id(old)] = value
         self._alive.append((old, value))
         self.changes.append(Change(module, name, old, fan_ratio))
 
-    def _current(self, tensor: Tensor) -> Tensor:
+    def current(self, tensor: Tensor) -> Tensor:
+        """What stands in the place of a tensor that was resized."""
         while id(tensor) in self._swapped:
             tensor = self._swapped[id(tensor)]
         return tensor
 
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set a plain attribute that the module has."""
         attributes = module.__dict__
         if name in attributes:
             old = attributes[name]
             self._undo.append(lambda: attributes.__setitem__(name, old))
             attributes[name] = value
 
-    def _tag(self, tensor: Tensor, tags: frozenset[Tag]) -> None:
-        self._alive.append(tensor)  # an id names a tensor only while it lives
+    def keep_alive(self, tensor: Tensor) -> None:
+        """Hold a tensor until the trial ends: an id names a tensor only while it lives."""
+        self._alive.append(tensor)
+
+    def tag(self, tensor: Tensor, tags: frozenset[Tag]) -> None:
+        """Note which layers or parameters a tensor comes from."""
+        self.keep_alive(tensor)
         self._tags[id(tensor)] = tags
 
-    def _tags_of(self, tensor: Tensor) -> frozenset[Tag]:
+    def tags_of(self, tensor: Tensor) -> frozenset[Tag]:
+        """Which layers, or parameters without a layer, a tensor comes from."""
         if id(tensor) in self._tags:
             return self._tags[id(tensor)]
         found = set()
-        for module, key in self._owners.get(id(tensor), ()):
-            name = self._names[id(module)]
+        for module, key in self.owners.get(id(tensor), ()):
+            name = self.names[id(module)]
             if not tensor.is_floating_point():
                 continue  # an index, a mask
-            layer = kind_of(module) is not None and name in self._out
+            layer = kind_of(module) is not None and name in self.new_widths
             found.add(("layer", name) if layer else ("raw", f"{name}.{key}" if name else key))
         return frozenset(found)
 
-    def _tags_of_result(self, name: str, args: Any, kwargs: Any) -> frozenset[Tag]:
+    def tags_of_result(self, name: str, args: Any, kwargs: Any) -> frozenset[Tag]:
+        """Which of them the result of an operation has its width from."""
         tensors = list(tensors_in((args, kwargs)))
         if name == "linear" or name in CONVOLUTIONS:
-            layers = self._tags_of(tensors[1])
+            layers = self.tags_of(tensors[1])
             names = [n for kind, n in layers if kind == "layer"]
             depthwise = any(
-                getattr(self._modules_by_name[n], "groups", 1) > 1
-                and self._modules_by_name[n].groups == self._modules_by_name[n].in_channels
+                getattr(self.modules[n], "groups", 1) > 1
+                and self.modules[n].groups == self.modules[n].in_channels
                 for n in names
             )
-            return self._tags_of(tensors[0]) if depthwise else layers
+            return self.tags_of(tensors[0]) if depthwise else layers
         if name in PRODUCTS and len(tensors) > 1:
-            return self._tags_of(tensors[1]) or self._tags_of(tensors[0])
+            return self.tags_of(tensors[1]) or self.tags_of(tensors[0])
         if name == "scaled_dot_product_attention":
-            return self._tags_of(tensors[2])
+            return self.tags_of(tensors[2])
         if name in NORMS:
-            return self._tags_of(tensors[0])
-        return frozenset().union(*(self._tags_of(tensor) for tensor in tensors))
+            return self.tags_of(tensors[0])
+        return frozenset().union(*(self.tags_of(tensor) for tensor in tensors))

@@ -12,7 +12,7 @@ _GRAIN = 8  # wide layers stay multiples of this, as kernels like them
 
 
 class WidthMap:
-    """``w(c)``: the width nearest to ``ratio * c`` that every user of width ``c`` can have.
+    """``w(c)``: the width nearest to ``ratio * c`` that every layer of width ``c`` can take.
 
     A grouped convolution, a group norm or attention with ``c = groups * size`` channels needs a
     new width that keeps the number of groups or the size of each. From 64 channels on, multiples

@@ -52,9 +52,9 @@ class _Reference:
 def narrow_expert(split: Split, width: float) -> Split:
     """The split with a narrower expert; it is narrowed in place, before others are copied from it.
 
-    Output widths become ``w(c)``, about ``width * c`` (see :class:`WidthMap`). Widths that have to
-    equal something of the trunk, a residual stream that the trunk began for example, stay; then
-    what lies inside the blocks is narrowed (hidden widths, attention heads).
+    A layer with ``c`` outputs gets about ``width * c`` (see :class:`WidthMap`). A width that has to
+    equal one of the trunk stays as it is, for example that of a residual stream which begins in
+    the trunk; then the layers inside the blocks are narrowed (hidden widths, attention heads).
 
     Raises:
         WidthError: a layer cannot be narrowed, or too little can be; the message names it.
@@ -130,7 +130,7 @@ def _play(split: Split, state: TrunkState, training: bool) -> Callable[[], Any]:
 
 
 def _replace_fixed_modules(split: Split, state: TrunkState) -> None:
-    """Modules whose sizes cannot be changed give way to equal ones whose sizes can."""
+    """Replace modules whose sizes are fixed by equal ones whose sizes can be changed."""
     expert = split.views.expert
     names = [n for n, m in expert.named_modules() if isinstance(m, nn.MultiheadAttention)]
     play_once = _play(split, state, False)

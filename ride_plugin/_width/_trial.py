@@ -1,9 +1,10 @@
 """A trial forward of a narrowed expert: layers are resized as the tensors reach them.
 
-Output widths come from one map, input widths from the tensor that arrives. Where two widths meet
-that have to be equal (a residual sum with what the trunk computed, say), the plan is amended: the
-layer that made the narrower one keeps a wider output, or a parameter that is combined with the
-other by hand is resized. Amended plans are tried again, until one runs through.
+Output widths come from one map, input widths from the tensor that arrives. Where two widths have
+to be equal and are not (in a residual sum with a tensor of the trunk, for example), the plan is
+changed: the layer that made the narrower tensor gets a wider output, or a parameter that the
+backbone's own code combines with the other tensor is resized. Then the next trial begins, until one
+runs to its end.
 
 Each operation is compared with the same operation of the full-width expert, so that a reshape with
 a fixed number of channels cannot move positions into channels unnoticed.
@@ -16,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._width._amend import Amender
 from ride_plugin._width._attention import Attention
 from ride_plugin._width._layers import Kind, kind_of
-from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES
+from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Change, Ledger
 from ride_plugin._width._map import WidthMap
 from ride_plugin._width._plan import (
     Amended,
@@ -34,7 +36,7 @@ from ride_plugin._width._plan import (
 )
 
 
-class Trial(Amender):
+class Trial(TorchFunctionMode):
     """Runs an expert once and resizes its layers on the way; everything can be undone.
 
     Args:
@@ -53,13 +55,26 @@ class Trial(Amender):
         widths: WidthMap,
         attentions: Sequence[Attention],
     ) -> None:
-        super().__init__(expert, frozen, plan, widths, attentions)
+        super().__init__()
+        self.plan = plan
+        self.widths = widths
+        self.ledger = Ledger(expert, frozen)
+        self.amender = Amender(self.ledger, plan, widths, attentions)
         self._steps: Sequence[Step] = ()
         self._position = 0
         self._set_attributes()
         for name, sizes in plan.raw.items():
             path, _, key = name.rpartition(".")
-            self._resize(self._modules_by_name[path], key, sizes)
+            self.ledger.resize(self.ledger.modules[path], key, sizes)
+
+    @property
+    def changes(self) -> list[Change]:
+        """What was resized."""
+        return self.ledger.changes
+
+    def undo(self) -> None:
+        """Put everything back."""
+        self.ledger.undo()
 
     def run(self, play: Callable[[], Any], steps: Sequence[Step], output: Sequence[Any]) -> None:
         """Run the expert once; ``steps`` and ``output`` are the full-width expert's.
@@ -68,9 +83,9 @@ class Trial(Amender):
             Amended: the plan was changed.
             Stuck: it does not run, and no change of the plan is left to try.
         """
-        self._steps, self._position, self._stack = steps, 0, []
+        self._steps, self._position, self.amender.running = steps, 0, []
         handles = []
-        for module in self._modules_by_name.values():
+        for module in self.ledger.modules.values():
             if not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._exit))
@@ -80,20 +95,20 @@ class Trial(Amender):
         except (Amended, Stuck):
             raise
         except Exception as error:
-            self._give_way((), f"{type(error).__name__}: {error}")
+            self.amender.give_way((), f"{type(error).__name__}: {error}")
         finally:
             for handle in handles:
                 handle.remove()
         for got, expected in zip(tensors_in(result), output, strict=True):
             if len(expected) == 2 and tuple(got.shape) != expected:  # logits keep their classes
-                self._pin(got, 1, expected[1], expected[1])
+                self.amender.pin(got, 1, expected[1], expected[1])
         if self._position != len(self._steps):
             raise Stuck("the narrowed expert's forward takes another path than the original's")
-        if self._amended:
+        if self.amender.amended:
             raise Amended
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._stack.append(self._names[id(module)])
+        self.amender.running.append(self.ledger.names[id(module)])
         with torch._C.DisableTorchFunction():
             kind = kind_of(module)
             x = next(tensors_in((args, kwargs)), None)
@@ -101,11 +116,11 @@ class Trial(Amender):
                 self._fix(module, kind, x)
 
     def _exit(self, module: nn.Module, args: Any, result: Any) -> None:
-        self._stack.pop()
+        self.amender.running.pop()
         with torch._C.DisableTorchFunction():
             kind = kind_of(module)
         if kind is not None and kind.in_dim is None and isinstance(result, Tensor):
-            self._tag(result, frozenset({("layer", self._names[id(module)])}))
+            self.ledger.tag(result, frozenset({("layer", self.ledger.names[id(module)])}))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -113,38 +128,42 @@ class Trial(Amender):
         name = operation_name(func)
         index, self._position = self._position, self._position + 1
         if index >= len(self._steps) or self._steps[index].name != name:
-            self._give_way(tensors_in((args, kwargs)), f"its path changes at `{name}`")
+            self.amender.give_way(tensors_in((args, kwargs)), f"its path changes at `{name}`")
         step = self._steps[index]
         if "weight" in name or name in ("linear", *CONVOLUTIONS):
             self._fix_functional(args, kwargs or {})
-        args, kwargs = map_tensors(self._current, (args, kwargs or {}))
+        args, kwargs = map_tensors(self.ledger.current, (args, kwargs or {}))
         if name in NORMS:
             args, kwargs = self._fix_norm(name, args, kwargs)
         try:
             result = func(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
-            args, kwargs = self._reconciled(name, step, args, kwargs, error)
+            args, kwargs = self.amender.reconciled(name, step, args, kwargs, error)
             try:
                 result = func(*args, **kwargs)
             except (RuntimeError, ValueError, IndexError) as again:
                 reason = f"`{name}`: {str(again).splitlines()[0]}"
-                self._give_way(tensors_in((args, kwargs)), reason)
+                self.amender.give_way(tensors_in((args, kwargs)), reason)
         self._compare(name, step, args, result)
-        tags = self._tags_of_result(name, args, kwargs)
+        tags = self.ledger.tags_of_result(name, args, kwargs)
         for tensor in tensors_in(result):
-            self._tag(tensor, tags)
+            self.ledger.tag(tensor, tags)
         return result
 
     # --- resizing -------------------------------------------------------------------------------
 
     def _fix(self, module: nn.Module, kind: Kind, x: Tensor) -> None:
         """Give a layer the input width that arrives and the output width of the plan."""
-        name = self._names[id(module)]
+        name = self.ledger.names[id(module)]
         weight: Any = module._parameters.get("weight")
-        owned = weight is None or id(weight) in self._owners
-        if name in self._out or not owned or (weight is None and hasattr(module, "weight")):
+        owned = weight is None or id(weight) in self.ledger.owners
+        if (
+            name in self.ledger.new_widths
+            or not owned
+            or (weight is None and hasattr(module, "weight"))
+        ):
             if kind.in_dim is not None and x.dim() > 1:
-                self._pin(x, kind.axis, getattr(module, kind.in_name), x.shape[kind.axis])
+                self.amender.pin(x, kind.axis, getattr(module, kind.in_name), x.shape[kind.axis])
             return
         arriving = x.shape[kind.axis] if kind.in_dim is not None else 0
         old_in = getattr(module, kind.in_name) if kind.in_dim is not None else 0
@@ -162,7 +181,7 @@ class Trial(Amender):
             if arriving % groups or out % groups:
                 new_groups = arriving // size
             if not new_groups or arriving % new_groups or out % new_groups:
-                self._give_way((x,), f"{arriving} and {out} channels in {groups} groups")
+                self.amender.give_way((x,), f"{arriving} and {out} channels in {groups} groups")
         elif kind.in_dim is None and not isinstance(module, nn.Embedding):
             new_groups, out = 1, max(self.widths(old_out) if out is None else out, x.shape[1])
         else:
@@ -179,16 +198,16 @@ class Trial(Amender):
                     if kind.in_dim is not None:
                         per_group = 1 if kind.in_dim == 0 else new_groups
                         sizes[kind.in_dim] = arriving // per_group
-                    self._resize(module, key, sizes, fan_ratio)
+                    self.ledger.resize(module, key, sizes, fan_ratio)
                 elif tensor.dim() and tensor.shape[0] == old_out:  # bias, gain
-                    self._resize(module, key, {0: out}, fan_ratio)
-        self._set(module, kind.out_name, out)
+                    self.ledger.resize(module, key, {0: out}, fan_ratio)
+        self.ledger.set_attribute(module, kind.out_name, out)
         if kind.in_dim is not None:
-            self._set(module, kind.in_name, arriving)
+            self.ledger.set_attribute(module, kind.in_name, arriving)
         if groups != new_groups:
-            self._set(module, "groups", new_groups)
-        self._out[name] = out
-        self.layers[name] = (old_out, out)
+            self.ledger.set_attribute(module, "groups", new_groups)
+        self.ledger.new_widths[name] = out
+        self.ledger.layers[name] = (old_out, out)
 
     def _fix_functional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Layers whose weight is handed to a function by the code around them."""
@@ -196,9 +215,13 @@ class Trial(Amender):
         if len(tensors) < 2:
             return
         x, weight = tensors[:2]
-        for module, key in self._owners.get(id(weight), ()):
+        for module, key in self.ledger.owners.get(id(weight), ()):
             kind = kind_of(module)
-            if kind is not None and key == "weight" and self._names[id(module)] not in self._out:
+            if (
+                kind is not None
+                and key == "weight"
+                and self.ledger.names[id(module)] not in self.ledger.new_widths
+            ):
                 self._fix(module, kind, x)
 
     def _fix_norm(
@@ -207,7 +230,7 @@ class Trial(Amender):
         x: Tensor = args[0] if args else kwargs["input"]
         given = list(args)
         last = name in ("layer_norm", "rms_norm")
-        module = self._modules_by_name.get(self._stack[-1] if self._stack else "")
+        module = self.ledger.modules.get(self.amender.running[-1] if self.amender.running else "")
         if last:
             shape = given[1] if len(given) > 1 else kwargs["normalized_shape"]
             size = tuple(x.shape[-len(shape) :])
@@ -222,45 +245,45 @@ class Trial(Amender):
             else:
                 kwargs["normalized_shape"] = size
             if module is not None and hasattr(module, "normalized_shape"):
-                self._set(module, "normalized_shape", size)
+                self.ledger.set_attribute(module, "normalized_shape", size)
         if name == "group_norm":
             groups = given[1] if len(given) > 1 else kwargs["num_groups"]
             if size[0] % groups and isinstance(module, nn.GroupNorm):
                 groups = max(1, size[0] // (module.num_channels // module.num_groups))
                 if size[0] % groups:
-                    self._give_way((x,), f"{size[0]} channels in {module.num_groups} groups")
-                self._set(module, "num_groups", groups)
+                    self.amender.give_way((x,), f"{size[0]} channels in {module.num_groups} groups")
+                self.ledger.set_attribute(module, "num_groups", groups)
                 given[1:2] = [groups]
         for attribute in ("num_features", "num_channels", "num_parameters"):
             if module is None or not isinstance(getattr(module, attribute, None), int):
                 continue
             if name != "prelu" or module.num_parameters != 1:  # one for all channels stays one
-                self._set(module, attribute, size[0])
+                self.ledger.set_attribute(module, attribute, size[0])
         return tuple(given), kwargs
 
     def _norm_argument(self, value: Any, size: tuple[int, ...]) -> Any:
         if isinstance(value, Tensor) and value.numel() > 1 and tuple(value.shape) != size:
-            for module, key in self._owners.get(id(value), ()):
-                self._resize(module, key, dict(enumerate(size)))
-            return self._current(value)
+            for module, key in self.ledger.owners.get(id(value), ()):
+                self.ledger.resize(module, key, dict(enumerate(size)))
+            return self.ledger.current(value)
         return value
 
     def _set_attributes(self) -> None:
         self._projections: dict[str, int] = {}
-        for name, attention in self._attentions.items():
+        for name, attention in self.amender.attentions.items():
             choices = attention.choices(self.widths.ratio)
             choice = choices[min(self.plan.choice.get(name, 0), len(choices) - 1)]
             widths, settings = attention.apply(choice, self.widths.ratio)
             prefix = name + "." if name else ""
             self._projections |= {prefix + key: width for key, width in widths.items()}
             for module, key, value in settings:
-                self._set(module, key, value)
-        for module in self._modules_by_name.values():
+                self.ledger.set_attribute(module, key, value)
+        for module in self.ledger.modules.values():
             for key, value in vars(module).items():
                 # Caches of computed tensors, filled at the full width.
                 holds_tensors = type(value) is dict and any(True for _ in tensors_in(value))
                 if holds_tensors and not key.startswith("_"):
-                    self._set(module, key, {})
+                    self.ledger.set_attribute(module, key, {})
 
     def _compare(self, name: str, step: Step, args: Any, result: Any) -> None:
         """Refuse a reshape that moves what a dimension holds, and anything that came out empty."""
@@ -270,9 +293,13 @@ class Trial(Amender):
             len(e) != t.dim() or (t.numel() == 0 and 0 not in e)
             for t, e in zip(outputs, expected, strict=True)
         ):
-            self._give_way(tensors_in(args), f"`{name}` returns another number of dimensions")
+            self.amender.give_way(
+                tensors_in(args), f"`{name}` returns another number of dimensions"
+            )
         if name == "split" and len(set(expected)) == 1 and len({t.shape for t in outputs}) > 1:
-            self._give_way(tensors_in(args), "`split` with a fixed size")  # into unequal parts
+            self.amender.give_way(
+                tensors_in(args), "`split` with a fixed size"
+            )  # into unequal parts
         if name in RESHAPES and outputs and step.inputs:
             source = next(tensors_in(args), None)
             if source is None:
@@ -280,4 +307,4 @@ class Trial(Amender):
             for ins, outs in reshape_groups(step.inputs[0], expected[0]):
                 before = product(source.shape[i] for i in ins)
                 if before != product(outputs[0].shape[o] for o in outs):
-                    self._give_way((source,), f"`{name}` with fixed sizes")
+                    self.amender.give_way((source,), f"`{name}` with fixed sizes")
