@@ -45,8 +45,10 @@ def construct(
 ) -> Parts:
     """The parts of a wrapped model; arguments and errors are those of :class:`RIDEWrapper`."""
     split = split_backbone(backbone, fork_at, example_input, logits, num_classes)
-    if expert_width < 1:
+    drawn = expert_factory is None and (num_experts > 1 or expert_width < 1)
+    if drawn and init == "fresh":
         warn_if_trained(split.views.expert)  # before narrowing, which starts the statistics anew
+    if expert_width < 1:
         split = narrow_expert(split, expert_width)
     if expert_factory is None:
         parts = replicate(split, num_experts)
@@ -54,7 +56,7 @@ def construct(
         parts = graft_experts(split, expert_factory, num_experts)
     if classifier is not None or num_classes not in (None, parts.num_classes):
         parts = replace_classifiers(parts, classifier, num_classes)
-    if expert_factory is None and (num_experts > 1 or expert_width < 1):
+    if drawn:
         parts = initialise(parts, init, expert_width)
     return parts
 
@@ -67,7 +69,6 @@ def initialise(parts: Parts, init: Literal["fresh", "copy"], expert_width: float
         why = f"expert_width={expert_width} makes new layers"
         warn_if_frozen(parts.experts[0], shared, why)
     if init == "fresh":
-        warn_if_trained(parts.experts[0])
         warn_if_all_frozen(parts.experts[0], shared)
         left, *_ = [reinitialise(expert, shared) for expert in parts.experts]  # equal lists
         if left:

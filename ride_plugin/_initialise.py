@@ -15,6 +15,7 @@ from ride_plugin._errors import warn_caller
 
 _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
 _FEW_ROWS = 8
+_ZERO, _ONE = torch.zeros(1), torch.ones(1)
 
 
 def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
@@ -64,16 +65,45 @@ def break_tie(classifier: nn.Module) -> None:
 
 
 def warn_if_trained(expert: nn.Module) -> None:
-    """Warn that fresh weights would throw away a training that BatchNorm has counted."""
+    """Warn that fresh weights would throw away a training that left its traces."""
     for name, module in expert.named_modules():
-        batches = getattr(module, "num_batches_tracked", None)
-        if isinstance(batches, Tensor) and int(batches) > 0:
+        trace = _trace_of_training(module)
+        if trace is not None:
             warn_caller(
-                f"The backbone looks trained (`{name}` has seen {int(batches)} batches), and "
-                "init='fresh' discards the weights of its forked part. Pass init='copy' to keep "
-                "them, or a backbone with fresh weights."
+                f"The backbone looks trained (`{name}` {trace}), and init='fresh' discards the "
+                "weights of its forked part. Pass init='copy' to keep them, or a backbone with "
+                "fresh weights."
             )
             return
+
+
+def _trace_of_training(module: nn.Module) -> str | None:
+    """What no initialisation in use leaves behind, in words; None if there is nothing."""
+    # Its own tensors: a stand-in for a module of the trunk would answer with the trunk's.
+    own = {
+        name: tensor.detach()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+    batches = own.get("num_batches_tracked")
+    if batches is not None and int(batches) > 0:
+        return f"has seen {int(batches)} batches"
+    if bool(
+        (own.get("running_mean", _ZERO) != 0).any() | (own.get("running_var", _ONE) != 1).any()
+    ):
+        return "holds running statistics"
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None or not weight.is_floating_point():
+        return None
+    gains = "norm" in type(module).__name__.lower() and weight.dim() == 1
+    # Some draw the gains at random, but then not the biases as well.
+    if gains and not is_constant(weight) and (bias is None or not is_constant(bias)):
+        return "has gains that differ"
+    if weight.dim() > 1 and bias is not None and not is_constant(bias):
+        largest = weight[0].numel() ** -0.5  # torch's default draws biases up to this
+        if float(bias.abs().max()) > 4 * largest:
+            return "has biases larger than any initialisation draws"
+    return None
 
 
 def warn_if_all_frozen(expert: nn.Module, keep: set[int]) -> None:

@@ -24,6 +24,7 @@ from ride_plugin._split import (
     join_parts,
     plain_modules,
 )
+from ride_plugin._watch import TrainingWatch
 from ride_plugin.functional import mean_logits
 
 
@@ -31,7 +32,9 @@ class RIDEWrapper(SplitModule):
     r"""Turns a backbone into a shared trunk with forked experts (paper, section 3).
 
     The early submodules run once; the late ones and the classifier exist once for each expert.
-    The ensemble's logits are the mean of the experts' logits.
+    The ensemble's logits are the mean of the experts' logits. Make the optimizer after wrapping,
+    from ``model.parameters()``: one of the backbone's parameters trains the backbone, which the
+    model does not use. (A training in which nothing changes is warned of.)
 
     Args:
         backbone: any module that maps a batch to logits ``[B, C]``; it is not modified. A
@@ -150,6 +153,7 @@ class RIDEWrapper(SplitModule):
         self.expert_width = float(expert_width)
         self.return_experts = return_experts
         self.checkpoint_experts = checkpoint_experts
+        self._watch = TrainingWatch()
 
     @classmethod
     def from_parts(
@@ -263,6 +267,9 @@ class RIDEWrapper(SplitModule):
         else:
             each = [logits for logits, _ in self._all_experts(args, kwargs)]
         stacked = torch.stack(each, dim=1)
+        watched = self.training and not self._watch.done and torch.is_grad_enabled()
+        if watched and not torch.compiler.is_compiling():
+            self._watch.note(self, stacked)
         logits = mean_logits(stacked)
         if self.return_experts:
             return ExpertOutput(logits, stacked)
