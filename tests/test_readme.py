@@ -27,7 +27,8 @@ def test_anchors_lead_to_headings(path: Path) -> None:
 
 
 def test_the_navigation_lists_every_page() -> None:
-    listed = re.findall(r"- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    settings = (ROOT / "mkdocs.yml").read_text()
+    listed = re.findall(r"- (?:\w+: )?(\S+\.md)$", settings, flags=re.MULTILINE)
     assert sorted(listed) == [page.relative_to(ROOT / "docs").as_posix() for page in PAGES]
 
 
