@@ -28,11 +28,17 @@ from pathlib import Path
 import hypothesis  # noqa: F401  (imported before the fork, so that no mutant pays for it)
 import numpy as np  # noqa: F401
 import pytest
+import sybil  # noqa: F401
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # module -> the tests that mirror it, nearest first
-    "functional": ("test_functional.py", "losses", "routing/test_router.py"),
+    "functional": (
+        "test_functional.py",
+        *(f"losses/test_{name}.py" for name in ("diversity", "temperature", "distillation")),
+        "routing/test_router.py",
+        "routing/test_exit.py",
+    ),
     "_numerics": ("test_numerics.py", "test_functional.py", "losses/test_diversity.py"),
     "losses/*": ("losses/test_{}.py", "test_functional.py"),
     "longtail/_ldam": ("longtail/test_ldam.py",),
@@ -41,10 +47,7 @@ TESTS = {  # module -> the tests that mirror it, nearest first
     "longtail/_reweighting": ("longtail/test_reweighting.py",),
     "longtail/_sampler": ("longtail/test_sampler.py",),
     "routing/_runner": ("routing/test_export.py",),
-    "routing/*": (
-        *(f"routing/test_{name}.py" for name in ("{}", "exit", "router", "inference", "threshold")),
-        "test_properties.py",
-    ),
+    "routing/*": ("routing/test_{}.py", "routing/test_router.py", "routing/test_exit.py"),
 }
 _ELSEWHERE = {"__init__", "_fused"}  # the fused executor is compared with eager at every build
 _COMPARE = {
