@@ -268,6 +268,9 @@ def naive(backbone: nn.Module, model: RIDEWrapper, index: int) -> nn.Module:
             parent, _, last = name.rpartition(".")
             setattr(plain.get_submodule(parent), last, layer)
             continue
+        if any(key.startswith(prefix) for key in theirs):
+            numbers = vars(expert.get_submodule(name)).items()  # fewer heads, if it is narrower
+            vars(module).update({k: v for k, v in numbers if type(v) in (int, float)})
         for key in [k for k, p in module.named_parameters(recurse=False) if p is not None]:
             source = theirs.get(prefix + key)
             value = trunk.get_parameter(prefix + key) if source is None else source
