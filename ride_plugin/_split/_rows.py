@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ride_plugin._errors import ArgumentError, SplitError
+from ride_plugin._errors import ArgumentError, ReplayError, SplitError
 
 
 class Rows(NamedTuple):
-    """The batch dimension of a value, and how many of its slices belong to one sample.
+    """The batch dimension of a value, and how many of its slices belong to a sample of the example.
 
-    ``per_sample`` is above one where a backbone folds something into the batch, as windowed
-    attention does.
+    ``per_sample`` is above one where a backbone folds something into the batch, such as windows or
+    the frames of a video. Another input may have another number of them.
     """
 
     dim: int
@@ -43,15 +43,18 @@ def find_rows(key: str, small: Tensor, large: Tensor, batches: tuple[int, int]) 
     )
 
 
-def take_rows(value: Tensor, spec: Rows | None, rows: Tensor) -> Tensor:
-    """Gather rows ``[b]`` of a value, in the memory layout that the value has.
+def take_rows(value: Tensor, spec: Rows | None, rows: Tensor, batch_size: int) -> Tensor:
+    """Gather rows ``[b]`` of a value of a whole batch, in the memory layout that the value has.
 
     ``index_select`` alone always returns the contiguous layout, which would send channels-last
     experts back to the slow one; gathering through a view in memory order keeps it.
+
+    Raises:
+        ReplayError: which slices belong to which row cannot be told.
     """
     if spec is None:
         return value
-    dim, per_sample = spec
+    dim, per_sample = spec.dim, _per_sample(value, spec, batch_size)
     if is_hollow(value):
         shape = list(value.shape)
         shape[dim] = rows.numel() * per_sample
@@ -66,7 +69,27 @@ def take_rows(value: Tensor, spec: Rows | None, rows: Tensor) -> Tensor:
     return value.permute(order).index_select(order.index(dim), rows).permute(back)
 
 
-def join_rows(values: Sequence[Tensor], spec: Rows | None) -> Tensor:
+def _per_sample(value: Tensor, spec: Rows, batch_size: int) -> int:
+    """How many slices belong to one row; one that the example had once tells nothing of the order.
+
+    Raises:
+        ReplayError: the slices do not come out even, or the example had one for each row.
+    """
+    size = value.shape[spec.dim]
+    if size == batch_size * spec.per_sample:
+        return spec.per_sample
+    per_sample, rest = divmod(size, batch_size) if batch_size else (0, size)
+    if rest or spec.per_sample == 1:
+        raise ReplayError(
+            f"A value that the experts read has {size} slices along dimension {spec.dim} for a "
+            f"batch of {batch_size}, where the example had {spec.per_sample} for each row, so it "
+            "is not known which belong to which row. Wrap the backbone with an `example_input=` "
+            "that folds as many into the batch, at least two for each row."
+        )
+    return per_sample
+
+
+def join_rows(values: Sequence[Tensor], spec: Rows | None, batch_sizes: Sequence[int]) -> Tensor:
     """Concatenate values of several batches along their batch dimension, in their layout.
 
     Raises:
@@ -81,7 +104,10 @@ def join_rows(values: Sequence[Tensor], spec: Rows | None) -> Tensor:
             )
         return first
     dim = spec.dim
-    shapes = {(*value.shape[:dim], *value.shape[dim + 1 :]) for value in values}
+    shapes = {
+        (*value.shape[:dim], _per_sample(value, spec, size), *value.shape[dim + 1 :])
+        for value, size in zip(values, batch_sizes, strict=True)
+    }
     if len(shapes) > 1:
         raise ArgumentError(
             "Expected batches of one input size, but got trunk values of shapes "

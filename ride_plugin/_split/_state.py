@@ -95,7 +95,7 @@ class TrunkState:
 
         def gather(value: Tensor, spec: Rows | None) -> Tensor:
             if id(value) not in done:
-                done[id(value)] = take_rows(value, spec, rows)
+                done[id(value)] = take_rows(value, spec, rows, self.batch_size)
             return done[id(value)]
 
         values = [_map_with(gather, v, s) for v, s in zip(self.values, specs, strict=True)]
@@ -124,14 +124,15 @@ class TrunkState:
                     "they differ. Keep inputs of different kinds apart."
                 )
         values = []
+        sizes = [state.batch_size for state in states]
         for *entries, specs in zip(*(s.values for s in states), first.layout.rows, strict=True):
             rest = zip(*map(tensors_in, entries[1:]), strict=True)
 
             def join(value: Tensor, spec: Rows | None, rest: Any = rest) -> Tensor:
-                return join_rows((value, *next(rest)), spec)
+                return join_rows((value, *next(rest)), spec, sizes)
 
             values.append(_map_with(join, entries[0], specs))
-        return replace(first, batch_size=sum(state.batch_size for state in states), values=values)
+        return replace(first, batch_size=sum(sizes), values=values)
 
     def hollowed(self) -> TrunkState:
         """Replace what no expert reads by NaNs of the same shape that take no memory."""

@@ -29,7 +29,9 @@ class _Crossing:
         return len(self.tensors[0])
 
     def select(self, rows: Tensor) -> _Crossing:
-        return _Crossing(tuple(take_rows(value, _FIRST_DIM, rows) for value in self.tensors))
+        return _Crossing(
+            tuple(take_rows(value, _FIRST_DIM, rows, self.batch_size) for value in self.tensors)
+        )
 
 
 class StagedRunner:
