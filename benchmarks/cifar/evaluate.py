@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import torch
@@ -88,10 +87,3 @@ def flops(model: nn.Module) -> int:
     with FlopCounterMode(display=False) as counter:
         model(image)
     return int(counter.get_total_flops())
-
-
-def device_name(device: torch.device) -> str:
-    """The card's name, or the processor and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

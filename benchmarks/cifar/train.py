@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.cifar.data import Split, augment, batches, normalise
-from benchmarks.cifar.evaluate import device_name, evaluate
+from benchmarks.cifar.evaluate import evaluate
 from benchmarks.cifar.methods import METHODS, Method
 from benchmarks.cifar.routing import route
 from benchmarks.cifar.second_stage import normalise_classifiers, retrain_classifiers
+from benchmarks.machine import machine
 from benchmarks.resnets import CifarResNet
 from ride_plugin import DistillationLoss, DiversityLoss, RIDEWrapper, expert_logits, experts_loss
 from ride_plugin.longtail import (
@@ -105,7 +106,7 @@ class Run:
             "seed": self.seed,
             "recipe": asdict(self.recipe),
             "torch": torch.__version__,
-            "device": device_name(self.device),
+            "device": machine(),
             "train_seconds": round(seconds, 1),
             "class_counts": self.class_counts.tolist(),
             **evaluate(self.model, self.test_split, self.class_counts),

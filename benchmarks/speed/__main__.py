@@ -6,11 +6,11 @@ python -m benchmarks.speed [--threads 1] [--only training loss router routing ..
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Callable
 
 import torch
 
+from benchmarks.machine import machine
 from benchmarks.speed import memory, routing, training
 from benchmarks.speed.networks import Case
 
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads")
+    print(machine())
     for name in options.only:
         title, header, rows = CASES[name]()
         print(f"\n### {title}\n\n| {' | '.join(header)} |\n|{' --- |' * len(header)}", flush=True)

@@ -54,10 +54,12 @@ def training() -> Case:
             x, contiguous = images(batch, True, size), images(batch, False, size)
             mine = _step(model, ours, x, False)
             plain = _step(by_hand(network(False)), theirs, contiguous, False)
+            laid_out = _step(by_hand(network(True)), theirs, x, False)
             yield [
                 name,
                 compare(mine, _step(by_hand(model), ours, x, False)),
                 compare(mine, plain),
+                compare(mine, laid_out),
                 compare(_step(copy.deepcopy(model), ours, x, True), plain),
             ]
 
@@ -65,6 +67,7 @@ def training() -> Case:
         "network",
         "same layers split by hand, same layout and loss",
         "straightforward",
+        "straightforward in channels-last",
         "in bfloat16 / straightforward in float32",
     ]
     return "Training step, ours / other", header, rows()
