@@ -16,6 +16,7 @@ digits = pytest.importorskip("sklearn.datasets").load_digits()
 from benchmarks.cifar import plots, report  # noqa: E402
 from benchmarks.cifar.data import Split, load  # noqa: E402
 from benchmarks.cifar.evaluate import TAUS, by_tau  # noqa: E402
+from benchmarks.cifar.methods import METHODS  # noqa: E402
 from benchmarks.cifar.train import Recipe, Run  # noqa: E402
 
 COUNTS = (12, 9, 7, 6, 5, 4, 3, 3, 2, 2)
@@ -154,3 +155,9 @@ def test_adjusting_after_training_trades_few_shot_for_many_shot_accuracy(tmp_pat
     absent = [{**row, "many": None} for row in curve]
     plots.head_and_tail({"ours": [{"by_tau": absent}]}, tmp_path / "not.png")
     assert [file.name for file in tmp_path.iterdir()] == ["drawn.png"]
+
+
+def test_figures_name_every_method_in_words_of_its_own() -> None:
+    words = [method.words for method in METHODS.values()]
+    assert len(set(words)) == len(words)
+    assert not any("_" in said for said in words)

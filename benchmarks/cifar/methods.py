@@ -34,6 +34,37 @@ class Method:
     starts_from: str | None = None
     classifiers: Literal["crt", "tau_norm"] | None = None
 
+    @property
+    def words(self) -> str:
+        """The method as figures name it."""
+        said = [_CRITERIA[self.loss]]
+        if self.num_experts == 0:
+            said.insert(0, "plain")
+        else:
+            width = "full width" if self.expert_width == 1 else f"{self.expert_width:g} width"
+            said.insert(0, f"{self.num_experts} experts, {width}")
+        if len(set(self.adjustments)) > 1:
+            said.append("priors " + ", ".join(f"{tau:g}" for tau in self.adjustments))
+        if self.cosine and self.loss != "ldam_drw":
+            said.append("cosine")
+        if self.mixup:
+            said.append("mixup")
+        if self.num_experts and self.diversity is not None:
+            said.append(f"diversity ({self.diversity})")
+        if self.teacher is not None:
+            said.append("distilled")
+        if self.classifiers is not None:
+            said.append({"crt": "cRT", "tau_norm": "tau-normalised"}[self.classifiers])
+        return ", ".join(said)
+
+
+_CRITERIA = {
+    "ce": "cross entropy",
+    "ldam_drw": "LDAM-DRW",
+    "balanced_softmax": "balanced softmax",
+    "adjusted": "balanced softmax",
+}
+
 
 def _ride(
     num_experts: int, diversity: Literal["paper", "official"] | None, **more: object

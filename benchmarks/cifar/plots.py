@@ -14,14 +14,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from benchmarks.cifar.methods import METHODS
+
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 _WINDOW = 9
+# Okabe and Ito's colours, which people who see fewer colours can tell apart.
+_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999")
 _EXITS = {"router": "-", "max_probability": "--", "margin": ":"}
 
 
 def _color(runs: Runs, name: str) -> str:
     """One colour for a method in all figures."""
-    return f"C{list(runs).index(name) % 10}"
+    return _COLOURS[list(runs).index(name) % len(_COLOURS)]
+
+
+def _words(name: str) -> str:
+    """A method, with or without an exit behind it, as a reader knows it."""
+    method, comma, exit_by = name.partition(", ")
+    words = METHODS[method].words if method in METHODS else method
+    return words + comma + exit_by.replace("_", " ")
 
 
 def cost(runs: Runs, file: Path) -> None:
@@ -31,7 +42,7 @@ def cost(runs: Runs, file: Path) -> None:
         color = _color(runs, name)
         x = results[0]["flops"] / 1e6
         y = 100 * mean(r["accuracy"]["overall"] for r in results)
-        axes.plot(x, y, "o", color=color, label=name)
+        axes.plot(x, y, "o", color=color, label=_words(name))
         for kind, curve in results[0].get("curves", {}).items():
             order = np.argsort(curve["flops"])
             axes.plot(
@@ -42,7 +53,7 @@ def cost(runs: Runs, file: Path) -> None:
                 linewidth=1.2,
             )
     for kind, style in _EXITS.items():
-        axes.plot([], [], style, color="gray", label=f"exit by {kind}")
+        axes.plot([], [], style, color="gray", label=f"exit by {kind.replace('_', ' ')}")
     _finish(
         axes,
         "MFLOPs per image",
@@ -65,7 +76,7 @@ def head_and_tail(runs: Runs, file: Path) -> None:
             for split in ("many", "few")
         )
         untouched = [row["tau"] for row in curves[0]].index(0)
-        axes.plot(x, y, ".-", color=_color(runs, name), linewidth=1.2, label=name)
+        axes.plot(x, y, ".-", color=_color(runs, name), linewidth=1.2, label=_words(name))
         axes.plot(x[untouched], y[untouched], "o", color=_color(runs, name))
     if axes.lines:
         title = "Logits adjusted after training, mean over seeds; large points: as trained"
@@ -119,7 +130,7 @@ def _by_class(curves: Mapping[str, Any], runs: Runs, file: Path, ylabel: str, ti
             np.convolve(padded, np.ones(window) / window, mode="valid"),
             _EXITS.get(exit_by.partition(" at ")[0], "-"),
             color=_color(runs, method),
-            label=name,
+            label=_words(name),
         )
     for limit, label in ((100, "many | medium"), (20, "medium | few")):
         edge = int((counts[order] > limit).sum() if limit == 100 else (counts >= limit).sum())
