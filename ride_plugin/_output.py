@@ -7,16 +7,40 @@ experts' logits travel on that tensor as a Python attribute. Every loss reads th
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
+from ride_plugin._checks import refuse
+from ride_plugin._errors import MissingExpertLogitsError
+from ride_plugin.functional import mean_logits
 
 _ATTRIBUTE = "_ride_expert_logits"
+_VERSION = "_ride_version"
+
+Pair = TypeVar("Pair", bound="type[tuple[Any, ...]]")
 
 
+def _rebuilt_from_one_iterable(pair: Pair) -> Pair:
+    """Let ``type(x)(part for part in x)`` make the pair, beside ``type(x)(*x)``.
+
+    Engines map, cast and gather outputs in either manner; autocast of a whole model and the Hugging
+    Face Trainer use the first, for which a NamedTuple alone lacks an argument.
+    """
+    from_two = pair.__new__
+
+    def new(cls: type[Any], first: Any, *second: Any, **named: Any) -> Any:
+        if second or named or isinstance(first, Tensor) or not isinstance(first, Iterable):
+            return from_two(cls, first, *second, **named)
+        return from_two(cls, *first)
+
+    pair.__new__ = new  # type: ignore[assignment]
+    return pair
+
+
+@_rebuilt_from_one_iterable
 class ExpertOutput(NamedTuple):
     """Explicit output of a wrapped model: what ``RIDEWrapper(..., return_experts=True)`` returns.
 
@@ -35,6 +59,7 @@ class ExpertOutput(NamedTuple):
     expert_logits: Tensor
 
 
+@_rebuilt_from_one_iterable
 class RouterInputs(NamedTuple):
     """What the router reads of a batch; plain tensors, so they can be computed once and stored.
 
@@ -51,6 +76,43 @@ Output: TypeAlias = Tensor | ExpertOutput | RouterInputs
 """Whatever holds expert logits: a carrying ``[B, C]``, a tuple from a model, or ``[B, E, C]``."""
 
 
+class _Together(torch.autograd.Function):
+    """The mean of the experts' logits and these themselves, as two results of one operation.
+
+    An engine that waits for the gradient of what the model returned, as FSDP does before it gathers
+    parameters, then also sees the gradient that arrives through the carried logits alone.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*each: Tensor) -> tuple[Tensor, Tensor]:
+        experts = torch.stack(each, dim=1)
+        return mean_logits(experts), experts
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.num_experts = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_mean, of_experts = gradients
+        if of_mean is not None:
+            shared = (of_mean / ctx.num_experts).unsqueeze(1).expand(-1, ctx.num_experts, -1)
+            of_experts = shared if of_experts is None else of_experts + shared
+        return (None,) * ctx.num_experts if of_experts is None else of_experts.unbind(1)
+
+
+def joined(each: Sequence[Tensor]) -> ExpertOutput:
+    """The explicit output of experts whose logits are ``[B, C]`` each, all on one graph."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # that graph is one node
+        together: tuple[Tensor, Tensor] = _Together.apply(*each)  # type: ignore[no-untyped-call]
+        return ExpertOutput(*together)
+    experts = torch.stack(tuple(each), dim=1)
+    return ExpertOutput(mean_logits(experts), experts)
+
+
 def attach_expert_logits(logits: Tensor, experts: Tensor) -> Tensor:
     """Let ``logits`` ``[B, C]`` carry ``experts`` ``[B, E, C]``; returns ``logits`` itself.
 
@@ -62,7 +124,15 @@ def attach_expert_logits(logits: Tensor, experts: Tensor) -> Tensor:
         never = torch.zeros((), dtype=torch.bool, device=logits.device)
         experts = torch.where(never, logits.unsqueeze(1), experts)
     setattr(logits, _ATTRIBUTE, experts)
+    setattr(logits, _VERSION, _version(logits))
     return logits
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often the tensor was changed in place; None where nobody counts."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    return tensor._version
 
 
 def expert_logits(output: Output) -> Tensor:
@@ -71,13 +141,16 @@ def expert_logits(output: Output) -> Tensor:
     Args:
         output: what the wrapped model returned: the plain ``[B, C]`` tensor that carries its
             expert logits, an :class:`ExpertOutput`, :class:`RouterInputs`, or a raw floating
-            ``[B, E, C]`` tensor.
+            ``[B, E, C]`` tensor. A plain pair is told apart by its dimensions: ``[B, C]`` and
+            ``[B, E, C]`` are an :class:`ExpertOutput`, ``[B, E, C]`` and ``[B, E, D]`` are
+            :class:`RouterInputs`.
 
     Returns:
         ``[B, E, C]``, same dtype and device, with its gradient history.
 
     Raises:
-        MissingExpertLogitsError: ``output`` is a bare ``[B, C]`` tensor.
+        MissingExpertLogitsError: ``output`` is a bare ``[B, C]`` tensor, or was changed in place
+            since the model returned it.
         ArgumentError: ``output`` is none of the accepted forms.
 
     Example:
@@ -85,32 +158,56 @@ def expert_logits(output: Output) -> Tensor:
         >>> tuple(expert_logits(torch.zeros(4, 3, 10)).shape)
         (4, 3, 10)
     """
-    experts: object
+    experts: object = None
     if isinstance(output, Tensor):
-        experts = output if output.dim() == 3 else getattr(output, _ATTRIBUTE, None)
-        if experts is None and output.dim() == 2:
-            raise MissingExpertLogitsError(
-                f"Expected argument `output` to carry expert logits [B, E, C], but got bare logits "
-                f"of shape {list(output.shape)}. They are lost when the model's output is cast, "
-                "sliced, detached, cloned or used in arithmetic before the loss, when the model "
-                "runs under DistributedDataParallel with find_unused_parameters or static_graph, "
-                "under DataParallel, or when the output comes from RoutingInference. Pass the "
-                "model's output itself to the loss, or set `model.return_experts = True`, which "
-                "returns ExpertOutput(logits, expert_logits)."
-            )
-    elif isinstance(output, RouterInputs):
-        experts = output.expert_logits
-    elif isinstance(output, tuple) and len(output) == 2:
-        # A plain tuple too: wrappers such as DDP or accelerate rebuild containers by their type.
-        experts = output[1]
-    else:
-        experts = None
+        experts = output if output.dim() == 3 else _carried(output)
+    elif isinstance(output, tuple | list) and len(output) == 2:
+        experts = _of_pair(*output)
     if not isinstance(experts, Tensor) or experts.dim() != 3 or not experts.is_floating_point():
-        shape = list(output.shape) if isinstance(output, Tensor) else None
-        raise ArgumentError(
-            "Expected argument `output` to be the wrapped model's [B, C] output, an ExpertOutput, "
-            f"or a floating-point tensor [B, E, C], but got {type(output).__name__}"
-            f"{f' of shape {shape} and dtype {output.dtype}' if isinstance(output, Tensor) else ''}"
-            ". Pass what the wrapped model returned."
+        refuse(
+            "output",
+            "the wrapped model's [B, C] output, an ExpertOutput, or a floating-point tensor "
+            "[B, E, C]",
+            output,
+            "Pass what the wrapped model returned.",
         )
     return experts
+
+
+def _carried(output: Tensor) -> Tensor | None:
+    experts: Tensor | None = getattr(output, _ATTRIBUTE, None)
+    if experts is None:
+        if output.dim() != 2:
+            return None
+        raise MissingExpertLogitsError(
+            'Set `return_experts = "training"` on the RIDEWrapper, before DistributedDataParallel, '
+            "FSDP or accelerator.prepare wraps it (afterwards: `RIDEWrapper.inside(model)."
+            'return_experts = "training"`): in training it then returns ExpertOutput(logits, '
+            "expert_logits), in evaluation plain logits as before. Expected argument `output` to "
+            f"carry expert logits [B, E, C], but got bare logits of shape {list(output.shape)}. "
+            "They are lost when an engine rebuilds or casts the output (DataParallel; "
+            "DistributedDataParallel with static_graph or find_unused_parameters; FSDP, "
+            "accelerate, Fabric and the Hugging Face Trainer in bf16 or fp16), and when the output "
+            "is cast, sliced, detached, cloned or used in arithmetic before the loss: then pass "
+            "the model's output itself. The output of RoutingInference never has them."
+        )
+    version, now = getattr(output, _VERSION, None), _version(output)
+    if version is not None and now is not None and version != now:
+        raise MissingExpertLogitsError(
+            "Change the experts' logits instead of the output: `expert_logits(output) + ...`, or "
+            "work on a copy. Expected argument `output` to be as the model returned it, but it was "
+            "changed in place since (`+=`, `mul_`, item assignment), so the experts' logits [B, E, "
+            f"C] that it carries no longer belong to its values {list(output.shape)}."
+        )
+    return experts
+
+
+def _of_pair(first: object, second: object) -> Tensor | None:
+    """The expert logits of a pair, which engines may have rebuilt without its type."""
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return None
+    if (first.dim(), second.dim()) == (2, 3) and first.shape == (second.shape[0], second.shape[2]):
+        return second
+    if (first.dim(), second.dim()) == (3, 3) and first.shape[:2] == second.shape[:2]:
+        return first
+    return None

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_integer
+from ride_plugin._checks import check_choice, check_instance, check_integer, refuse
 from ride_plugin._construct import construct
 from ride_plugin._errors import ArgumentError
 from ride_plugin._fold_batchnorm import folded_copy
-from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits
+from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, joined
 from ride_plugin._recompute import checkpointed
 from ride_plugin._split import (
     Parts,
@@ -25,7 +25,11 @@ from ride_plugin._split import (
     plain_modules,
 )
 from ride_plugin._watch import TrainingWatch
-from ride_plugin.functional import mean_logits
+
+ReturnExperts: TypeAlias = bool | Literal["training"]
+"""Never, always, or in training mode."""
+
+_RETURN_EXPERTS: tuple[ReturnExperts, ...] = (False, True, "training")
 
 
 class RIDEWrapper(SplitModule):
@@ -68,9 +72,12 @@ class RIDEWrapper(SplitModule):
             classifiers are made anew with as many outputs, which needs a linear layer in the
             backbone (a pretrained head of 1000 classes, a task of 150) or ``classifier=``. None
             takes the backbone's own number.
-        return_experts: return :class:`ExpertOutput` instead of a tensor that carries the experts'
-            logits; can be set at any time. Needed under DistributedDataParallel with
-            ``static_graph`` or ``find_unused_parameters``, and under DataParallel.
+        return_experts: True returns :class:`ExpertOutput` instead of a tensor that carries the
+            experts' logits; ``"training"`` does so in training mode only, so that validation code
+            still receives plain logits. Can be set at any time, also when an engine has wrapped the
+            model: ``RIDEWrapper.inside(engine).return_experts = "training"``. Needed where outputs
+            are rebuilt or cast: DataParallel, DistributedDataParallel with ``static_graph`` or
+            ``find_unused_parameters``, FSDP, accelerate, Fabric and Trainer in half precision.
         checkpoint_experts: compute the experts' activations a second time in the backward pass
             instead of keeping them; can be set at any time. BatchNorm statistics are updated once.
 
@@ -105,7 +112,7 @@ class RIDEWrapper(SplitModule):
         example_input: Any = None,
         logits: int | str | Callable[[Any], Tensor] | None = None,
         num_classes: int | None = None,
-        return_experts: bool = False,
+        return_experts: ReturnExperts = False,
         checkpoint_experts: bool = False,
     ) -> None:
         num_experts = check_integer(num_experts, "num_experts", 1)
@@ -146,7 +153,11 @@ class RIDEWrapper(SplitModule):
         self._assemble(parts, expert_width, return_experts, checkpoint_experts)
 
     def _assemble(
-        self, parts: Parts, expert_width: float, return_experts: bool, checkpoint_experts: bool
+        self,
+        parts: Parts,
+        expert_width: float,
+        return_experts: ReturnExperts,
+        checkpoint_experts: bool,
     ) -> None:
         super().__init__(parts)
         self.feature_dim = feature_dim_of(parts)
@@ -154,6 +165,39 @@ class RIDEWrapper(SplitModule):
         self.return_experts = return_experts
         self.checkpoint_experts = checkpoint_experts
         self._watch = TrainingWatch()
+
+    @property
+    def return_experts(self) -> ReturnExperts:
+        """Whether the experts' logits are returned explicitly: True, False or "training"."""
+        return self._return_experts
+
+    @return_experts.setter
+    def return_experts(self, value: ReturnExperts) -> None:
+        self._return_experts = check_choice(value, "return_experts", _RETURN_EXPERTS)
+
+    @classmethod
+    def inside(cls, model: nn.Module) -> Self:
+        """Find the wrapped model in what an engine made of it.
+
+        Args:
+            model: a module with one wrapped model inside: DistributedDataParallel, DataParallel,
+                FSDP, what ``accelerator.prepare`` or ``torch.compile`` returned, one of your own.
+
+        Raises:
+            ArgumentError: there is no wrapped model inside, or more than one.
+
+        Example:
+            >>> backbone = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+            >>> engine = nn.DataParallel(RIDEWrapper(backbone, 2, fork_at="2"))
+            >>> RIDEWrapper.inside(engine).return_experts = "training"
+            >>> type(engine.train()(torch.randn(4, 8))).__name__
+            'ExpertOutput'
+        """
+        check_instance(model, "model", nn.Module, "a module")
+        found = [module for module in model.modules() if isinstance(module, cls)]
+        if len(found) != 1:
+            refuse("model", f"a module with one {cls.__name__} inside, not {len(found)}", model)
+        return found[0]
 
     @classmethod
     def from_parts(
@@ -163,7 +207,7 @@ class RIDEWrapper(SplitModule):
         num_experts: int = 3,
         *,
         example_input: Any = None,
-        return_experts: bool = False,
+        return_experts: ReturnExperts = False,
         checkpoint_experts: bool = False,
     ) -> Self:
         """Build the model from a trunk and experts made by hand, instead of splitting a backbone.
@@ -260,20 +304,18 @@ class RIDEWrapper(SplitModule):
         Returns:
             The mean of the experts' logits, a plain ``[B, C]`` tensor that carries the experts'
             logits (read them with :func:`ride_plugin.expert_logits`), or an
-            :class:`ExpertOutput` if ``return_experts`` is set.
+            :class:`ExpertOutput` if ``return_experts`` asks for it.
         """
         if self.checkpoint_experts and torch.is_grad_enabled():
             each = self._checkpointed_experts(args, kwargs)
         else:
             each = [logits for logits, _ in self._all_experts(args, kwargs)]
-        stacked = torch.stack(each, dim=1)
+        output = joined(each)
         watched = self.training and not self._watch.done and torch.is_grad_enabled()
         if watched and not torch.compiler.is_compiling():
-            self._watch.note(self, stacked)
-        logits = mean_logits(stacked)
-        if self.return_experts:
-            return ExpertOutput(logits, stacked)
-        return attach_expert_logits(logits, stacked)
+            self._watch.note(self, output.expert_logits)
+        explicit = self.training if self.return_experts == "training" else self.return_experts
+        return output if explicit else attach_expert_logits(*output)
 
     def router_inputs(self, *args: Any, **kwargs: Any) -> RouterInputs:
         """Compute what the router reads, in evaluation mode and without gradients.
