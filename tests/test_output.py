@@ -1,13 +1,35 @@
-"""Where expert logits travel, and what happens when they are gone."""
+"""Where expert logits travel, what engines do to them, and what happens when they are gone."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
 
-from ride_plugin import ArgumentError, ExpertOutput, MissingExpertLogitsError, expert_logits
-from ride_plugin._output import attach_expert_logits
+from ride_plugin import (
+    ArgumentError,
+    DiversityLoss,
+    ExpertOutput,
+    MissingExpertLogitsError,
+    RIDEWrapper,
+    expert_logits,
+    experts_loss,
+)
+from ride_plugin._output import attach_expert_logits, joined
 from ride_plugin.routing import RouterInputs
+
+
+def wrapped(**options: Any) -> RIDEWrapper:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU())
+    backbone.append(nn.Linear(8, 5))
+    return RIDEWrapper(backbone, 3, fork_at="2", **options)
 
 
 def test_every_form_gives_the_expert_logits() -> None:
@@ -18,19 +40,239 @@ def test_every_form_gives_the_expert_logits() -> None:
         attach_expert_logits(mean.clone(), experts),
         ExpertOutput(mean, experts),
         (mean, experts),
+        [mean, experts],
         RouterInputs(experts, features),
+        (experts, features),
+        (experts, experts.clone()),  # features as many as classes
     ]
     for form in forms:
         assert expert_logits(form) is experts
 
 
-def test_bare_logits_name_the_likely_causes_and_the_remedy() -> None:
-    message = r"\[4, 5\].*cast.*DistributedDataParallel.*RoutingInference.*return_experts = True"
-    with pytest.raises(MissingExpertLogitsError, match=message):
-        expert_logits(torch.randn(4, 5))
-
-
-@pytest.mark.parametrize("output", [torch.zeros(3), torch.zeros(2, 3, 4).long(), "x", (1, 2), None])
-def test_anything_else_is_refused(output: object) -> None:
+@pytest.mark.parametrize(
+    "output",
+    [
+        *(torch.zeros(3), torch.zeros(2, 3, 4).long(), "x", (1, 2), None, {}, []),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 4)),  # the wrong way round
+        (torch.zeros(2, 8), torch.zeros(2, 5)),  # features and logits
+        (torch.zeros(2, 4), torch.zeros(2, 3, 8)),  # logits and features
+        (torch.zeros(2, 3, 4), torch.zeros(3, 3, 8)),
+        (torch.zeros(2, 4), torch.zeros(2, 3, 4), torch.zeros(2)),
+    ],
+)
+def test_what_is_ambiguous_or_something_else_is_refused(output: object) -> None:
     with pytest.raises(ArgumentError, match="`output`"):
         expert_logits(output)
+
+
+def test_bare_logits_name_the_remedy_first_and_then_the_likely_causes() -> None:
+    with pytest.raises(MissingExpertLogitsError) as error:
+        expert_logits(torch.randn(4, 5))
+    message = str(error.value)
+    assert message.startswith('Set `return_experts = "training"` on the RIDEWrapper, before ')
+    for word in ("[4, 5]", "DataParallel", "FSDP", "accelerate", "Fabric", "Trainer", "sliced"):
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out: out.add_(1),
+        lambda out: out.__iadd__(torch.ones(5)),
+        lambda out: out.mul_(0.5),
+        lambda out: out.__setitem__(0, 0.0),
+        lambda out: out.data.new_zeros(()) or out.clamp_(0),
+    ],
+)
+def test_a_change_in_place_is_seen(change: Callable[[Tensor], object]) -> None:
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            out = wrapped()(torch.randn(4, 6))
+            expert_logits(out)
+            change(out)
+            with pytest.raises(MissingExpertLogitsError, match="changed in place"):
+                expert_logits(out)
+
+
+def test_inference_mode_has_no_versions_and_works() -> None:
+    model = wrapped()
+    with torch.inference_mode():
+        out = model(torch.randn(4, 6))
+        assert expert_logits(out).shape == (4, 3, 5)
+
+
+# ------------------------------------------------------------- one graph
+
+
+def test_both_results_hang_on_one_graph_with_the_gradients_of_stack_and_mean() -> None:
+    each = [torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weight, of_mean = torch.randn(4, 3, 5), torch.randn(4, 5)
+    logits, experts = joined(each)
+    assert logits.grad_fn is experts.grad_fn
+    stacked = torch.stack(each, 1)
+    assert experts.equal(stacked)
+    assert logits.equal(stacked.mean(1))
+    for a, b in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
+        ours, theirs = (
+            torch.autograd.grad(
+                sum(
+                    scale * (w * x).pow(2).sum()
+                    for scale, w, x in ((a, of_mean, mean), (b, weight, all_of_them))
+                    if scale
+                ),
+                each,
+                retain_graph=True,
+            )
+            for mean, all_of_them in ((logits, experts), (stacked.mean(1), stacked))
+        )
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+    torch.autograd.gradcheck(lambda *z: joined(z), each)
+    torch.autograd.gradgradcheck(lambda *z: joined(z), each)
+
+
+def test_whoever_waits_for_the_gradient_of_the_output_sees_that_of_the_carried_logits() -> None:
+    out = wrapped()(torch.randn(4, 6))
+    called = []
+    out.register_hook(called.append)
+    experts_loss(nn.CrossEntropyLoss(), out, torch.tensor([0, 1, 2, 3])).backward()
+    assert len(called) == 1
+
+
+# ------------------------------------------------------------- what engines do to outputs
+
+
+def from_one_iterable(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """As autocast of a forward and the Hugging Face Trainer rebuild containers."""
+    if isinstance(x, Tensor):
+        return function(x)
+    return type(x)(from_one_iterable(part, function) for part in x)
+
+
+def by_fields(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """As accelerate, Lightning and torch's own scatter and gather rebuild named tuples."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, Mapping):
+        return type(x)({key: by_fields(value, function) for key, value in x.items()})
+    parts = [by_fields(part, function) for part in x]
+    return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+
+
+def by_replacing(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return x._replace(**{name: function(value) for name, value in x._asdict().items()})
+
+
+def by_make(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return type(x)._make(map(function, x))
+
+
+def as_a_list(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return [function(part) for part in x]
+
+
+@pytest.mark.parametrize(
+    "rebuild",
+    [
+        from_one_iterable,
+        by_fields,
+        by_replacing,
+        by_make,
+        as_a_list,
+        lambda x, function: _pytree.tree_map(function, x),
+        lambda x, function: copy.copy(pickle.loads(pickle.dumps(by_make(x, torch.detach)))),
+    ],
+)
+@pytest.mark.parametrize("kind", [ExpertOutput, RouterInputs])
+def test_explicit_outputs_survive_being_rebuilt(rebuild: Any, kind: Any) -> None:
+    if kind is ExpertOutput:
+        pair = ExpertOutput(torch.zeros(4, 5), torch.zeros(4, 3, 5))
+    else:
+        pair = RouterInputs(torch.zeros(4, 3, 5), torch.zeros(4, 3, 8))
+    again = rebuild(pair, lambda tensor: tensor.clone())
+    assert rebuild is as_a_list or type(again) is kind
+    assert [part.shape for part in again] == [part.shape for part in pair]
+    assert expert_logits(again).shape == (4, 3, 5)
+
+
+def test_two_of_them_are_gathered_along_the_batch() -> None:
+    outputs = [ExpertOutput(torch.zeros(4, 5), torch.zeros(4, 3, 5)) for _ in range(2)]
+    # As torch.nn.parallel.scatter_gather.gather does it, which itself needs an accelerator.
+    gathered = type(outputs[0])(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+    assert expert_logits(gathered).shape == (8, 3, 5)
+
+
+def test_what_is_no_pair_is_refused_as_for_any_named_tuple() -> None:
+    for arguments in ((), (torch.zeros(2, 5),), ([torch.zeros(2)] * 3,), (torch.zeros(1),) * 3):
+        with pytest.raises(TypeError):
+            ExpertOutput(*arguments)
+
+
+def test_autocast_of_the_forward_casts_an_explicit_output() -> None:
+    model = wrapped(return_experts=True)
+    forward = torch.amp.custom_fwd(model.forward, device_type="cpu", cast_inputs=torch.float32)
+    out = forward(torch.randn(4, 6))
+    assert type(out) is ExpertOutput
+
+
+# ------------------------------------------------------------- when it is returned
+
+
+class Casting(nn.Module):
+    """An engine that returns outputs in float32, rebuilt, as mixed-precision launchers do."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return from_one_iterable(self.module(x), torch.Tensor.float)
+
+
+def test_training_returns_experts_and_evaluation_plain_logits() -> None:
+    model = wrapped(return_experts="training")
+    x = torch.randn(4, 6)
+    assert type(model.train()(x)) is ExpertOutput
+    assert type(model.eval()(x)) is Tensor
+    assert expert_logits(model(x)).shape == (4, 3, 5)
+    for value, kinds in ((True, (ExpertOutput, ExpertOutput)), (False, (Tensor, Tensor))):
+        model.return_experts = value
+        assert (type(model.train()(x)), type(model.eval()(x))) == kinds
+
+
+@pytest.mark.parametrize("value", ["train", 1, None, "True"])
+def test_other_values_are_refused(value: Any) -> None:
+    with pytest.raises(
+        ArgumentError, match="`return_experts` to be one of False, True, 'training'"
+    ):
+        wrapped(return_experts=value)
+    model = wrapped()
+    with pytest.raises(ArgumentError, match="`return_experts`"):
+        model.return_experts = value
+    assert model.return_experts is False
+
+
+@pytest.mark.parametrize(
+    "engine", [Casting, nn.DataParallel, lambda m: torch.compile(m, backend="eager"), lambda m: m]
+)
+def test_it_can_be_set_through_engines(engine: Callable[[nn.Module], nn.Module]) -> None:
+    model = wrapped()
+    engine_of_it = engine(model)
+    assert RIDEWrapper.inside(engine_of_it) is model
+    RIDEWrapper.inside(engine_of_it).return_experts = "training"
+    x, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+    out = engine_of_it.train()(x)
+    (
+        experts_loss(nn.CrossEntropyLoss(), out, y) + DiversityLoss([9, 5, 3, 2, 1])(out, y)
+    ).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert type(engine_of_it.eval()(x)) is Tensor
+
+
+def test_no_wrapped_model_inside_or_several_are_refused() -> None:
+    for model, count in ((nn.Linear(2, 2), 0), (nn.ModuleList([wrapped(), wrapped()]), 2)):
+        with pytest.raises(ArgumentError, match=f"one RIDEWrapper inside, not {count}"):
+            RIDEWrapper.inside(model)
+    with pytest.raises(ArgumentError, match="`model` to be a module"):
+        RIDEWrapper.inside(None)  # type: ignore[arg-type]
