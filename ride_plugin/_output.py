@@ -114,15 +114,7 @@ def joined(each: Sequence[Tensor]) -> ExpertOutput:
 
 
 def attach_expert_logits(logits: Tensor, experts: Tensor) -> Tensor:
-    """Let ``logits`` ``[B, C]`` carry ``experts`` ``[B, E, C]``; returns ``logits`` itself.
-
-    A loss of the carried logits alone still sends a gradient, zero, through ``logits``: engines
-    such as FSDP2 hook what the model returned and wait there for the backward pass. Without it
-    they would train nothing and say nothing.
-    """
-    if logits.requires_grad:
-        never = torch.zeros((), dtype=torch.bool, device=logits.device)
-        experts = torch.where(never, logits.unsqueeze(1), experts)
+    """Let ``logits`` ``[B, C]`` carry ``experts`` ``[B, E, C]``; returns ``logits`` itself."""
     setattr(logits, _ATTRIBUTE, experts)
     setattr(logits, _VERSION, _version(logits))
     return logits
