@@ -20,7 +20,7 @@ from ride_plugin._budget import plan
 from ride_plugin._cost import cost_report
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._split import reason_of_fork
-from ride_plugin._wrapper import RIDEWrapper
+from ride_plugin._wrapper import RIDEWrapper, parameters_by_child
 from ride_plugin.longtail import analyze, shot_report
 
 _BACKBONE = """\
@@ -128,8 +128,11 @@ def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             example_input=example,
         )
     report = cost_report(model, backbone=backbone)
-    plain = _sizes(backbone)
-    sides = [("shared", _sizes(model.trunk)), ("forked", _sizes(model.experts[0]))]
+    plain = parameters_by_child(backbone)
+    sides = [
+        ("shared", parameters_by_child(model.trunk)),
+        ("forked", parameters_by_child(model.experts[0])),
+    ]
     rows: list[dict[str, Any]] = [
         {"module": name, "side": side, "parameters": size, "backbone_parameters": plain.get(name)}
         for side, sizes in sides
@@ -236,16 +239,3 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     if missing or not {"expert_logits", "logits", "predictions"} & arrays.keys():
         raise ArgumentError(f"{_PREDICTIONS}\n{path} holds {sorted(arrays) or 'nothing'}.")
     return arrays
-
-
-def _sizes(module: nn.Module) -> dict[str, int]:
-    """Parameters below each child, or below each of its children where it is the only one."""
-    prefix = ""
-    while len(children := dict(module.named_children())) == 1:
-        ((name, module),) = children.items()
-        prefix += name + "."
-    sizes: dict[str, int] = {}
-    for name, parameter in module.named_parameters():
-        child = prefix + name.split(".")[0]
-        sizes[child] = sizes.get(child, 0) + parameter.numel()
-    return sizes

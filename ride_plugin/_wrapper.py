@@ -332,10 +332,21 @@ class RIDEWrapper(SplitModule):
             logits, features = zip(*self._all_experts(args, kwargs), strict=True)
             return RouterInputs(torch.stack(logits, dim=1), torch.stack(features, dim=1))
 
-    def extra_repr(self) -> str:
-        """What was chosen: shown when the model is printed."""
-        shown = f"num_experts={self.num_experts}, fork_at={self.fork_at!r}"
-        return shown + (f", expert_width={self.expert_width}" if self.expert_width < 1 else "")
+    def __repr__(self) -> str:
+        """What is shared, forked and narrowed, and what that costs, in five lines."""
+        shared, forked = parameters_by_child(self.trunk), parameters_by_child(self.experts[0])
+        total = sum(parameter.numel() for parameter in self.parameters())
+        of_one = sum(shared.values()) + sum(forked.values())
+        width = f"expert_width={self.expert_width}" if self.expert_width < 1 else "nothing"
+        return (
+            f"{type(self).__name__}(num_experts={self.num_experts}, num_classes={self.num_classes},"
+            f" fork_at={self.fork_at!r})\n"
+            f"  shared: {', '.join(shared) or 'nothing'}; {sum(shared.values()):,} parameters\n"
+            f"  forked: {', '.join(forked)}; {sum(forked.values()):,} parameters for each expert\n"
+            f"  narrowed: {width}\n"
+            f"  cost: {total:,} parameters, {total / max(1, of_one):.2f} x those with one expert; "
+            "`cost_report` counts FLOPs"
+        )
 
     def _checkpointed_experts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         state = self.run_trunk(*args, **kwargs)
@@ -360,3 +371,16 @@ def _as_expert_index(index: int, num_experts: int) -> int:
             f"{index!r}."
         )
     return index
+
+
+def parameters_by_child(module: nn.Module) -> dict[str, int]:
+    """Parameters below each child, or below each of its children where it is the only one."""
+    prefix = ""
+    while len(children := dict(module.named_children())) == 1:
+        ((name, module),) = children.items()
+        prefix += name + "."
+    sizes: dict[str, int] = {}
+    for name, parameter in module.named_parameters():
+        child = prefix + name.split(".")[0]
+        sizes[child] = sizes.get(child, 0) + parameter.numel()
+    return sizes
