@@ -208,12 +208,14 @@ def _row(
     budget: float,
 ) -> PlanRow:
     expert, gate = of_two.expert_flops[0], of_two.gate_flops[0]
+    own = of_two.expert_parameters[0]
     router = None
     if number > 1:
         router = ExpertRouter(model.feature_dim, number, num_classes=model.num_classes)
     report = replace(
         of_two,
-        expert_parameters=(of_two.expert_parameters[0],) * number,
+        expert_parameters=(own,) * number,
+        trainable_parameters=of_two.trainable_parameters + (number - 2) * own,  # own ones all train
         expert_flops=(expert,) * number,
         gate_flops=(gate,) * (number - 1),
         router_parameters=0 if router is None else sum(p.numel() for p in router.parameters()),

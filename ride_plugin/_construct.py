@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ride_plugin._errors import warn_caller
 from ride_plugin._initialise import (
     break_tie,
+    redraw,
     reinitialise,
     renew_classifier,
     warn_if_all_frozen,
@@ -23,6 +25,8 @@ from ride_plugin._split import (
     Choice,
     Parts,
     graft_experts,
+    held_by_all,
+    inert_parameters,
     replace_classifiers,
     replicate,
     split_backbone,
@@ -63,13 +67,13 @@ def construct(
 
 def initialise(parts: Parts, init: Literal["fresh", "copy"], expert_width: float = 1.0) -> Parts:
     """Give the experts the weights that they start with, and say which of them will not learn."""
-    shared = {id(tensor) for tensor in parts.trunk.parameters()}
+    of_trunk = {id(t) for t in (*parts.trunk.parameters(), *parts.trunk.buffers())}
+    shared = of_trunk | {id(d[key]) for d, key in held_by_all(parts.experts).values()}
     classifiers = parts.classifiers()
     if expert_width < 1:
         why = f"expert_width={expert_width} makes new layers"
-        warn_if_frozen(parts.experts[0], shared, why)
+        warn_if_frozen(parts.experts[0], of_trunk, why)
     if init == "fresh":
-        warn_if_all_frozen(parts.experts[0], shared)
         left, *_ = [reinitialise(expert, shared) for expert in parts.experts]  # equal lists
         if left:
             warn_caller(
@@ -77,10 +81,28 @@ def initialise(parts: Parts, init: Literal["fresh", "copy"], expert_width: float
                 f"or pruned weights): {left}. To make experts differ there, set them in "
                 "`model.experts[k]`."
             )
-    if init == "copy" and classifiers:
-        warn_if_frozen(classifiers[0], shared, "Each expert gets a classifier of its own")
+    else:
+        parts.redrawn = redraw_inert(parts)
     for head in classifiers:
-        if init == "copy":
-            renew_classifier(head)
-        break_tie(head)
+        if not all(id(parameter) in shared for parameter in head.parameters()):
+            if init == "copy":
+                renew_classifier(head)
+            break_tie(head)
+    warn_if_all_frozen(parts.experts[0], of_trunk)
     return parts
+
+
+def redraw_inert(parts: Parts) -> list[str]:
+    """Beside frozen parameters, give each expert its own draw of what does not act yet.
+
+    Returns:
+        Names inside an expert of what was drawn anew.
+    """
+    if all(parameter.requires_grad for parameter in parts.experts[0].parameters()):
+        return []
+    inert = inert_parameters(parts, redraw)
+    with torch.no_grad():
+        for expert in parts.experts:
+            for name in inert:
+                redraw(expert.get_parameter(name))
+    return inert

@@ -24,7 +24,7 @@ class CostReport:
 
     Attributes:
         trunk_parameters: of the shared part.
-        expert_parameters: of each expert.
+        expert_parameters: of each expert, its own.
         router_parameters: of all gates together; 0 without a router.
         trunk_flops: of the shared part.
         expert_flops: of each expert.
@@ -32,6 +32,8 @@ class CostReport:
         shares: share of rows that used 1, 2, ... E experts, or None.
         backbone_parameters: of the plain backbone, or None.
         backbone_flops: of the plain backbone, or None.
+        shared_parameters: behind the fork, held once for all experts because they are frozen.
+        trainable_parameters: of trunk and experts, those that require gradients.
     """
 
     trunk_parameters: int
@@ -43,11 +45,13 @@ class CostReport:
     shares: tuple[float, ...] | None = None
     backbone_parameters: int | None = None
     backbone_flops: int | None = None
+    shared_parameters: int = 0
+    trainable_parameters: int = 0
 
     @property
     def parameters(self) -> int:
         """Of trunk and experts, without the router."""
-        return self.trunk_parameters + sum(self.expert_parameters)
+        return self.trunk_parameters + self.shared_parameters + sum(self.expert_parameters)
 
     @property
     def flops(self) -> int:
@@ -76,6 +80,8 @@ class CostReport:
         rows: list[tuple[str, int | None, float | None]] = [
             ("trunk", self.trunk_parameters, self.trunk_flops)
         ]
+        if self.shared_parameters:
+            rows.append(("shared by experts", self.shared_parameters, None))
         experts = zip(self.expert_parameters, self.expert_flops, strict=True)
         rows += [
             (f"expert {i}", parameters, flops) for i, (parameters, flops) in enumerate(experts)
@@ -83,6 +89,8 @@ class CostReport:
         if self.router_parameters:
             rows.append(("router", self.router_parameters, sum(self.gate_flops)))
         rows.append(("all experts", self.parameters, self.flops))
+        if self.trainable_parameters < self.parameters:
+            rows.append(("of them trainable", self.trainable_parameters, None))
         if self.shares is not None:
             shown = ", ".join(f"{share:.2f}" for share in self.shares)
             rows.append((f"routed ({shown})", None, self.routed_flops))
@@ -94,9 +102,11 @@ class CostReport:
             lines[0] += f"  {'x backbone':>10}"
         for name, parameters, flops in rows:
             count = "" if parameters is None else f"{parameters:,}"
-            line = f"{name:{width}}  {count:>12}  {(flops or 0) / 1e6:>10.3f}"
-            if self.backbone_flops:
-                line += f"  {(flops or 0) / self.backbone_flops:>10.2f}"
+            line = f"{name:{width}}  {count:>12}"
+            if flops is not None:
+                line += f"  {flops / 1e6:>10.3f}"
+                if self.backbone_flops:
+                    line += f"  {flops / self.backbone_flops:>10.2f}"
             lines.append(line)
         return "\n".join(lines)
 
@@ -126,7 +136,9 @@ class CountableModel(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter once."""
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(
+        self, *, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         """The same by name; those of expert k start with ``experts.k.``."""
 
 
@@ -192,14 +204,10 @@ def cost_report(
                 if router is not None:
                     gate, _ = _counted(router, router.gate, index, logits, features)
                 gate_flops.append(gate // rows)
-    names = dict(model.named_parameters())  # a tensor shared by several modules is listed once
-    expert_parameters = tuple(
-        sum(p.numel() for name, p in names.items() if name.startswith(f"experts.{index}."))
-        for index in range(model.num_experts)
-    )
+    trunk, shared, own = _by_owner(model)
     return CostReport(
-        trunk_parameters=sum(p.numel() for p in names.values()) - sum(expert_parameters),
-        expert_parameters=expert_parameters,
+        trunk_parameters=trunk,
+        expert_parameters=own,
         router_parameters=0 if router is None else _parameters(router),
         trunk_flops=(everything - sum(expert_flops)) // rows,
         expert_flops=tuple(flops // rows for flops in expert_flops),
@@ -207,6 +215,8 @@ def cost_report(
         shares=checked,
         backbone_parameters=None if backbone is None else _parameters(backbone),
         backbone_flops=None if backbone is None else _flops_of(backbone, args, kwargs) // rows,
+        shared_parameters=shared,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
 
 
@@ -265,6 +275,23 @@ def _flops_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     args, kwargs = map_tensors(moved, (args, kwargs))
     return count_flops(backbone, *args, **kwargs)
+
+
+def _by_owner(model: CountableModel) -> tuple[int, int, tuple[int, ...]]:
+    """Numbers of parameters: the trunk's, those that several experts share, each expert's own."""
+    owners: dict[int, set[int]] = {}
+    sizes: dict[int, int] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        part, _, rest = name.partition(".")
+        owner = int(rest.partition(".")[0]) if part == "experts" else -1
+        owners.setdefault(id(parameter), set()).add(owner)
+        sizes[id(parameter)] = parameter.numel()
+    trunk = sum(sizes[key] for key, found in owners.items() if -1 in found)
+    own = [0] * model.num_experts
+    for key, found in owners.items():
+        if len(found) == 1 and -1 not in found:
+            own[min(found)] += sizes[key]
+    return trunk, sum(sizes.values()) - trunk - sum(own), tuple(own)
 
 
 def _parameters(module: nn.Module) -> int:

@@ -25,7 +25,7 @@ def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
 
     Args:
         expert: an exact copy of the backbone's forked part.
-        keep: ids of tensors that the trunk owns (tied weights).
+        keep: ids of tensors that are not the expert's own (frozen, or tied to the trunk).
 
     Returns:
         Names of parameters that could not be redrawn safely and were left as they are.
@@ -34,10 +34,12 @@ def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
     with torch.no_grad():
         for name, parameter in expert.named_parameters():
             drawn = parameter.requires_grad and id(parameter) not in keep
-            if drawn and not _redraw(parameter):
+            if drawn and not redraw(parameter):
                 left.append(name)
     for module in expert.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not any(
+            id(buffer) in keep for buffer in module.buffers()
+        ):
             module.reset_running_stats()
     return left
 
@@ -50,7 +52,7 @@ def renew_classifier(classifier: nn.Module) -> None:
             reset()
         else:
             for parameter in classifier.parameters():
-                _redraw(parameter)
+                redraw(parameter)
 
 
 def break_tie(classifier: nn.Module) -> None:
@@ -131,7 +133,7 @@ def warn_if_frozen(module: nn.Module, keep: set[int], why: str) -> None:
         )
 
 
-def _redraw(parameter: Tensor) -> bool:
+def redraw(parameter: Tensor) -> bool:
     if not parameter.is_floating_point() or parameter.numel() < 2 or is_constant(parameter):
         return True
     flat = parameter.flatten()

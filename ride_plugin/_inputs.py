@@ -15,14 +15,18 @@ Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def as_inputs(example: Any) -> Inputs:
-    """Turn ``example_input`` into ``(args, kwargs)``: a tensor, a tuple of arguments, a mapping."""
+    """Turn ``example_input`` into ``(args, kwargs)``.
+
+    It is a tuple of arguments, a mapping of keyword arguments, or one argument: a tensor, or what
+    holds some, for example the trunk's state.
+    """
     if isinstance(example, Mapping):
         return (), dict(example)
     if isinstance(example, tuple):
         if len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict):
             return example
         return example, {}
-    if isinstance(example, Tensor):
+    if not isinstance(example, list) and next(tensors_in(example), None) is not None:
         return (example,), {}
     raise ArgumentError(
         "Expected argument `example_input` to be a tensor, a tuple of positional arguments or a "

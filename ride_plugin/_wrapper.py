@@ -349,6 +349,7 @@ class RIDEWrapper(SplitModule):
         )
 
     def _checkpointed_experts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        self._explain_unfreezing()
         state = self.run_trunk(*args, **kwargs)
 
         def logits_of(index: int) -> Tensor:

@@ -99,16 +99,20 @@ def test_frozen_layers_of_the_trunk_do_not_warn() -> None:
     assert torch.equal(model.trunk.conv1.weight, backbone.conv1.weight)
 
 
-def test_a_frozen_classifier_that_is_renewed_warns() -> None:
-    backbone = CifarResNet(n=1).requires_grad_(False)
-    with pytest.warns(UserWarning, match="Each expert gets a classifier of its own"):
-        RIDEWrapper(backbone, 2, init="copy")
+def test_a_frozen_classifier_is_kept_and_shared() -> None:
+    backbone = CifarResNet(n=1)
+    backbone.linear.requires_grad_(False)
+    model = RIDEWrapper(backbone, 2, init="copy")
+    first, second = model.classifiers
+    assert first.weight is second.weight
+    assert torch.equal(first.weight, backbone.linear.weight)
 
 
-def test_experts_without_anything_to_learn_warn() -> None:
+@pytest.mark.parametrize("init", ["fresh", "copy"])
+def test_experts_without_anything_to_learn_warn(init: str) -> None:
     backbone = mlp().requires_grad_(False)
     with pytest.warns(UserWarning, match="Every parameter behind the fork is frozen"):
-        RIDEWrapper(backbone, 2)
+        RIDEWrapper(backbone, 2, init=init)
 
 
 def test_entries_are_shuffled_constants_stay_statistics_are_reset() -> None:

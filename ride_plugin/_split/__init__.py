@@ -4,6 +4,7 @@ from ride_plugin._split._analysis import throwaway
 from ride_plugin._split._build import reason_of_fork, split_backbone
 from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._graft import graft_experts
+from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
 from ride_plugin._split._logits import Choice, check_logits_choice
 from ride_plugin._split._module import SplitModule
@@ -11,6 +12,7 @@ from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._plain import plain_modules
 from ride_plugin._split._rows import Rows, take_rows
+from ride_plugin._split._sharing import held_by_all
 from ride_plugin._split._state import TrunkState, hollow
 from ride_plugin._split._tape import Recorded
 
@@ -25,7 +27,9 @@ __all__ = [
     "check_logits_choice",
     "feature_dim_of",
     "graft_experts",
+    "held_by_all",
     "hollow",
+    "inert_parameters",
     "join_parts",
     "plain_modules",
     "play",

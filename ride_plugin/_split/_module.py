@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -13,16 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._contexts import evaluating, random_state_kept
-from ride_plugin._errors import RIDEError
+from ride_plugin._errors import ArgumentError, CheckpointError, RIDEError, warn_caller
 from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._analysis import layout_of
 from ride_plugin._split._logits import LogitsReader, describe
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._probe import detached_activations
+from ride_plugin._split._sharing import (
+    Place,
+    complete_shared,
+    count_parameters,
+    frozen_layers,
+    held_by_all,
+    held_together,
+    hold_together,
+    trains,
+    unchanging,
+)
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._tape import places_of_units, watch_classifier
-from ride_plugin._tree import logits_in, map_tensors
+from ride_plugin._tree import logits_in, map_tensors, tensors_in
 
 
 class SplitModule(nn.Module):
@@ -35,6 +46,9 @@ class SplitModule(nn.Module):
         num_classes: ``C``.
         fork_at: name of the first forked submodule.
         classifier_name: name of the classifier inside an expert; None if it is no submodule.
+        redrawn_parameters: names, inside an expert, of the trainable parameters of which each
+            expert got a draw of its own under ``init="copy"``: beside frozen parameters, those that
+            do not act yet, such as the first matrix of a low-rank adapter.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -49,10 +63,23 @@ class SplitModule(nn.Module):
         self._attributes = parts.attributes
         self._inputs = parts.inputs
         self._num_probed = parts.num_probed
+        self.redrawn_parameters = list(parts.redrawn)
         self.trunk = parts.trunk
         self.experts = nn.ModuleList(parts.experts)
         self._units = places_of_units(self.trunk)
-        self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
+        self._frozen_layers = [
+            layer
+            for part in (self.trunk, *self.experts)
+            for layer in frozen_layers(part, self.trunk.training)
+        ]
+        self._shared_and_frozen = {
+            name: (tensors, key)
+            for name, (tensors, key) in held_by_all(self.experts).items()
+            if not tensors[key].requires_grad
+        }
+        self._held_together: list[list[Place]] = []  # while a state dict is being loaded
+        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     def parts(self) -> Parts:
         """What the model is made of now; the modules themselves, not copies."""
@@ -68,6 +95,7 @@ class SplitModule(nn.Module):
             self.fork_at,
             self.classifier_name,
             self._num_probed,
+            self.redrawn_parameters,
         )
 
     @property
@@ -76,7 +104,15 @@ class SplitModule(nn.Module):
         return self.parts().classifiers()
 
     def run_trunk(self, *args: Any, **kwargs: Any) -> TrunkState:
-        """Run the shared part only; hand the result to :meth:`run_expert`."""
+        """Run the shared part only; hand the result to :meth:`run_expert`, or to the model.
+
+        ``model(state)`` and every other method that takes a batch take what this returns in its
+        place, and leave out the trunk. A frozen trunk in evaluation mode keeps nothing for a
+        backward pass.
+        """
+        stored = self._stored(args, kwargs)
+        if stored is not None:
+            return stored
         before = read_attributes(self.trunk, self._attributes)
         self._keep_hooks()
         state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
@@ -122,6 +158,44 @@ class SplitModule(nn.Module):
         """Inputs ``(args, kwargs)`` that the backbone accepts, for cost reports and export."""
         return resize_batch(self._inputs, batch_size)
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many; a shared one counts once."""
+        trainable, total = count_parameters(self)
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || "
+            f"trainable%: {100 * trainable / max(total, 1):.4f}"
+        )
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """What training changes, and nothing else: the part of ``state_dict()`` worth keeping.
+
+        These are the parameters that require gradients, and buffers but for the statistics of
+        frozen normalisation layers and integer tables beside frozen parameters. Load it with
+        :meth:`load_trainable_state_dict` into a model that was wrapped alike.
+        """
+        fixed = unchanging(self, self._frozen_layers)
+        return {
+            name: value.detach()
+            for name, value in self.state_dict(keep_vars=True).items()
+            if id(value) not in fixed
+        }
+
+    def load_trainable_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what :meth:`trainable_state_dict` returned; everything else stays as it is.
+
+        Raises:
+            CheckpointError: it holds other names than what trains here; nothing was loaded.
+        """
+        expected = self.trainable_state_dict().keys()
+        missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+        if missing or unexpected:
+            raise CheckpointError(
+                "Expected argument `state` to hold exactly what trains in this model, but "
+                f"{missing[:3]} of {len(missing)} names are missing and {unexpected[:3]} of "
+                f"{len(unexpected)} are unexpected. Wrap and freeze as when it was saved."
+            )
+        self.load_state_dict(dict(state), strict=False)
+
     def relink(self) -> None:
         """Follow tensors that something other than ``.to()`` or loading has replaced."""
         for link in self._links:
@@ -130,6 +204,8 @@ class SplitModule(nn.Module):
     def _all_experts(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[tuple[Tensor, Tensor]]:
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._explain_unfreezing()
         state, logits, features = self._first_expert(args, kwargs)
         rest = [self.run_expert(index, state) for index in range(1, self.num_experts)]
         return [(logits, features), *rest]
@@ -137,6 +213,9 @@ class SplitModule(nn.Module):
     def _first_expert(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[TrunkState, Tensor, Tensor]:
+        stored = self._stored(args, kwargs)
+        if stored is not None:
+            return (stored, *self.run_expert(0, stored))
         changes = self.num_experts > 1 and any(known.changes_in_place for known in self._layouts)
         # Going on into expert 0 would let it write into what the others read, and would pass by the
         # hooks of the expert itself (FSDP2's gather its parameters); and DataParallel's replica of
@@ -156,6 +235,51 @@ class SplitModule(nn.Module):
             return (replace(state, attributes=before), *self._read(output))
         finally:
             self._running.features = None
+
+    def _explain_unfreezing(self) -> None:
+        """Warn once that what was frozen at wrapping, and therefore is shared, trains now."""
+        if not any(tensors[key].requires_grad for tensors, key in self._shared_and_frozen.values()):
+            return
+        unfrozen = [
+            name
+            for name, (tensors, key) in held_by_all(self.experts).items()
+            if name in self._shared_and_frozen and tensors[key].requires_grad
+        ]
+        self._shared_and_frozen = {}
+        if unfrozen:
+            more = f" and {len(unfrozen) - 3} more" if len(unfrozen) > 3 else ""
+            warn_caller(
+                "These parameters were frozen when the model was wrapped, so all experts share "
+                f"them: {unfrozen[:3]}{more}. They train now, as one tensor for all experts. To "
+                "give each expert its own, unfreeze them before wrapping (`requires_grad_(True)`)."
+            )
+
+    def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TrunkState | None:
+        """The trunk's state, if that was given in place of a batch.
+
+        Raises:
+            ArgumentError: the trunk trains, which a stored result would not let it.
+        """
+        if not args or not isinstance(args[0], TrunkState):
+            return None
+        if len(args) > 1 or kwargs:
+            raise ArgumentError(
+                "Expected the trunk's state alone, but got other arguments beside it. The state "
+                "holds the whole batch."
+            )
+        state = args[0]
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and trains(self.trunk.parameters())
+            and not any(value.requires_grad for value in tensors_in(state.values))
+        ):
+            raise ArgumentError(
+                "The trunk has parameters that train, but the state was stored without gradients, "
+                "so they would not. Freeze the trunk (`model.trunk.requires_grad_(False)`), or "
+                "pass the batch itself."
+            )
+        return state
 
     def _settled(
         self, state: TrunkState, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -218,8 +342,22 @@ class SplitModule(nn.Module):
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, but leave normalisation layers in evaluation that were frozen there.
+
+        That is: layers in evaluation mode without trainable parameters when the model was wrapped,
+        unless their parameters have been unfrozen since.
+        """
+        super().train(mode)
+        for layer in self._frozen_layers:
+            if not trains(layer.parameters(recurse=False)):
+                layer.eval()
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        shared = held_together(self.experts)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        hold_together(shared)
         self._inputs = map_tensors(lambda example: _following(example, fn(example)), self._inputs)
         self.relink()
         return self
@@ -236,6 +374,13 @@ def _is_hooked(expert: nn.Module) -> bool:
     return bool(expert._forward_pre_hooks) or not all(ours)
 
 
-def _relink(module: SplitModule, *_: Any) -> None:
-    """Follow tensors that ``.to()`` or loading (with ``assign=True``) has replaced."""
+def _before_loading(module: SplitModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    complete_shared(state, prefix, module.experts)
+    module._held_together = held_together(module.experts)
+
+
+def _after_loading(module: SplitModule, *_: Any) -> None:
+    """Follow tensors that loading with ``assign=True`` has replaced."""
+    hold_together(module._held_together)
+    module._held_together = []
     module.relink()

@@ -15,6 +15,7 @@ from ride_plugin._errors import SplitError
 from ride_plugin._inputs import Inputs
 from ride_plugin._split._analysis import throwaway
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
+from ride_plugin._split._sharing import frozen_layers, unchanging
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import Running
 from ride_plugin._split._views import Link, Views
@@ -56,6 +57,8 @@ class Parts:
         layouts, attributes, inputs, num_classes, fork_at, classifier: as in :class:`Split`.
         num_probed: how many leading experts to probe when learning a layout: 1 if all are copies,
             all of them if each was made by itself.
+        redrawn: names, inside an expert, of trainable parameters that were drawn anew for each
+            expert beside frozen ones.
     """
 
     trunk: nn.Module
@@ -69,6 +72,7 @@ class Parts:
     fork_at: str
     classifier: str | None
     num_probed: int = 1
+    redrawn: Sequence[str] = ()
 
     def classifiers(self) -> list[nn.Module]:
         """The classifier of each expert; none if it is no submodule."""
@@ -82,7 +86,10 @@ class Parts:
 
 
 def replicate(split: Split, num_experts: int) -> Parts:
-    """The split's own expert and exact copies of it, ``num_experts`` in all."""
+    """The split's own expert and exact copies of it, ``num_experts`` in all.
+
+    What no training changes is not copied: all experts hold the same tensors.
+    """
     experts, links = [split.views.expert], list(split.views.links)
     for _ in range(num_experts - 1):
         expert, own_links = _another_expert(split.views)
@@ -155,11 +162,13 @@ def feature_dim_of(parts: Parts) -> int:
 
 
 def _another_expert(views: Views) -> tuple[nn.Module, list[Link]]:
-    """Copy the expert; what belongs to the trunk stays shared, what is tied to it stays tied."""
+    """Copy the expert; what belongs to the trunk or is frozen stays shared, ties stay ties."""
     memo: dict[int, Any] = {id(views.running): views.running}
     memo.update((id(module), module) for module in views.trunk.modules())
     for tensor in (*views.trunk.parameters(), *views.trunk.buffers()):
         memo[id(tensor)] = tensor
+    frozen = frozen_layers(views.expert, views.trunk.training)
+    memo.update(unchanging(views.expert, frozen))
     inside = {id(module) for module in views.expert.modules()}
     links = [link for link in views.links if id(link.view) in inside]
     expert, links = copy.deepcopy((views.expert, links), memo)

@@ -6,15 +6,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ReplayError
 from ride_plugin._inputs import batch_size_of
-from ride_plugin._split._state import Layout, TrunkState
+from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import ForkReached, Player, Recorder, Running, StartHook
-
-_MISSING = object()
 
 
 def record(
@@ -32,9 +29,9 @@ def record(
         The trunk's state, and expert 0's output unless ``stop_at_fork``: going on into expert 0
         saves one traversal of the backbone's forward.
     """
-    # Without gradients nothing else holds the trunk's inner values; and an evaluation pass can be
-    # repeated should it leave the known paths after something was dropped.
-    known = () if trunk.training or torch.is_grad_enabled() else layouts
+    # An evaluation pass can be repeated should it leave the known paths after something was
+    # dropped. What a frozen trunk computes is then held by nobody, as autograd keeps none of it.
+    known = () if trunk.training else layouts
     recorder = Recorder((args, kwargs), stop_at_fork, known)
     running.recorder = recorder
     output = None
@@ -87,7 +84,7 @@ def _begin(mode: Recorder | Player, view: nn.Module, running: Running) -> None:
 def read_attributes(owner: nn.Module, names: Sequence[tuple[str, str]]) -> tuple[Any, ...]:
     """Values of plain attributes ``(submodule, attribute)`` that a forward may change."""
     return tuple(
-        owner.get_submodule(path).__dict__.get(attribute, _MISSING) for path, attribute in names
+        owner.get_submodule(path).__dict__.get(attribute, Absent) for path, attribute in names
     )
 
 
@@ -97,9 +94,9 @@ def write_attributes(
     """Put plain attributes back, so that an expert starts where the trunk started."""
     for (path, attribute), value in zip(names, values, strict=True):
         attributes = owner.get_submodule(path).__dict__
-        if value is _MISSING:
+        if value is Absent:
             attributes.pop(attribute, None)
-        elif attributes.get(attribute, _MISSING) is not value:
+        elif attributes.get(attribute, Absent) is not value:
             attributes[attribute] = value
 
 

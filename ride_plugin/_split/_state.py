@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ride_plugin._errors import ArgumentError, ReplayError
 from ride_plugin._split._rows import Rows, is_hollow, join_rows, take_rows
@@ -19,6 +20,10 @@ _UNKNOWN_PATH = (
     "or training mode), so it is not known which dimension of its values is the batch. Wrap it "
     "with `example_input=` of the size in use."
 )
+
+
+class Absent:
+    """Stands for an attribute that a module does not have; never instantiated, so it pickles."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,28 @@ class Layout:
 
 @dataclass(frozen=True)
 class TrunkState:
-    """The shared part's result for one batch: hand it to ``run_expert`` as often as needed.
+    """The shared part's result for one batch: hand it to the experts as often as needed.
+
+    ``model(state)`` is ``model(x)`` without the trunk. A state can be stored and reused for as long
+    as the trunk does not change: it is a sequence of its rows, so a DataLoader takes it as a data
+    set and collates its rows; ``pickle`` and ``torch.save`` take it too, and ``torch.load`` reads
+    it with ``weights_only=True`` once this library is imported.
 
     Attributes:
         batch_size: number of rows.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, StackDataset
+        >>> from ride_plugin import RIDEWrapper
+        >>> model = RIDEWrapper(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5)), 2)
+        >>> with model.evaluating(), torch.no_grad():
+        ...     state = model.run_trunk(torch.randn(10, 8))
+        >>> rows = StackDataset(state, torch.arange(10))
+        >>> for part, target in DataLoader(rows, batch_size=5):
+        ...     print(tuple(model(part).shape), target.tolist())
+        (5, 5) [0, 1, 2, 3, 4]
+        (5, 5) [5, 6, 7, 8, 9]
     """
 
     batch_size: int
@@ -70,6 +93,38 @@ class TrunkState:
     values: list[Any] = field(repr=False)
     layout: Layout | None = field(repr=False)
     attributes: tuple[Any, ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    def __getitem__(self, index: int) -> TrunkState:
+        """One row, as a batch of one."""
+        if not -self.batch_size <= index < self.batch_size:
+            raise IndexError(f"Row {index} of a state of {self.batch_size} rows.")
+        return self.select(torch.tensor([index % self.batch_size]))
+
+    def detach(self) -> TrunkState:
+        """The same values without their gradient history."""
+        return self._mapped(Tensor.detach)
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> TrunkState:
+        """The state on another device, or its floating-point values in another precision."""
+
+        def move(value: Tensor) -> Tensor:
+            kind = dtype if value.is_floating_point() else None
+            return value.to(device=device, dtype=kind, non_blocking=non_blocking)
+
+        return self._mapped(move)
+
+    def pin_memory(self) -> TrunkState:
+        """The state in page-locked memory; a DataLoader with ``pin_memory=True`` calls this."""
+        return self._mapped(Tensor.pin_memory)
 
     def select(self, rows: Tensor) -> TrunkState:
         """Return the state of some rows only, in the order given.
@@ -95,7 +150,7 @@ class TrunkState:
 
         def gather(value: Tensor, spec: Rows | None) -> Tensor:
             if id(value) not in done:
-                done[id(value)] = take_rows(value, spec, rows, self.batch_size)
+                done[id(value)] = take_rows(value, spec, rows.to(value.device), self.batch_size)
             return done[id(value)]
 
         values = [_map_with(gather, v, s) for v, s in zip(self.values, specs, strict=True)]
@@ -141,6 +196,21 @@ class TrunkState:
         pairs = zip(self.values, self.layout.live, strict=True)
         return replace(self, values=[_map_with(_keep_or_hollow, v, live) for v, live in pairs])
 
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> TrunkState:
+        """Apply a function to every tensor once; what takes no memory goes on taking none."""
+        done: dict[int, Tensor] = {}
+
+        def apply(value: Tensor) -> Tensor:
+            if id(value) not in done:
+                if is_hollow(value):
+                    done[id(value)] = function(value[(0,) * value.dim()]).expand(value.shape)
+                else:
+                    done[id(value)] = function(value)
+            return done[id(value)]
+
+        values = map_tensors(apply, self.values)
+        return replace(self, values=values, attributes=map_tensors(apply, self.attributes))
+
     def own_values(self) -> list[Any]:
         """The values for one expert: what it changes in place is cloned, once per tensor."""
         if self.layout is None or not self.layout.changes_in_place:
@@ -177,3 +247,12 @@ def _map_with(function: Any, value: Any, infos: tuple[Any, ...]) -> Any:
 def count_tensors(values: list[Any]) -> list[int]:
     """Number of tensors in each entry of a tape."""
     return [sum(1 for _ in tensors_in(value)) for value in values]
+
+
+def _collate(batch: Sequence[TrunkState], *, collate_fn_map: Any = None) -> TrunkState:
+    return TrunkState.cat(batch)
+
+
+# torch's two documented registries: what `weights_only` may build, what a DataLoader can collate.
+torch.serialization.add_safe_globals([TrunkState, Layout, Rows, Absent])
+default_collate_fn_map[TrunkState] = _collate

@@ -14,7 +14,7 @@ from ride_plugin._checks import check_classes, check_number, check_predictions, 
 from ride_plugin._cost import CostReport, cost_report
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import as_inputs
-from ride_plugin._tree import map_tensors
+from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin.functional import running_means
 from ride_plugin.routing._confidence import ConfidenceRouter, Kind
 from ride_plugin.routing._exit import RoutedStages, exceeds
@@ -244,7 +244,7 @@ def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
     inputs, target = batch
     if isinstance(inputs, list):  # what a DataLoader's default collation makes of tuples
         inputs = tuple(inputs)
-    if not isinstance(inputs, Tensor | tuple | Mapping):
+    if next(tensors_in(inputs), None) is None:
         raise ArgumentError(
             "Expected argument `loader` to yield pairs (x, y) with x a tensor, a tuple of "
             f"positional or a dict of keyword arguments, but got x of {type(inputs).__name__}."

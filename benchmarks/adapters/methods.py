@@ -1,0 +1,39 @@
+"""What is compared, each method as a few fields; nothing here runs anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        rank: of the low-rank adapters in the last two layers; 0 trains the classifier only.
+        num_experts: 1 is the plain network.
+        adjustments: multiple of the log prior that each expert's criterion adds to its logits.
+        diversity: form of the diversity term, or None.
+        epochs: a classifier alone trains a little longer.
+    """
+
+    rank: int
+    num_experts: int = 1
+    adjustments: tuple[float, ...] = (1.0,)
+    diversity: Literal["paper", "official"] | None = None
+    epochs: int = 12
+
+
+METHODS = {
+    "head": Method(0, epochs=15),
+    "one_rank8": Method(8),
+    "one_rank24": Method(24),
+    "three_rank8": Method(8, 3, (1.0, 1.0, 1.0)),
+    "three_rank2": Method(2, 3, (1.0, 1.0, 1.0)),
+    "three_rank3": Method(3, 3, (1.0, 1.0, 1.0)),
+    "three_rank8_official": Method(8, 3, (1.0, 1.0, 1.0), "official"),
+    "three_rank8_paper": Method(8, 3, (1.0, 1.0, 1.0), "paper"),
+    "three_rank8_priors": Method(8, 3, (1.0, 0.0, 2.0)),
+}
+"""``three_rank2`` has fewer parameters than ``one_rank24``, classifiers included."""

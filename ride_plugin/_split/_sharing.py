@@ -1,0 +1,120 @@
+"""Frozen means shared: what no training changes exists once for all experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ride_plugin._errors import CheckpointError
+
+Place: TypeAlias = tuple[dict[str, Any], str]  # a module's parameters or buffers, and a name there
+
+
+def frozen_layers(root: nn.Module, root_in_training: bool) -> list[nn.Module]:
+    """Normalisation layers that somebody froze: in evaluation mode, with nothing to train.
+
+    A layer without weights shows it only where the model around it is in training mode.
+    """
+    found: list[nn.Module] = []
+    for layer in root.modules():
+        if isinstance(layer, _NormBase) and layer.running_mean is not None and not layer.training:
+            own = list(layer.parameters(recurse=False))
+            if not trains(own) and (own or root_in_training):
+                found.append(layer)
+    return found
+
+
+def unchanging(root: nn.Module, frozen_layers: Iterable[nn.Module]) -> dict[int, Tensor]:
+    """Tensors of ``root`` that no training changes, by id.
+
+    These are parameters that do not require gradients, the statistics of frozen normalisation
+    layers, and tables of integers (positions, masks, quantised weights) beside nothing trainable.
+    """
+    found: list[Tensor] = [p for p in root.parameters() if not p.requires_grad]
+    for layer in frozen_layers:
+        found += layer.buffers(recurse=False)
+    for module in root.modules():
+        if module._buffers and not trains(module.parameters(recurse=False)):
+            tables = (b for b in module.buffers(recurse=False) if b.dim() > 0)
+            found += [b for b in tables if not (b.is_floating_point() or b.is_complex())]
+    return {id(tensor): tensor for tensor in found}
+
+
+def held_together(experts: Iterable[nn.Module]) -> list[list[Place]]:
+    """For each tensor that several places of the experts hold: those places."""
+    places: dict[int, list[Place]] = {}
+    for expert in experts:
+        for _, tensors, key in _places(expert):
+            places.setdefault(id(tensors[key]), []).append((tensors, key))
+    return [group for group in places.values() if len(group) > 1]
+
+
+def hold_together(groups: Iterable[list[Place]]) -> None:
+    """Let every place of a group hold the first one's tensor again."""
+    for (first, name), *others in groups:
+        for tensors, key in others:
+            tensors[key] = first[name]
+
+
+def held_by_all(experts: Iterable[nn.Module]) -> dict[str, Place]:
+    """The parameters and buffers that all experts hold together: names, places in expert 0."""
+    first, *others = ({name: (t, k) for name, t, k in _places(expert)} for expert in experts)
+    if not others:
+        return {}
+    return {
+        name: (tensors, key)
+        for name, (tensors, key) in first.items()
+        if all(name in o and o[name][0][o[name][1]] is tensors[key] for o in others)
+    }
+
+
+def complete_shared(state: dict[str, Any], prefix: str, experts: nn.ModuleList) -> None:
+    """Give every expert's key the shared tensor, which a checkpoint may hold under one key only.
+
+    Raises:
+        CheckpointError: it holds different values for experts that share the tensor here.
+    """
+    for name in held_by_all(experts):
+        keys = [f"{prefix}experts.{index}.{name}" for index in range(len(experts))]
+        values = [state[key] for key in keys if key in state]
+        if not values:
+            continue
+        for value in values[1:]:
+            if value is not values[0] and not _equal(value, values[0]):
+                raise CheckpointError(
+                    f"The checkpoint holds another `{name}` for each expert, but here all experts "
+                    "share one, because it was frozen or tied when the model was wrapped. To give "
+                    "each its own, unfreeze it before wrapping (`requires_grad_(True)`)."
+                )
+        state.update((key, state.get(key, values[0])) for key in keys)
+
+
+def _places(root: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    for path, module in root.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    yield f"{path}.{key}" if path else key, tensors, key
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Number of trainable parameters and of all; a tensor in several places counts once."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+def trains(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(parameter.requires_grad for parameter in parameters)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.shape == b.shape
+        and ((a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a.to(b), b))
+    )

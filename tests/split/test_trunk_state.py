@@ -1,0 +1,203 @@
+"""The trunk's result: moved, saved, batched, and handed to the experts in place of a batch."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, StackDataset
+
+from ride_plugin import (
+    ArgumentError,
+    ConfidenceRouter,
+    RIDEWrapper,
+    RoutingInference,
+    experts_loss,
+)
+from ride_plugin.routing import TrunkState
+from tests.adapters import KINDS, low_rank
+from tests.backbones import VisionTransformer
+
+
+class WithGlue(nn.Module):
+    """A mask and a sum outside submodules, dropout in the experts, a cache on the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 6)
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.ReLU())
+        self.head = nn.Linear(6, 5)
+        self.scale: Tensor | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = torch.full((1,), 2.0)
+        mask = (ids > 0).unsqueeze(-1)
+        x = self.first(self.embed(ids)) * self.scale
+        x = self.second(x) * mask
+        return self.head(x.sum(1) / mask.sum(1).clamp(min=1))
+
+
+def frozen_trunk() -> RIDEWrapper:
+    model = RIDEWrapper(
+        WithGlue(), 3, fork_at="second", init="copy", example_input=torch.randint(0, 20, (2, 7))
+    )
+    model.trunk.requires_grad_(False)
+    return model
+
+
+def stored(model: RIDEWrapper, *args: Tensor) -> TrunkState:
+    with model.evaluating(), torch.no_grad():
+        return model.run_trunk(*args).detach()
+
+
+def gradients(model: RIDEWrapper, batch: object, target: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(0)  # dropout
+    model.zero_grad()
+    experts_loss(F.cross_entropy, model(batch), target).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpoint_experts", [False, True])
+def test_the_state_gives_the_output_and_gradients_of_the_batch(checkpoint_experts: bool) -> None:
+    model = frozen_trunk().train()
+    model.checkpoint_experts = checkpoint_experts
+    ids, target = torch.randint(0, 20, (6, 7)), torch.randint(0, 5, (6,))
+    state = stored(model, ids)
+    expected, got = (gradients(model, batch, target) for batch in (ids, state))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
+    rows = torch.tensor([4, 1])
+    model.eval()
+    torch.testing.assert_close(model(state.select(rows)), model(ids)[rows])
+
+
+def test_a_fresh_state_lets_the_trunk_train() -> None:
+    model = frozen_trunk().train()
+    model.trunk.requires_grad_(True)
+    x, target = torch.randint(0, 20, (3, 7)), torch.randint(0, 5, (3,))
+    expected, got = (gradients(model, batch, target) for batch in (x, model.run_trunk(x)))
+    assert expected.keys() == got.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient)
+    with pytest.raises(ArgumentError, match=r"model\.trunk\.requires_grad_\(False\)"):
+        model(stored(model, x))
+    with pytest.raises(ArgumentError, match="state alone"):
+        model(stored(model, x), x)
+    assert model.eval()(stored(model, x)).shape == (3, 5)
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save", "torch.save, weights only"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_states_go_to_disk_and_back(way: str, whole: bool) -> None:
+    model = frozen_trunk().eval()
+    ids = torch.randint(0, 20, (6, 7))
+    state = stored(model, ids)
+    expected = model(state)
+    if not whole:  # rows with the same keys and layout, put together again
+        state = [state[i] for i in range(6)]
+    if way == "pickle":
+        back = pickle.loads(pickle.dumps(state))
+    else:
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        back = torch.load(file, weights_only=way.endswith("only"))
+    back = back if whole else TrunkState.cat(back)
+    assert torch.equal(model(back), expected)
+
+
+def test_a_state_takes_no_memory_for_what_no_expert_reads() -> None:
+    model = RIDEWrapper(VisionTransformer(5), 2).eval()
+    state = stored(model, torch.randn(8, 3, 32, 32))
+    file = io.BytesIO()
+    torch.save(state.to("cpu", torch.float16), file)
+    tokens = max(v.numel() for v in state.values if isinstance(v, Tensor))
+    assert len(file.getvalue()) < 2 * tokens + 20_000 < 2 * 8 * 3 * 32 * 32 + 20_000
+
+
+def test_a_loader_batches_states_with_targets() -> None:
+    model = frozen_trunk().eval()
+    ids, target = torch.randint(0, 20, (10, 7)), torch.arange(10)
+    state = stored(model, ids)
+    assert len(state) == 10
+    expected = model(ids)
+    seen = []
+    for part, labels in DataLoader(StackDataset(state, target), batch_size=4, shuffle=True):
+        assert part.batch_size == len(labels)
+        torch.testing.assert_close(model(part), expected[labels])
+        seen += labels.tolist()
+    assert sorted(seen) == list(range(10))
+    with pytest.raises(IndexError, match="Row 10 of a state of 10 rows"):
+        state[10]
+    torch.testing.assert_close(model(state[-1]), expected[-1:])
+
+
+def test_moving_a_state_keeps_integers_and_what_is_hollow() -> None:
+    model = RIDEWrapper(VisionTransformer(5), 2).eval()
+    state = stored(model, torch.randn(4, 3, 32, 32))
+    halved = state.to(dtype=torch.bfloat16)
+    floats = [v for v in halved.values if isinstance(v, Tensor) and v.is_floating_point()]
+    assert {v.dtype for v in floats} == {torch.bfloat16}
+    strides = [v.stride() for v in state.values if isinstance(v, Tensor)]
+    assert [v.stride() for v in halved.values if isinstance(v, Tensor)] == strides
+    there = state.to("meta").values
+    assert all(v.is_meta for v in there if isinstance(v, Tensor))
+    assert torch.equal(model(halved.to(dtype=torch.float32)).argmax(1), model(state).argmax(1))
+
+
+def test_everything_that_takes_a_batch_takes_a_state() -> None:
+    model = frozen_trunk()
+    ids = torch.randint(0, 20, (12, 7))
+    state = stored(model, ids)
+    for got, expected in zip(model.router_inputs(state), model.router_inputs(ids), strict=True):
+        assert torch.equal(got, expected)
+    serve = RoutingInference(model, ConfidenceRouter("margin"), threshold=0.3)
+    torch.testing.assert_close(serve(state), serve(ids))
+    target = torch.arange(12) % 5
+    by_state = serve.calibrate([(state, target)], max_experts=2)
+    by_batch = serve.calibrate([(ids, target)], max_experts=2)
+    torch.testing.assert_close(by_state.curve.accuracy, by_batch.curve.accuracy)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_trunk_in_evaluation_keeps_nothing_for_a_backward_pass(kind: str) -> None:
+    model = RIDEWrapper(KINDS[kind](), 2, fork_at="blocks.2", init="copy").train()
+    model.trunk.eval()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        state = model.run_trunk(torch.randn(4, 8))
+        assert kept == []
+        assert not any(v.requires_grad for v in state.values if isinstance(v, Tensor))
+        held = [v for v in state.values if isinstance(v, Tensor) and any(v.stride())]
+        assert len(held) == 1  # the last block's result
+        model(state)
+        assert kept
+
+
+def test_experts_train_on_a_state_while_the_trunk_stays_as_it_is() -> None:
+    model = RIDEWrapper(low_rank(), 3, fork_at="blocks.2", init="copy")
+    x, target = torch.randn(20, 8), torch.arange(20) % 5
+    state = stored(model, x)
+    trunk = copy.deepcopy(model.trunk.state_dict())
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 0.02)
+    model.train()
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            loss = experts_loss(F.cross_entropy, model(state), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(t, trunk[name]) for name, t in model.trunk.state_dict().items())
+    torch.testing.assert_close(model.eval()(state), model(x))
