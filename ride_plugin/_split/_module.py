@@ -77,9 +77,8 @@ class SplitModule(nn.Module):
             for name, (tensors, key) in held_by_all(self.experts).items()
             if not tensors[key].requires_grad
         }
-        self._held_together: list[list[Place]] = []  # while a state dict is being loaded
-        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+        self._held_together: list[list[Place]] = []  # between a change of tensors and `relink`
+        self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
 
     def parts(self) -> Parts:
         """What the model is made of now; the modules themselves, not copies."""
@@ -198,6 +197,8 @@ class SplitModule(nn.Module):
 
     def relink(self) -> None:
         """Follow tensors that something other than ``.to()`` or loading has replaced."""
+        hold_together(self._held_together)
+        self._held_together = []
         for link in self._links:
             link.refresh()
 
@@ -354,10 +355,14 @@ class SplitModule(nn.Module):
                 layer.eval()
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        complete_shared(state_dict, prefix, self.experts)
+        self._held_together = held_together(self.experts)  # `assign=True` replaces each by itself
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        shared = held_together(self.experts)
+        self._held_together = held_together(self.experts)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        hold_together(shared)
         self._inputs = map_tensors(lambda example: _following(example, fn(example)), self._inputs)
         self.relink()
         return self
@@ -374,13 +379,5 @@ def _is_hooked(expert: nn.Module) -> bool:
     return bool(expert._forward_pre_hooks) or not all(ours)
 
 
-def _before_loading(module: SplitModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    complete_shared(state, prefix, module.experts)
-    module._held_together = held_together(module.experts)
-
-
-def _after_loading(module: SplitModule, *_: Any) -> None:
-    """Follow tensors that loading with ``assign=True`` has replaced."""
-    hold_together(module._held_together)
-    module._held_together = []
+def _relink(module: SplitModule, *_: Any) -> None:
     module.relink()
