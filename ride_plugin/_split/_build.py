@@ -26,6 +26,7 @@ from ride_plugin._split._logits import (
 )
 from ride_plugin._split._parts import Split
 from ride_plugin._split._probe import Call, call_tree, clone_module, detached_activations
+from ride_plugin._split._references import refuse_captured
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import Forked, Recorded, watch_classifier
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
@@ -243,6 +244,7 @@ def refuse_unfit(backbone: nn.Module) -> None:
                 f"Expected argument `backbone` to have weights, but `{name}` is on the meta "
                 "device. Materialise it (`to_empty`, then initialise or load) before wrapping it."
             )
+    refuse_captured(backbone)
 
 
 def _called(name: str) -> str:

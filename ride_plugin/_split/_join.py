@@ -78,9 +78,7 @@ def join_parts(
 
 
 def _trunk_view(trunk: nn.Module, running: Running) -> tuple[Joined, Forked]:
-    hooks = UnitHooks(running, "body")
-    trunk.register_forward_pre_hook(hooks.before)
-    trunk.register_forward_hook(hooks.after)
+    UnitHooks(running, "body").install(trunk)
     forked = Forked(running, "head")
     return Joined(trunk, forked), forked
 

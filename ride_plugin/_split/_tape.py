@@ -194,7 +194,8 @@ class UnitHooks:
 
     def install(self, unit: nn.Module) -> None:
         """Register both."""
-        unit.register_forward_pre_hook(self.before)
+        # Before the hooks of others, which may compute a weight: that belongs to the unit.
+        unit.register_forward_pre_hook(self.before, prepend=True)
         unit.register_forward_hook(self.after)
 
     def before(self, module: nn.Module, args: Any) -> None:

@@ -1,0 +1,79 @@
+"""Functions that hold on to the backbone: a copy of the backbone does not copy them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ride_plugin._errors import SplitError
+
+
+def refuse_captured(backbone: nn.Module) -> None:
+    """Refuse functions, hooks above all, that captured a module or parameter of the backbone.
+
+    ``deepcopy`` copies a method with the object that it belongs to, but leaves a function as it is.
+    So a hook such as ``lambda module, args, out: setattr(net, "features", out)`` on a copy would
+    write into the original, and what the copy reads would be out of date.
+
+    Raises:
+        SplitError: there is such a function; the message names it and what it captured.
+    """
+    names: dict[int, str] = {}
+    for name, module in backbone.named_modules():
+        names.setdefault(id(module), f"`{name}`" if name else "the backbone itself")
+    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
+        names.setdefault(id(tensor), f"`{name}`")
+    for name, module in backbone.named_modules():
+        for what, function in _functions_of(module):
+            for captured in _captured(function):
+                if id(captured) in names:
+                    where = f" of `{name}`" if name else ""
+                    raise SplitError(
+                        f"Expected argument `backbone` to hold no function that captured a part of "
+                        f"it, but {what}{where} ({getattr(function, '__qualname__', function)}) "
+                        f"captured {names[id(captured)]}. In each expert it would still act on the "
+                        "original. Make it a method of the module that it belongs to, or register "
+                        "it after wrapping, on `model.trunk` or `model.experts[k]`."
+                    )
+
+
+def _functions_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for key, value in vars(module).items():
+        if isinstance(value, FunctionType | partial):
+            yield f"attribute `{key}`", value
+    for what, hooks in (
+        ("a forward pre-hook", module._forward_pre_hooks),
+        ("a forward hook", module._forward_hooks),
+    ):
+        for hook in hooks.values():
+            yield what, hook
+
+
+def _captured(function: Any) -> Iterator[Any]:
+    """What a function keeps in its closure and defaults, one level into containers."""
+    while isinstance(function, partial):
+        function = function.func
+    if not isinstance(function, FunctionType):
+        return
+    values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # a variable that was never set
+            continue
+    for value in values:
+        if isinstance(value, Mapping):
+            inside = list(value.values())
+        elif isinstance(value, list | tuple | set):
+            inside = list(value)
+        else:
+            inside = [value]
+        for item in inside:
+            if isinstance(item, MethodType):
+                yield item.__self__
+            elif isinstance(item, nn.Module | Tensor):
+                yield item
