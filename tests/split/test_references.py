@@ -64,17 +64,30 @@ def test_other_functions_that_captured_a_part_are_refused():
         wrapped(net)
 
 
+class Counting(nn.Linear):
+    calls = 0
+
+    def count(self, module, args, out):
+        self.calls += 1
+        return out * 2
+
+
 def test_methods_follow_the_copies():
+    for where in ("middle", "late"):
+        net, x = Net(), torch.randn(5, 6)
+        setattr(net, where, Counting(8, 8))
+        net.get_submodule(where).register_forward_hook(net.get_submodule(where).count)
+        net.forward = types.MethodType(Net.forward, net)
+        single = RIDEWrapper(net, 1, fork_at="late", example_input=torch.randn(2, 6)).eval()
+        assert net.get_submodule(where).calls == 0
+        torch.testing.assert_close(single(x), net.eval()(x))
+
+
+def test_a_method_that_writes_across_the_cut_is_refused():
     net = Net()
-    net.late.register_forward_hook(net.keep)
-    net.forward = types.MethodType(Net.forward, net)
-    model, x = wrapped(net), torch.randn(5, 6)
-    assert net.features is None
-    expected = net.eval()(x)
-    model.experts[0].head.load_state_dict(net.head.state_dict())
-    with torch.no_grad():
-        logits, _ = model.eval().run_expert(0, model.run_trunk(x))
-    torch.testing.assert_close(logits, expected)
+    net.late.register_forward_hook(net.keep)  # the root's, which runs on both sides
+    with pytest.raises(SplitError):
+        wrapped(net)
 
 
 @pytest.mark.parametrize("where", ["early", "middle", "late", "head"])
