@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, Self, TypeAlias
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from ride_plugin._checks import check_choice, check_instance, check_integer, refuse
 from ride_plugin._construct import construct
+from ride_plugin._delegate import from_backbone
 from ride_plugin._errors import ArgumentError
 from ride_plugin._fold_batchnorm import folded_copy
 from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, joined
+from ride_plugin._pair import halves_of
 from ride_plugin._recompute import checkpointed
 from ride_plugin._split import (
+    Pair,
     Parts,
     SplitModule,
     check_logits_choice,
@@ -241,11 +244,63 @@ class RIDEWrapper(SplitModule):
         cls._assemble(model, parts, 1.0, return_experts, checkpoint_experts)
         return model
 
+    @classmethod
+    def from_pair(
+        cls,
+        feature_extractor: nn.Module,
+        classifier: nn.Module,
+        num_experts: int = 3,
+        *,
+        features: int | str | Callable[[Any], Tensor] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Wrap a feature extractor and a classifier that are two modules.
+
+        The model maps a batch to logits, as every wrapped model. Training code that calls the two
+        one after the other can go on doing so with the two modules of :meth:`as_pair`. Further
+        modules after the classifier belong to it: ``nn.Sequential(classifier, scaling)``.
+
+        Args:
+            feature_extractor: returns features, or a tuple or dict that holds them.
+            classifier: takes the features, as one argument, and returns logits, or a tuple or dict
+                that holds them.
+            num_experts: ``E >= 1``.
+            features: where the features are in what the extractor returns: an index, a key or a
+                function of it. None takes a tensor as it is, or the only matrix.
+            **options: arguments of the class. Submodules have the names
+                ``feature_extractor.*`` and ``classifier.*``, in ``fork_at`` for example.
+
+        Raises:
+            SplitError: it is not certain which the features are, or the pair cannot be split.
+
+        Example:
+            >>> extractor = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16))
+            >>> model = RIDEWrapper.from_pair(extractor, nn.Linear(16, 5), num_experts=2)
+            >>> net, head = model.as_pair()  # instead of extractor and classifier
+            >>> tuple(head(net(torch.randn(4, 8))).shape)
+            (4, 5)
+        """
+        return cls(Pair(feature_extractor, classifier, features), num_experts, **options)
+
+    def as_pair(self) -> tuple[nn.Module, nn.Module]:
+        """The model as the two modules of :meth:`from_pair`, with the model's own parameters.
+
+        The first returns the features of all experts side by side, ``[B, E * D]``, which survive
+        whatever is done to rows; the second runs each expert's classifier on its part and returns
+        what the model returns, logits that carry the experts'. Where extractor or classifier
+        returned a tuple or a dict, so do these, with None in the other places.
+
+        Raises:
+            ArgumentError: the model was not made by :meth:`from_pair`.
+        """
+        return halves_of(self, self._output)
+
     def to_module(self, expert: int = 0) -> nn.Module:
         """One expert as a plain module: the backbone's class with trunk and expert put together.
 
         The result is a copy with a state dict under the backbone's names, and holds nothing of this
-        library. (After :meth:`from_parts` it is ``nn.Sequential(trunk, expert)``.)
+        library. (After :meth:`from_parts` it is ``nn.Sequential(trunk, expert)``, after
+        :meth:`from_pair` an ``nn.ModuleDict`` of `feature_extractor` and `classifier`.)
 
         Args:
             expert: which one.
@@ -310,7 +365,11 @@ class RIDEWrapper(SplitModule):
             each = self._checkpointed_experts(args, kwargs)
         else:
             each = [logits for logits, _ in self._all_experts(args, kwargs)]
-        output = joined(each)
+        return self._output(each)
+
+    def _output(self, each: Sequence[Tensor]) -> Tensor | ExpertOutput:
+        """What the model returns, of its experts' logits."""
+        output = joined(list(each))
         watched = self.training and not self._watch.done and torch.is_grad_enabled()
         if watched and not torch.compiler.is_compiling():
             self._watch.note(self, output.expert_logits)
@@ -347,6 +406,15 @@ class RIDEWrapper(SplitModule):
             f"  cost: {total:,} parameters, {total / max(1, of_one):.2f} x those with one expert; "
             "`cost_report` counts FLOPs"
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """What the backbone says of itself: its `config`, say; see :mod:`ride_plugin._delegate`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "trunk" not in self.__dict__.get("_modules", ()):
+                raise
+            return from_backbone(self, name)
 
     def _checkpointed_experts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         self._explain_unfreezing()

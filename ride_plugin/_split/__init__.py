@@ -6,8 +6,9 @@ from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._graft import graft_experts
 from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
-from ride_plugin._split._logits import Choice, check_logits_choice
+from ride_plugin._split._logits import Choice, check_logits_choice, reader_in
 from ride_plugin._split._module import SplitModule
+from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._plain import plain_modules
@@ -18,6 +19,7 @@ from ride_plugin._split._tape import Recorded
 
 __all__ = [
     "Choice",
+    "Pair",
     "Parts",
     "Recorded",
     "Rows",
@@ -34,6 +36,7 @@ __all__ = [
     "plain_modules",
     "play",
     "read_attributes",
+    "reader_in",
     "reason_of_fork",
     "record",
     "replace_classifiers",

@@ -41,13 +41,20 @@ def find_classifier(root: Call, logits: Tensor) -> Head | None:
         if call is not root
         and call.shape is not None
         and torch.Size(call.shape).numel() == logits.numel()
-        and any(parameter.dim() > 1 for parameter in call.module.parameters())
+        and any(_is_weight(parameter) for parameter in call.module.parameters())
     ]
     exact = [call for call in candidates if call.outputs[0][0] == address_of(logits)]
-    if exact:
-        return Head(exact[0].name, True)  # the innermost: a container returns what its last does
-    leaves = [call for call in candidates if not call.children]
+    # The innermost: a container returns what its last module does.
+    around = exact[0] if exact else root
+    leaves = [call for call in around.leaves if any(call is other for other in candidates)]
+    if exact and (not exact[0].children or not leaves):
+        return Head(exact[0].name, True)
     return Head(leaves[-1].name, False) if leaves else None
+
+
+def _is_weight(parameter: Tensor) -> bool:
+    """Whether a parameter mixes its inputs: a scale for each class, [1, C], does not."""
+    return parameter.dim() > 1 and min(parameter.shape[0], parameter[0].numel()) > 1
 
 
 def replace_classifiers(

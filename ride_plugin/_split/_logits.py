@@ -57,27 +57,38 @@ class LogitsReader:
 
     def logits_of(self, output: Any) -> Tensor | None:
         """The logits if they are certain, else None."""
-        chosen: Any
-        if callable(self.choice):
-            chosen = self.choice(output)
-        elif isinstance(output, Tensor):
-            chosen = output
-        elif self.choice is not None:
-            chosen = at_path(output, (self.choice,))
-        else:
-            path = self.known.get(tuple(path for path, _ in matrices_in(output)))
-            chosen = logits_in(output) if path is None else at_path(output, path)
+        chosen = self.entry_of(output)
         return chosen if is_matrix(chosen) else None
 
+    def entry_of(self, output: Any) -> Any:
+        """What was chosen, or what is known or certain to be the logits; whatever it is."""
+        if callable(self.choice):
+            return self.choice(output)
+        if isinstance(output, Tensor):
+            return output
+        if self.choice is not None:
+            return at_path(output, (self.choice,))
+        path = self.known.get(tuple(path for path, _ in matrices_in(output)))
+        return logits_in(output) if path is None else at_path(output, path)
 
-def check_logits_choice(choice: object) -> None:
+    def place_in(self, output: Any) -> Path | None:
+        """Where the entry lies in the output; None if a function computes it."""
+        entry = self.entry_of(output)
+        if entry is output:
+            return ()
+        if isinstance(self.choice, int | str):
+            return (self.choice,)
+        return next((path for path, tensor in matrices_in(output) if tensor is entry), None)
+
+
+def check_logits_choice(choice: object, name: str = "logits") -> None:
     """Raise ArgumentError unless ``choice`` is something that ``logits=`` accepts."""
     if choice is None or callable(choice) or isinstance(choice, str):
         return
     if not isinstance(choice, int) or isinstance(choice, bool):
         raise ArgumentError(
-            "Expected argument `logits` to be None, an index, a key or a function of the "
-            f"backbone's output, but got {choice!r}."
+            f"Expected argument `{name}` to be None, an index, a key or a function of the "
+            f"output, but got {choice!r}."
         )
 
 
@@ -145,6 +156,12 @@ def learn_training_output(reader: LogitsReader, root: Call, output: Any, head: H
         f"of it is the logits is not certain: {describe(output)}. {_FUNCTION}; for example "
         f"{_advice(found) if found else '`logits=0`'}."
     )
+
+
+def reader_in(root: nn.Module) -> LogitsReader:
+    """The reader at work in a view; one without knowledge where none is needed."""
+    hooks = (hook for module in root.modules() for hook in module._forward_hooks.values())
+    return next((hook for hook in hooks if isinstance(hook, LogitsReader)), LogitsReader())
 
 
 def check_classifies(

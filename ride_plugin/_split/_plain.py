@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._join import Joined
-from ride_plugin._split._logits import LogitsReader
+from ride_plugin._split._logits import LogitsReader, reader_in
+from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, trial_run
 from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._tape import FeatureHook, ForkHook, Recorded, StartHook, UnitHooks
@@ -35,13 +36,21 @@ def plain_modules(parts: Parts, indices: Sequence[int]) -> nn.ModuleList:
     roots = [copied.experts[index] for index in indices]
     for root in roots:
         _reunite(root, copied.links)
-    readers = [_reader_in(root) for root in roots]
+    readers = [reader_in(root) for root in roots]
     for part in (copied.trunk, *roots):
         _strip_hooks(part)
-    plain = [nn.Sequential(r.body, r.head) if isinstance(r, Joined) else r for r in roots]
-    for index, module, reader in zip(indices, plain, readers, strict=True):
+    for index, module, reader in zip(indices, roots, readers, strict=True):
         _check(parts, index, module, reader)
-    return nn.ModuleList(plain)
+    return nn.ModuleList(_without_ours(root) for root in roots)
+
+
+def _without_ours(root: nn.Module) -> nn.Module:
+    if isinstance(root, Joined):
+        return nn.Sequential(root.body, root.head)
+    if isinstance(root, Pair):
+        halves = {"feature_extractor": root.feature_extractor, "classifier": root.classifier}
+        return nn.ModuleDict(halves)
+    return root
 
 
 def _reunite(root: nn.Module, links: Sequence[Link]) -> None:
@@ -69,11 +78,6 @@ def _strip_hooks(root: nn.Module) -> None:
             for key, hook in list(hooks.items()):
                 if isinstance(hook, _OURS) or isinstance(getattr(hook, "__self__", None), _OURS):
                     del hooks[key]
-
-
-def _reader_in(root: nn.Module) -> LogitsReader:
-    hooks = (hook for module in root.modules() for hook in module._forward_hooks.values())
-    return next((hook for hook in hooks if isinstance(hook, LogitsReader)), LogitsReader())
 
 
 def _check(parts: Parts, index: int, module: nn.Module, reader: LogitsReader) -> None:

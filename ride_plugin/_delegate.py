@@ -1,0 +1,113 @@
+"""What a wrapped model answers for its backbone: plain values, and the few methods that fit all.
+
+Training code asks a model for its `config`, its `default_cfg`, its parameters without weight decay.
+A method of the backbone would act on the trunk's view alone, so only those are passed on of which
+the meaning for trunk and experts is known; the others are refused with the way to go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ride_plugin._checks import check_integer
+from ride_plugin._split import SplitModule, replace_classifiers
+from ride_plugin._tree import tensors_in
+
+_PARTS = r"(?:trunk|experts\.\d+)\."
+
+
+def from_backbone(model: SplitModule, name: str) -> Any:
+    """The backbone's attribute of this name, or a method that does the same for all parts.
+
+    Raises:
+        AttributeError: it has none, or one that cannot be passed on; the message says what to use.
+    """
+    kind = type(model).__name__
+    try:
+        value = getattr(model.trunk, name)
+    except AttributeError:
+        raise AttributeError(f"'{kind}' object has no attribute '{name}'") from None
+    if name in _METHODS and callable(value):
+        return _METHODS[name](model, value)
+    if isinstance(value, nn.Module | Tensor):
+        raise AttributeError(
+            f"'{kind}' object has no attribute '{name}'. The backbone's exists once in the trunk "
+            f"or once for each expert: `model.trunk.{name}` or `model.experts[k].{name}`."
+        )
+    if callable(value) or _holds_parts(value):
+        raise AttributeError(
+            f"'{kind}' object has no attribute '{name}', and the backbone's own would reach one "
+            f"part of the model only. Call `{name}` on the backbone before wrapping it, or on "
+            "`model.to_module(k)`, a copy of expert k as a plain network. Weights of a wrapped "
+            "model are saved with `model.state_dict()` and loaded with `model.load_state_dict()`."
+        )
+    return value
+
+
+def _holds_parts(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value
+    inside = isinstance(value, list | tuple | set | dict) and any(
+        isinstance(item, nn.Module) for item in items
+    )
+    return inside or next(tensors_in(value), None) is not None
+
+
+def _no_weight_decay(model: SplitModule, own: Callable[..., Any]) -> Callable[..., set[str]]:
+    def no_weight_decay() -> set[str]:
+        names = set(own())
+        return {n for n, _ in model.named_parameters() if re.sub(f"^{_PARTS}", "", n) in names}
+
+    return no_weight_decay
+
+
+def _group_matcher(model: SplitModule, own: Callable[..., Any]) -> Callable[..., Any]:
+    def anywhere(pattern: Any) -> Any:
+        if isinstance(pattern, str):
+            return f"^{_PARTS}(?:{pattern.removeprefix('^')})"
+        if isinstance(pattern, dict):
+            return {key: anywhere(item) for key, item in pattern.items()}
+        return (
+            type(pattern)(map(anywhere, pattern)) if isinstance(pattern, list | tuple) else pattern
+        )
+
+    def group_matcher(*args: Any, **kwargs: Any) -> Any:
+        return anywhere(own(*args, **kwargs))
+
+    return group_matcher
+
+
+def _get_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[..., nn.Module]:
+    return lambda: nn.ModuleList(model.classifiers)
+
+
+def _reset_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[..., None]:
+    def reset_classifier(num_classes: int) -> None:
+        number = check_integer(num_classes, "num_classes", 2)
+        model.num_classes = replace_classifiers(model.parts(), None, number).num_classes
+
+    return reset_classifier
+
+
+def _checkpointing(enabled: bool) -> Callable[[SplitModule, Callable[..., Any]], Any]:
+    def method(model: SplitModule, own: Callable[..., Any]) -> Callable[..., None]:
+        def set_checkpointing(enable: bool = enabled, **_: Any) -> None:
+            model.checkpoint_experts = bool(enable)  # type: ignore[assignment]
+
+        return set_checkpointing
+
+    return method
+
+
+_METHODS: dict[str, Callable[[SplitModule, Callable[..., Any]], Any]] = {
+    "get_classifier": _get_classifier,
+    "gradient_checkpointing_disable": _checkpointing(False),
+    "gradient_checkpointing_enable": _checkpointing(True),
+    "group_matcher": _group_matcher,
+    "no_weight_decay": _no_weight_decay,
+    "reset_classifier": _reset_classifier,
+    "set_grad_checkpointing": _checkpointing(True),
+}

@@ -1,0 +1,158 @@
+"""What a wrapped model answers for its backbone, and what it refuses to."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ride_plugin import ArgumentError, RIDEWrapper, expert_logits
+
+
+class Backbone(nn.Module):
+    """Has what timm's and Hugging Face's models have."""
+
+    num_features = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_labels=5)
+        self.default_cfg = {"input_size": (8,), "mean": (0.5,)}
+        self.token = nn.Parameter(torch.zeros(8))
+        self.stem, self.act = nn.Linear(8, 16), nn.ReLU()
+        self.blocks = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+        self.scale = nn.Parameter(torch.ones(16))
+        self.head = nn.Linear(16, 5)
+        self.pieces = [self.stem]
+        self.loaded = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.token.device
+
+    def no_weight_decay(self) -> set[str]:
+        return {"token", "scale", "stem.bias"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^token|stem", "blocks": [(r"^blocks\.(\d+)", None), (r"^head", (99,))]}
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.head = nn.Linear(16, num_classes)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        raise AssertionError("must not be called")
+
+    gradient_checkpointing_enable = gradient_checkpointing_disable = set_grad_checkpointing
+
+    def load_model(self, path: str) -> None:
+        self.loaded += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x + self.token))
+        for block in self.blocks:
+            x = x + self.act(block(x))
+        return self.head(x * self.scale)
+
+
+def wrapped() -> RIDEWrapper:
+    return RIDEWrapper(Backbone(), 2, fork_at="blocks.2")
+
+
+def test_plain_values_of_the_backbone_are_passed_on() -> None:
+    model = wrapped()
+    assert model.config.num_labels == 5
+    assert model.default_cfg["mean"] == (0.5,)
+    assert model.num_features == 16
+    assert model.device == torch.device("cpu")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.config.num_labels == 5
+
+
+def test_what_nobody_has_is_missing() -> None:
+    model = wrapped()
+    assert not hasattr(model, "pretrained_cfg")
+    assert not hasattr(model, "_private")
+    with pytest.raises(AttributeError, match="'RIDEWrapper' object has no attribute 'nothing'"):
+        _ = model.nothing
+
+
+@pytest.mark.parametrize("name", ["load_model", "pieces"])
+def test_what_would_reach_one_part_only_is_refused(name: str) -> None:
+    model = wrapped()
+    assert not hasattr(model, name)
+    with pytest.raises(AttributeError, match=rf"Call `{name}` on the backbone before wrapping"):
+        getattr(model, name)
+    assert model.trunk.loaded == 0
+
+
+@pytest.mark.parametrize("name", ["stem", "head", "token"])
+def test_parts_are_named_where_they_are(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"`model\.trunk\.{name}` or `model\.experts\[k\]"):
+        getattr(wrapped(), name)
+
+
+def test_parameters_without_weight_decay_have_the_models_names() -> None:
+    model = wrapped()
+    names = model.no_weight_decay()
+    assert names == {"trunk.token", "trunk.stem.bias", "experts.0.scale", "experts.1.scale"}
+    assert names <= {name for name, _ in model.named_parameters()}
+
+
+def test_layer_groups_match_the_models_names() -> None:
+    matcher = wrapped().group_matcher(coarse=True)
+    assert re.match(matcher["stem"], "trunk.token")
+    assert re.match(matcher["stem"], "trunk.stem.weight")
+    assert not re.match(matcher["stem"], "token")
+    block, head = matcher["blocks"]
+    found = re.match(block[0], "experts.1.blocks.2.weight")
+    assert found is not None
+    assert found.groups() == ("2",)
+    assert block[1] is None
+    assert re.match(head[0], "experts.0.head.bias")
+    assert head[1] == (99,)
+
+
+def test_the_classifiers_are_got_and_reset_for_every_expert() -> None:
+    model = wrapped()
+    assert list(model.get_classifier()) == model.classifiers
+    model.reset_classifier(7)
+    assert model.num_classes == 7
+    x = torch.randn(3, 8)
+    assert expert_logits(model(x)).shape == (3, 2, 7)
+    assert model.router_inputs(x).expert_features.shape == (3, 2, 16)
+    assert not torch.equal(model.classifiers[0].weight, model.classifiers[1].weight)
+    with pytest.raises(ArgumentError, match="num_classes"):
+        model.reset_classifier(0)
+
+
+def test_gradient_checkpointing_is_that_of_the_experts() -> None:
+    model = wrapped()
+    model.set_grad_checkpointing()
+    assert model.checkpoint_experts is True
+    model.set_grad_checkpointing(False)
+    assert model.checkpoint_experts is False
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.checkpoint_experts is True
+    model.gradient_checkpointing_disable()
+    assert model.checkpoint_experts is False
+
+
+def test_a_backbone_without_such_methods_offers_none() -> None:
+    model = RIDEWrapper(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5)), 2)
+    assert not hasattr(model, "no_weight_decay")
+    assert not hasattr(model, "set_grad_checkpointing")
+
+
+def test_a_compiled_model_still_finds_its_own() -> None:
+    model = wrapped().eval()
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
