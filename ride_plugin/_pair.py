@@ -147,8 +147,8 @@ def halves_of(model: SplitModule, combine: Combine) -> tuple[ExpertFeatures, Exp
     if any(isinstance(module, Recorded) for module in pair.classifier.modules()):
         raise ArgumentError(
             f"Expected every expert to have a classifier of its own, but the fork is at "
-            f"{model.fork_at!r}, inside it. Pass `fork_at='classifier'`, or the name of a submodule "
-            "of the feature extractor."
+            f"{model.fork_at!r}, inside it. Pass `fork_at='classifier'`, or the name of a "
+            "submodule of the feature extractor."
         )
     plain = plain_modules(model.parts(), [0])[0].eval()
     args, kwargs = model.example_input(2)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._errors import ArgumentError, RIDEError, SplitError
+from ride_plugin._errors import ArgumentError, ReplayError, SplitError
 from ride_plugin._split._classifier import Head, find_classifier
 from ride_plugin._split._probe import Call, address_of
 from ride_plugin._tree import Path, at_path, is_matrix, logits_in, matrices_in
@@ -45,11 +45,11 @@ class LogitsReader:
         """Return the logits ``[B, C]``.
 
         Raises:
-            RIDEError: the output is of a kind that the build has not seen.
+            ReplayError: the output is of a kind that the build has not seen.
         """
         logits = self.logits_of(output)
         if logits is None:
-            raise RIDEError(
+            raise ReplayError(
                 "The backbone returned something else than when it was wrapped, and which part of "
                 f"it holds the logits is not certain: {describe(output)}. {_FUNCTION}."
             )

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._contexts import evaluating, random_state_kept
-from ride_plugin._errors import ArgumentError, CheckpointError, RIDEError, warn_caller
+from ride_plugin._errors import (
+    ArgumentError,
+    CheckpointError,
+    ReplayError,
+    RIDEError,
+    warn_caller,
+)
 from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._analysis import layout_of
 from ride_plugin._split._logits import LogitsReader, describe
@@ -305,7 +311,7 @@ class SplitModule(nn.Module):
             or logits.shape[1] != self.num_classes
             or (features is None and self.classifier_name is not None)
         ):
-            raise RIDEError(
+            raise ReplayError(
                 f"An expert returned {describe(output)}"
                 + (", and its classifier did not run" if features is None else "")
                 + f", where logits of {self.num_classes} classes were expected, as when the "
