@@ -16,7 +16,13 @@ from ride_plugin._errors import (
 from ride_plugin._output import ExpertOutput, expert_logits
 from ride_plugin._version import __version__
 from ride_plugin._wrapper import RIDEWrapper
-from ride_plugin.losses import DistillationLoss, DiversityLoss, TemperatureSchedule, experts_loss
+from ride_plugin.losses import (
+    DistillationLoss,
+    DiversityLoss,
+    RIDELoss,
+    TemperatureSchedule,
+    experts_loss,
+)
 from ride_plugin.routing import ConfidenceRouter, ExpertRouter, RoutingInference, RoutingLoss
 
 __all__ = [
@@ -29,6 +35,7 @@ __all__ = [
     "ExpertRouter",
     "MissingExpertLogitsError",
     "RIDEError",
+    "RIDELoss",
     "RIDEWrapper",
     "ReplayError",
     "RoutingInference",

@@ -111,8 +111,8 @@ class DiversityLoss(nn.Module):
 
         Args:
             output: what the wrapped model returned, or expert logits ``[B, E, C]``.
-            target: class indices int64 ``[B]``, or probabilities ``[B, C]``, for which a sample's
-                temperature is the expected one. The official form does not use it.
+            target: in the paper's form class indices ``[B]``, or probabilities ``[B, C]``, for
+                which a sample's temperature is the expected one. The official form does not use it.
 
         Returns:
             A scalar, float32 (float64 for float64 logits); zero for a single expert.
@@ -131,12 +131,13 @@ class DiversityLoss(nn.Module):
                 "classes, as many as `class_counts` has",
                 experts,
             )
-        target = check_target(target, batch, classes)
         logits = float32_or_better(experts)
         class_temperature = self.schedule.temperature.to(logits.dtype)
         if self.form == "official":
+            check_instance(target, "target", Tensor, "a tensor")
             divergence = functional.kl_from_mean(logits, class_temperature)
         else:
+            target = check_target(target, batch, classes)
             temperature = functional.sample_temperatures(class_temperature, target)
             divergence = functional.pairwise_kl(
                 logits, temperature, detach_others=self.detach_others

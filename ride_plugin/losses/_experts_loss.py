@@ -37,7 +37,8 @@ def experts_loss(
             precision reach it as float32. Plain cross entropy runs once over all experts, which
             gives the same number.
         output: what the wrapped model returned, or expert logits ``[B, E, C]``.
-        target: class indices int64 ``[B]`` or probabilities ``[B, C]``, as the criterion takes it.
+        target: class indices ``[B]`` or probabilities ``[B, C]``; for criteria other than cross
+            entropy, any tensor of B rows that they take (several labels, say).
         reduction: ``"sum"`` over experts as in the paper, or ``"mean"``, which keeps the scale of
             a single model's loss (and needs the diversity weight divided by E to match).
 
@@ -63,7 +64,7 @@ def experts_loss(
     batch, num_experts, classes = experts.shape
     if batch == 0:
         refuse("output", "of at least one sample", experts)
-    target = check_target(target, batch, classes)
+    target = _checked(target, batch, classes, strict=_averages_rows(criterion))
     try:
         if _averages_rows(criterion):
             rows = experts.reshape(batch * num_experts, classes)
@@ -76,6 +77,16 @@ def experts_loss(
         raise
     total = torch.stack(losses)
     return total.sum() if reduction == "sum" else total.mean()
+
+
+def _checked(target: Tensor, batch: int, classes: int, *, strict: bool) -> Tensor:
+    """The target of cross entropy in full; another criterion says itself what it cannot use."""
+    if strict or not isinstance(target, Tensor) or target.dim() == 0:
+        return check_target(target, batch, classes)
+    if len(target) != batch:
+        refuse("target", f"that of {batch} samples, as many as `output` holds", target)
+    whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    return target.long() if whole else target
 
 
 def _averages_rows(criterion: object) -> bool:

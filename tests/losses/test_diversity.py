@@ -231,7 +231,7 @@ def test_index_out_of_range_is_named(target: list[int]) -> None:
 )
 def test_target_of_the_wrong_form_is_named(target, message: str) -> None:
     with pytest.raises(ArgumentError, match=f"Expected argument `target`.*{message}"):
-        DiversityLoss(COUNTS)(batch()[0], target)
+        DiversityLoss(COUNTS, form="paper")(batch()[0], target)
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 5), (0, 3, 4)])

@@ -1,0 +1,153 @@
+"""One criterion for the whole of stage one, to be put where the training code has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._checks import (
+    ClassCounts,
+    check_callable,
+    check_choice,
+    refuse,
+)
+from ride_plugin._output import Output, expert_logits
+from ride_plugin._schedule import Schedule
+from ride_plugin.functional import mean_logits
+from ride_plugin.losses._diversity import DiversityLoss
+from ride_plugin.losses._experts_loss import Criterion, experts_loss
+
+
+class RIDELoss(nn.Module):
+    r"""The loss of stage one in place of a training code's own criterion.
+
+    While gradients are recorded, it is the criterion of every expert plus the diversity term,
+
+    $$L = \sum_i \ell(z_i, y) + L_\text{diversity},$$
+
+    and without gradients, as in validation, the criterion of the plain logits, $\ell(\bar z, y)$.
+    So the loop stays as it is, and the numbers of its validation stay comparable.
+
+    Args:
+        criterion: any module or function of ``(logits [B, C], target)`` that returns a scalar, or a
+            sequence with one for each expert (in validation, the mean of their values).
+        diversity: training samples of each class, ``[C]``, for a `DiversityLoss` with its
+            defaults; or a `DiversityLoss`.
+        reduction: ``"sum"`` as above: the loss is about E times that of a single model, and with it
+            the step of plain SGD. ``"mean"`` divides the whole loss by E.
+        schedules: what shall step with the epoch beside the temperatures of the diversity term,
+            such as a `DeferredReweighting` of the criterion's class weights.
+
+    Attributes:
+        criterion: the criterion; a ``ModuleList`` if modules came in a sequence.
+        diversity: the `DiversityLoss`.
+        mean_loss: the criterion's mean over experts in the last call with gradients, detached: a
+            number for logs that compares with validation, while the loss itself is a sum over
+            experts, less the diversity. None before the first call and in compiled code.
+
+    Raises:
+        ArgumentError: an argument is of another kind.
+
+    Example:
+        >>> criterion = RIDELoss(nn.CrossEntropyLoss(), [300, 100, 20])
+        >>> output = torch.randn(8, 3, 3, requires_grad=True)  # or what the wrapped model returned
+        >>> criterion(output, torch.randint(3, (8,))).backward()
+        >>> criterion.step()  # at the end of each epoch
+    """
+
+    def __init__(
+        self,
+        criterion: Criterion | Sequence[Criterion] | nn.ModuleList,
+        diversity: ClassCounts | DiversityLoss,
+        *,
+        reduction: Literal["sum", "mean"] = "sum",
+        schedules: Sequence[Schedule] = (),
+    ) -> None:
+        super().__init__()
+        if isinstance(criterion, RIDELoss):
+            refuse("criterion", "the criterion of one expert", criterion, "It is a RIDELoss.")
+        several = isinstance(criterion, list | tuple | nn.ModuleList)
+        each: list[Any] = list(criterion) if several else [criterion]  # type: ignore[arg-type]
+        for one in each:
+            check_callable(one, "criterion", "criterion(logits, target)")
+        # Modules shall move and be saved with this one.
+        modules = all(isinstance(one, nn.Module) for one in each)
+        self.criterion: Any = criterion
+        if several:
+            self.criterion = nn.ModuleList(each) if modules else each
+        if not isinstance(diversity, DiversityLoss):
+            diversity = DiversityLoss(diversity)
+        self.diversity = diversity
+        self.reduction = check_choice(reduction, "reduction", ("sum", "mean"))
+        if not isinstance(schedules, list | tuple | nn.ModuleList) or not all(
+            isinstance(schedule, Schedule) for schedule in schedules
+        ):
+            refuse("schedules", "a list of schedules, such as DeferredReweighting", schedules)
+        self.schedules = nn.ModuleList(schedules)
+        self.mean_loss: Tensor | None = None
+
+    def forward(self, output: Output, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss, a scalar.
+
+        Args:
+            output: what the wrapped model returned, or expert logits ``[B, E, C]``; without
+                gradients also plain logits ``[B, C]``.
+            target: as the criterion takes it. `DiversityLoss` uses it in the paper's form only.
+            *args: handed on to the criterion.
+            **kwargs: handed on to the criterion.
+
+        Raises:
+            MissingExpertLogitsError: gradients are recorded and ``output`` is a bare ``[B, C]``.
+            ArgumentError: see `experts_loss` and `DiversityLoss`.
+        """
+        if not torch.is_grad_enabled():
+            return self._of_mean(_plain_logits(output), target, args, kwargs)
+        experts = expert_logits(output)
+        num_experts = experts.shape[1]
+        loss = experts_loss(self._with(args, kwargs), experts, target)
+        if not torch.compiler.is_compiling():
+            self.mean_loss = loss.detach() / num_experts
+        total: Tensor = loss + self.diversity(experts, target)
+        return total if self.reduction == "sum" else total / num_experts
+
+    def step(self) -> None:
+        """End the epoch, for the diversity term and for every schedule given."""
+        for module in self.modules():
+            if isinstance(module, Schedule):
+                module.step()
+
+    def extra_repr(self) -> str:
+        """Arguments, as ``repr`` shows them."""
+        own = "" if isinstance(self.criterion, nn.Module) else f", criterion={self.criterion!r}"
+        return f"reduction={self.reduction!r}{own}"
+
+    def _with(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The criterion, or all of them, with further arguments."""
+        if not args and not kwargs:
+            return self.criterion
+
+        def bound(criterion: Any) -> Any:
+            return lambda logits, target: criterion(logits, target, *args, **kwargs)
+
+        if isinstance(self.criterion, list | nn.ModuleList):
+            return [bound(one) for one in self.criterion]
+        return bound(self.criterion)
+
+    def _of_mean(
+        self, logits: Tensor, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        criteria = self._with(args, kwargs)
+        if not isinstance(criteria, list | nn.ModuleList):
+            loss: Tensor = criteria(logits, target)
+            return loss
+        return torch.stack([one(logits, target) for one in criteria]).mean()
+
+
+def _plain_logits(output: object) -> Tensor:
+    logits = output[0] if isinstance(output, tuple | list) and len(output) == 2 else output
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
+        refuse("output", "logits [B, C], or what the wrapped model returned", output)
+    return mean_logits(logits) if logits.dim() == 3 else logits

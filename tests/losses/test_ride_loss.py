@@ -1,0 +1,260 @@
+"""One criterion in place of a training code's own: both modes, any criterion, epochs, state."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ride_plugin import (
+    ArgumentError,
+    DiversityLoss,
+    ExpertOutput,
+    MissingExpertLogitsError,
+    RIDELoss,
+    RIDEWrapper,
+    expert_logits,
+    experts_loss,
+)
+from ride_plugin.longtail import (
+    BalancedSoftmaxLoss,
+    DeferredReweighting,
+    FocalLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+)
+from ride_plugin.losses import TemperatureSchedule
+
+COUNTS = [50, 20, 5, 2]
+TARGET = torch.tensor([0, 1, 2, 3, 0, 2])
+
+
+def output() -> ExpertOutput:
+    experts = torch.randn(6, 3, 4, requires_grad=True)
+    return ExpertOutput(experts.mean(1), experts)
+
+
+CRITERIA = [
+    nn.CrossEntropyLoss(),
+    nn.CrossEntropyLoss(label_smoothing=0.1),
+    nn.CrossEntropyLoss(reduction="sum"),
+    nn.MultiMarginLoss(),
+    F.cross_entropy,
+    lambda logits, target: F.nll_loss(F.log_softmax(logits, 1), target),
+    LDAMLoss(COUNTS),
+    BalancedSoftmaxLoss(COUNTS),
+    FocalLoss(),
+]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_with_gradients_it_is_the_loss_of_every_expert_and_the_diversity(criterion) -> None:
+    out = output()
+    loss = RIDELoss(criterion, COUNTS)(out, TARGET)
+    one_by_one = [criterion(out.expert_logits[:, i], TARGET) for i in range(3)]
+    expected = sum(one_by_one) + DiversityLoss(COUNTS)(out, TARGET)
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(x, out.expert_logits)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_without_gradients_it_is_the_criterion_of_the_plain_logits(criterion) -> None:
+    out = output()
+    plain = criterion(out.logits, TARGET).detach()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            loss = RIDELoss(criterion, COUNTS)
+            for form in (out, tuple(out), out.logits, out.expert_logits):
+                torch.testing.assert_close(loss(form, TARGET), plain)
+            assert loss.mean_loss is None
+
+
+def test_mean_divides_the_whole_loss_by_the_number_of_experts() -> None:
+    out = output()
+    whole = RIDELoss(nn.CrossEntropyLoss(), COUNTS)(out, TARGET)
+    mean = RIDELoss(nn.CrossEntropyLoss(), COUNTS, reduction="mean")(out, TARGET)
+    torch.testing.assert_close(mean, whole / 3)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_number_for_logs_is_on_the_scale_of_validation(reduction) -> None:
+    experts = torch.randn(6, 1, 4, requires_grad=True).expand(6, 3, 4)  # three times the same
+    loss = RIDELoss(nn.CrossEntropyLoss(), COUNTS, reduction=reduction)
+    loss(experts, TARGET)
+    assert not loss.mean_loss.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(loss.mean_loss, loss(experts.mean(1), TARGET))
+
+
+def test_missing_expert_logits_are_refused_with_gradients_only() -> None:
+    bare = torch.randn(6, 4, requires_grad=True)
+    loss = RIDELoss(nn.CrossEntropyLoss(), COUNTS)
+    with pytest.raises(MissingExpertLogitsError, match="return_experts"):
+        loss(bare, TARGET)
+    with torch.no_grad():
+        loss(bare, TARGET)
+
+
+def test_further_arguments_reach_the_criterion() -> None:
+    seen = []
+
+    def criterion(logits: Tensor, target: Tensor, *args: object, **kwargs: object) -> Tensor:
+        seen.append((args, kwargs))
+        return F.cross_entropy(logits, target)
+
+    for one in (criterion, [criterion] * 3):
+        loss = RIDELoss(one, COUNTS)
+        loss(output(), TARGET, 7, epoch=2)
+        with torch.no_grad():
+            loss(output(), TARGET, 7, epoch=2)
+    assert seen == [((7,), {"epoch": 2})] * (3 + 1 + 3 + 3)
+
+
+@pytest.mark.parametrize("container", [list, tuple, nn.ModuleList])
+def test_a_criterion_for_each_expert(container) -> None:
+    criteria = [LogitAdjustedLoss(COUNTS, tau) for tau in (0.0, 1.0, 2.0)]
+    loss, out = RIDELoss(container(criteria), COUNTS), output()
+    expected = experts_loss(criteria, out, TARGET) + DiversityLoss(COUNTS)(out, TARGET)
+    torch.testing.assert_close(loss(out, TARGET), expected)
+    with torch.no_grad():
+        of_mean = torch.stack([one(out.logits, TARGET) for one in criteria]).mean()
+        torch.testing.assert_close(loss(out, TARGET), of_mean)
+    assert loss.double().criterion[1].adjustment.dtype == torch.float64  # they move along
+    functions = RIDELoss(container([F.cross_entropy] * 3), COUNTS) if container is list else loss
+    functions(out, TARGET)
+
+
+def test_targets_that_only_the_criterion_understands() -> None:
+    several = (torch.rand(6, 4) > 0.5).float()
+    loss, out = RIDELoss(nn.BCEWithLogitsLoss(), COUNTS), output()
+    expected = sum(
+        F.binary_cross_entropy_with_logits(z, several) for z in out.expert_logits.unbind(1)
+    )
+    torch.testing.assert_close(loss(out, several), expected + loss.diversity(out, several))
+    with pytest.raises(ArgumentError, match=r"`target`.*sum to one"):
+        RIDELoss(nn.CrossEntropyLoss(), COUNTS)(out, several)
+    with pytest.raises(ArgumentError, match="`target` to be that of 6 samples"):
+        loss(out, several[:4])
+
+
+def test_mixup_helpers_that_call_the_criterion_twice() -> None:
+    def mixup_criterion(criterion, pred, y_a: Tensor, y_b: Tensor, lam: float) -> Tensor:
+        return lam * criterion(pred, y_a) + (1 - lam) * criterion(pred, y_b)
+
+    loss, out = RIDELoss(nn.CrossEntropyLoss(), COUNTS), output()
+    mixed = 0.3 * F.one_hot(TARGET, 4) + 0.7 * F.one_hot(TARGET.flip(0), 4)
+    twice = mixup_criterion(loss, out, TARGET, TARGET.flip(0), 0.3)
+    torch.testing.assert_close(twice, loss(out, mixed))
+
+
+def test_step_ends_the_epoch_for_every_schedule_once() -> None:
+    criterion = LDAMLoss(COUNTS)
+    drw = DeferredReweighting(criterion, COUNTS, start_epoch=2)
+    temperature = TemperatureSchedule(COUNTS, start_epoch=1)
+    loss = RIDELoss(criterion, DiversityLoss(COUNTS, temperature=temperature), schedules=[drw])
+    active = []
+    for _ in range(3):
+        active.append((temperature.is_active, drw.is_active, criterion.weight[0].item() != 1))
+        loss.step()
+    assert active == [(False, False, False), (True, False, False), (True, True, True)]
+    assert (temperature.last_epoch, drw.last_epoch) == (3, 3)
+    other = copy.deepcopy(loss)
+    other.load_state_dict(RIDELoss(criterion, DiversityLoss(COUNTS), schedules=[drw]).state_dict())
+
+
+def test_one_state_dict_of_tensors_resumes_everything() -> None:
+    def make() -> RIDELoss:
+        criterion = nn.CrossEntropyLoss(weight=torch.ones(4))
+        drw = DeferredReweighting(criterion, COUNTS, start_epoch=1)
+        return RIDELoss(criterion, DiversityLoss(COUNTS, start_epoch=2), schedules=[drw])
+
+    trained, out = make(), output()
+    for _ in range(2):
+        trained.step()
+    state = trained.state_dict()
+    assert all(isinstance(value, Tensor) for value in state.values())
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert resumed(out, TARGET).equal(trained(out, TARGET))
+    assert not make()(out, TARGET).equal(trained(out, TARGET))
+    resumed.step()
+    assert resumed.diversity.schedule.last_epoch == 3
+
+
+def test_a_copy_steps_its_own_criterion() -> None:
+    criterion = LDAMLoss(COUNTS)
+    drw = DeferredReweighting(criterion, COUNTS, start_epoch=1)
+    loss = RIDELoss(criterion, COUNTS, schedules=[drw])
+    other = copy.deepcopy(loss)
+    other.step()
+    assert criterion.weight.tolist() == [1.0] * 4
+    assert other.criterion.weight.tolist() != [1.0] * 4
+
+
+def test_the_loop_of_a_plain_model_stays_as_it_is() -> None:
+    backbone = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU())
+    model = RIDEWrapper(backbone.append(nn.Linear(8, 4)), num_experts=3)  # RIDE
+    criterion = RIDELoss(nn.CrossEntropyLoss(), COUNTS)  # RIDE
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    x = torch.randn(6, 6)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        first = criterion(model.eval()(x), TARGET)
+    model.train()
+    for _ in range(20):
+        optimizer.zero_grad()
+        for rows in torch.arange(6).split(3):  # gradient accumulation
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = criterion(model(x[rows]), TARGET[rows]) / 2
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+    assert all(not before[name].equal(value) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        assert criterion(model.eval()(x), TARGET) < first
+        assert model(x).shape == expert_logits(model(x)).shape[::2]
+
+
+# The compiler itself makes an instance of every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_whole_and_without_recompiling() -> None:
+    torch._dynamo.reset()
+    loss = RIDELoss(nn.CrossEntropyLoss(), DiversityLoss(COUNTS, start_epoch=1))
+    out = output().expert_logits
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            torch.testing.assert_close(compiled(out, TARGET), loss(out, TARGET))
+            loss.step()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        *(
+            ((bad, COUNTS), "criterion")
+            for bad in (None, 3, "ce", [F.cross_entropy, None], object())
+        ),
+        ((RIDELoss(F.cross_entropy, COUNTS), COUNTS), "criterion"),
+        *(((F.cross_entropy, bad), "class_counts") for bad in (None, "a", 0.2, [5], {"a": 1})),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments, named) -> None:
+    with pytest.raises(ArgumentError, match=f"`{named}`"):
+        RIDELoss(*arguments)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"reduction": "none"}, {"reduction": None}, {"schedules": 3}, {"schedules": [nn.ReLU()]}],
+)
+def test_options_of_another_kind_are_refused(options) -> None:
+    with pytest.raises(ArgumentError, match=f"`{next(iter(options))}`"):
+        RIDELoss(F.cross_entropy, COUNTS, **options)
+
+
+def test_outputs_of_another_kind_are_refused_without_gradients_too() -> None:
+    with torch.no_grad(), pytest.raises(ArgumentError, match="`output`"):
+        RIDELoss(F.cross_entropy, COUNTS)("logits", TARGET)
