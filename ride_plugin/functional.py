@@ -368,12 +368,17 @@ def routing_targets(expert_logits: Tensor, target: Tensor) -> Tensor:
 
 
 def routing_loss(
-    gate_logits: Tensor, targets: Tensor, pos_weight: float = 100.0, neg_weight: float = 1.0
+    gate_logits: Tensor,
+    targets: Tensor,
+    pos_weight: float = 100.0,
+    neg_weight: float = 1.0,
+    *,
+    weight: Tensor | None = None,
 ) -> Tensor:
     r"""Weighted binary cross entropy of the gates, averaged over samples and gates.
 
-    $$L = \frac{1}{B(E-1)} \sum_{b,i} -w_p\, y_{bi} \log\sigma(g_{bi})
-    - w_n\, (1 - y_{bi}) \log(1 - \sigma(g_{bi})).$$
+    $$L = \frac{1}{B(E-1)} \sum_{b,i} a_b \bigl[-w_p\, y_{bi} \log\sigma(g_{bi})
+    - w_n\, (1 - y_{bi}) \log(1 - \sigma(g_{bi}))\bigr].$$
 
     (Paper, section 3, "Routing"; averaged over the gates, as in the authors' code.)
 
@@ -382,6 +387,7 @@ def routing_loss(
         targets: bool ``[B, E-1]``, from `routing_targets`.
         pos_weight: $w_p$, weight of samples that need one more expert.
         neg_weight: $w_n$, weight of the others.
+        weight: $a_b$, ``[B]``, of each sample; None for one each.
 
     Returns:
         scalar, float32 or float64.
@@ -406,7 +412,10 @@ def routing_loss(
     wide = float32_or_better(gate_logits)
     positive = -pos_weight * F.logsigmoid(wide)
     negative = -neg_weight * F.logsigmoid(-wide)
-    return torch.where(targets, positive, negative).mean()
+    loss = torch.where(targets, positive, negative)
+    if weight is not None:
+        loss = loss * check_floating(weight, "weight", len(targets))[:, None]
+    return loss.mean()
 
 
 def _class_indices(target: Tensor, experts: Tensor) -> Tensor:

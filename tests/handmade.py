@@ -129,7 +129,7 @@ def resnet32_ride(state=None, num_experts=3, width=48, num_classes=100):
     """The authors' three-quarter width ResNet-32; ``state`` is a state dict under their names."""
     experts = [ResNetExpert(width, num_classes) for _ in range(num_experts)]
     model = HandmadeModel(Stem(), experts, num_classes, width, torch.zeros(1, 3, 32, 32)).eval()
-    router = ExpertRouter.for_model(model)
+    router = ExpertRouter.for_model(model, inputs="paper")
     if state is not None:
         own, gates = {}, {}
         for key, value in state.items():

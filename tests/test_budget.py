@@ -27,7 +27,7 @@ def by_hand(widths: tuple[int, int]) -> tuple[int, int, int]:
     trunk = convolution(3, 16, 32) + 10 * convolution(16, 16, 32)
     expert = convolution(16, a, 16) + 9 * convolution(a, a, 16)
     expert += convolution(a, b, 8) + 9 * convolution(b, b, 8) + 2 * b * CLASSES
-    gate = 2 * b * 16 + 2 * (30 + 16)
+    gate = 2 * (30 + 3 + 8) * 32 + 2 * 32
     return trunk, expert, gate
 
 

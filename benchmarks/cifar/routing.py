@@ -22,8 +22,8 @@ from ride_plugin import (
 from ride_plugin.longtail import ClassBalancedSampler
 from ride_plugin.routing import RouterInputs, routing_report
 
-PASSES = 2  # augmented passes over the training images; what the router reads is stored
-EPOCHS = 30
+PASSES = 3  # augmented passes over the training images; what the router reads is stored
+EPOCHS = 10
 BUDGET = 1.1  # of the plain backbone's FLOPs
 
 
@@ -38,11 +38,13 @@ def route(
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    router = _train(model, train, generator, degrees)
+    router, criterion = ExpertRouter.for_model(model), RoutingLoss(class_counts=class_counts)
+    inputs, target = stored_inputs(model, train, generator, degrees)
+    train_router(router, criterion.to(target.device), inputs, target, seed)
     backbone = flops(CifarResNet(len(class_counts)))
     results: dict[str, Any] = {"routed": {}, "curves": {}}
     serve = RoutingInference(model, router)
-    balanced = _images(_balanced(train, seed), generator, degrees)
+    balanced = images(_balanced(train, seed), generator, degrees)
     chosen = serve.calibrate(balanced, max_flops=BUDGET * backbone)
     results["routed"][f"router at {BUDGET} x"] = _measure(serve, test, class_counts)
     serve.set_threshold(0.5)  # what the authors use
@@ -52,35 +54,41 @@ def route(
         exits = RoutingInference(model, ConfidenceRouter(kind))  # type: ignore[arg-type]
         exits.set_threshold(float(curve.thresholds[best]))
         results["routed"][f"{kind} at {BUDGET} x"] = _measure(exits, test, class_counts)
-    measured = serve.calibrate(_images(test), max_experts=model.num_experts)
+    measured = serve.calibrate(images(test), max_experts=model.num_experts)
     for kind, curve in {"router": measured.curve, **measured.baselines}.items():
         kept = {"flops": curve.flops.tolist(), "accuracy": curve.accuracy.tolist()}
         results["curves"][kind] = kept
     return results
 
 
-def _train(
+def stored_inputs(
     model: RIDEWrapper, split: Split, generator: torch.Generator, degrees: float
-) -> ExpertRouter:
+) -> tuple[RouterInputs, Tensor]:
+    """What the router reads of several augmented passes over a split, and the labels."""
     stored, labels = [], []
     for _ in range(PASSES):
-        for x, y in _images(split, generator, degrees):
+        for x, y in images(split, generator, degrees):
             stored.append(model.router_inputs(x))
             labels.append(y)
     logits, features = (torch.cat(part) for part in zip(*stored, strict=True))
-    target = torch.cat(labels)
-    router = ExpertRouter.for_model(model)
-    criterion = RoutingLoss()
+    return RouterInputs(logits, features), torch.cat(labels)
+
+
+def train_router(
+    router: ExpertRouter, criterion: RoutingLoss, inputs: RouterInputs, target: Tensor, seed: int
+) -> ExpertRouter:
+    """Stage two on stored inputs: seconds."""
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(router.parameters(), 1e-3)
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(target), generator=generator).split(256):
             chosen = rows.to(target.device)
-            inputs = RouterInputs(logits[chosen], features[chosen])
-            loss = criterion(router(inputs), inputs.expert_logits, target[chosen])
+            batch = RouterInputs(inputs.expert_logits[chosen], inputs.expert_features[chosen])
+            loss = criterion(router(batch), batch, target[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return router
+    return router.eval()
 
 
 def _balanced(split: Split, seed: int) -> Split:
@@ -90,17 +98,18 @@ def _balanced(split: Split, seed: int) -> Split:
     return Split(split.images[rows], split.labels[rows])
 
 
-def _images(
+def images(
     split: Split, generator: torch.Generator | None = None, degrees: float = 0.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in zip(split.images.split(500), split.labels.split(500), strict=True):
+    """Normalised batches in order, augmented if there is a generator."""
+    for batch, labels in zip(split.images.split(500), split.labels.split(500), strict=True):
         if generator is not None:
-            images = augment(images, generator, degrees)
-        yield normalise(images), labels
+            batch = augment(batch, generator, degrees)
+        yield normalise(batch), labels
 
 
 def _measure(serve: RoutingInference, test: Split, class_counts: Tensor) -> dict[str, Any]:
-    outputs = [serve(x, return_routing=True) for x, _ in _images(test)]
+    outputs = [serve(x, return_routing=True) for x, _ in images(test)]
     logits, used = (torch.cat(part) for part in zip(*outputs, strict=True))
     assert isinstance(serve.model, RIDEWrapper)
     num_experts = serve.model.num_experts

@@ -228,6 +228,12 @@ def _laid(tensor: Tensor, head: nn.Module) -> Tensor:
 
 
 def _check_gates(gates: dict[str, tuple[str, Tensor]], router: ExpertRouter) -> None:
+    if router.inputs != "paper":
+        raise CheckpointError(
+            "The file's router reads what the paper's does, the router passed reads "
+            f"{router.inputs!r}: pass ExpertRouter.for_model(model, inputs='paper'). Nothing was "
+            "loaded."
+        )
     if any(name.startswith("fcs.") for name in gates):
         raise CheckpointError(
             f"The file's router has an output layer for each gate (`{_ROUTER}fcs.0.weight`), "
@@ -238,8 +244,8 @@ def _check_gates(gates: dict[str, tuple[str, Tensor]], router: ExpertRouter) -> 
         if top_k != router.top_k:
             raise CheckpointError(
                 f"The file's router reads the top {top_k} logits, the router passed reads "
-                f"{router.top_k}: pass ExpertRouter.for_model(model, top_k={top_k}). Nothing was "
-                "loaded."
+                f"{router.top_k}: pass ExpertRouter.for_model(model, inputs='paper', "
+                f"top_k={top_k}). Nothing was loaded."
             )
 
 

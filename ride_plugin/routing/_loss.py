@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_number
+from ride_plugin._checks import ClassCounts, check_class_counts, check_number
+from ride_plugin._errors import ArgumentError
 from ride_plugin._output import Output, expert_logits
 from ride_plugin.functional import routing_loss, routing_targets
 
@@ -16,24 +17,37 @@ class RoutingLoss(nn.Module):
 
     Args:
         pos_weight: weight of samples that need one more expert; the paper uses 100. The smaller,
-            the fewer samples go on.
+            the fewer samples go on at one threshold; the order of samples hardly changes.
         neg_weight: weight of the others; the paper uses 1.
+        class_counts: ``[C]``, training samples of each class: samples are weighted by one over
+            their class's count, at most 20 times the mean of these weights over the training
+            samples, for a router that serves balanced data. None weights all alike, as the paper.
 
     Raises:
-        ArgumentError: a weight is negative or not finite.
+        ArgumentError: a weight is negative or not finite, or a count is not positive.
 
     Example:
         >>> import torch
-        >>> criterion = RoutingLoss()
+        >>> criterion = RoutingLoss(class_counts=[500, 50, 20, 5])
         >>> gate_logits = torch.zeros(4, 2, requires_grad=True)
-        >>> loss = criterion(gate_logits, torch.randn(4, 3, 10), torch.tensor([0, 1, 2, 3]))
+        >>> loss = criterion(gate_logits, torch.randn(4, 3, 4), torch.tensor([0, 1, 2, 3]))
         >>> loss.backward()
     """
 
-    def __init__(self, pos_weight: float = 100.0, neg_weight: float = 1.0) -> None:
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        pos_weight: float = 100.0,
+        neg_weight: float = 1.0,
+        *,
+        class_counts: ClassCounts | None = None,
+    ) -> None:
         super().__init__()
         self.pos_weight = check_number(pos_weight, "pos_weight", 0)
         self.neg_weight = check_number(neg_weight, "neg_weight", 0)
+        weights = None if class_counts is None else _class_weights(check_class_counts(class_counts))
+        self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(self, gate_logits: Tensor, output: Output, target: Tensor) -> Tensor:
         """Return the loss, a scalar.
@@ -50,8 +64,30 @@ class RoutingLoss(nn.Module):
         """
         logits = expert_logits(output)
         targets = routing_targets(logits, target)
-        return routing_loss(gate_logits, targets, self.pos_weight, self.neg_weight)
+        weight = None
+        if self.class_weights is not None:
+            weight = _of_samples(self.class_weights, target, logits.shape[2])
+        return routing_loss(gate_logits, targets, self.pos_weight, self.neg_weight, weight=weight)
 
     def extra_repr(self) -> str:
         """The weights, for ``repr``."""
         return f"pos_weight={self.pos_weight}, neg_weight={self.neg_weight}"
+
+
+def _class_weights(counts: Tensor) -> Tensor:
+    """One over each count, capped, with a mean of one over the training samples."""
+    weights = 1 / counts
+    mean = len(counts) / counts.sum()  # of the weights, over the samples
+    weights = weights.clamp(max=20 * mean)
+    return (weights * counts.sum() / (weights * counts).sum()).float()
+
+
+def _of_samples(class_weights: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    if len(class_weights) != num_classes:
+        raise ArgumentError(
+            f"Expected the experts' logits to have {len(class_weights)} classes, as `class_counts` "
+            f"has, but got {num_classes}."
+        )
+    if target.is_floating_point():  # mixed labels: the mean weight of what is mixed
+        return target.to(class_weights.dtype) @ class_weights
+    return class_weights[target.long()]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._checks import check_numbers, check_predictions, is_finite
+from ride_plugin._checks import (
+    check_choice,
+    check_integer,
+    check_numbers,
+    check_predictions,
+    is_finite,
+)
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import RouterInputs
+from ride_plugin.functional import running_means
 
 if TYPE_CHECKING:
     from typing import Self
@@ -25,30 +32,45 @@ class SizedModel(Protocol):
     feature_dim: int
 
 
+Reading = Literal["predictions", "paper"]
+_HIDDEN_DIM: dict[Reading, int] = {"predictions": 32, "paper": 16}
+_CLASS_DIM = 8
+
+
 class ExpertRouter(nn.Module):
     r"""Decides after each expert but the last whether a sample needs one more.
 
-    Gate $i$, for $i = 0 \dots E-2$, reads what is known once experts $0 \dots i$ have run: the
-    $k$ largest values of their mean logits, and expert $i$'s pooled feature $f_i$,
+    Gate $i$, for $i = 0 \dots E-2$, reads what is known once experts $0 \dots i$ have run. With
+    $\bar z$ the mean of their logits and $p = \mathrm{softmax}(\bar z)$,
 
-    $$g_i = w^\top [\mathrm{top}_k(\tfrac{1}{i+1}\textstyle\sum_{j \le i} z_j) \,;\,
-    \mathrm{relu}(W_i f_i / \|f_i\| + b_i)] + b.$$
+    $$g_i = w^\top \mathrm{relu}(W_i x_i + b_i) + b, \qquad
+    x_i = \bigl[s(\bar z) \,;\, \textstyle\sum_{c \in \mathrm{top}_k} p_c\, v_c\bigr],$$
 
-    $W_i, b_i$ belong to the gate; $w, b$ are shared by all gates. The probability that one more
-    expert is needed is $\sigma(g_i)$. (Paper: section 3, "Routing"; the layout is the authors'
-    code's.) Differs from the paper's code: $k$ is at most the number of classes, an all-zero
-    feature stays zero instead of becoming NaN, and a class masked by a logit of $-\infty$ enters
-    as 0.
+    where $s$ holds the $k$ largest logits less the mean of all, the largest probability, its margin
+    over the second and the entropy, each brought to zero mean and unit deviation over the samples
+    seen in training, and $v_c$ is a learned vector of 8 numbers for each class. The probability
+    that one more expert is needed is $\sigma(g_i)$. Not in the paper: at equal cost it was more
+    accurate than the paper's gate and than exits by confidence, see the results page.
+
+    ``inputs="paper"`` is the layout of the authors' code (paper, section 3, "Routing"), into which
+    their checkpoints load. It reads expert $i$'s pooled feature $f_i$,
+
+    $$g_i = w^\top [\mathrm{top}_k(\bar z) \,;\, \mathrm{relu}(W_i f_i / \|f_i\| + b_i)] + b.$$
+
+    Differs from their code: $k$ is at most the number of classes and an all-zero feature stays zero
+    instead of becoming NaN. In both, $w$ and $b$ are shared by all gates, and a class masked by a
+    logit of $-\infty$ enters as 0.
 
     Args:
         feature_dim: $D$, size of an expert's pooled feature (the input of its classifier).
         num_experts: $E$, at least 2.
-        num_classes: $C$.
+        num_classes: $C$, at least 2.
+        inputs: what the gates read: ``"predictions"`` or, as the paper has it, ``"paper"``.
         top_k: how many of the largest mean logits a gate reads; the authors use 30.
-        hidden_dim: width of each gate's hidden layer; the authors use 16.
+        hidden_dim: width of each gate's hidden layer; by default 32, with ``"paper"`` 16.
 
     Raises:
-        ArgumentError: a size is not positive, or ``num_experts`` is below 2.
+        ArgumentError: a size is out of range, or ``inputs`` is neither.
 
     Example:
         >>> router = ExpertRouter(64, 3, num_classes=10)
@@ -57,38 +79,47 @@ class ExpertRouter(nn.Module):
         (4, 2)
     """
 
+    input_mean: Tensor
+    input_variance: Tensor
+    samples_seen: Tensor
+
     def __init__(
         self,
         feature_dim: int,
         num_experts: int,
         *,
         num_classes: int,
+        inputs: Reading = "predictions",
         top_k: int = 30,
-        hidden_dim: int = 16,
+        hidden_dim: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = {
-            "feature_dim": feature_dim,
-            "num_classes": num_classes,
-            "top_k": top_k,
-            "hidden_dim": hidden_dim,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ArgumentError(f"Expected argument `{name}` to be at least 1, but got {size}.")
-        if num_experts < 2:
-            raise ArgumentError(
-                f"Expected argument `num_experts` to be at least 2, but got {num_experts}. With "
-                "one expert there is nothing to route: use the model's output as it is."
-            )
-        self.feature_dim = feature_dim
-        self.num_experts = num_experts
-        self.num_classes = num_classes
-        self.top_k = min(top_k, num_classes)
-        self.hidden = nn.ModuleList(
-            nn.Linear(feature_dim, hidden_dim) for _ in range(num_experts - 1)
+        self.feature_dim = check_integer(feature_dim, "feature_dim", 1)
+        self.num_experts = check_integer(
+            num_experts,
+            "num_experts",
+            2,
+            advice="With one expert there is nothing to route: use the model's output as it is.",
         )
-        self.output = nn.Linear(self.top_k + hidden_dim, 1)
+        self.num_classes = check_integer(num_classes, "num_classes", 2)
+        self.inputs: Reading = check_choice(inputs, "inputs", get_args(Reading))
+        self.top_k = min(check_integer(top_k, "top_k", 1), self.num_classes)
+        if hidden_dim is None:
+            hidden_dim = _HIDDEN_DIM[self.inputs]
+        hidden_dim = check_integer(hidden_dim, "hidden_dim", 1)
+        gates = self.num_experts - 1
+        if self.inputs == "paper":
+            read, direct = self.feature_dim, self.top_k
+        else:
+            statistics = self.top_k + 3
+            read, direct = statistics + _CLASS_DIM, 0
+            self.classes = nn.Embedding(self.num_classes, _CLASS_DIM)
+            nn.init.normal_(self.classes.weight, std=0.3)
+            self.register_buffer("input_mean", torch.zeros(gates, statistics))
+            self.register_buffer("input_variance", torch.ones(gates, statistics))
+            self.register_buffer("samples_seen", torch.zeros((), dtype=torch.int64))
+        self.hidden = nn.ModuleList(nn.Linear(read, hidden_dim) for _ in range(gates))
+        self.output = nn.Linear(direct + hidden_dim, 1)
 
     @classmethod
     def for_model(cls, model: SizedModel, **options: Any) -> Self:
@@ -97,7 +128,7 @@ class ExpertRouter(nn.Module):
         Args:
             model: a ``RIDEWrapper``, or anything with ``feature_dim``, ``num_experts`` and
                 ``num_classes``.
-            **options: ``top_k`` and ``hidden_dim``.
+            **options: ``inputs``, ``top_k`` and ``hidden_dim``.
         """
         router = cls(model.feature_dim, model.num_experts, num_classes=model.num_classes, **options)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
@@ -105,6 +136,9 @@ class ExpertRouter(nn.Module):
 
     def forward(self, inputs: RouterInputs | tuple[Tensor, Tensor]) -> Tensor:
         """Gate logits for a batch on which every expert has run; the form that training needs.
+
+        In training mode the mean and deviation by which inputs are standardised take this batch
+        in, whatever its size; `gate` only reads them.
 
         Args:
             inputs: ``(expert_logits [B, E, C], expert_features [B, E, D])``, for example
@@ -118,9 +152,11 @@ class ExpertRouter(nn.Module):
                 is NaN.
         """
         logits, features = _checked(inputs, self)
-        sums = float32_or_better(logits).cumsum(dim=1)
+        means = running_means(float32_or_better(logits))[:, :-1]
+        if self.training and self.inputs == "predictions" and len(logits):
+            self._take_in(means)
         columns = [
-            self.gate(index, sums[:, index] / (index + 1), features[:, index])
+            self.gate(index, means[:, index], features[:, index])
             for index in range(self.num_experts - 1)
         ]
         return torch.stack(columns, dim=1)
@@ -139,15 +175,13 @@ class ExpertRouter(nn.Module):
         Raises:
             ArgumentError: (on the CPU only) a value is NaN.
         """
-        # Normalising squares its input, which overflows in half precision.
         with torch.autocast(mean_logits.device.type, enabled=False):
-            top = torch.topk(float32_or_better(mean_logits), self.top_k, dim=1).values
-            top = top.masked_fill(top == -torch.inf, 0.0)
-            direction = F.normalize(float32_or_better(features), dim=1)
+            read = self._paper if self.inputs == "paper" else self._predictions
+            direct, indirect = read(index, float32_or_better(mean_logits), features)
             dtype = self.output.weight.dtype
-            hidden = F.relu(self.hidden[index](direction.to(dtype)))
-            logit: Tensor = self.output(torch.cat((top.to(dtype), hidden), dim=1)).squeeze(1)
-        # What is no number anywhere in a gate's input reaches its output.
+            hidden = F.relu(self.hidden[index](indirect.to(dtype)))
+            logit: Tensor = self.output(torch.cat((direct.to(dtype), hidden), dim=1)).squeeze(1)
+        # What is no number anywhere in what a gate reads reaches its output.
         if not is_finite(logit):
             check_predictions(mean_logits, "the experts' logits")
             check_numbers(features, "the experts' features")
@@ -159,8 +193,60 @@ class ExpertRouter(nn.Module):
         return logit
 
     def extra_repr(self) -> str:
-        """The sizes, for ``repr``."""
-        return f"num_experts={self.num_experts}, num_classes={self.num_classes}, top_k={self.top_k}"
+        """What was chosen, for ``repr``."""
+        return (
+            f"num_experts={self.num_experts}, num_classes={self.num_classes}, "
+            f"inputs={self.inputs!r}, top_k={self.top_k}"
+        )
+
+    def _paper(self, index: int, mean_logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What goes into the output layer as it is, and what goes into the hidden one."""
+        top = mean_logits.topk(self.top_k, dim=1).values
+        # Normalising squares its input, which overflows in half precision.
+        direction = F.normalize(float32_or_better(features), dim=1)
+        return top.masked_fill(top == -torch.inf, 0.0), direction
+
+    def _predictions(
+        self, index: int, mean_logits: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        statistics, likely, where = _describe(mean_logits, self.top_k)
+        standard = (statistics - self.input_mean[index]) * (
+            self.input_variance[index] + 1e-6
+        ).rsqrt()
+        vectors = self.classes(where)
+        meant = (likely.to(vectors.dtype)[..., None] * vectors).sum(dim=1)
+        return meant[:, :0], torch.cat((standard.to(vectors.dtype), meant), dim=1)
+
+    @torch.no_grad()
+    def _take_in(self, means: Tensor) -> None:
+        """Join the mean and variance of these samples to those of the samples seen before."""
+        size = len(means)
+        for index in range(self.num_experts - 1):
+            new = _describe(means[:, index], self.top_k)[0].to(self.input_mean.dtype)
+            share = size / (self.samples_seen + size)
+            away = new.mean(dim=0) - self.input_mean[index]
+            variance = new.var(dim=0, correction=0) - self.input_variance[index]
+            self.input_variance[index] += share * variance + share * (1 - share) * away.square()
+            self.input_mean[index] += share * away
+        self.samples_seen += size
+
+
+def _describe(mean_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics ``[b, k + 3]``; the ``k`` largest probabilities and their classes, ``[b, k]``."""
+    top, where = mean_logits.topk(top_k, dim=1)
+    masked = mean_logits == -torch.inf
+    centre = mean_logits.masked_fill(masked, 0.0).sum(dim=1, keepdim=True)
+    centre = centre / (~masked).sum(dim=1, keepdim=True).clamp_min(1)
+    probabilities = mean_logits.softmax(dim=1)
+    likely = probabilities.gather(1, where)
+    second = likely[:, 1:2] if top_k > 1 else 1 - likely
+    statistics = (
+        (top - centre).masked_fill(top == -torch.inf, 0.0),
+        likely[:, :1],
+        likely[:, :1] - second,
+        torch.special.entr(probabilities).sum(dim=1, keepdim=True),
+    )
+    return torch.cat(statistics, dim=1), likely, where
 
 
 def _checked(inputs: tuple[Tensor, Tensor], router: ExpertRouter) -> tuple[Tensor, Tensor]:

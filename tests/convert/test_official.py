@@ -72,7 +72,7 @@ test_images.__test__ = False
 @pytest.mark.reference
 def test_a_network_that_the_authors_code_trained_gives_its_own_outputs() -> None:
     model = cifar_model()
-    router = ExpertRouter.for_model(model)
+    router = ExpertRouter.for_model(model, inputs="paper")
     found = load_official_checkpoint(model, router, REFERENCE / "official_ride_ea.pth")
     assert (found.num_experts, found.num_classes, found.fork_at) == (3, 100, "layer2")
     assert (found.cosine, found.has_router, found.router_loaded) == (True, True, True)
@@ -94,7 +94,7 @@ def test_a_network_that_the_authors_code_trained_gives_its_own_outputs() -> None
 def test_their_random_network_gives_its_own_outputs() -> None:
     arrays, state = resnet32_arrays()
     model = cifar_model()
-    router = ExpertRouter.for_model(model)
+    router = ExpertRouter.for_model(model, inputs="paper")
     load_official_checkpoint(model, router, state)
     inputs = model.router_inputs(arrays["x"])
     tolerance = {"rtol": 0, "atol": 1e-4}
@@ -137,7 +137,7 @@ def test_state_dicts_of_their_imagenet_layouts_give_the_outputs_of_a_forward_by_
         classifier="cosine" if "use_norm" in options else None,
         example_input=torch.randn(2, 3, 32, 32),
     ).eval()
-    router = ExpertRouter.for_model(model, top_k=options.get("top_k", 30))
+    router = ExpertRouter.for_model(model, inputs="paper", top_k=options.get("top_k", 30))
     state = {f"module.backbone.{key}": tensor for key, tensor in official.state_dict().items()}
     found = load_official_checkpoint(model, router, {"state_dict": state})
     assert found.fork_at == model.fork_at == ("layer4" if shared else "layer3")
@@ -196,7 +196,7 @@ def test_a_configuration_object_in_the_file_is_read_as_an_empty_shell(
     with pytest.raises(pickle.UnpicklingError, match=r"parse_config\.ConfigParser"):
         torch.load(path, weights_only=True)
     model = cifar_model(2)
-    load_official_checkpoint(model, ExpertRouter.for_model(model), path)
+    load_official_checkpoint(model, ExpertRouter.for_model(model, inputs="paper"), path)
     assert torch.equal(model.trunk.conv1.weight, state["backbone.conv1.weight"])
     with pytest.raises(pickle.UnpicklingError):  # and the shell does not stay behind
         torch.load(path, weights_only=True)
@@ -323,7 +323,7 @@ def test_every_key_that_does_not_fit_is_named_and_nothing_is_loaded() -> None:
     state["backbone.layer2s.2.0.extra"] = torch.zeros(3)
     del state["backbone.expert_help_pred_hidden_fcs.1.bias"]
     model = cifar_model()
-    router = ExpertRouter.for_model(model)
+    router = ExpertRouter.for_model(model, inputs="paper")
     kept, kept_router = before(model), before(router)
     with pytest.raises(CheckpointError) as caught:
         load_official_checkpoint(model, router, state)
@@ -344,14 +344,16 @@ def test_routers_that_do_not_fit_are_told_apart() -> None:
     model = cifar_model(2)
     state = cifar_state(2)
     with pytest.raises(CheckpointError, match=r"top 30 logits, .* reads 50: .*top_k=30"):
-        load_official_checkpoint(model, ExpertRouter.for_model(model, top_k=50), state)
+        load_official_checkpoint(
+            model, ExpertRouter.for_model(model, inputs="paper", top_k=50), state
+        )
     each = {key.replace("pred_fc.", "pred_fcs.0."): tensor for key, tensor in state.items()}
     with pytest.raises(CheckpointError, match="output layer for each gate"):
-        load_official_checkpoint(model, ExpertRouter.for_model(model), each)
+        load_official_checkpoint(model, ExpertRouter.for_model(model, inputs="paper"), each)
     alone = {key: tensor for key, tensor in state.items() if "expert_help" not in key}
     assert not load_official_checkpoint(model, None, alone).has_router
     with pytest.raises(CheckpointError, match="from stage one"):
-        load_official_checkpoint(model, ExpertRouter.for_model(model), alone)
+        load_official_checkpoint(model, ExpertRouter.for_model(model, inputs="paper"), alone)
 
 
 def test_what_is_no_ride_checkpoint_is_refused() -> None:

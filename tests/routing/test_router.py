@@ -11,6 +11,7 @@ from ride_plugin import (
     MissingExpertLogitsError,
     RIDEWrapper,
     RoutingLoss,
+    count_flops,
 )
 from ride_plugin.functional import routing_loss, routing_targets
 from ride_plugin.routing import RouterInputs
@@ -53,10 +54,139 @@ def loop_targets(expert_logits, target):
 
 
 @pytest.mark.parametrize(("num_experts", "num_classes"), [(2, 10), (3, 40), (5, 3)])
+def test_the_papers_gates_equal_loops(num_experts, num_classes):
+    data = inputs(num_experts=num_experts, num_classes=num_classes)
+    router = ExpertRouter(
+        7, num_experts, num_classes=num_classes, top_k=4, hidden_dim=5, inputs="paper"
+    ).double()
+    torch.testing.assert_close(router(data), loop_gates(router, *data))
+
+
+def loop_predictions(router, logits):
+    """The default gates, sample by sample, from the docstring's equation."""
+    batch, num_experts, classes = logits.shape
+    described = torch.zeros(batch, num_experts - 1, router.top_k + 3, dtype=torch.float64)
+    meant = torch.zeros(batch, num_experts - 1, 8, dtype=torch.float64)
+    for b in range(batch):
+        for i in range(num_experts - 1):
+            z = logits[b, : i + 1].mean(0)
+            p = z.exp() / z.exp().sum()
+            order = sorted(range(classes), key=lambda c, z=z: -z[c].item())[: router.top_k]
+            statistics = [z[c] - z.mean() for c in order]
+            statistics += [p[order[0]], p[order[0]] - p[order[1]], -(p * p.log()).sum()]
+            described[b, i] = torch.stack(statistics)
+            meant[b, i] = sum(p[c] * router.classes.weight[c] for c in order)
+    mean, variance = described.mean(0), described.var(0, correction=0)
+    read = torch.cat(((described - mean) / (variance + 1e-6).sqrt(), meant), dim=2)
+    columns = [router.output(router.hidden[i](read[:, i]).relu()) for i in range(num_experts - 1)]
+    return torch.cat(columns, dim=1)
+
+
+@pytest.mark.parametrize(("num_experts", "num_classes"), [(2, 10), (3, 40), (5, 4)])
 def test_gates_equal_loops(num_experts, num_classes):
     data = inputs(num_experts=num_experts, num_classes=num_classes)
     router = ExpertRouter(7, num_experts, num_classes=num_classes, top_k=4, hidden_dim=5).double()
-    torch.testing.assert_close(router(data), loop_gates(router, *data))
+    with torch.no_grad():
+        expected = loop_predictions(router, data.expert_logits)
+        torch.testing.assert_close(router(data), expected)
+        torch.testing.assert_close(router.eval()(data), expected)
+
+
+def test_inputs_are_standardised_over_all_samples_seen_however_they_are_cut():
+    data = inputs(num_experts=3, num_classes=10)
+    whole, cut = (ExpertRouter(7, 3, num_classes=10).double() for _ in range(2))
+    whole(data)
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 4), slice(4, None)):
+        cut(RouterInputs(data.expert_logits[rows], data.expert_features[rows]))
+    assert cut.samples_seen == whole.samples_seen == len(data.expert_logits)
+    torch.testing.assert_close(cut.input_mean, whole.input_mean)
+    torch.testing.assert_close(cut.input_variance, whole.input_variance)
+
+
+def test_only_training_changes_what_inputs_are_standardised_by():
+    data, router = inputs(), ExpertRouter(7, 3, num_classes=10).double()
+    router.eval()(data)
+    router.train().gate(0, data.expert_logits[:, 0], data.expert_features[:, 0])
+    assert router.samples_seen == 0
+    other = ExpertRouter(7, 3, num_classes=10).double()
+    router(data)
+    other.load_state_dict(router.state_dict())
+    assert torch.equal(other.eval()(data), router.eval()(data))
+
+
+def test_masked_classes_and_constant_inputs_stay_finite_with_finite_gradients():
+    router = ExpertRouter(7, 3, num_classes=10)
+    logits = torch.randn(4, 3, 10)
+    logits[:, :, 3:] = -torch.inf
+    for given in (logits, torch.zeros(4, 3, 10), 1e4 * torch.randn(4, 3, 10)):
+        gate_logits = router((given, torch.zeros(4, 3, 7)))
+        gate_logits.sum().backward()
+        assert gate_logits.isfinite().all()
+        assert all(parameter.grad.isfinite().all() for parameter in router.parameters())
+
+
+def test_what_a_gate_computes_does_not_grow_with_the_classes():
+    few, many = (
+        count_flops(Gate(ExpertRouter(7, 2, num_classes=n)), torch.randn(1, n)) for n in (50, 8142)
+    )
+    assert few == many
+
+
+class Gate(torch.nn.Module):
+    def __init__(self, router):
+        super().__init__()
+        self.router = router
+
+    def forward(self, mean_logits):
+        return self.router.gate(0, mean_logits, torch.zeros(len(mean_logits), 7))
+
+
+def test_the_default_gate_learns_which_classes_gain():
+    torch.manual_seed(0)  # whether more experts help depends on the predicted class alone
+    logits = torch.randn(2000, 2, 10)
+    target = torch.where(
+        logits[:, 0].argmax(1) < 5, logits.mean(1).argmax(1), logits[:, 0].argmax(1)
+    )
+    targets = routing_targets(logits, target)
+    router = ExpertRouter(7, 2, num_classes=10)
+    optimizer, criterion = torch.optim.Adam(router.parameters(), 1e-2), RoutingLoss(1.0)
+    for _ in range(150):
+        loss = criterion(router((logits, torch.zeros(2000, 2, 7))), logits, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    gates = router.eval()((logits, torch.zeros(2000, 2, 7)))[:, 0]
+    frequent = logits[:, 0].argmax(1) < 5
+    assert targets[~frequent].sum() == 0
+    assert gates[~frequent].quantile(0.95) < gates[frequent & targets[:, 0]].quantile(0.05)
+
+
+def test_classes_are_weighted_by_one_over_their_count_up_to_a_cap():
+    counts, target = [1000.0, 100.0, 1.0], torch.tensor([0, 0, 1, 2])
+    logits, gates = torch.randn(4, 3, 3), torch.randn(4, 2)
+    mean = 3 / 1101  # of one over the count, over the training samples
+    plain = [min(1 / count, 20 * mean) for count in counts]
+    scale = 1101 / sum(weight * count for weight, count in zip(plain, counts, strict=True))
+    weights = [plain[label] * scale for label in target.tolist()]
+    targets = routing_targets(logits, target)
+    expected = torch.stack(
+        [
+            weight * routing_loss(gates[i : i + 1], targets[i : i + 1], 3.0, 2.0)
+            for i, weight in enumerate(weights)
+        ]
+    ).mean()
+    criterion = RoutingLoss(3.0, 2.0, class_counts=counts)
+    torch.testing.assert_close(criterion(gates, logits, target), expected)
+    mixed = torch.nn.functional.one_hot(target, 3).float()
+    torch.testing.assert_close(criterion(gates, logits, mixed), expected)
+    assert plain[2] == 20 * mean  # else the cap is not tested
+    with pytest.raises(ArgumentError, match="to have 3 classes"):
+        criterion(gates, torch.randn(4, 3, 5), target)
+
+
+def test_an_unknown_layout_is_named():
+    with pytest.raises(ArgumentError, match="`inputs` to be one of 'predictions', 'paper'"):
+        ExpertRouter(7, 3, num_classes=10, inputs="features")
 
 
 def test_gate_gives_the_column_of_forward():
@@ -70,7 +200,7 @@ def test_gate_gives_the_column_of_forward():
 
 def test_the_last_expert_does_not_reach_any_gate():
     data = inputs()
-    router = ExpertRouter(7, 3, num_classes=10).double()
+    router = ExpertRouter(7, 3, num_classes=10).double().eval()
     changed = RouterInputs(data.expert_logits.clone(), data.expert_features.clone())
     changed.expert_logits[:, 2] += 5
     changed.expert_features[:, 2] += 5
@@ -85,7 +215,7 @@ def test_few_classes_shrink_top_k():
 
 
 def test_all_zero_features_stay_finite_with_finite_gradients():
-    router = ExpertRouter(7, 3, num_classes=10)
+    router = ExpertRouter(7, 3, num_classes=10, inputs="paper")
     gate_logits = router((torch.zeros(4, 3, 10), torch.zeros(4, 3, 7)))
     gate_logits.sum().backward()
     assert gate_logits.isfinite().all()
@@ -95,7 +225,7 @@ def test_all_zero_features_stay_finite_with_finite_gradients():
 def test_masked_classes_count_as_zero():
     data = inputs()
     data.expert_logits[:, :, 3:] = -torch.inf
-    router = ExpertRouter(7, 3, num_classes=10, top_k=5).double()
+    router = ExpertRouter(7, 3, num_classes=10, top_k=5, inputs="paper").double()
     zeros = torch.cat([data.expert_logits[:, :2, :3].cumsum(1), torch.zeros(6, 2, 2)], dim=2)
     expected = []
     for i in range(2):
@@ -110,7 +240,7 @@ def test_masked_classes_count_as_zero():
 def test_half_precision_features_do_not_overflow_when_normalised():
     data = inputs(dtype=torch.float32)
     features = (data.expert_features * 1e4).half()
-    router = ExpertRouter(7, 3, num_classes=10)
+    router = ExpertRouter(7, 3, num_classes=10, inputs="paper")
     with torch.autocast("cpu", torch.bfloat16):
         gate_logits = router((data.expert_logits.half(), features))
     exact = router((data.expert_logits.half().float(), features.float()))
@@ -244,8 +374,8 @@ def test_confidence_tells_very_confident_rows_apart():
     ("build", "message"),
     [
         (lambda: ExpertRouter(7, 1, num_classes=4), "nothing to route"),
-        (lambda: ExpertRouter(0, 3, num_classes=4), "`feature_dim` to be at least 1"),
-        (lambda: ExpertRouter(7, 3, num_classes=4, top_k=0), "`top_k` to be at least 1"),
+        (lambda: ExpertRouter(0, 3, num_classes=4), "`feature_dim` to be an integer >= 1"),
+        (lambda: ExpertRouter(7, 3, num_classes=4, top_k=0), "`top_k` to be an integer >= 1"),
         (lambda: RoutingLoss(pos_weight=-1), "`pos_weight` to be a finite"),
         (lambda: RoutingLoss(neg_weight=float("nan")), "`neg_weight` to be a finite"),
         (lambda: ConfidenceRouter("entropy"), "`kind` to be one of"),
