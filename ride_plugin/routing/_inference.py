@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
@@ -190,12 +190,17 @@ class RoutingInference(nn.Module):
         max_experts: float | None = None,
         max_flops: float | None = None,
         max_accuracy_drop: float | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> CalibrationResult:
         """Choose the threshold for a target and set it.
 
         Runs the model once over the loader, sweeps a threshold common to all gates (they share
         their output layer, so their probabilities are on one scale), and does the same for the
         confidence exits, on the same samples, for comparison. Give exactly one target.
+
+        Where ``torch.distributed`` is initialised, every rank calls this with its own share of the
+        data; the samples of all ranks count, and every rank ends with the same threshold. (What a
+        sampler repeats to give every rank as many samples counts twice.)
 
         Args:
             loader: yields ``(x, y)``: ``y`` class indices ``[B]``; ``x`` a tensor, a tuple of
@@ -206,6 +211,8 @@ class RoutingInference(nn.Module):
             max_flops: the same as FLOPs for each row, as `cost_report` counts them.
             max_accuracy_drop: largest loss of top-1 accuracy against all experts, for example
                 0.005; the cheapest threshold within it is chosen.
+            progress: called after each batch with its number of samples, for example
+                ``tqdm(total=len(dataset)).update``.
 
         Returns:
             The whole curve, the choice, and the baselines' curves.
@@ -224,6 +231,7 @@ class RoutingInference(nn.Module):
             max_experts=max_experts,
             max_flops=max_flops,
             max_accuracy_drop=max_accuracy_drop,
+            progress=progress,
         )
         self.threshold_logits.fill_(result.threshold_logit)
         return result

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ride_plugin._checks import ClassCounts, Numbers, as_labels, check_class_counts, check_integer
+from ride_plugin._distributed import over_ranks
 from ride_plugin._errors import ArgumentError
 from ride_plugin.longtail import shot_groups
 
@@ -48,6 +49,9 @@ def routing_report(
 ) -> RoutingReport:
     """Count the share of samples by number of experts used, overall and by shot.
 
+    Where ``torch.distributed`` is initialised, every rank calls this with its own samples, and
+    gets the report of all of them.
+
     Args:
         num_experts_used: integers ``[N]``, collected from `RoutingOutput`.
         target: class indices ``[N]``.
@@ -84,6 +88,8 @@ def routing_report(
             f"Expected argument `num_experts_used` to hold integers from 1 to {num_experts}, but "
             f"got {int(used.min())} to {int(used.max())}. Pass `RoutingOutput.num_experts_used`."
         )
+    of_ranks = over_ranks((used, labels))
+    used, labels = (torch.cat(parts) for parts in zip(*of_ranks, strict=True))
     groups = torch.from_numpy(shot_groups(counts, many, few))[labels]
 
     def shares(values: Tensor) -> tuple[float, ...] | None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_classes, check_number, check_predictions, check_target
+from ride_plugin._checks import (
+    check_callable,
+    check_classes,
+    check_number,
+    check_predictions,
+    check_target,
+)
 from ride_plugin._cost import CostReport, cost_report
+from ride_plugin._distributed import over_ranks
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import as_inputs
 from ride_plugin._tree import map_tensors, tensors_in
@@ -131,15 +138,18 @@ def calibrate(
     max_experts: float | None = None,
     max_flops: float | None = None,
     max_accuracy_drop: float | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> CalibrationResult:
     """See `RoutingInference.calibrate`; this does not set the threshold."""
+    if progress is not None:
+        check_callable(progress, "progress", "progress(number_of_samples)")
     name, value = _only_one(
         max_experts=max_experts, max_flops=max_flops, max_accuracy_drop=max_accuracy_drop
     )
     baselines: dict[str, ConfidenceRouter] = {
         kind: ConfidenceRouter(kind) for kind in get_args(Kind)
     }
-    gates, right, labels, cost = _measure(routed, baselines, loader)
+    gates, right, labels, cost = _measure(routed, baselines, loader, progress)
     _warn_if_long_tailed(labels)
     curve = _sweep(gates.pop("router"), right, cost)
     index = _choose(curve, name, value)
@@ -150,9 +160,15 @@ def calibrate(
 
 @torch.no_grad()
 def _measure(
-    routed: RoutedStages, baselines: Mapping[str, Router], loader: Iterable[Any]
+    routed: RoutedStages,
+    baselines: Mapping[str, Router],
+    loader: Iterable[Any],
+    progress: Callable[[int], object] | None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, CostReport]:
-    """One pass: gate logits ``[N, E-1]`` by router, hits ``[N, E]``, labels ``[N]``, the cost."""
+    """One pass: gate logits ``[N, E-1]`` by router, hits ``[N, E]``, labels ``[N]``, the cost.
+
+    Of the samples of every rank where ``torch.distributed`` runs.
+    """
     model, routers = routed.model, {"router": routed.router, **baselines}
     gates: dict[str, list[Tensor]] = {kind: [] for kind in routers}
     right: list[Tensor] = []
@@ -179,13 +195,21 @@ def _measure(
         if cost is None:
             learned = cast("nn.Module", routed.router)
             cost = cost_report(model, example_input=(args, kwargs), router=learned)
-    if cost is None:
+        if progress is not None:
+            progress(len(target))
+    ranks = over_ranks((gates, right, labels, cost))
+    costs = [cost for *_, cost in ranks if cost is not None]
+    if not costs:
         raise ArgumentError(
             "Expected argument `loader` to yield at least one sample, but it is empty. If it is a "
             "generator it may have been used up: pass a DataLoader or a list of batches."
         )
-    joined = {kind: torch.cat(parts) for kind, parts in gates.items()}
-    return joined, torch.cat(right), torch.cat(labels), cost
+    joined = {
+        kind: torch.cat([part for of_rank, *_ in ranks for part in of_rank[kind]])
+        for kind in routers
+    }
+    hits = torch.cat([part for _, of_rank, *_ in ranks for part in of_rank])
+    return joined, hits, torch.cat([part for *_, of_rank, _ in ranks for part in of_rank]), costs[0]
 
 
 def _sweep(gates: Tensor, right: Tensor, report: CostReport) -> ExitCurve:

@@ -105,13 +105,13 @@ def test_flops_are_kept_to(data):
 
 
 def test_accuracy_drop_is_kept_to_at_the_least_cost(data):
-    serve, result = calibrated(data, max_accuracy_drop=0.02)
+    serve, result = calibrated(data, max_accuracy_drop=0.005)
     curve = result.curve
     _, accuracy = measured(serve, data)
-    assert accuracy >= curve.accuracy[0].item() - 0.02 - 1e-9
+    assert accuracy >= curve.accuracy[0].item() - 0.005 - 1e-9
     cheaper = curve.flops < curve.flops[result.index]
     assert cheaper.any()
-    assert (curve.accuracy[cheaper] < curve.accuracy[0] - 0.02).all()
+    assert (curve.accuracy[cheaper] < curve.accuracy[0] - 0.005).all()
 
 
 def test_the_model_runs_once_over_the_loader(data):
@@ -206,3 +206,11 @@ def test_the_best_point_within_a_budget_by_experts_or_by_flops(data):
             curve.best_within()
         with pytest.raises(ArgumentError, match="`max_flops` to be at least"):
             curve.best_within(max_flops=1.0)
+
+
+def test_progress_is_told_the_samples_of_each_batch(data):
+    seen = []
+    calibrated(data, max_experts=2.0, progress=seen.append)
+    assert seen == [64, 64, 64, 8]
+    with pytest.raises(ArgumentError, match="`progress` to be callable"):
+        calibrated(data, max_experts=2.0, progress=True)
