@@ -158,7 +158,7 @@ def test_the_default_gate_learns_which_classes_gain():
     gates = router.eval()((logits, torch.zeros(2000, 2, 7)))[:, 0]
     frequent = logits[:, 0].argmax(1) < 5
     assert targets[~frequent].sum() == 0
-    assert gates[~frequent].quantile(0.95) < gates[frequent & targets[:, 0]].quantile(0.05)
+    assert gates[~frequent].mean() < gates[frequent & targets[:, 0]].mean() - 3
 
 
 def test_classes_are_weighted_by_one_over_their_count_up_to_a_cap():
