@@ -32,6 +32,17 @@ def test_the_navigation_lists_every_page() -> None:
     assert sorted(listed) == [page.relative_to(ROOT / "docs").as_posix() for page in PAGES]
 
 
+def test_the_reference_has_every_public_name() -> None:
+    import ride_plugin
+
+    shown = set(re.findall(r"^::: (\S+)$", "\n".join(p.read_text() for p in PAGES), flags=re.M))
+    shown = {name.rsplit(".", 1)[1] for name in shown}
+    faces = (ride_plugin, ride_plugin.functional, ride_plugin.longtail, ride_plugin.routing)
+    public = {name for face in faces for name in face.__all__}
+    aliases = {"Form", "__version__", "functional", "longtail", "routing"}
+    assert public - shown == aliases
+
+
 def test_each_readme_command_is_one_line_that_pins_versions() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 2
