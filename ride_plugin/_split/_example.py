@@ -119,7 +119,10 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
         height, width = side if isinstance(side, list | tuple) else (side, side)
         channels = int(getattr(config, "num_channels", 3))
         yield (), {"pixel_values": floats(2, channels, height, width)}
-    if config is not None and name == "input_values":  # a waveform
+    if config is not None and name == "input_values":  # a spectrogram or a waveform
+        frames, bins = (getattr(config, key, None) for key in ("max_length", "num_mel_bins"))
+        if isinstance(frames, int) and isinstance(bins, int):
+            yield (), {name: floats(2, frames, bins)}
         for length in (16000, *_LENGTHS):  # a second, as such models take it
             yield (), {"input_values": floats(2, length)}
     if config is not None and name == "input_features":  # a spectrogram, frames first or last

@@ -150,7 +150,14 @@ def feature_dim_of(parts: Parts) -> int:
     Raises:
         SplitError: an expert returns another number of classes than it should.
     """
-    logits, features = trial_run(parts, 0, parts.inputs)
+    try:
+        logits, features = trial_run(parts, 0, parts.inputs)
+    except (RuntimeError, TypeError) as error:
+        raise SplitError(
+            f"The experts do not run with new classifiers ({error}): the backbone computes its "
+            "logits from more than one. Change it before wrapping, and leave `classifier=` and "
+            "`num_classes=` out."
+        ) from error
     if logits.shape[1] != parts.num_classes:
         raise SplitError(
             f"Expected the experts to return logits of {parts.num_classes} classes, but they "

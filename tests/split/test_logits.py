@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -400,3 +401,34 @@ def test_plain_backbones_are_not_warned_of_or_hooked() -> None:
         warnings.simplefilter("error")
         model = RIDEWrapper(linear_net(), 2)
     assert not model.trunk._forward_hooks
+
+
+def test_logits_of_two_classifiers_cannot_have_one_of_them_made_anew() -> None:
+    class Distilled(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda f, z: (f, z))
+            self.other = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            features, logits = super().forward(x)
+            return (logits + self.other(features)) / 2
+
+    assert RIDEWrapper(Distilled(), 2).num_classes == 5
+    with pytest.raises(SplitError, match=r"from more than one\. Change it before wrapping"):
+        RIDEWrapper(Distilled(), 2, num_classes=9)
+
+
+def test_a_spectrogram_is_guessed_from_the_configuration() -> None:
+    class Audio(nn.Module):
+        main_input_name = "input_values"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(max_length=12, num_mel_bins=6)
+            self.stem, self.late, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(40, 8), nn.Linear(8, 5)
+
+        def forward(self, input_values: Tensor) -> Tensor:
+            x = self.stem(input_values.unsqueeze(1)).flatten(2).mean(1)
+            return self.fc(torch.relu(self.late(x)))
+
+    assert RIDEWrapper(Audio(), 2).num_classes == 5
