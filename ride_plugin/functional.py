@@ -292,6 +292,7 @@ def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Te
         tensor([0.8676])
     """
     logits = float32_or_better(check_floating(expert_logits, "expert_logits", "B", "E", "C"))
+    temperature = check_temperature(temperature, logits.shape[2])
     mean_temperature = temperature.mean() if isinstance(temperature, Tensor) else temperature
     return mean_temperature**2 * kl_from_reference(logits, mean_logits(logits), temperature)
 

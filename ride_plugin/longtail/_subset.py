@@ -66,9 +66,11 @@ def long_tailed_counts(
     if check_choice(profile, "profile", get_args(Profile)) == "exp":
         last = max(num_classes - 1, 1)
         counts = [int(max_count * rarest ** (c / last)) for c in range(num_classes)]
+        if num_classes > 1:  # a division: the product's rounding may fall below a whole number
+            counts[-1] = int(max_count / imbalance_factor)
     else:
         head = num_classes // 2
-        counts = [max_count] * head + [int(max_count * rarest)] * (num_classes - head)
+        counts = [max_count] * head + [int(max_count / imbalance_factor)] * (num_classes - head)
     if counts[-1] < 1:
         raise ArgumentError(
             f"Expected argument `imbalance_factor` to leave an image in the rarest class, but got "

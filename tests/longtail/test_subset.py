@@ -102,6 +102,13 @@ def test_labels_may_be_handed_in() -> None:
     assert LongTailedSubset(Labelled(), 10, labels=LABELS).class_counts == [30, 13, 6, 3]
 
 
+def test_the_rarest_class_has_the_size_that_is_asked_for_and_no_less() -> None:
+    for profile in ("exp", "step"):
+        assert long_tailed_counts(2, 98, 49, profile) == [98, 2]
+        for max_count in range(1, 400):
+            assert long_tailed_counts(3, max_count, max_count, profile)[-1] == 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
