@@ -21,6 +21,7 @@ ROWS = {
         "RIDE, adjusted by 1, 1, 1",
         "RIDE, adjusted by 1, 0, 2",
     ],
+    "adapters": ["one adapter of rank 6", "three experts, adapters of rank 2"],
     "mixup": ["plain backbone, mixup", "RIDE, mixup"],
 }
 

@@ -51,11 +51,11 @@ def load(file: Path, imbalance: float, tokenizer: Any) -> Data:
         if seen[c] < counts[c]:
             seen[c] += 1
             kept.append((text, c))
-    rest = [
+    held_out, test = (
         _groups([(text, int(rank[label])) for text, label in _pairs(content, part)], tokenizer)
         for part in ("val", "test")
-    ]
-    return Data(_groups(kept, tokenizer), *rest, seen)
+    )
+    return Data(_groups(kept, tokenizer), held_out, test, seen)
 
 
 def _pairs(content: dict[str, Any], part: str) -> list[tuple[str, int]]:

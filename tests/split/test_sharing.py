@@ -182,9 +182,16 @@ def test_a_checkpoint_may_hold_a_shared_tensor_under_one_name() -> None:
     model, other = wrapped(), wrapped()
     once = {t.data_ptr(): (name, t) for name, t in reversed(model.state_dict().items())}
     assert len(once) < len(model.state_dict())
-    other.load_state_dict(dict(once.values()))
+    state = dict(once.values())
     x = torch.randn(4, 8)
-    assert torch.equal(other.eval()(x), model.eval()(x))
+    for strict in (True, False):
+        for assign in (True, False):
+            loaded = copy.deepcopy(other)
+            missing, unexpected = loaded.load_state_dict(state, strict=strict, assign=assign)
+            assert unexpected == []
+            assert bool(missing) != strict
+            assert frozen_are_shared(loaded)
+            assert torch.equal(loaded.eval()(x), model.eval()(x))
 
 
 def test_a_checkpoint_of_experts_that_share_nothing_is_refused_before_anything_is_loaded() -> None:

@@ -1,0 +1,89 @@
+"""peft's adapters on a transformers model, and safetensors; skipped where they are absent.
+
+Run them after ``pip install -c constraints.txt torch==2.13.0 peft transformers safetensors``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+from ride_plugin import RIDEWrapper, experts_loss  # noqa: E402
+from ride_plugin.routing import TrunkState  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def wrapped(**options: object) -> RIDEWrapper:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=16, num_labels=7,
+    )  # fmt: skip
+    network = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    adapted = peft.get_peft_model(
+        network,
+        peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "dense"], **options),
+    )
+    fork_at = "base_model.model.bert.encoder.layer.2"
+    return RIDEWrapper(adapted, 3, fork_at=fork_at, init="copy", example_input=batch(2))
+
+
+def batch(rows: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 50, (rows, 10))
+    mask = torch.ones_like(ids)
+    mask[1:, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_lora_makes_experts_for_the_price_of_adapters(options: dict[str, object]) -> None:
+    model = wrapped(**options)
+    layer = "base_model.model.bert.encoder.layer.3.attention.self.query"
+    first, second, _ = (expert.get_submodule(layer) for expert in model.experts)
+    assert first.base_layer.weight is second.base_layer.weight
+    assert not torch.equal(first.lora_A.default.weight, second.lora_A.default.weight)
+    assert f"{layer}.lora_A.default.weight" in model.redrawn_parameters
+    assert not first.lora_B.default.weight.any()
+    heads = model.classifiers
+    assert heads[0].weight is not heads[1].weight
+
+
+def test_states_and_adapters_go_to_disk(tmp_path: Path) -> None:
+    model, other = wrapped(), wrapped()
+    model.trunk.requires_grad_(False)
+    inputs = batch(6)
+    with model.evaluating():
+        torch.save(model.run_trunk(**inputs), tmp_path / "trunk.pt")
+    state = torch.load(tmp_path / "trunk.pt", weights_only=True)
+    assert isinstance(state, TrunkState)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 0.1)
+    experts_loss(
+        torch.nn.functional.cross_entropy, model.train()(state), torch.arange(6)
+    ).backward()
+    optimizer.step()
+    model.eval()
+    torch.testing.assert_close(model(state), model(**inputs))
+
+    adapters = model.trainable_state_dict()
+    safetensors_torch.save_file(adapters, tmp_path / "adapters.safetensors")
+    other.trunk.requires_grad_(False)
+    other.load_trainable_state_dict(safetensors_torch.load_file(tmp_path / "adapters.safetensors"))
+    torch.testing.assert_close(other.eval()(**inputs), model(**inputs))
+
+    safetensors_torch.save_model(model, str(tmp_path / "model.safetensors"))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert (tmp_path / "model.safetensors").stat().st_size < 1.1 * size + 40_000
+    for load in (
+        lambda m, file: safetensors_torch.load_model(m, file),
+        lambda m, file: m.load_state_dict(safetensors_torch.load_file(file)),
+    ):
+        again = wrapped().eval()
+        load(again, str(tmp_path / "model.safetensors"))
+        torch.testing.assert_close(again(**inputs), model(**inputs))
