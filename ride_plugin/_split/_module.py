@@ -361,13 +361,26 @@ class SplitModule(nn.Module):
                 layer.eval()
         return self
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
-    ) -> None:
-        # Who loads with strict=False wants to be told what is missing (safetensors counts on it).
-        complete_shared(state_dict, prefix, self.experts, fill=strict)
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As for any module; a tensor that experts share may stand under one expert's name only.
+
+        With ``strict=False`` its other names are reported as missing, as torch does for tied
+        weights.
+
+        Raises:
+            CheckpointError: it holds different values for experts that share a tensor here.
+        """
+        if strict:
+            state_dict = copy.copy(state_dict)
+            complete_shared(state_dict, "", self.experts, fill=True)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        complete_shared(state_dict, prefix, self.experts, fill=False)
         self._held_together = held_together(self.experts)  # `assign=True` replaces each by itself
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._held_together = held_together(self.experts)

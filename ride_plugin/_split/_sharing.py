@@ -75,9 +75,7 @@ def held_by_all(experts: Iterable[nn.Module]) -> dict[str, Place]:
     }
 
 
-def complete_shared(
-    state: dict[str, Any], prefix: str, experts: nn.ModuleList, *, fill: bool
-) -> None:
+def complete_shared(state: Any, prefix: str, experts: nn.ModuleList, *, fill: bool) -> None:
     """Check what a checkpoint holds for shared tensors, which may stand under one key only.
 
     With ``fill`` every expert's key gets the tensor, so that none counts as missing.
