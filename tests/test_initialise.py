@@ -10,7 +10,7 @@ from torch import nn
 
 from ride_plugin import RIDEWrapper
 from ride_plugin._initialise import reinitialise
-from ride_plugin._split._probe import clone_module
+from ride_plugin._split._copies import clone_module
 
 from .backbones import CifarResNet, mlp
 

@@ -1,9 +1,9 @@
-"""What the build learns by running the two views on a small batch, on throwaway copies."""
+"""What the build learns by running the two views on small batches, on throwaway copies."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,15 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from ride_plugin._errors import SplitError
 from ride_plugin._inputs import Inputs, resize_batch
+from ride_plugin._split._copies import on_meta, running_copy
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
-from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._rows import Rows, find_rows
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._views import Views
 from ride_plugin._tree import logits_in, map_tensors, tensors_in
 
 _BATCHES = (2, 3)
-_INTERNAL = frozenset(vars(nn.Module()))
 # Operations that look at a tensor's values, although they return no tensor.
 _READS = frozenset(
     {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__contains__"}
@@ -48,120 +47,121 @@ class _Reads(TorchFunctionMode):
         return result
 
 
-def layout_of(
+@dataclass(frozen=True)
+class Lesson:
+    """What one mode of the backbone teaches about a cut.
+
+    Attributes:
+        layout: which values cross the cut, along which dimension their rows lie, which to clone.
+        reads: names of parameters outside all units that only the code after the fork reads.
+        writes: names of buffers outside all units that the code after the fork writes.
+    """
+
+    layout: Layout
+    reads: frozenset[str]
+    writes: frozenset[str]
+
+
+def learn(
     views: Views,
     inputs: Inputs,
     training: bool,
     attributes: Sequence[tuple[str, str]],
     *,
+    outside: Iterable[str] = (),
     warm: bool = False,
-) -> Layout:
-    """Learn which values cross the cut, along which dimension their rows lie, and which to clone.
+    known: Collection[tuple[str, ...]] = (),
+    meta: bool = False,
+) -> Lesson | None:
+    """Run the views on two small batches, on throwaway copies.
 
-    ``attributes`` are those of :func:`changing_attributes`; each pass starts from the same values,
-    with ``warm`` from those that an earlier forward leaves behind (a filled cache).
+    Args:
+        views: left as they are.
+        inputs: an example.
+        training: the mode.
+        attributes: plain attributes that a forward changes; each pass starts from the same values.
+        outside: names of tensors that belong to no unit.
+        warm: start from the attributes that an earlier forward leaves behind (a filled cache).
+        known: paths on which nothing more is to be learned; None is returned there.
+        meta: run on tensors without contents; it raises where the backbone looks at values.
 
     Raises:
         SplitError: the batch dimension of a value that crosses the cut is ambiguous.
     """
-    views = throwaway(views, training)
-    if warm:
-        args, kwargs = inputs
-        with torch.no_grad():
-            record(views.trunk, views.running, (), args, kwargs, stop_at_fork=False)
-    start = read_attributes(views.trunk, attributes)
-    states = []
-    for batch_size in _BATCHES:
+    views = throwaway(views, training, meta)
+    for parameter in (*views.trunk.parameters(), *views.expert.parameters()):
+        parameter.requires_grad_(False)
+    batches = tuple(resize_batch(inputs, size) for size in _BATCHES)
+    with on_meta(batches, meta) as (small, large):
+        return _learn(views, (small, large), attributes, set(outside), warm, known)
+
+
+def learn_at_run_time(
+    views: Views, inputs: Inputs, training: bool, attributes: Sequence[tuple[str, str]]
+) -> Layout:
+    """The layout of a path that the build did not see: on the meta device if that will do."""
+    try:
+        lesson = learn(views, inputs, training, attributes, meta=True)
+    except Exception:
+        lesson = learn(views, inputs, training, attributes)
+    assert lesson is not None  # nothing was known
+    return lesson.layout
+
+
+def _learn(
+    views: Views,
+    batches: Sequence[Inputs],
+    attributes: Sequence[tuple[str, str]],
+    outside: set[str],
+    warm: bool,
+    known: Collection[tuple[str, ...]],
+) -> Lesson | None:
+    def recorded(inputs: Inputs) -> TrunkState:
         torch.manual_seed(0)
         write_attributes(views.trunk, attributes, start)
-        args, kwargs = resize_batch(inputs, batch_size)
-        with torch.no_grad():
-            state, _ = record(views.trunk, views.running, (), args, kwargs, stop_at_fork=True)
-        states.append(state)
-    small, large = states
+        return record(views.trunk, views.running, (), *inputs, stop_at_fork=True)[0]
+
+    with torch.no_grad():
+        if warm:
+            record(views.trunk, views.running, (), *batches[0], stop_at_fork=False)
+        start = read_attributes(views.trunk, attributes)
+        small = recorded(batches[0])
+    if small.keys in known:
+        return None
+    parameters = {
+        name: tensor
+        for name in outside
+        if isinstance(tensor := _get(views.trunk, name), nn.Parameter)
+        and tensor.is_floating_point()
+    }
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    with torch.set_grad_enabled(bool(parameters)):
+        large = recorded(batches[1])
     if small.keys != large.keys:
         raise SplitError(
             "The backbone's forward takes another path for another batch size, so its trunk cannot "
             "be shared between experts. Pass `fork_at=` an earlier submodule."
         )
-    write_attributes(views.expert, attributes, start)
-    live = _live_values(views, large)
-    write_attributes(views.expert, attributes, start)
-    versions = [[t._version for t in tensors_in(value)] for value in large.values]
-    with torch.no_grad():
-        play(views.expert, views.running, large)
-    clone = [
-        tuple(t._version != old for t, old in zip(tensors_in(value), entry, strict=True))
-        for value, entry in zip(large.values, versions, strict=True)
-    ]
+    read_by_trunk = _influences(tensors_in(large.values), parameters)
+    use = _use_by_expert(views, replace(large, attributes=start), attributes, parameters, outside)
     rows = [
         tuple(
             _rows_or_none(key, a, b, alive)
             for a, b, alive in zip(tensors_in(x), tensors_in(y), flags, strict=True)
         )
-        for key, x, y, flags in zip(small.keys, small.values, large.values, live, strict=True)
+        for key, x, y, flags in zip(small.keys, small.values, large.values, use.live, strict=True)
     ]
-    return Layout(small.keys, tuple(rows), tuple(live), tuple(clone))
+    layout = Layout(small.keys, tuple(rows), tuple(use.live), tuple(use.clone))
+    return Lesson(layout, frozenset(use.reads - read_by_trunk), frozenset(use.writes))
 
 
-def tensors_only_experts_read(
-    views: Views, inputs: Inputs, names: Iterable[str], training: bool
-) -> set[str]:
-    """Names of parameters outside all units that only code after the fork reads.
-
-    Found by gradients: of the recorded values for the trunk, of the logits for an expert.
-    """
-    views = throwaway(views, training)
-    parameters = {
-        name: tensor
-        for name in names
-        if isinstance(tensor := _get(views.trunk, name), nn.Parameter)
-        and tensor.is_floating_point()
-    }
-    if not parameters:
-        return set()
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    args, kwargs = resize_batch(inputs, _BATCHES[1])
-    with torch.enable_grad():
-        state, _ = record(views.trunk, views.running, (), args, kwargs, stop_at_fork=True)
-        read_before = _influences(tensors_in(state.values), parameters)
-        detached = TrunkState(
-            state.batch_size,
-            state.keys,
-            [map_tensors(Tensor.detach, value) for value in state.values],
-            None,
-        )
-        logits = logits_in(play(views.expert, views.running, detached))
-        read_after = _influences([] if logits is None else [logits], parameters)
-    return read_after - read_before
-
-
-def changing_attributes(views: Views, inputs: Inputs, training: bool) -> set[tuple[str, str]]:
-    """Plain attributes of the backbone's own modules that a forward changes, caches for example."""
-    views = throwaway(views, training)
-    names = {id(module): name for name, module in views.trunk.named_modules()}
-    found: set[tuple[str, str]] = set()
-    args, kwargs = resize_batch(inputs, _BATCHES[0])
-    for _ in range(2):  # a cache changes in the first forward, a counter in every one
-        before = [dict(vars(module)) for module, _ in views.spine]
-        with torch.no_grad():
-            record(views.trunk, views.running, (), args, kwargs, stop_at_fork=False)
-        for (module, _), old in zip(views.spine, before, strict=True):
-            new = vars(module)
-            for key in {*old, *new} - _INTERNAL:
-                if old.get(key) is not new.get(key):
-                    found.add((names[id(module)], key))
-    return found
-
-
-def throwaway(views: Views, training: bool) -> Views:
+def throwaway(views: Views, training: bool, meta: bool = False) -> Views:
     """Copy both views, so that a probe changes no statistic and no random state of the real ones.
 
     The copy's expert is what its trunk's stand-ins lead to, as in the original.
     """
-    kept = {**detached_activations(views.trunk), **detached_activations(views.expert)}
-    copied: Views = copy.deepcopy(views, kept)
+    copied = running_copy(views, (views.trunk, views.expert), views.written, meta)
     _share_running(copied)
     copied.trunk.train(training)
     copied.expert.train(training)
@@ -177,37 +177,107 @@ def _share_running(views: Views) -> None:
             raise AssertionError("stand-ins lost the pass they belong to")
 
 
-def _live_values(views: Views, state: TrunkState) -> list[tuple[bool, ...]]:
+@dataclass
+class _Use:
+    """What an expert's pass does with the values and tensors that it finds."""
+
+    live: list[tuple[bool, ...]]
+    clone: list[tuple[bool, ...]]
+    reads: set[str]
+    writes: set[str]
+
+
+def _use_by_expert(
+    views: Views,
+    state: TrunkState,
+    attributes: Sequence[tuple[str, str]],
+    parameters: dict[str, nn.Parameter],
+    outside: set[str],
+) -> _Use:
+    """Watch one pass of the expert, with gradients where they can be had.
+
+    Where they cannot (a layer without a backward in evaluation, say), every value is taken to be
+    in use, which costs memory and nothing else.
+    """
+    try:
+        write_attributes(views.expert, attributes, state.attributes)
+        return _watch_expert(views, state, parameters, outside, gradients=True)
+    except Exception:
+        write_attributes(views.expert, attributes, state.attributes)
+        return _watch_expert(views, state, parameters, outside, gradients=False)
+
+
+def _watch_expert(
+    views: Views,
+    state: TrunkState,
+    parameters: dict[str, nn.Parameter],
+    outside: set[str],
+    gradients: bool,
+) -> _Use:
     leaves: dict[int, Tensor] = {}
     handed: dict[int, int] = {}  # what the expert is given -> the recorded value
+    given: list[tuple[Tensor, int]] = []
 
-    def leaf(value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        if id(value) not in leaves:
-            leaves[id(value)] = value.detach().clone().requires_grad_(True)
-        given = leaves[id(value)].clone()  # not a leaf: an expert may change it in place
-        handed[id(given)] = id(value)
-        return given
+    def hand(value: Tensor) -> Tensor:
+        if gradients and value.is_floating_point():
+            if id(value) not in leaves:
+                leaves[id(value)] = value.detach().clone().requires_grad_(True)
+            own = leaves[id(value)].clone()  # not a leaf: an expert may change it in place
+        else:
+            own = value.detach().clone()
+        handed[id(own)] = id(value)
+        given.append((own, own._version))
+        return own
 
+    buffers = {
+        name: (tensor, tensor._version)
+        for name in outside
+        if isinstance(tensor := _get(views.expert, name), Tensor)
+        and not isinstance(tensor, nn.Parameter)
+    }
     reads = _Reads()
-    with torch.enable_grad():
-        values = [map_tensors(leaf, value) for value in state.values]
+    with torch.set_grad_enabled(gradients):
+        values = [map_tensors(hand, value) for value in state.values]
         watched = TrunkState(state.batch_size, state.keys, values, None)
         with reads:  # below the player's mode: what is replayed reads nothing
             logits = logits_in(play(views.expert, views.running, watched))
-        if logits is None:
-            return [tuple(True for _ in tensors_in(value)) for value in state.values]
-        used = {handed[key] for key in reads.seen if key in handed}
-        if logits.requires_grad:
-            gradients = torch.autograd.grad(logits.sum(), list(leaves.values()), allow_unused=True)
-            pairs = zip(leaves, gradients, strict=True)
-            used |= {key for key, gradient in pairs if gradient is not None}
-    # Integers and booleans (masks, positions) are small: they are always kept.
-    return [
-        tuple(id(t) in used or not t.is_floating_point() for t in tensors_in(value))
-        for value in state.values
-    ]
+    flat = [list(tensors_in(value)) for value in state.values]
+    used = {handed[key] for key in reads.seen if key in handed}
+    read_parameters: set[str] = set()
+    if not gradients or logits is None:
+        read_parameters = {name for name, p in parameters.items() if id(p) in reads.seen}
+        used = {id(tensor) for entry in flat for tensor in entry}
+    elif logits.requires_grad:
+        asked = [*leaves.values(), *parameters.values()]
+        found = torch.autograd.grad(logits.sum(), asked, allow_unused=True)
+        keys = [*leaves, *parameters]
+        reached = {key for key, grad in zip(keys, found, strict=True) if grad is not None}
+        used |= {key for key in leaves if key in reached}
+        read_parameters = {name for name in parameters if name in reached}
+    changed = {handed[id(own)] for own, version in given if own._version != version}
+    # A tensor that shares its memory with one that is changed in place changes with it.
+    memory = {_memory(tensor) for entry in flat for tensor in entry if id(tensor) in changed}
+    written = {
+        name
+        for name, (tensor, version) in buffers.items()
+        if tensor._version != version
+        or ((now := _get(views.expert, name)) is not tensor and id(now) not in handed)
+    }
+    return _Use(
+        # Integers and booleans (masks, positions) are small: they are always kept.
+        [tuple(id(t) in used or not t.is_floating_point() for t in entry) for entry in flat],
+        [tuple(id(t) in changed or _memory(t) in memory for t in entry) for entry in flat],
+        read_parameters,
+        written,
+    )
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells whether two tensors share their memory."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, or inside vmap: no storage to share
+        return id(tensor)
 
 
 def _influences(outputs: Iterable[Tensor], parameters: dict[str, nn.Parameter]) -> set[str]:

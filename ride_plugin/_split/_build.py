@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,10 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ride_plugin._contexts import random_state_kept
-from ride_plugin._errors import ArgumentError, SplitError, warn_caller
-from ride_plugin._inputs import Inputs, resize_batch
-from ride_plugin._split._analysis import changing_attributes, layout_of, tensors_only_experts_read
+from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
+from ride_plugin._inputs import Inputs
+from ride_plugin._split._analysis import learn
 from ride_plugin._split._check import check
+from ride_plugin._split._copies import (
+    detached_activations,
+    on_meta,
+    running_copy,
+    written_parameters,
+)
 from ride_plugin._split._example import find_example
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._logits import (
@@ -25,7 +33,7 @@ from ride_plugin._split._logits import (
     learn_training_output,
 )
 from ride_plugin._split._parts import Split
-from ride_plugin._split._probe import Call, call_tree, clone_module, detached_activations
+from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._references import refuse_captured
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import Forked, Recorded, watch_classifier
@@ -85,20 +93,45 @@ def split_backbone(
         )
     refuse_unfit(backbone)
     with random_state_kept(backbone):
-        source = _source_of(backbone)
-        seen = examine(source, example_input, logits, num_classes)
-        if seen.reader is not None:
-            source.register_forward_hook(seen.reader)  # every copy of it returns its logits
-        fork = choose_fork(seen.root, fork_at)
-        trunk_units, forked_units = sides(fork, seen.root, seen.training_root)
-        outside = spine_tensors(source, [*trunk_units, *forked_units])
-        views = build_views(source, trunk_units, forked_units, set())
-        forked_tensors = tensors_only_experts_read(views, seen.inputs, outside, training=False)
-        if seen.training_root is not None:
-            forked_tensors &= tensors_only_experts_read(views, seen.inputs, outside, training=True)
-        if forked_tensors:
-            views = build_views(source, trunk_units, forked_units, forked_tensors)
-        return learned(source, views, seen, fork.name, forked_units)
+        written: frozenset[str] = frozenset()
+        while True:
+            source = _source_of(backbone)
+            try:
+                split = _split(source, fork_at, example_input, logits, num_classes, written)
+            except RIDEError:
+                # A pass that wrote parameters, which copies share, spoils what comes after it.
+                more = written_parameters(backbone, (source,))
+                if more <= written:
+                    raise
+                written |= more
+            else:
+                more = written_parameters(backbone, (split.views.trunk, split.views.expert))
+                if more <= written:
+                    return split
+                written |= more
+
+
+def _split(
+    source: nn.Module,
+    fork_at: str | None,
+    example_input: Any,
+    logits: Choice,
+    num_classes: int | None,
+    written: frozenset[str],
+) -> Split:
+    """Cut ``source``, a copy of the backbone; its parameters become those of the split."""
+    seen = examine(source, example_input, logits, num_classes, written)
+    if seen.reader is not None:
+        source.register_forward_hook(seen.reader)  # every copy of it returns its logits
+    fork = choose_fork(seen.root, fork_at)
+    trunk_units, forked_units = sides(fork, seen.root, seen.training_root)
+
+    def cut(forked_tensors: frozenset[str]) -> Views:
+        views = build_views(source, trunk_units, forked_units, forked_tensors)
+        return replace(views, written=written)
+
+    outside = spine_tensors(source, [*trunk_units, *forked_units])
+    return learned(source, cut(frozenset()), seen, fork.name, forked_units, outside, cut)
 
 
 def reason_of_fork(backbone: nn.Module, fork_at: str | None, example_input: Any) -> tuple[str, str]:
@@ -114,6 +147,7 @@ def examine(
     example_input: Any,
     logits: Choice = None,
     num_classes: int | None = None,
+    written: frozenset[str] = frozenset(),
 ) -> Examined:
     """Run a copy of the backbone on the example, or on one that is guessed.
 
@@ -121,21 +155,37 @@ def examine(
         SplitError: it does not run, or it is not certain which part of its output is the logits.
     """
     reader = LogitsReader(logits)
-    probed = clone_module(backbone).eval()
-    inputs = find_example(probed, example_input, reader)
-    root, output = call_tree(probed, inputs)
+
+    def copied(training: bool, meta: bool = False) -> nn.Module:
+        return running_copy(backbone, (backbone,), written, meta).train(training)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return copied(False)(*inputs[0], **inputs[1])
 
     def differentiable() -> Any:
-        copied = clone_module(backbone).eval()
-        for parameter in copied.parameters():
+        module = copied(False)
+        for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         with torch.enable_grad():
-            return copied(*inputs[0], **inputs[1])
+            return module(*inputs[0], **inputs[1])
 
+    inputs = find_example(copied(False), example_input, reader)
+    root, output = _calls(copied, inputs, False)
+    found: Tensor | None
     found, head = find_logits(reader, root, output, num_classes, differentiable)
+    if found.is_meta:  # so far the shapes were enough
+        output = run()
+        found = reader.logits_of(output)
+        assert found is not None  # of the shapes it is not
     check_classifies(root, output, found, head, reader, num_classes)
-    training_root, training_output = _training_call_tree(backbone, inputs)
-    if training_root is not None:
+    training_root: Call | None = None
+    training_output: Any = None
+    try:
+        training_root, training_output = _calls(copied, inputs, True)
+    except Exception:  # it needs more than inputs there, targets say
+        pass
+    else:
         learn_training_output(reader, training_root, training_output, head)
     plain = isinstance(output, Tensor) and isinstance(training_output, Tensor | None)
     return Examined(
@@ -149,40 +199,83 @@ def examine(
 
 
 def learned(
-    backbone: nn.Module, views: Views, seen: Examined, fork_at: str, forked_units: list[str]
+    source: nn.Module,
+    views: Views,
+    seen: Examined,
+    fork_at: str,
+    forked_units: list[str],
+    outside: Collection[str] = (),
+    cut: Callable[[frozenset[str]], Views] | None = None,
 ) -> Split:
     """Learn what crosses the cut between two views of a backbone, and check that they are it.
+
+    Args:
+        source: the backbone, or a copy of it that shares its parameters with the views.
+        views: the trunk and an expert.
+        seen: what one forward of it shows.
+        fork_at: name of the first forked submodule.
+        forked_units: names of the submodules that an expert owns.
+        outside: names of tensors that belong to no unit, which either side may own.
+        cut: makes the views anew, with those tensors that experts own.
 
     Raises:
         SplitError: they compute something else than the backbone, or mix rows.
     """
-    modes = (False, True) if seen.training_root is not None else (False,)
-    attributes = sorted(
-        set().union(*(changing_attributes(views, seen.inputs, training) for training in modes))
-    )
-    layouts: list[Layout] = []
-    passes = [
-        (training, warm) for training in modes for warm in (False, True)[: 1 + bool(attributes)]
-    ]
-    for training, warm in passes:
-        layout = layout_of(views, seen.inputs, training, attributes, warm=warm)
-        if all(known.keys != layout.keys for known in layouts):
-            layouts.append(layout)
-    check(backbone, views, seen.inputs, layouts, fork_at)
+    trees = {False: seen.root}
+    if seen.training_root is not None:
+        trees[True] = seen.training_root
+    names = {id(module): name for name, module in views.trunk.named_modules()}
+    spine = {names[id(module)] for module, _ in views.spine}
+    changed = {change for tree in trees.values() for change in tree.changed}
+    attributes = sorted(change for change in changed if change[0] in spine)
+
+    def lessons(meta: bool) -> tuple[Views, list[Layout]]:
+        """The views and what crosses the cut, for each path: both modes, cold and warm."""
+        layouts: dict[tuple[str, ...], Layout] = {}
+        reads: list[frozenset[str]] = []
+        writes: frozenset[str] = frozenset()
+        for mode, warm in product(trees, (False, True) if attributes else (False,)):
+            lesson = learn(
+                views,
+                seen.inputs,
+                mode,
+                attributes,
+                outside=outside,
+                warm=warm,
+                # A second lesson on one path teaches about tensors outside units only.
+                known=() if outside else layouts,
+                meta=meta,
+            )
+            if lesson is not None:
+                reads.append(lesson.reads)
+                writes |= lesson.writes
+                layouts.setdefault(lesson.layout.keys, lesson.layout)
+        # Read by experts only, on every path; or written by them, on any.
+        forked = frozenset.intersection(*reads) | writes
+        return cut(forked) if cut is not None and forked else views, list(layouts.values())
+
+    # On the meta device this is almost free; but a backbone may look at values.
+    for meta in (True, False):
+        try:
+            split_views, layouts = lessons(meta)
+            check(source, split_views, seen.inputs, layouts, fork_at)
+        except Exception:
+            if not meta:
+                raise
+        else:
+            break
     name = seen.classifier
     forked = name is not None and any(f"{name}.".startswith(f"{unit}.") for unit in forked_units)
     classifier = name if forked else None
-    watch_classifier(views.expert, classifier, views.running)
-    return Split(views, layouts, attributes, seen.inputs, seen.num_classes, fork_at, classifier)
+    watch_classifier(split_views.expert, classifier, split_views.running)
+    return Split(
+        split_views, layouts, attributes, seen.inputs, seen.num_classes, fork_at, classifier
+    )
 
 
 def _source_of(backbone: nn.Module) -> nn.Module:
-    """The backbone's modules anew around its own tensors, what was compiled as it was before.
-
-    It is never run, only copied; so it may be changed while the backbone stays as it is.
-    """
+    """A copy of the backbone, what was compiled as it was before."""
     memo: dict[int, Any] = dict(detached_activations(backbone))
-    memo.update((id(t), t) for t in (*backbone.parameters(), *backbone.buffers()))
     compiled = [module for module in backbone.modules() if is_compiled(module)]
     for module in reversed(compiled):  # from inside to outside
         memo[id(module)] = copy.deepcopy(module.get_submodule(_COMPILED), memo)
@@ -251,9 +344,12 @@ def _called(name: str) -> str:
     return f"`{name}`" if name else "it"
 
 
-def _training_call_tree(backbone: nn.Module, inputs: Inputs) -> tuple[Call | None, Any]:
-    """The calls of a forward in training mode and its output; None where it does not run so."""
+def _calls(
+    copied: Callable[[bool, bool], nn.Module], inputs: Inputs, training: bool
+) -> tuple[Call, Any]:
+    """The calls of a forward, and its output: on the meta device if that will do."""
     try:
-        return call_tree(clone_module(backbone).train(), resize_batch(inputs, 3))
+        with on_meta(inputs, True) as shapes:
+            return call_tree(copied(training, True), shapes)
     except Exception:
-        return None, None
+        return call_tree(copied(training, False), inputs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from ride_plugin._errors import RIDEError, SplitError
 from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._analysis import throwaway
+from ride_plugin._split._copies import running_copy
 from ride_plugin._split._passes import play, record
-from ride_plugin._split._probe import clone_module
-from ride_plugin._split._state import Layout
+from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._views import Views
 from ride_plugin._tree import logits_in, map_tensors
 
@@ -21,33 +22,41 @@ _BATCH = 3
 
 
 def check(
-    backbone: nn.Module, views: Views, inputs: Inputs, layouts: Sequence[Layout], fork: str
+    source: nn.Module, views: Views, inputs: Inputs, layouts: Sequence[Layout], fork: str
 ) -> None:
     """Compare the split with the backbone: evaluation, a seeded training pass, a row subset.
 
     Raises:
         SplitError: they differ; the message names the fork point and says what to pass.
     """
-    inputs = resize_batch(inputs, _BATCH)
+
+    def backbone(training: bool) -> nn.Module:
+        return running_copy(source, (source,), views.written).train(training)
+
     for training in (False, True):
         mode = "training" if training else "evaluation"
-        reference = clone_module(backbone).train(training)
+        batch = resize_batch(inputs, 2 if training else _BATCH)
+        reference = backbone(training)
         try:
-            expected = _seeded(reference, inputs)
-            expected_again = _seeded(clone_module(backbone).train(training), inputs)
+            expected = _seeded(reference, batch)
         except Exception:
             if training:  # a backbone that cannot train on its own input has nothing to compare
                 return
             raise
-        exact = torch.equal(expected, expected_again)
+
+        @cache
+        def exact(training: bool = training, batch: Any = batch, first: Tensor = expected) -> bool:
+            """Whether the backbone returns the same bits again; most do, and are not asked."""
+            return torch.equal(first, _seeded(backbone(training), batch))
+
         for stop_at_fork in (True, False):
             copied = throwaway(views, training)
             try:
-                got = _one_expert(copied, inputs, layouts, stop_at_fork)
+                state, got = _one_expert(copied, batch, layouts, stop_at_fork)
             except RIDEError as error:
                 raise SplitError(f"{_prefix(fork, mode)}: {error}") from error
             if not _same(got, expected, exact) and not _same(
-                got, _unfused(backbone, training, inputs, expected), exact
+                got, _unfused(backbone(training), batch, expected), exact
             ):
                 difference = (got - expected).abs().max().item()
                 raise SplitError(
@@ -55,13 +64,13 @@ def check(
                     f"by up to {difference:.3g}. Pass `fork_at=` another submodule."
                 )
             _check_buffers(reference, copied, fork, mode, exact)
-        if not training:
-            _check_rows(backbone, throwaway(views, False), inputs, layouts, expected, fork)
+            if stop_at_fork and not training:
+                _check_rows(backbone, throwaway(views, False), state, expected, fork)
 
 
 def _one_expert(
     views: Views, inputs: Inputs, layouts: Sequence[Layout], stop_at_fork: bool
-) -> Tensor:
+) -> tuple[TrunkState, Tensor]:
     args, kwargs = inputs
     torch.manual_seed(0)
     with torch.no_grad():
@@ -70,25 +79,24 @@ def _one_expert(
         )
         if stop_at_fork:
             output = play(views.expert, views.running, state.hollowed())
-    return _logits(output)
+    return state, _logits(output)
 
 
 def _check_rows(
-    backbone: nn.Module,
+    backbone: Callable[[bool], nn.Module],
     views: Views,
-    inputs: Inputs,
-    layouts: Sequence[Layout],
+    state: TrunkState,
     expected: Tensor,
     fork: str,
 ) -> None:
     try:
-        agree = _rows_agree(backbone, views, inputs, layouts, expected)
+        agree = _rows_agree(backbone, views, state, expected)
     except Exception as error:
         raise SplitError(
             f"{_prefix(fork, 'evaluation')}: an expert does not run on a subset of the rows, which "
             f"routing needs ({type(error).__name__}: {error}). Pass `fork_at=` another submodule."
         ) from error
-    if not agree and not _rows_agree_in_double(backbone, views, inputs, layouts):
+    if not agree and not _rows_agree_in_double(backbone, views, state):
         raise SplitError(
             f"{_prefix(fork, 'evaluation')}: an expert's logits for some rows differ from those "
             "rows of the whole batch, so routing would change predictions. Pass `fork_at=` another "
@@ -97,39 +105,52 @@ def _check_rows(
 
 
 def _rows_agree(
-    backbone: nn.Module, views: Views, inputs: Inputs, layouts: Sequence[Layout], expected: Tensor
+    backbone: Callable[[bool], nn.Module], views: Views, state: TrunkState, expected: Tensor
 ) -> bool:
     rows = torch.tensor([2, 0], device=expected.device)
-    args, kwargs = inputs
     torch.manual_seed(0)
+    some = state.select(rows)
     with torch.no_grad():
-        state, _ = record(views.trunk, views.running, layouts, args, kwargs, stop_at_fork=True)
-        got = _logits(play(views.expert, views.running, state.hollowed().select(rows)))
+        got = _logits(play(views.expert, views.running, some.hollowed()))
+    if got.shape != expected[rows].shape:
+        return False
+    if _close(got, expected[rows]):
+        return True
     # Kernels differ with the batch size, and a deep network amplifies their rounding: what the
     # backbone itself shows of it is allowed, as long as it can be rounding.
-    alone = _seeded(clone_module(backbone).eval(), state.select(rows).values[0])
+    alone = _seeded(backbone(False), some.values[0])
     noise = min(
         10 * float((alone - expected[rows]).abs().max()), 1e-3 * float(expected.abs().max())
     )
-    return got.shape == expected[rows].shape and _close(got, expected[rows], noise)
+    return _close(got, expected[rows], noise)
 
 
 def _rows_agree_in_double(
-    backbone: nn.Module, views: Views, inputs: Inputs, layouts: Sequence[Layout]
+    backbone: Callable[[bool], nn.Module], views: Views, state: TrunkState
 ) -> bool:
     """Tell rounding that a network amplifies (it all but vanishes) from rows that really differ."""
-    backbone = clone_module(backbone).eval().double()
-    views = throwaway(views, False)
+
+    def doubled(training: bool) -> nn.Module:
+        return backbone(training).double()
+
     views.trunk.double()
     views.expert.double()
-    inputs = map_tensors(lambda t: t.double() if t.is_floating_point() else t, inputs)
+    args, kwargs = map_tensors(
+        lambda t: t.double() if t.is_floating_point() else t, state.values[0]
+    )
     try:
-        return _rows_agree(backbone, views, inputs, layouts, _seeded(backbone, inputs))
+        expected = _seeded(doubled(False), (args, kwargs))
+        with torch.no_grad():
+            layouts = [] if state.layout is None else [state.layout]
+            again, _ = record(views.trunk, views.running, layouts, args, kwargs, stop_at_fork=True)
+        return _rows_agree(doubled, views, again, expected)
     except Exception:  # no kernel for float64, or a dtype written into the backbone
         return False
 
 
-def _check_buffers(reference: nn.Module, views: Views, fork: str, mode: str, exact: bool) -> None:
+def _check_buffers(
+    reference: nn.Module, views: Views, fork: str, mode: str, exact: Callable[[], bool]
+) -> None:
     ours = dict(views.trunk.named_buffers(remove_duplicate=False))
     ours.update(views.expert.named_buffers(remove_duplicate=False))
     for name, buffer in reference.named_buffers(remove_duplicate=False):
@@ -146,13 +167,12 @@ def _seeded(module: nn.Module, inputs: Inputs) -> Tensor:
         return _logits(module(*inputs[0], **inputs[1]))
 
 
-def _unfused(backbone: nn.Module, training: bool, inputs: Inputs, expected: Tensor) -> Tensor:
+def _unfused(hooked: nn.Module, inputs: Inputs, expected: Tensor) -> Tensor:
     """The backbone's logits as its layers compute them with a hook on each.
 
     torch replaces its own transformer layers by one fused kernel unless a hook is registered; the
     wrapper needs hooks, so it differs from the plain backbone by rounding, and no more.
     """
-    hooked = clone_module(backbone).train(training)
     for module in hooked.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_pre_hook(lambda *_: None)
@@ -167,7 +187,7 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _same(a: Tensor, b: Tensor, exact: bool) -> bool:
+def _same(a: Tensor, b: Tensor, exact: Callable[[], bool]) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if torch.equal(a, b) or (
@@ -176,7 +196,7 @@ def _same(a: Tensor, b: Tensor, exact: bool) -> bool:
         and torch.equal(a.nan_to_num(), b.nan_to_num())
     ):
         return True
-    return not exact and _close(a, b)
+    return _close(a, b) and not exact()
 
 
 def _close(a: Tensor, b: Tensor, allowed: float = 0.0) -> bool:

@@ -69,7 +69,9 @@ def unite(base: Split, splits: Sequence[Split]) -> Parts:
             module.stand_for(experts[0])
     for link in links:
         link.refresh()
-    common = replace(base, layouts=layouts, attributes=sorted(attributes))
+    written = frozenset[str]().union(*(split.views.written for split in (base, *splits)))
+    views = replace(base.views, written=written)
+    common = replace(base, views=views, layouts=layouts, attributes=sorted(attributes))
     parts = parts_of(common, experts, links, num_probed=len(experts))
     _check_runs(parts)
     _warn_if_equal(experts)
@@ -125,7 +127,8 @@ def _transplanted(split: Split, other: Split) -> Split:
     links = [link for link in views.links if id(link.view) in inside]
     expert, links = copy.deepcopy((views.expert, links), memo)
     expert.to(next(trunk.parameters(), torch.empty(0)).device)
-    return replace(other, views=Views(trunk, expert, split.views.running, links, []))
+    views = Views(trunk, expert, split.views.running, links, [], other.views.written)
+    return replace(other, views=views)
 
 
 def _check_runs(parts: Parts) -> None:

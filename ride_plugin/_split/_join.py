@@ -11,9 +11,9 @@ from torch import nn
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._split._build import examine, learned
+from ride_plugin._split._copies import clone_module, detached_activations
 from ride_plugin._split._graft import module_from, unite
 from ride_plugin._split._parts import Parts, Split
-from ride_plugin._split._probe import clone_module, detached_activations
 from ride_plugin._split._tape import Forked, ForkHook, Recorded, Running, UnitHooks
 from ride_plugin._split._views import Views
 
@@ -64,14 +64,15 @@ def join_parts(
         forked.stand_for(expert)
         views = Views(view, expert, running, [], [(view, expert)])
         network = Joined(trunk, head)
+        source = clone_module(network)
         try:
             with random_state_kept(network):
                 example = splits[0].inputs if splits else example_input
-                seen = examine(network, example)
+                seen = examine(source, example)
                 if seen.reader is not None:
-                    network.register_forward_hook(seen.reader)
+                    source.register_forward_hook(seen.reader)
                     expert.head.register_forward_hook(seen.reader)
-                splits.append(learned(network, views, seen, "head", ["head"]))
+                splits.append(learned(source, views, seen, "head", ["head"]))
         except SplitError as error:
             raise SplitError(f"`expert_factory({index})` does not fit: {error}") from error
     return unite(splits[0], splits)

@@ -21,11 +21,11 @@ from ride_plugin._errors import (
     warn_caller,
 )
 from ride_plugin._inputs import Inputs, resize_batch
-from ride_plugin._split._analysis import layout_of
+from ride_plugin._split._analysis import learn_at_run_time
+from ride_plugin._split._copies import detached_activations
 from ride_plugin._split._logits import LogitsReader, describe
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
-from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._sharing import (
     Group,
     complete_shared,
@@ -70,6 +70,7 @@ class SplitModule(nn.Module):
         self._inputs = parts.inputs
         self._num_probed = parts.num_probed
         self.redrawn_parameters = list(parts.redrawn)
+        self._written = parts.written
         self.trunk = parts.trunk
         self.experts = nn.ModuleList(parts.experts)
         self._units = places_of_units(self.trunk)
@@ -101,6 +102,7 @@ class SplitModule(nn.Module):
             self.classifier_name,
             self._num_probed,
             self.redrawn_parameters,
+            self._written,
         )
 
     @property
@@ -331,7 +333,8 @@ class SplitModule(nn.Module):
                 parts, training = self.parts(), self.trunk.training
                 for index in range(self._num_probed):
                     views = parts.views(index)
-                    layouts.append(layout_of(views, (args, kwargs), training, self._attributes))
+                    layout = learn_at_run_time(views, (args, kwargs), training, self._attributes)
+                    layouts.append(layout)
             except RIDEError:
                 return None  # every row can still go on; only `select` needs the layout
         if any(other.keys != layouts[0].keys for other in layouts):

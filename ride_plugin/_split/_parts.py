@@ -59,6 +59,7 @@ class Parts:
             all of them if each was made by itself.
         redrawn: names, inside an expert, of trainable parameters that were drawn anew for each
             expert beside frozen ones.
+        written: names of parameters that a forward writes.
     """
 
     trunk: nn.Module
@@ -73,6 +74,7 @@ class Parts:
     classifier: str | None
     num_probed: int = 1
     redrawn: Sequence[str] = ()
+    written: frozenset[str] = frozenset()
 
     def classifiers(self) -> list[nn.Module]:
         """The classifier of each expert; none if it is no submodule."""
@@ -82,7 +84,7 @@ class Parts:
 
     def views(self, index: int) -> Views:
         """The trunk and one expert, for a trial on throwaway copies."""
-        return Views(self.trunk, self.experts[index], self.running, [], [])
+        return Views(self.trunk, self.experts[index], self.running, [], [], self.written)
 
 
 def replicate(split: Split, num_experts: int) -> Parts:
@@ -114,6 +116,7 @@ def parts_of(
         split.fork_at,
         split.classifier,
         num_probed,
+        written=split.views.written,
     )
 
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import resize_batch
+from ride_plugin._split._copies import detached_activations
 from ride_plugin._split._join import Joined
 from ride_plugin._split._logits import LogitsReader, reader_in
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, trial_run
-from ride_plugin._split._probe import detached_activations
 from ride_plugin._split._tape import FeatureHook, ForkHook, Recorded, StartHook, UnitHooks
 from ride_plugin._split._views import Link
 

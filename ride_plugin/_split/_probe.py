@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,18 +12,25 @@ from torch import Tensor, nn
 from ride_plugin._inputs import Inputs
 from ride_plugin._tree import tensors_in
 
+_INTERNAL = frozenset(vars(nn.Module()))
+
 Seen = tuple[int, tuple[int, ...]]  # (address, shape) of a tensor
 
 
 @dataclass
 class Call:
-    """One call of a submodule, and the calls inside it."""
+    """One call of a submodule, and the calls inside it.
+
+    For the root, ``changed`` names the plain attributes ``(submodule, attribute)`` that the forward
+    has changed: caches, counters.
+    """
 
     name: str
     module: nn.Module
     children: list[Call] = field(default_factory=list)
     inputs: list[Seen] = field(default_factory=list)
     outputs: list[Seen] = field(default_factory=list)
+    changed: set[tuple[str, str]] = field(default_factory=set)
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -77,6 +83,7 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         alive.append(result)
         stack.pop().outputs = _seen(result)
 
+    before_all = {name: (part, dict(vars(part))) for name, part in model.named_modules()}
     handles = []
     for module in model.modules():
         if module is not model and not isinstance(module, torch.jit.ScriptModule):
@@ -89,42 +96,27 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         for handle in handles:
             handle.remove()
     root.outputs = _seen(output)
+    root.changed = {
+        (name, key)
+        for name, (part, old) in before_all.items()
+        for key in {*old, *vars(part)} - _INTERNAL
+        if old.get(key) is not vars(part).get(key)
+    }
     return root, output
 
 
-def clone_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Deep copy that survives activations left on modules (``self.feat = out``).
-
-    ``deepcopy`` refuses tensors with a gradient history; they are copied without it.
-    """
-    memo = {} if memo is None else memo
-    memo.update(detached_activations(module))
-    return copy.deepcopy(module, memo)
-
-
-def detached_activations(module: nn.Module) -> dict[int, Any]:
-    """A deepcopy memo that maps activations kept on modules to copies without history."""
-    return {
-        id(tensor): tensor.detach().clone()
-        for part in module.modules()
-        for value in vars(part).values()
-        if not isinstance(value, nn.Module)
-        for tensor in tensors_in(value)
-        if not tensor.is_leaf
-    }
+def _seen(value: Any) -> list[Seen]:
+    return [(address_of(t), tuple(t.shape)) for t in tensors_in(value)]
 
 
 def address_of(tensor: Tensor) -> int:
-    """Where a tensor's data begin."""
-    return tensor.data_ptr()
-
-
-def _seen(value: Any) -> list[Seen]:
-    return [(address_of(t), tuple(t.shape)) for t in tensors_in(value) if _has_address(t)]
-
-
-def _has_address(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided
+    """Where a tensor's data begin, or what tells its data from others' where it has none."""
+    try:
+        if tensor.is_meta:
+            return hash((tensor.untyped_storage()._cdata, tensor.storage_offset()))
+        return tensor.data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, or inside vmap
+        return id(tensor)
 
 
 def _leaf_multiply_adds(leaf: Call) -> int:

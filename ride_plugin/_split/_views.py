@@ -8,13 +8,14 @@ stand-ins without parameters, so names stay those of the backbone (``trunk.conv1
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ride_plugin._split._fork import Fork
-from ride_plugin._split._probe import Call, clone_module
+from ride_plugin._split._probe import Call
 from ride_plugin._split._tape import Forked, ForkHook, Recorded, Running, UnitHooks
 
 
@@ -43,6 +44,7 @@ class Views:
         running: the pass in progress, shared by all hooks and stand-ins.
         links: tensors that one side reads and the other owns.
         spine: pairs (trunk's, expert's) of modules whose own forward runs on both sides.
+        written: names of parameters that a forward writes.
     """
 
     trunk: nn.Module
@@ -50,6 +52,7 @@ class Views:
     running: Running
     links: list[Link]
     spine: list[tuple[nn.Module, nn.Module]]
+    written: frozenset[str] = frozenset()
 
 
 def sides(fork: Fork, root: Call, training: Call | None) -> tuple[list[str], list[str]]:
@@ -106,28 +109,27 @@ def sides(fork: Fork, root: Call, training: Call | None) -> tuple[list[str], lis
 
 
 def build_views(
-    backbone: nn.Module, trunk_units: list[str], forked_units: list[str], forked_tensors: set[str]
+    source: nn.Module,
+    trunk_units: list[str],
+    forked_units: list[str],
+    forked_tensors: Collection[str],
 ) -> Views:
     """Build both views.
 
     Args:
-        backbone: left as it is.
+        source: a copy of the backbone of which nothing is changed; the views hold its parameters.
         trunk_units: names of the submodules that run in the trunk.
         forked_units: names of the submodules that each expert owns.
         forked_tensors: names of tensors outside units (a class token, say) that only experts read.
     """
-    source = clone_module(backbone)
     modules = dict(source.named_modules(remove_duplicate=False))
     in_trunk = {id(modules[name]): name for name in trunk_units}
     in_expert = {id(modules[name]): name for name in forked_units}
     running = Running()
     spine = _spine(source, {*in_trunk, *in_expert})
 
-    # Tensors that the trunk holds stay the same objects in the expert: tied weights stay tied.
-    tied: dict[int, Any] = {}
-    for name in trunk_units:
-        for tensor in [*modules[name].parameters(), *modules[name].buffers()]:
-            tied[id(tensor)] = tensor
+    # Both views hold the same tensors: nothing is copied, and tied weights stay tied.
+    shared = {id(tensor): tensor for tensor in _tensors(source)}
     stand_ins: dict[int, Any] = {key: Recorded(running, name) for key, name in in_trunk.items()}
     outside = [
         (name, module, key)
@@ -135,20 +137,14 @@ def build_views(
         for key in (*module._parameters, *module._buffers)
         if (module._parameters.get(key) is not None or module._buffers.get(key) is not None)
     ]
-    for _, module, key in outside:
-        tensor = module._parameters.get(key, module._buffers.get(key))
-        tied.setdefault(id(tensor), tensor)
     forked_outside = [o for o in outside if ".".join(filter(None, (o[0], o[2]))) in forked_tensors]
-    for _, module, key in forked_outside:
-        tied.pop(id(module._parameters.get(key, module._buffers.get(key))), None)
-
-    expert = copy.deepcopy(source, {**stand_ins, **tied})
+    expert = copy.deepcopy(source, {**stand_ins, **shared})
     expert_modules = dict(expert.named_modules(remove_duplicate=False))
     for name in forked_units:
         expert_modules[name].register_forward_pre_hook(ForkHook(running), prepend=True)
 
     replaced: dict[int, Any] = {key: Forked(running, name) for key, name in in_expert.items()}
-    trunk = copy.deepcopy(source, {**replaced, **{id(t): t for t in _tensors(source)}})
+    trunk = copy.deepcopy(source, {**replaced, **shared})
     trunk_modules = dict(trunk.named_modules(remove_duplicate=False))
     for name in trunk_units:
         UnitHooks(running, name).install(trunk_modules[name])

@@ -1,0 +1,159 @@
+"""Copies for passes that are thrown away: whatever the build runs, it runs on one of these.
+
+A pass may fill caches, count, observe and write buffers, so all of these are copied. Parameters are
+most of a model's memory and a forward hardly ever writes them, so a copy shares them; the few
+modules that do write parameters are found (see :func:`written_parameters`) and get copies of these
+as well. On the meta device, where tensors have shapes and no contents, a copy takes no memory at
+all and a pass hardly any time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._tree import map_tensors, tensors_in
+
+T = TypeVar("T")
+_ATOMS = frozenset(
+    {int, float, bool, str, type(None), type, FunctionType, torch.dtype, torch.device}
+)
+_COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+
+
+def clone_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Deep copy that survives activations left on modules (``self.feat = out``).
+
+    ``deepcopy`` refuses tensors with a gradient history; they are copied without it.
+    """
+    memo = {} if memo is None else memo
+    memo.update(detached_activations(module))
+    return copy.deepcopy(module, memo)
+
+
+def detached_activations(module: nn.Module) -> dict[int, Any]:
+    """A deepcopy memo that maps activations kept on modules to copies without history."""
+    return {id(t): t.detach().clone() for t in _kept_on(module) if not t.is_leaf}
+
+
+def running_copy(
+    value: T,
+    modules: Iterable[nn.Module],
+    written: frozenset[str] = frozenset(),
+    meta: bool = False,
+) -> T:
+    """Copy ``value``, which holds ``modules``, for a pass that is thrown away.
+
+    Args:
+        value: a module, or an object that holds modules.
+        modules: the modules whose parameters are shared.
+        written: names of parameters that a forward writes; they are copied.
+        meta: replace every tensor by one on the meta device.
+    """
+    memo: dict[int, Any] = {}
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if id(parameter) not in memo and type(parameter) is nn.Parameter:
+                if meta:
+                    memo[id(parameter)] = _like(parameter, parameter.detach().to("meta"))
+                elif name not in written:
+                    memo[id(parameter)] = _like(parameter, parameter.detach())
+        if meta:
+            for tensor in (*module.buffers(), *_kept_on(module)):
+                if id(tensor) not in memo and not isinstance(tensor, nn.Parameter):
+                    memo[id(tensor)] = tensor.detach().to("meta")
+        else:
+            memo.update(detached_activations(module))
+    _copy_modules([part for module in modules for part in module.modules()], memo)
+    return copy.deepcopy(value, memo)
+
+
+def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
+    """Put copies of modules into a deepcopy memo: what ``deepcopy`` does, many times faster.
+
+    Most attributes of most modules are numbers, names and empty dictionaries of hooks. Modules that
+    say themselves how they are copied are left to ``deepcopy``.
+    """
+    plain = {
+        id(module): module
+        for module in modules
+        if id(module) not in memo and all(_inherits(type(module), name) for name in _COPYING)
+    }
+    shells = {key: type(module).__new__(type(module)) for key, module in plain.items()}
+    memo.update(shells)
+    for key, shell in shells.items():
+        attributes = shell.__dict__
+        for name, attribute in vars(plain[key]).items():
+            kind = type(attribute)
+            if kind in _ATOMS:
+                attributes[name] = attribute
+            elif kind in (dict, OrderedDict):
+                attributes[name] = kind(
+                    (k, v if type(v) in _ATOMS else copy.deepcopy(v, memo))
+                    for k, v in attribute.items()
+                )
+                memo[id(attribute)] = attributes[name]
+            else:
+                attributes[name] = copy.deepcopy(attribute, memo)
+
+
+def _inherits(cls: type, name: str) -> bool:
+    return getattr(cls, name, None) is getattr(nn.Module, name, None)
+
+
+@contextmanager
+def on_meta(inputs: T, meta: bool) -> Iterator[T]:
+    """Inputs for a pass on the meta device, where tensors are also made while the block runs."""
+    if not meta:
+        yield inputs
+        return
+    with torch.device("meta"):
+        yield map_tensors(lambda tensor: tensor.detach().to("meta"), inputs)
+
+
+def written_parameters(backbone: nn.Module, modules: Iterable[nn.Module]) -> frozenset[str]:
+    """Put back the parameters of ``modules`` that a pass has written, and return their names.
+
+    ``modules`` are parts of a copy of ``backbone``, under its names; the backbone itself has run
+    nothing, so its values are the right ones.
+    """
+    theirs = dict(backbone.named_parameters(remove_duplicate=False))
+    written = set()
+    for module in modules:
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            original = theirs.get(name)
+            if original is not None and not _equal(parameter.detach(), original.detach()):
+                written.add(name)
+                with torch.no_grad():
+                    parameter.copy_(original)
+    return frozenset(written)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if torch.equal(a, b):
+        return True
+    return a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
+    alias = nn.Parameter(data, parameter.requires_grad)
+    alias.__dict__.update(parameter.__dict__)  # marks that models leave on their parameters
+    return alias
+
+
+def _kept_on(module: nn.Module) -> list[Tensor]:
+    """Tensors that modules keep as plain attributes."""
+    return [
+        tensor
+        for part in module.modules()
+        for value in vars(part).values()
+        if not isinstance(value, nn.Module)
+        for tensor in tensors_in(value)
+    ]
