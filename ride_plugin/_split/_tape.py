@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
@@ -145,6 +146,7 @@ class Player(_GlueMode):
         self.keys = keys
         self.values = values
         self.position = 1  # entry 0 holds the inputs
+        self.region: object = None  # the checkpointed region of the last value, if any
 
     def __torch_function__(
         self,
@@ -164,6 +166,7 @@ class Player(_GlueMode):
         return func(*args, **(kwargs or {}))
 
     def next_value(self) -> Any:
+        self.region = _checkpointed_region()
         value = self.values[self.position]
         self.position += 1
         return value
@@ -181,6 +184,13 @@ class Player(_GlueMode):
     def fork_begins(self) -> None:
         if self.position < len(self.keys):
             raise self.out_of_step("the fork")
+        if self.region is not None and self.region is _checkpointed_region():
+            raise ReplayError(
+                "The backbone's forward checkpoints one region (torch.utils.checkpoint) that begins "
+                "in the trunk and ends in an expert, so that it cannot be computed again for one "
+                "of them. Checkpoint its submodules one by one; or switch the backbone's "
+                "checkpointing off and pass `checkpoint_experts=True`."
+            )
         if _get_current_function_mode() is self:
             self.leave()
 
@@ -317,13 +327,17 @@ class _Substitute(nn.Module):
         except AttributeError:
             if name == "real" or name.startswith("__") or "owner" not in self.__dict__:
                 raise
-            return getattr(self.real, name)
+            return self.part(getattr(self.real, name))
+
+    def part(self, value: Any) -> Any:
+        """What is handed out of the module that this one stands for."""
+        return value
 
     def __len__(self) -> int:
         return len(self.real)  # type: ignore[arg-type]
 
     def __getitem__(self, index: Any) -> Any:
-        return self.real[index]  # type: ignore[index]
+        return self.part(self.real[index])  # type: ignore[index]
 
     def __bool__(self) -> bool:
         return True
@@ -348,10 +362,49 @@ class Forked(_Substitute):
     """In the trunk: stands for a forked unit; ends the recording, then runs expert 0's unit."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.begin()
+        return self.real(*args, **kwargs)
+
+    def begin(self) -> None:
+        """End the recording, if there is one."""
         recorder = self.running.recorder
         if recorder is not None and not recorder.reached_fork:
             recorder.fork_begins()
-        return self.real(*args, **kwargs)
+
+    def part(self, value: Any) -> Any:
+        """A forward may call what is inside the unit by itself, to checkpoint each block say."""
+        recorder = self.running.recorder
+        if isinstance(value, nn.Module) and recorder is not None and not recorder.reached_fork:
+            return _Inside(self, value)
+        return value
+
+
+class _Inside(nn.Module):
+    """A submodule of a forked unit, handed out by its stand-in: to run it is to fork as well."""
+
+    def __init__(self, forked: Forked, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(forked=forked, module=module)  # not registered: it is no part of this
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.forked.begin()
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.forked.part(getattr(self.module, name))
+
+    def __len__(self) -> int:
+        return len(self.module)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.forked.part(self.module[index])
+
+
+def _checkpointed_region() -> object:
+    """The non-reentrant checkpoint that is computing here, or None."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    pack = None if hooks is None else hooks[0]
+    return pack if getattr(pack, "__qualname__", "").startswith("_checkpoint_hook.") else None
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -96,8 +96,9 @@ def sides(fork: Fork, root: Call, training: Call | None) -> tuple[list[str], lis
     def walk(call: Call) -> None:
         nonlocal reached_fork
         for child in call.children:
-            if child.name in known:
-                reached_fork = reached_fork or child.name in forked
+            unit = next((u for u in known if f"{child.name}.".startswith(f"{u}.")), None)
+            if unit is not None:  # itself, or a part of it that is called alone (checkpointing)
+                reached_fork = reached_fork or unit in forked
             elif any(name.startswith(child.name + ".") for name in known):
                 walk(child)
             elif child.num_parameters:
