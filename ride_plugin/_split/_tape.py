@@ -186,9 +186,9 @@ class Player(_GlueMode):
             raise self.out_of_step("the fork")
         if self.region is not None and self.region is _checkpointed_region():
             raise ReplayError(
-                "The backbone's forward checkpoints one region (torch.utils.checkpoint) that begins "
-                "in the trunk and ends in an expert, so that it cannot be computed again for one "
-                "of them. Checkpoint its submodules one by one; or switch the backbone's "
+                "The backbone's forward checkpoints one region (torch.utils.checkpoint) that "
+                "begins in the trunk and ends in an expert, so that it cannot be computed again "
+                "for one of them. Checkpoint its submodules one by one; or switch the backbone's "
                 "checkpointing off and pass `checkpoint_experts=True`."
             )
         if _get_current_function_mode() is self:
