@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,20 +19,74 @@ def random_state_kept(module: nn.Module) -> Iterator[None]:
         yield
 
 
+_lock = threading.Condition()
+_borrowed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # in evaluation for a while
+_training: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # running a pass that trains
+_mine = threading.local()  # roots that this thread evaluates or trains now
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the duration of a block; every submodule's mode is restored."""
-    training: list[nn.Module] = []
-    found: list[nn.Module] = [module]
-    for inner in found:  # grows on the way; `modules()` spends most of its time on names
-        if inner._modules:
-            found += [child for child in inner._modules.values() if child is not None]
-        if inner.training:
-            training.append(inner)
-    if training:
-        module.eval()
+    """Evaluation mode for the duration of a block; every submodule's mode is restored.
+
+    Threads may evaluate one module at the same time: the last to leave restores the modes. A pass
+    that trains (:func:`training_pass`) and evaluation wait for each other.
+    """
+    roots = _roots()
+    with _lock:
+        if module not in roots:
+            _lock.wait_for(lambda: module not in _training)
+        borrowed = [part for part in _parts(module) if part.training or part in _borrowed]
+        for part in borrowed:
+            _borrowed[part] = _borrowed.get(part, 0) + 1
+            part.training = False
+    roots.append(module)
     try:
         yield
     finally:
-        for inner in training:
-            inner.training = True
+        roots.remove(module)
+        with _lock:
+            for part in borrowed:
+                _borrowed[part] -= 1
+                if not _borrowed[part]:
+                    del _borrowed[part]
+                    part.training = True
+            _lock.notify_all()
+
+
+@contextmanager
+def training_pass(module: nn.Module) -> Iterator[None]:
+    """Keep ``module`` from being evaluated by another thread for the duration of a block."""
+    roots = _roots()
+    if module in roots:  # within a block of this thread's own
+        yield
+        return
+    with _lock:
+        _lock.wait_for(lambda: module not in _borrowed)
+        _training[module] = _training.get(module, 0) + 1
+    roots.append(module)
+    try:
+        yield
+    finally:
+        roots.remove(module)
+        with _lock:
+            _training[module] -= 1
+            if not _training[module]:
+                del _training[module]
+            _lock.notify_all()
+
+
+def _roots() -> list[nn.Module]:
+    try:
+        roots: list[nn.Module] = _mine.roots
+    except AttributeError:
+        roots = _mine.roots = []
+    return roots
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    found = [module]
+    for inner in found:  # grows on the way; `modules()` spends most of its time on names
+        if inner._modules:
+            found += [child for child in inner._modules.values() if child is not None]
+    return list(dict.fromkeys(found))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ride_plugin._checks import check_choice, check_instance, check_integer, refuse
 from ride_plugin._construct import construct
+from ride_plugin._contexts import training_pass
 from ride_plugin._delegate import from_backbone
 from ride_plugin._errors import ArgumentError
 from ride_plugin._fold_batchnorm import folded_copy
@@ -361,6 +362,12 @@ class RIDEWrapper(SplitModule):
             logits (read them with :func:`ride_plugin.expert_logits`), or an
             :class:`ExpertOutput` if ``return_experts`` asks for it.
         """
+        # Another thread may be evaluating the model, which sets the modes of its modules.
+        free = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        with nullcontext() if free else training_pass(self):
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | ExpertOutput:
         if self.checkpoint_experts and torch.is_grad_enabled():
             each = self._checkpointed_experts(args, kwargs)
         else:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
@@ -259,9 +260,18 @@ def learned(
         try:
             split_views, layouts = lessons(meta)
             check(source, split_views, seen.inputs, layouts, fork_at)
-        except Exception:
-            if not meta:
+        except Exception as error:
+            if meta:
+                continue
+            if isinstance(error, RIDEError):
                 raise
+            raise SplitError(
+                f"Cannot split the backbone at {fork_at!r}: its forward runs as a whole, but fails "
+                f"when an expert takes up what the trunk left ({type(error).__name__}: {error}). "
+                "Its late part seems to need something of its early part that is no tensor, a "
+                "cache say. Pass another `fork_at=`, or write trunk and experts as modules of "
+                "their own and use `RIDEWrapper.from_parts`."
+            ) from error
         else:
             break
     name = seen.classifier
@@ -285,7 +295,20 @@ def _source_of(backbone: nn.Module) -> nn.Module:
             "before: compile the wrapped model instead, `torch.compile(model)`."
         )
     source: nn.Module = copy.deepcopy(backbone, memo)
+    for module in source.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, RemovableHandle):
+                setattr(module, key, _NoHandle())
+            elif isinstance(value, list) and any(isinstance(v, RemovableHandle) for v in value):
+                setattr(module, key, [_NoHandle() for _ in value])
     return source
+
+
+class _NoHandle:
+    """In place of the handle of a hook: copied with its module, the handle would lead nowhere."""
+
+    def remove(self) -> None:
+        """Do nothing: the hook stays with the module that was copied."""
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.zoo.images import conv_bn
 from ride_plugin import ReplayError, RIDEWrapper, SplitError, experts_loss
-from tests.official import conv_bn
 
 
 class Checkpointing(nn.Module):
