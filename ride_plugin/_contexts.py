@@ -62,8 +62,8 @@ def training_pass(module: nn.Module) -> Iterator[None]:
         yield
         return
     with _lock:
+        _training[module] = _training.get(module, 0) + 1  # first: who evaluates next shall wait
         _lock.wait_for(lambda: module not in _borrowed)
-        _training[module] = _training.get(module, 0) + 1
     roots.append(module)
     try:
         yield
