@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=300, help="seconds for one mutant")
     parser.add_argument("--log", type=Path, help="a line of JSON for each mutant; goes on from it")
+    parser.add_argument("--part", default="1/1", help="1/3 and so on: processes share one --log")
     parser.add_argument("--only", default="", help="paths that contain this text")
     parser.add_argument("--again", action="store_true", help="of --log, the survivors only")
     options = parser.parse_args()
@@ -236,7 +237,8 @@ def main() -> None:
         paths += sorted((ROOT / "ride_plugin").glob(f"{pattern}.py"))
     everything = [m for path in paths if path.stem not in _ELSEWHERE for m in mutants_of(path)]
     sample = random.Random(options.seed).sample(everything, min(options.number, len(everything)))
-    sample = [mutant for mutant in sample if options.only in mutant.path]
+    part, parts = map(int, options.part.split("/"))
+    sample = [mutant for mutant in sample[part - 1 :: parts] if options.only in mutant.path]
     known: dict[str, bool] = {}
     if options.log and options.log.exists():
         for entry in map(json.loads, options.log.read_text().splitlines()):
@@ -244,7 +246,7 @@ def main() -> None:
     print(f"{len(everything)} mutants, {len(sample)} of them run", flush=True)
     for path in sorted({mutant.path for mutant in sample}):
         unchanged = Mutant(path, 0, "", (ROOT / path).read_text())
-        if not options.again and not passes(unchanged, options.limit)[0]:
+        if not known and not passes(unchanged, options.limit)[0]:
             raise SystemExit(f"the tests of {path} fail without any change: {tests_of(path)}")
     killed = run = 0
     for mutant in sample:
