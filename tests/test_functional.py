@@ -257,3 +257,13 @@ def test_peak_memory_is_at_most_six_copies_of_the_logits(divergence) -> None:
             peak = max(peak, allocated)
     copies = 1 + peak / (logits.numel() * logits.element_size())  # one is the logits themselves
     assert 2 < copies <= 6.1
+
+
+def test_a_reference_of_another_shape_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="reference_logits"):
+        functional.kl_from_reference(torch.randn(4, 2, 3), torch.randn(1, 3))
+
+
+def test_weights_of_the_routing_loss_may_be_small() -> None:
+    gates, targets = torch.randn(4, 2), torch.rand(4, 2) < 0.5
+    assert functional.routing_loss(gates, targets, 0.5, 0.5).isfinite()

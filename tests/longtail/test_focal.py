@@ -90,3 +90,9 @@ def test_bad_input_is_named() -> None:
         FocalLoss(weight=[1.0, 1.0])(torch.zeros(1, 3), torch.tensor([0]))
     with pytest.raises(RIDEError, match=r"`target`.*probabilities"):
         FocalLoss()(torch.zeros(1, 3), torch.tensor([[0.5, 0.5, 0.5]]))
+
+
+def test_the_default_power_is_two() -> None:
+    logits, target = torch.randn(5, 3, dtype=torch.double), torch.tensor([0, 1, 2, 0, 1])
+    p = logits.softmax(1)[torch.arange(5), target]
+    torch.testing.assert_close(FocalLoss()(logits, target), (-((1 - p) ** 2) * p.log()).mean())

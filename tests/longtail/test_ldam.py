@@ -150,3 +150,8 @@ def test_bad_arguments_are_named(arguments, message: str) -> None:
 def test_bad_batches_are_named(logits, target, message: str) -> None:
     with pytest.raises(RIDEError, match=message):
         LDAMLoss(COUNTS)(logits, target)
+
+
+def test_masked_classes_are_no_cosine_that_is_too_large() -> None:
+    logits = torch.tensor([[0.1, 0.2, -torch.inf]])
+    assert LDAMLoss([9, 4, 1], scale=0.5)(logits, torch.tensor([0])).isfinite()

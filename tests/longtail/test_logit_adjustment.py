@@ -130,3 +130,11 @@ def test_bad_input_is_named() -> None:
         BalancedSoftmaxLoss(COUNTS)(torch.zeros(1, 2), torch.tensor([0]))
     with pytest.raises(RIDEError, match=r"`target`.*to 3"):
         BalancedSoftmaxLoss(COUNTS)(torch.zeros(1, 3), torch.tensor([3]))
+
+
+def test_the_whole_prior_is_added_by_default_and_the_logits_dtype_stays() -> None:
+    logits, target, counts = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([8, 3, 1])
+    expected = torch.nn.functional.cross_entropy(logits + (counts / 12).log(), target)
+    torch.testing.assert_close(LogitAdjustedLoss(counts)(logits, target), expected)
+    mixed = torch.nn.functional.one_hot(target, 3).double()
+    assert LogitAdjustedLoss(counts)(logits, mixed).dtype == torch.float32

@@ -106,3 +106,12 @@ def test_rank_and_size_come_from_the_process_group(tmp_path) -> None:
 def test_bad_arguments_are_named(labels, arguments, message: str) -> None:
     with pytest.raises(RIDEError, match=message):
         ClassBalancedSampler(labels, **arguments)
+
+
+def test_one_sample_is_enough_and_the_rank_is_the_process_groups(monkeypatch) -> None:
+    assert len(list(ClassBalancedSampler([0, 1, 1], num_samples=1))) == 1
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 2)
+    sampler = ClassBalancedSampler([0, 1, 1])
+    assert (sampler.num_replicas, sampler.rank) == (3, 2)

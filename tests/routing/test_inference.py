@@ -369,3 +369,15 @@ def test_logits_that_are_no_numbers_raise_whichever_expert_gives_them(kind, expe
     if kind != "a gate that reads nothing":
         with pytest.raises(ArgumentError, match=r"logits.*to be free of NaN"):
             serve.calibrate([(x, torch.arange(len(x)) % 5)], max_experts=2.0)
+
+
+def test_a_gate_at_the_threshold_stays_and_logits_alone_come_back_by_default():
+    class Undecided(ExpertRouter):
+        def gate(self, index, mean_logits, features):
+            return mean_logits.new_zeros(len(mean_logits))
+
+    model = small_model()
+    serve = RoutingInference(model, Undecided(12, 3, num_classes=5), 0.5)
+    x = torch.randn(4, 3, 8, 8)
+    assert serve(x, return_routing=True).num_experts_used.tolist() == [1, 1, 1, 1]
+    assert type(serve(x)) is type(serve.dense(x)) is torch.Tensor

@@ -58,3 +58,11 @@ def test_bad_reports_are_named(used, target, message):
     used, target = torch.tensor(used).long(), torch.tensor(target).long()
     with pytest.raises(ArgumentError, match=message):
         routing_report(used, target, [10, 10], num_experts=3)
+
+
+def test_one_value_out_of_range_is_enough_and_one_expert_is_allowed():
+    target = torch.tensor([0, 1])
+    for used in ([0, 2], [2, 4]):
+        with pytest.raises(ArgumentError, match="to hold integers from 1 to 3"):
+            routing_report(torch.tensor(used), target, [10, 10], num_experts=3)
+    assert routing_report(torch.tensor([1, 1]), target, [9, 9], num_experts=1).overall == (1.0,)

@@ -461,3 +461,21 @@ def test_the_router_refuses_what_is_no_number_in_any_expert(expert, value):
 def test_bad_loss_arguments_are_named(gate_logits, logits, target, message):
     with pytest.raises(ArgumentError, match=message):
         RoutingLoss()(gate_logits, logits, target)
+
+
+def test_the_router_is_built_where_the_model_is_or_for_sizes_alone():
+    model = small_model()
+    assert ExpertRouter.for_model(model).output.weight.device.type == "cpu"
+    assert ExpertRouter.for_model(model.to("meta")).output.weight.device.type == "meta"
+
+    class Sizes:
+        feature_dim, num_experts, num_classes = 12, 3, 5
+
+    assert ExpertRouter.for_model(Sizes(), top_k=2).num_experts == 3
+
+
+def test_weights_of_the_routing_loss_may_be_zero_or_small():
+    gates, output = torch.randn(4, 2), torch.randn(4, 3, 5)
+    target = torch.tensor([0, 1, 2, 3])
+    for weights in ((0, 1), (1, 0), (0.5, 0.5)):
+        assert RoutingLoss(*weights)(gates, output, target).isfinite()

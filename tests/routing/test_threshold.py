@@ -214,3 +214,14 @@ def test_progress_is_told_the_samples_of_each_batch(data):
     assert seen == [64, 64, 64, 8]
     with pytest.raises(ArgumentError, match="`progress` to be callable"):
         calibrated(data, max_experts=2.0, progress=True)
+
+
+@pytest.mark.parametrize(("more", "warns"), [(0, False), (1, True)])
+def test_labels_count_as_long_tailed_above_the_ratio_rarest_single_label_included(more, warns):
+    from ride_plugin.routing._threshold import LONG_TAIL_RATIO, _warn_if_long_tailed
+
+    labels = torch.tensor([0] * (int(LONG_TAIL_RATIO) + more) + [1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _warn_if_long_tailed(labels)
+    assert bool(caught) is warns
