@@ -17,6 +17,7 @@ from ride_plugin import (
     DiversityLoss,
     ExpertOutput,
     ExpertRouter,
+    RIDELoss,
     RIDEWrapper,
     RoutingInference,
     RoutingLoss,
@@ -266,6 +267,7 @@ STATEFUL: dict[str, Callable[[], nn.Module]] = {
     ),
     "router": lambda: ExpertRouter(6, 3, num_classes=5, top_k=3),
     "diversity": lambda: DiversityLoss([50, 20, 5], start_epoch=2),
+    "RIDE": lambda: RIDELoss(nn.CrossEntropyLoss(), DiversityLoss([50, 20, 5], start_epoch=2)),
     "schedule": lambda: TemperatureSchedule([50, 20, 5], start_epoch=2),
     "LDAM": lambda: LDAMLoss([50, 20, 5]),
     "balanced softmax": lambda: BalancedSoftmaxLoss([50, 20, 5]),
@@ -292,7 +294,7 @@ def test_every_state_dict_comes_back_from_a_file(name: str, tmp_path) -> None:
         logits, target = torch.randn(4, 2, 3), torch.tensor([0, 1, 2, 2])
         for one in (module, other):
             one.step()
-        if isinstance(module, DiversityLoss):
+        if isinstance(module, DiversityLoss | RIDELoss):
             assert torch.equal(module(logits, target), other(logits, target))
         else:
             assert torch.equal(module.temperature, other.temperature)

@@ -138,3 +138,8 @@ def test_the_whole_prior_is_added_by_default_and_the_logits_dtype_stays() -> Non
     torch.testing.assert_close(LogitAdjustedLoss(counts)(logits, target), expected)
     mixed = torch.nn.functional.one_hot(target, 3).double()
     assert LogitAdjustedLoss(counts)(logits, mixed).dtype == torch.float32
+
+
+def test_adjusting_takes_the_whole_prior_away_by_default() -> None:
+    logits, counts = torch.randn(2, 3), torch.tensor([8.0, 3.0, 1.0])
+    torch.testing.assert_close(adjust_logits(logits, counts), logits - (counts / 12).log())

@@ -267,3 +267,11 @@ def test_own_schedule_and_its_arguments_do_not_mix() -> None:
         DiversityLoss(COUNTS, form="paper", temperature=schedule)
     with pytest.raises(ArgumentError, match=r"schedule for 2 classes.*got one for 4"):
         DiversityLoss([1, 2], temperature=schedule)
+
+
+def test_a_fifth_of_the_divergence_counts_by_default() -> None:
+    logits, target = torch.randn(4, 3, 5), torch.tensor([0, 1, 2, 3])
+    counts = [40, 20, 9, 4, 2]
+    whole = DiversityLoss(counts, weight=1.0)(logits, target)
+    torch.testing.assert_close(DiversityLoss(counts)(logits, target), 0.2 * whole)
+    assert DiversityLoss(counts, weight=0)(logits, target) == 0

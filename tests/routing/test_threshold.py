@@ -225,3 +225,9 @@ def test_labels_count_as_long_tailed_above_the_ratio_rarest_single_label_include
         warnings.simplefilter("always")
         _warn_if_long_tailed(labels)
     assert bool(caught) is warns
+
+
+def test_thresholds_close_to_one_are_told_apart(data):
+    curve = calibrated(data, max_experts=2.0)[1].curve
+    assert curve.threshold_logits.dtype == torch.float32
+    assert curve.thresholds.dtype == torch.float64
