@@ -267,3 +267,12 @@ def test_a_reference_of_another_shape_is_refused() -> None:
 def test_weights_of_the_routing_loss_may_be_small() -> None:
     gates, targets = torch.randn(4, 2), torch.rand(4, 2) < 0.5
     assert functional.routing_loss(gates, targets, 0.5, 0.5).isfinite()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [torch.ones(4, 2), torch.ones(4, dtype=torch.bool), [[True, False]] * 4],
+)
+def test_targets_of_the_routing_loss_are_a_boolean_matrix(targets) -> None:
+    with pytest.raises(ArgumentError, match="targets"):
+        functional.routing_loss(torch.randn(4, 2), targets)

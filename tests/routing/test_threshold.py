@@ -231,3 +231,12 @@ def test_thresholds_close_to_one_are_told_apart(data):
     curve = calibrated(data, max_experts=2.0)[1].curve
     assert curve.threshold_logits.dtype == torch.float32
     assert curve.thresholds.dtype == torch.float64
+
+
+def test_logits_that_are_no_numbers_are_not_calibrated_on(data):
+    model, x = copy.deepcopy(data[0]), data[2]
+    with torch.no_grad():
+        model.experts[2].fc.bias[1] = torch.nan
+    serve = RoutingInference(model, ConfidenceRouter())
+    with pytest.raises(ArgumentError, match="NaN"):
+        serve.calibrate(batches(x, data[3]), max_experts=2.0)
