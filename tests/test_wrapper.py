@@ -347,9 +347,15 @@ def test_unknown_fork_point_lists_near_matches() -> None:
 
 
 def test_fork_point_that_is_never_called_is_refused() -> None:
-    backbone = mlp()
-    backbone.unused = nn.Linear(2, 2)
-    backbone.forward = lambda x: backbone[6](backbone[4](backbone[2](backbone[0](x))))
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = mlp(), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    backbone = Partly()
     with pytest.raises(SplitError, match="not called"):
         RIDEWrapper(backbone, 2, fork_at="unused")
 
