@@ -147,6 +147,7 @@ class Player(_GlueMode):
         self.values = values
         self.position = 1  # entry 0 holds the inputs
         self.region: object = None  # the checkpointed region of the last value, if any
+        self.around = _checkpointed_region()  # that of the whole pass: `checkpoint_experts`
 
     def __torch_function__(
         self,
@@ -184,7 +185,8 @@ class Player(_GlueMode):
     def fork_begins(self) -> None:
         if self.position < len(self.keys):
             raise self.out_of_step("the fork")
-        if self.region is not None and self.region is _checkpointed_region():
+        here = _checkpointed_region()
+        if here is self.region and here is not self.around:
             raise ReplayError(
                 "The backbone's forward checkpoints one region (torch.utils.checkpoint) that "
                 "begins in the trunk and ends in an expert, so that it cannot be computed again "
@@ -402,6 +404,8 @@ class _Inside(nn.Module):
 
 def _checkpointed_region() -> object:
     """The non-reentrant checkpoint that is computing here, or None."""
+    if torch.compiler.is_compiling():
+        return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     pack = None if hooks is None else hooks[0]
     return pack if getattr(pack, "__qualname__", "").startswith("_checkpoint_hook.") else None
