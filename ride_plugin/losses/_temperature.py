@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ride_plugin import functional
 from ride_plugin._checks import ClassCounts, check_choice, check_class_counts, check_number

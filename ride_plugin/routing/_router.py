@@ -21,7 +21,7 @@ from ride_plugin._output import RouterInputs
 from ride_plugin.functional import running_means
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing_extensions import Self
 
 
 class SizedModel(Protocol):
