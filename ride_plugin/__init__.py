@@ -13,6 +13,7 @@ from ride_plugin._errors import (
     SplitError,
     WidthError,
 )
+from ride_plugin._loss_module import RIDEModule
 from ride_plugin._output import ExpertOutput, expert_logits
 from ride_plugin._version import __version__
 from ride_plugin._wrapper import RIDEWrapper
@@ -36,6 +37,7 @@ __all__ = [
     "MissingExpertLogitsError",
     "RIDEError",
     "RIDELoss",
+    "RIDEModule",
     "RIDEWrapper",
     "ReplayError",
     "RoutingInference",

@@ -50,7 +50,7 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
     protocol = 0
     try:
         names, protocol = _names_in(path)
-        shells: list[Any] = [(_Shell, name) for name in sorted(names)]
+        shells: list[Any] = [_shell_named(name) for name in sorted(names)]
         with torch.serialization.safe_globals(shells):
             return _load(path)
     except Exception as error:  # a broken pickle can fail in any way
@@ -71,6 +71,11 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
             'installed: torch.save({"state_dict": torch.load(path, weights_only=False)'
             '["state_dict"]}, new_path), and load new_path here.'
         ) from error
+
+
+def _shell_named(name: str) -> type[_Shell]:
+    module, _, own = name.rpartition(".")
+    return type(own, (_Shell,), {"__module__": module})
 
 
 def _load(path: str | os.PathLike[str]) -> Any:
