@@ -1,0 +1,41 @@
+"""DistributedDataParallel: ``torchrun --nproc-per-node 2 examples/stacks/torchrun_ddp.py``."""
+
+import torch
+import torch.distributed as dist
+from _shared import accuracy, backbone, digits
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from ride_plugin import RIDELoss, RIDEWrapper  # RIDE
+
+
+def main(epochs: int = 10) -> float:
+    """Train on all ranks and return the test accuracy in per cent."""
+    dist.init_process_group("gloo")
+    train, test, class_counts = digits()
+    sampler = DistributedSampler(train.dataset)
+    train = DataLoader(train.dataset, 32, sampler=sampler)
+    model = backbone()
+    model = RIDEWrapper(model, num_experts=3)  # RIDE
+    model = DistributedDataParallel(model)
+    criterion = nn.CrossEntropyLoss()
+    criterion = RIDELoss(criterion, class_counts)  # RIDE
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(epochs):
+        model.train()
+        sampler.set_epoch(epoch)
+        for x, y in train:
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+        criterion.step()  # RIDE
+    return accuracy(model.module, test)
+
+
+if __name__ == "__main__":
+    result = main()
+    if dist.get_rank() == 0:
+        print(f"{result:.1f} %")
+    dist.destroy_process_group()
