@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+_SHARED = ("num_key_value_groups", "num_queries_per_kv", "n_rep", "num_groups")
 _HEAD_DIM = ("head_dim", "attention_head_size", "dim_head", "dim_per_head", "head_size", "key_dim")
 _INNER = ("all_head_size", "attn_dim", "inner_dim", "inner_size", "embed_dim", "dim", "split_size")
 _SCALE = ("scale", "scaling", "scale_factor")
@@ -41,12 +43,21 @@ class Attention:
     projections: list[str]
     num_heads: int
     head_dim: int
+    shared: int = 1  # queries that share a key and value head (grouped-query attention)
 
     def choices(self, ratio: float) -> list[str]:
         """Ways to narrow it, best first; the last one leaves it as it is."""
-        heads = max(1, round(self.num_heads * ratio))
+        heads = math.prod(self._grouped(ratio))
         fits = abs(heads / self.num_heads - ratio) <= _TOLERANCE and heads < self.num_heads
         return ["heads", "head_dim", "keep"] if fits else ["head_dim", "keep"]
+
+    def _grouped(self, ratio: float) -> tuple[int, int]:
+        """Key and value heads, and queries for each: fewer of the one or, if too few, the other."""
+        keys = self.num_heads // self.shared
+        fewer = max(1, round(keys * ratio))
+        if self.shared == 1 or abs(fewer / keys - ratio) <= _TOLERANCE:
+            return fewer, self.shared
+        return keys, max(1, round(self.shared * ratio))
 
     def apply(self, choice: str, ratio: float) -> tuple[dict[str, int], list[tuple[Any, str, Any]]]:
         """Sizes under a choice.
@@ -58,16 +69,21 @@ class Attention:
         if choice == "keep":
             return {n: _out(self.module.get_submodule(n)) for n in self.projections}, []
         if choice == "heads":
-            old, new = self.num_heads, max(1, round(self.num_heads * ratio))
+            old, new = self.num_heads, math.prod(self._grouped(ratio))
         else:
             old = self.head_dim
             # Rotary embeddings split a head in two or four.
             grain = 4 if old % 8 == 0 and old >= 32 else 1 + (old % 2 == 0)
             new = max(grain, round(old * ratio / grain) * grain)
         widths = {}
+        new_keys, new_shared = self._grouped(ratio)
+        keys = self.num_heads // self.shared, new_keys
         for name in self.projections:
             width = _out(self.module.get_submodule(name))
-            widths[name] = width // old * new if width % old == 0 else width
+            if choice == "heads" and self.shared > 1 and width == keys[0] * self.head_dim:
+                widths[name] = keys[1] * self.head_dim
+            else:
+                widths[name] = width // old * new if width % old == 0 else width
         settings: list[tuple[Any, str, Any]] = []
         for module in self.module.modules():
             for key, value in _sizes(module):
@@ -75,7 +91,11 @@ class Attention:
                     choice == "head_dim" and key in _HEAD_DIM and value == old
                 ):
                     settings.append((module, key, new))
-                elif key in _INNER or key.endswith(("attn_dim", "key_value_heads")):
+                elif choice == "heads" and key in _KEY_HEADS and value == keys[0]:
+                    settings.append((module, key, new_keys))
+                elif choice == "heads" and key in _SHARED and value == self.shared:
+                    settings.append((module, key, new_shared))
+                elif key in _INNER or key.endswith("attn_dim"):
                     if value == self.num_heads * self.head_dim or (
                         key not in _INNER and value % old == 0
                     ):
@@ -104,9 +124,14 @@ def attention_of(name: str, module: nn.Module) -> Attention | None:
         and child_name.split(".")[0] in _PROJECTIONS
         and _out(child)
     ]
+    head_dim = next((v for k, v in _sizes(module) if k in _HEAD_DIM and v > 0), None)
+    widths = {layer.rpartition(".")[2]: _out(module.get_submodule(layer)) for layer in layers}
+    queries = next((widths[n] for n in ("q_proj", "q", "query", "to_q", "wq") if n in widths), 0)
+    keys = next((widths[n] for n in ("k_proj", "k", "key", "to_k", "wk") if n in widths), 0)
+    if heads is None and head_dim and queries and any(k in _SHARED for k, _ in _sizes(module)):
+        heads = queries // head_dim
     if heads is None or not layers:
         return None
-    head_dim = next((v for k, v in _sizes(module) if k in _HEAD_DIM and v > 0), None)
     if head_dim is None:
         kind = layers[0].rpartition(".")[2]
         parts = 3 if kind in ("qkv", "to_qkv", "query_key_value", "qkv_proj", "c_attn") else 1
@@ -114,7 +139,8 @@ def attention_of(name: str, module: nn.Module) -> Attention | None:
         head_dim, rest = divmod(_out(module.get_submodule(layers[0])), heads * parts)
         if rest:
             return None
-    return Attention(name, module, layers, heads, head_dim)
+    grouped = 0 < keys < queries and queries % keys == 0 and keys % head_dim == 0
+    return Attention(name, module, layers, heads, head_dim, queries // keys if grouped else 1)
 
 
 class HeadwiseAttention(nn.Module):

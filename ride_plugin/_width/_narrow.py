@@ -59,6 +59,7 @@ def narrow_expert(split: Split, width: float) -> Split:
     Raises:
         WidthError: a layer cannot be narrowed, or too little can be; the message names it.
     """
+    _refuse_quantised(split.views.expert, width)
     expert, views = split.views.expert, split.views
     frozen = {id(t) for t in (*views.trunk.parameters(), *views.trunk.buffers())}
     before = _size(expert, frozen)
@@ -90,6 +91,19 @@ def narrow_expert(split: Split, width: float) -> Split:
     for link in views.links:
         link.refresh()
     return split
+
+
+def _refuse_quantised(expert: nn.Module, width: float) -> None:
+    """Observers keep sizes of their own, which torch does not check when it reads them."""
+    for name, module in expert.named_modules():
+        if any(base.__module__.startswith("torch.ao.") for base in type(module).__mro__):
+            raise WidthError(
+                _message(
+                    width,
+                    f"`{name}` is prepared for quantization. Wrap and narrow the backbone first, "
+                    "then prepare the result",
+                )
+            )
 
 
 def _message(width: float, reason: str) -> str:
