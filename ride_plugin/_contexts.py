@@ -36,7 +36,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     with _lock:
         if module not in roots:
             _lock.wait_for(lambda: module not in _training)
-        borrowed = [part for part in _parts(module) if part.training or part in _borrowed]
+        known = _borrowed if _borrowed else ()  # asking it costs more than a module's own flag
+        borrowed = [part for part in _parts(module) if part.training or part in known]
         for part in borrowed:
             _borrowed[part] = _borrowed.get(part, 0) + 1
             part.training = False

@@ -166,7 +166,7 @@ def test_an_interruption_inside_trunk_or_expert_leaves_the_model_as_it_was(
         assert torch.equal(expert_logits(model(x)), expected)
 
 
-@pytest.mark.parametrize("training", [False])
+@pytest.mark.parametrize("training", [False, True])
 def test_eight_threads_get_what_each_would_get_alone(training: bool) -> None:
     model = wrapped().eval()
     serve = RoutingInference(model, ConfidenceRouter(), 0.35)
