@@ -66,6 +66,8 @@ class FocalLoss(nn.Module):
 
     weight: Tensor | None
 
+    averages_rows = True  # see experts_loss: one call for all experts
+
     def __init__(self, gamma: float = 2.0, *, weight: Numbers | None = None) -> None:
         """Store the exponent.
 

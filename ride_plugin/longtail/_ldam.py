@@ -81,6 +81,8 @@ class LDAMLoss(nn.Module):
     margins: Tensor
     weight: Tensor
 
+    averages_rows = True  # see experts_loss: one call for all experts
+
     def __init__(
         self,
         class_counts: ClassCounts,

@@ -109,6 +109,8 @@ class LogitAdjustedLoss(nn.Module):
 
     adjustment: Tensor
 
+    averages_rows = True  # see experts_loss: one call for all experts
+
     def __init__(self, class_counts: ClassCounts, tau: float = 1.0) -> None:
         """Compute the adjustment.
 
@@ -156,6 +158,8 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
         >>> BalancedSoftmaxLoss([75, 25])(torch.zeros(1, 2), torch.tensor([1]))
         tensor(1.3863)
     """
+
+    averages_rows = True
 
     def __init__(self, class_counts: ClassCounts) -> None:
         """Store the prior.

@@ -90,13 +90,16 @@ def _checked(target: Tensor, batch: int, classes: int, *, strict: bool) -> Tenso
 
 
 def _averages_rows(criterion: object) -> bool:
-    """Tell whether one call on all experts' rows provably gives the mean of their losses.
+    """Tell whether one call on all experts' rows gives the mean of their losses.
 
-    Weighted means qualify: the sum of weights depends on the target only, which experts share.
-    Subclasses do not, since they may override anything.
+    Weighted means qualify: the sum of weights depends on the target only, which experts share. A
+    class says so of itself by ``averages_rows = True``; its subclasses may override anything, so
+    they have to say it again.
     """
-    return criterion is F.cross_entropy or (
-        type(criterion) is nn.CrossEntropyLoss and criterion.reduction == "mean"
+    return (
+        criterion is F.cross_entropy
+        or (type(criterion) is nn.CrossEntropyLoss and criterion.reduction == "mean")
+        or vars(type(criterion)).get("averages_rows") is True
     )
 
 

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ride_plugin import ArgumentError, ExpertOutput, MissingExpertLogitsError, experts_loss
 from ride_plugin._output import attach_expert_logits
+from ride_plugin.longtail import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -150,3 +151,43 @@ def test_target_of_another_batch_is_named() -> None:
     logits, target = batch()
     with pytest.raises(ArgumentError, match=r"`target`.*indices \[8\].*of shape \[7\]"):
         experts_loss(F.cross_entropy, logits, target[:-1])
+
+
+COUNTS = [40, 9, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        LDAMLoss(COUNTS, weight=[0.1, 1.0, 2.0, 5.0]),
+        FocalLoss(gamma=2.0, weight=[0.1, 1.0, 2.0, 5.0]),
+        LogitAdjustedLoss(COUNTS, tau=0.5),
+        BalancedSoftmaxLoss(COUNTS),
+    ],
+    ids=lambda criterion: type(criterion).__name__,
+)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_losses_for_long_tails_see_all_experts_in_one_call(criterion, reduction):
+    experts = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3, 3, 0])
+    calls = []
+    handle = criterion.register_forward_hook(lambda *_: calls.append(1))
+    loss = experts_loss(criterion, experts, target, reduction=reduction)
+    handle.remove()
+    assert len(calls) == 1
+    each = [criterion(experts[:, k], target) for k in range(3)]
+    expected = sum(each) if reduction == "sum" else sum(each) / 3
+    torch.testing.assert_close(loss, expected)
+    got = torch.autograd.grad(loss, experts)[0]
+    torch.testing.assert_close(got, torch.autograd.grad(expected, experts)[0])
+
+
+def test_a_subclass_is_asked_for_each_expert():
+    class PerBatch(BalancedSoftmaxLoss):
+        def forward(self, logits, target):
+            return super().forward(logits, target) * len(logits)
+
+    experts, target = torch.randn(6, 3, 4), torch.tensor([0, 1, 2, 3, 3, 0])
+    criterion = PerBatch(COUNTS)
+    expected = sum(criterion(experts[:, k], target) for k in range(3))
+    torch.testing.assert_close(experts_loss(criterion, experts, target), expected)
