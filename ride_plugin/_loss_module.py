@@ -18,16 +18,23 @@ from ride_plugin._wrapper import RIDEWrapper
 class _Forward:
     """A forward whose signature is the backbone's, since trainers pick a batch's columns by it."""
 
-    __signature__: inspect.Signature
+    def __init__(
+        self,
+        run: Callable[..., dict[str, Tensor]],
+        signature_of: Callable[[Any], inspect.Signature],
+    ) -> None:
+        self.run = run
+        self.signature_of = signature_of
+        self.__signature__ = inspect.signature(run)  # of the class, whose backbone is not known
 
     def __call__(self, module: RIDEModule, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return module._run(*args, **kwargs)
+        return self.run(module, *args, **kwargs)
 
     def __get__(self, module: RIDEModule | None, owner: type[RIDEModule]) -> Callable[..., Any]:
         if module is None:
-            return owner._run
-        forward = functools.partial(module._run)
-        forward.__signature__ = module._signature()  # type: ignore[attr-defined]
+            return self
+        forward = functools.partial(self.run, module)
+        forward.__signature__ = self.signature_of(module)  # type: ignore[attr-defined]
         return forward
 
 
@@ -59,15 +66,6 @@ class RIDEModule(nn.Module):
     # The Trainer then divides the loss by its gradient accumulation steps, which our mean needs.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
-    forward = _Forward()
-    forward.__signature__ = inspect.Signature(  # of the class, whose backbone is not known
-        [
-            inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-            inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
-            inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None),
-            inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
-        ]
-    )
 
     def __init__(self, model: RIDEWrapper, criterion: nn.Module) -> None:
         super().__init__()
@@ -110,3 +108,5 @@ class RIDEModule(nn.Module):
         ]
         labels = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
         return inspect.Signature([*named, labels])
+
+    forward = _Forward(_run, _signature)

@@ -61,7 +61,7 @@ def test_few_lines_differ_from_a_plain_training(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
-def test_trains_far_beyond_chance(name: str) -> None:
+def test_trains_beyond_chance(name: str) -> None:
     absent = missing(*NEEDS[name], "sklearn")
     if absent:
         pytest.skip(f"not installed: {absent}")
@@ -80,4 +80,5 @@ def test_trains_far_beyond_chance(name: str) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     accuracy = re.findall(r"^([\d.]+) %$", result.stdout, flags=re.MULTILINE)[-1]
-    assert float(accuracy) > 40  # ten classes, or four: chance is 10, or 25
+    chance = 25 if name == "trainer_text" else 10  # per cent
+    assert float(accuracy) > chance + 15
