@@ -125,7 +125,7 @@ class _Pooled(nn.Module):
 
 def _routed() -> None:
     torch.manual_seed(0)
-    model = RIDEWrapper(_Pooled(), 3)
+    model = RIDEWrapper(_Pooled(), 3, num_classes=CLASSES)
     x = torch.randn(4, 3, 8, 8)
     expected = model.router_inputs(x)
     shard(model, "experts")
