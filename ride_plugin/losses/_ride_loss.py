@@ -113,6 +113,16 @@ class RIDELoss(nn.Module):
         total: Tensor = loss + self.diversity(experts, target)
         return total if self.reduction == "sum" else total / num_experts
 
+    def __getattr__(self, name: str) -> Any:
+        """What this loss does not have its criterion may: ``criterion.update(epoch)``, say."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            criterion = self.__dict__.get("criterion", self._modules.get("criterion"))
+            if isinstance(criterion, nn.Module) and hasattr(criterion, name):
+                return getattr(criterion, name)
+            raise
+
     def step(self) -> None:
         """End the epoch, for the diversity term and for every schedule given."""
         for module in self.modules():

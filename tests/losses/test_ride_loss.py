@@ -258,3 +258,26 @@ def test_options_of_another_kind_are_refused(options) -> None:
 def test_outputs_of_another_kind_are_refused_without_gradients_too() -> None:
     with torch.no_grad(), pytest.raises(ArgumentError, match="`output`"):
         RIDELoss(F.cross_entropy, COUNTS)("logits", TARGET)
+
+
+class OfAnEpoch(nn.Module):
+    """A criterion that its training loop tells the epoch, as many repositories have it."""
+
+    epoch = 0
+
+    def update(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target) * self.epoch
+
+
+def test_what_the_loop_asks_of_its_criterion_is_answered_by_it() -> None:
+    criterion = RIDELoss(OfAnEpoch(), COUNTS)
+    criterion.update(3)
+    assert criterion.epoch == 3
+    assert copy.deepcopy(criterion).epoch == 3
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        criterion.absent  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'update'"):
+        RIDELoss(F.cross_entropy, COUNTS).update(3)
