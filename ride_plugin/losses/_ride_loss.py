@@ -118,7 +118,8 @@ class RIDELoss(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            criterion = self.__dict__.get("criterion", self._modules.get("criterion"))
+            # Not by `self`: before the module is set up that would ask here again.
+            criterion = self.__dict__.get("_modules", {}).get("criterion")
             if isinstance(criterion, nn.Module) and hasattr(criterion, name):
                 return getattr(criterion, name)
             raise
