@@ -34,13 +34,15 @@ def unchanging(root: nn.Module, frozen_layers: Iterable[nn.Module]) -> dict[int,
 
     These are parameters that do not require gradients, the statistics of frozen normalisation
     layers, and tables of integers (positions, masks, quantised weights) beside nothing trainable.
+    A row of integers is no table: it may be a queue's pointer or its labels, which training writes,
+    and which would move on once for each expert if they shared it.
     """
     found: list[Tensor] = [p for p in root.parameters() if not p.requires_grad]
     for layer in frozen_layers:
         found += layer.buffers(recurse=False)
     for module in root.modules():
         if module._buffers and not trains(module.parameters(recurse=False)):
-            tables = (b for b in module.buffers(recurse=False) if b.dim() > 0)
+            tables = (b for b in module.buffers(recurse=False) if b.dim() > 1)
             found += [b for b in tables if not (b.is_floating_point() or b.is_complex())]
     return {id(tensor): tensor for tensor in found}
 

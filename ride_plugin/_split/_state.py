@@ -244,11 +244,6 @@ def _map_with(function: Any, value: Any, infos: tuple[Any, ...]) -> Any:
     return map_tensors(lambda tensor: function(tensor, next(remaining)), value)
 
 
-def count_tensors(values: list[Any]) -> list[int]:
-    """Number of tensors in each entry of a tape."""
-    return [sum(1 for _ in tensors_in(value)) for value in values]
-
-
 def _collate(batch: Sequence[TrunkState], *, collate_fn_map: Any = None) -> TrunkState:
     return TrunkState.cat(batch)
 

@@ -309,3 +309,27 @@ def test_two_processes_train_like_one(tmp_path) -> None:
         assert len(gradients) == 3 * 6
         for got, expected in gradients:
             torch.testing.assert_close(got, expected)
+
+
+class Bank(nn.Module):
+    """A memory bank without anything to train: it writes its rows in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("seen", torch.zeros(16, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen[self.pointer[0] % 16] += len(x)
+            self.pointer += 1
+        return x
+
+
+def test_what_training_writes_moves_on_once_for_each_experts_own() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), Bank(), nn.Linear(8, 4))
+    model = RIDEWrapper(net, 3, fork_at="2", init="copy", example_input=torch.randn(2, 6)).train()
+    for _ in range(2):
+        model(torch.randn(5, 6))
+    pointers = [int(expert.get_submodule("3").pointer) for expert in model.experts]
+    assert pointers == [2, 2, 2]
