@@ -30,10 +30,13 @@ METHODS = {
     "one_rank8": Method(8),
     "one_rank24": Method(24),
     "three_rank8": Method(8, 3, (1.0, 1.0, 1.0)),
+    "three_rank5": Method(5, 3, (1.0, 1.0, 1.0)),
     "three_rank2": Method(2, 3, (1.0, 1.0, 1.0)),
-    "three_rank3": Method(3, 3, (1.0, 1.0, 1.0)),
     "three_rank8_official": Method(8, 3, (1.0, 1.0, 1.0), "official"),
     "three_rank8_paper": Method(8, 3, (1.0, 1.0, 1.0), "paper"),
     "three_rank8_priors": Method(8, 3, (1.0, 0.0, 2.0)),
 }
-"""``three_rank2`` has fewer parameters than ``one_rank24``, classifiers included."""
+"""Trained parameters, classifiers included: ``three_rank5`` has 0.98 of ``one_rank24``'s.
+
+``three_rank8`` has as many in its adapters, and two more classifiers.
+"""
