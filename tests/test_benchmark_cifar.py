@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("matplotlib")
 digits = pytest.importorskip("sklearn.datasets").load_digits()
 
-from benchmarks.cifar import plots, report  # noqa: E402
+from benchmarks.cifar import plots, priors, report  # noqa: E402
 from benchmarks.cifar.data import Split, load  # noqa: E402
 from benchmarks.cifar.evaluate import TAUS, by_tau  # noqa: E402
 from benchmarks.cifar.methods import METHODS  # noqa: E402
@@ -161,3 +161,37 @@ def test_figures_name_every_method_in_words_of_its_own() -> None:
     words = [method.words for method in METHODS.values()]
     assert len(set(words)) == len(words)
     assert not any("_" in said for said in words)
+
+
+def test_expert_weights_prefer_the_expert_whose_views_agree() -> None:
+    torch.manual_seed(0)
+    steady = torch.nn.functional.one_hot(torch.randint(4, (60,)), 4) * 4.0
+    views = [
+        torch.stack([torch.randn(60, 4) * 4, steady, torch.randn(60, 4) * 4], 1) for _ in range(2)
+    ]
+    weights = priors.expert_weights(*views)
+    assert weights.sum().item() == pytest.approx(1)
+    assert weights[1] > 0.9
+    grid = torch.tensor([[0.98, 0.01, 0.01], [1 / 3, 1 / 3, 1 / 3], [0.6, 0.2, 0.2]])
+
+    def agreement(weights: torch.Tensor) -> float:
+        one, other = ((weights[:, None] * view).sum(1).softmax(1) for view in views)
+        return float(torch.nn.functional.cosine_similarity(one, other).mean())
+
+    assert all(agreement(weights) >= agreement(other) for other in grid)
+
+
+def test_prior_table_has_a_row_for_each_test_set() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(4).repeat(10)
+    brightness = labels * 60 + torch.randint(70, (40,))  # neighbouring classes overlap a little
+    split = Split(brightness.byte()[:, None, None, None].repeat(1, 3, 32, 32), labels)
+    plain = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Flatten(), torch.nn.Linear(3, 4))
+    with torch.no_grad():
+        plain[2].weight.copy_(torch.arange(4.0)[:, None].expand(4, 3) / 3)
+        plain[2].bias.copy_(-((torch.arange(4.0) - 1.5) ** 2) / 2)
+    lines = priors.table(plain, split, torch.tensor([100, 50, 10, 2]))
+    rows = [line for line in lines if line.startswith("|")][2:]
+    assert len(rows) == len(priors.SHIFTS)
+    assert all(row.count("|") == 7 for row in rows)
+    assert [row for row in rows if row.startswith("| uniform")]
