@@ -102,8 +102,10 @@ def check_instance(
 
 def check_callable(value: object, name: str, call: str, *, advice: str = "") -> Callable[..., Any]:
     """Return what can be called; ``call`` shows how, as in ``criterion(logits, target)``."""
-    if callable(value):
+    if callable(value) and not isinstance(value, type):
         return value
+    if isinstance(value, type):
+        advice = f"Make one: {value.__name__}(...)."
     refuse(name, f"callable as {call}", value, advice)
 
 

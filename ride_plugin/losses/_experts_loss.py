@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ def experts_loss(
             gives the same number.
         output: what the wrapped model returned, or expert logits ``[B, E, C]``.
         target: class indices ``[B]`` or probabilities ``[B, C]``; for criteria other than cross
-            entropy, any tensor of B rows that they take (several labels, say).
+            entropy, any tensor of B rows that they take (several labels, say), or whatever else
+            they take in its place (mixup's pair of labels, a dict).
         reduction: ``"sum"`` over experts as in the paper, or ``"mean"``, which keeps the scale of
             a single model's loss (and needs the diversity weight divided by E to match).
 
@@ -73,16 +74,19 @@ def experts_loss(
         criteria = _one_per_expert(criterion, num_experts)
         losses = [_call(one, experts[:, i], target) for i, one in enumerate(criteria)]
     except (IndexError, RuntimeError):
-        check_classes(target, "target", classes)
+        if isinstance(target, Tensor):
+            check_classes(target, "target", classes)
         raise
     total = torch.stack(losses)
     return total.sum() if reduction == "sum" else total.mean()
 
 
-def _checked(target: Tensor, batch: int, classes: int, *, strict: bool) -> Tensor:
+def _checked(target: Any, batch: int, classes: int, *, strict: bool) -> Any:
     """The target of cross entropy in full; another criterion says itself what it cannot use."""
-    if strict or not isinstance(target, Tensor) or target.dim() == 0:
+    if strict or (isinstance(target, Tensor) and target.dim() == 0):
         return check_target(target, batch, classes)
+    if not isinstance(target, Tensor):
+        return target
     if len(target) != batch:
         refuse("target", f"that of {batch} samples, as many as `output` holds", target)
     whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)

@@ -139,6 +139,21 @@ def test_targets_that_only_the_criterion_understands() -> None:
         loss(out, several[:4])
 
 
+def test_targets_that_are_no_tensor_reach_the_criterion() -> None:
+    def of_pair(logits: Tensor, pair: tuple[Tensor, Tensor, float]) -> Tensor:
+        first, second, share = pair
+        return share * F.cross_entropy(logits, first) + (1 - share) * F.cross_entropy(
+            logits, second
+        )
+
+    output = torch.randn(4, 3, 5, requires_grad=True)
+    first, second = torch.randint(5, (2, 4))
+    criterion = RIDELoss(F.cross_entropy, [10] * 5)
+    expected = 0.3 * criterion(output, first) + 0.7 * criterion(output, second)
+    found = RIDELoss(of_pair, [10] * 5)(output, (first, second, 0.3))
+    torch.testing.assert_close(found, expected)
+
+
 def test_mixup_helpers_that_call_the_criterion_twice() -> None:
     def mixup_criterion(criterion, pred, y_a: Tensor, y_b: Tensor, lam: float) -> Tensor:
         return lam * criterion(pred, y_a) + (1 - lam) * criterion(pred, y_b)
@@ -235,7 +250,7 @@ def test_compiles_whole_and_without_recompiling() -> None:
     [
         *(
             ((bad, COUNTS), "criterion")
-            for bad in (None, 3, "ce", [F.cross_entropy, None], object())
+            for bad in (None, 3, "ce", [F.cross_entropy, None], object(), nn.CrossEntropyLoss)
         ),
         ((RIDELoss(F.cross_entropy, COUNTS), COUNTS), "criterion"),
         *(((F.cross_entropy, bad), "class_counts") for bad in (None, "a", 0.2, [5], {"a": 1})),
