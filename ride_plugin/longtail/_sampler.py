@@ -11,38 +11,47 @@ from torch.utils.data import Sampler
 
 from ride_plugin._checks import Numbers, as_labels, check_integer
 
+_AT_ONCE = 65536
+
 
 def balanced_draw(
-    labels: NDArray[np.int64], num_samples: int, generator: np.random.Generator
+    by_class: list[NDArray[np.int64]], num_samples: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Draw ``num_samples`` indices so that every class that occurs comes up equally often.
+    """Draw ``num_samples`` of the indices in ``by_class`` so that all classes come equally often.
 
     Classes come in rounds, each a fresh permutation of all of them; within a class, images come in
     passes, each a fresh permutation too. So counts of classes, and of images within a class,
     differ by one at most, while each image keeps the probability ``1 / (C n_c)`` of a free draw.
 
     Example:
-        >>> draw = balanced_draw(np.array([0, 0, 0, 1]), 4, np.random.default_rng(0))
+        >>> draw = balanced_draw([np.array([0, 1, 2]), np.array([3])], 4, np.random.default_rng(0))
         >>> sorted(np.array([0, 0, 0, 1])[draw].tolist())
         [0, 0, 1, 1]
     """
-    by_class = _groups(labels)
     rounds = -(-num_samples // len(by_class))
-    order = np.concatenate([generator.permutation(len(by_class)) for _ in range(rounds)])
-    order = order[:num_samples]
-    draw = np.empty(num_samples, dtype=np.int64)
-    for places in _groups(order):
-        members = by_class[order[places[0]]]
-        passes = -(-len(places) // len(members))
-        images = np.concatenate([generator.permutation(members) for _ in range(passes)])
-        draw[places] = images[: len(places)]
-    return draw
+    images = np.empty((len(by_class), rounds), dtype=np.int64)
+    for row, members in zip(images, by_class, strict=True):
+        row[:] = _in_passes(members, rounds, generator)
+    # A round takes the next image of every class; all rounds are permuted in one call.
+    draw = np.ascontiguousarray(images.T)
+    generator.permuted(draw, axis=1, out=draw)
+    return draw.reshape(-1)[:num_samples]
 
 
-def _groups(values: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Positions of each distinct value, in ascending order of the values."""
-    order = np.argsort(values, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
+def _in_passes(
+    members: NDArray[np.int64], length: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    if len(members) >= length:
+        return generator.choice(members, length, replace=False)
+    passes = np.tile(members, (-(-length // len(members)), 1))
+    return generator.permuted(passes, axis=1).reshape(-1)[:length]
+
+
+def _indices_by_class(labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Indices of the images of each class that occurs, classes ascending."""
+    narrow = labels.astype(np.min_scalar_type(labels.max()))  # numpy sorts 16 bits by radix
+    counts = np.bincount(labels)
+    return np.split(np.argsort(narrow, kind="stable"), np.cumsum(counts[counts > 0])[:-1])
 
 
 class ClassBalancedSampler(Sampler[int]):
@@ -89,6 +98,7 @@ class ClassBalancedSampler(Sampler[int]):
             ArgumentError: labels are not integers ``[N]``, or a number is out of range.
         """
         self.labels = as_labels(labels).numpy()
+        self._by_class = _indices_by_class(self.labels)
         running = distributed.is_available() and distributed.is_initialized()
         if num_replicas is None:
             num_replicas = distributed.get_world_size() if running else 1
@@ -114,8 +124,10 @@ class ClassBalancedSampler(Sampler[int]):
         """Yield this rank's indices of the current epoch."""
         # A sequence as seed keeps (seed, epoch) pairs apart, where seed + epoch would collide.
         generator = np.random.default_rng([self.seed, self.epoch])
-        draw = balanced_draw(self.labels, self.num_samples * self.num_replicas, generator)
-        yield from draw[self.rank :: self.num_replicas].tolist()
+        draw = balanced_draw(self._by_class, self.num_samples * self.num_replicas, generator)
+        own = draw[self.rank :: self.num_replicas]
+        for start in range(0, len(own), _AT_ONCE):  # Python's integers need four times the memory
+            yield from own[start : start + _AT_ONCE].tolist()
 
     def __len__(self) -> int:
         """Return the number of indices that each rank gets per epoch."""

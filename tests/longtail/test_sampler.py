@@ -1,10 +1,12 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from ride_plugin import RIDEError
 from ride_plugin.longtail import ClassBalancedSampler
+from ride_plugin.longtail._sampler import balanced_draw
 
 LABELS = torch.tensor([0, 1, 0, 0, 1, 0, 2, 0, 0, 0, 1, 0, 0] * 5)  # 45, 15 and 5 images
 
@@ -65,6 +67,33 @@ def test_seed_and_epoch_do_not_collide() -> None:
 def test_fewer_samples_than_classes_are_distinct_classes() -> None:
     drawn = list(ClassBalancedSampler(LABELS, num_samples=2))
     assert len(set(LABELS[drawn].tolist())) == 2
+
+
+class CountedCalls:
+    """A generator of random numbers that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.generator = np.random.default_rng(0)
+
+    def __getattr__(self, name: str) -> object:
+        self.calls += 1
+        return getattr(self.generator, name)
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 50_000])
+def test_a_long_epoch_asks_for_random_numbers_as_often_as_a_short_one(num_samples: int) -> None:
+    counted = CountedCalls()
+    by_class = [np.arange(90), np.arange(90, 100), np.array([100])]
+    draw = balanced_draw(by_class, num_samples, counted)  # type: ignore[arg-type]
+    assert len(draw) == num_samples
+    assert counted.calls <= len(by_class) + 1
+
+
+@pytest.mark.parametrize("labels", [[70_000, 3, 70_000, 300], [7, 7], [0, 255, 0, 65_535]])
+def test_classes_need_not_follow_one_another(labels: list[int]) -> None:
+    sampler = ClassBalancedSampler(labels, num_samples=20 * len(set(labels)))
+    assert Counter(labels[i] for i in sampler) == dict.fromkeys(labels, 20)
 
 
 def test_global_random_state_is_left_alone() -> None:
