@@ -1,8 +1,11 @@
 import math
+import tracemalloc
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from benchmarks.speed.live_bytes import LiveBytes
 from ride_plugin import RIDEError
 from ride_plugin.longtail import analyze, expected_calibration_error, shot_report
 
@@ -121,7 +124,46 @@ def test_equal_experts_neither_disagree_nor_diverge() -> None:
     logits, target, _ = case()
     analysis = analyze(logits[:, :1].repeat(1, 3, 1), target, COUNTS)
     assert list(analysis.disagreement) == [0.0] * 4
-    assert list(analysis.kl) == [0.0] * 4
+    assert list(analysis.kl) == pytest.approx([0.0] * 4, abs=1e-14)  # two roundings, multiplied
+
+
+def test_kl_of_close_experts_keeps_its_digits() -> None:
+    logits, target, _ = case()
+    close = 5 * logits[:, :1] + 1e-3 * logits
+    log_p = close.double().log_softmax(2)
+    expected = sum(
+        F.kl_div(log_p[:, j], log_p[:, i], log_target=True, reduction="none").sum(1) / 6
+        for i in range(3)
+        for j in range(3)
+    )
+    found = analyze(close, target, COUNTS).kl
+    assert list(found) == pytest.approx(split_mean(expected.tolist(), target.tolist()), rel=1e-3)
+
+
+def test_a_class_that_only_one_expert_excludes_makes_the_divergence_infinite() -> None:
+    logits, target, _ = case()
+    logits[7, 1, 4] = -math.inf
+    analysis = analyze(logits, target, COUNTS)
+    own = ("many", "medium", "few").index(SPLIT[target[7]])
+    for index, value in enumerate(list(analysis.kl)):
+        assert math.isinf(value) == (index in (0, own + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_million_predictions_would_not_be_copied(dtype: torch.dtype) -> None:
+    logits = torch.randn(40_000, 4, 100).to(dtype)
+    target = torch.randint(5, (40_000,))
+    counts = [*COUNTS, *[10] * 95]
+    with LiveBytes() as torch_bytes:
+        analyze(logits, target, counts)
+    tracemalloc.start()
+    try:
+        analyze(logits, target, counts)
+        _, numpy_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    own = torch_bytes.peak - logits.nbytes  # parts of the input are views, which count as it does
+    assert own + numpy_bytes < logits.nbytes / 2
 
 
 def test_classes_masked_in_all_experts_give_no_nan() -> None:
