@@ -149,9 +149,8 @@ def test_a_class_that_only_one_expert_excludes_makes_the_divergence_infinite() -
         assert math.isinf(value) == (index in (0, own + 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_million_predictions_would_not_be_copied(dtype: torch.dtype) -> None:
-    logits = torch.randn(40_000, 4, 100).to(dtype)
+def test_a_million_predictions_would_not_be_copied() -> None:
+    logits = torch.randn(40_000, 4, 100).bfloat16()  # which is computed in float32
     target = torch.randint(5, (40_000,))
     counts = [*COUNTS, *[10] * 95]
     with LiveBytes() as torch_bytes:
