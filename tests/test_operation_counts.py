@@ -1,6 +1,7 @@
 """Counts that carry no noise: operations, waits for the device, and rows looked for."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ride_plugin import (
     RoutingInference,
     experts_loss,
 )
+from ride_plugin.routing._threshold import _sweep
 
 CLASSES = 10
 COUNTS = [500 // (i + 1) for i in range(CLASSES)]
@@ -173,10 +175,14 @@ def peak(step):
     return counter.peak
 
 
-def test_the_diversity_term_holds_at_most_six_copies_of_the_logits():
-    experts = torch.randn(64, 4, 1000, requires_grad=True)
-    target = torch.randint(0, 1000, (64,))
-    diversity = DiversityLoss([1000 - i for i in range(1000)])
+@pytest.mark.parametrize("form", ["official", "paper"])
+@pytest.mark.parametrize(("batch", "num_experts", "classes"), [(64, 4, 1000), (2, 16, 100_000)])
+def test_the_diversity_term_holds_at_most_six_copies_of_the_logits(
+    form, batch, num_experts, classes
+):
+    experts = torch.randn(batch, num_experts, classes, requires_grad=True)
+    target = torch.randint(0, classes, (batch,))
+    diversity = DiversityLoss(torch.arange(classes, 0, -1), form=form)
 
     def step():
         experts.grad = None
@@ -204,3 +210,10 @@ def test_three_checkpointed_experts_need_no_more_memory_than_the_single_backbone
     again = peak(step(model))
     assert again < kept
     assert again <= single
+
+
+def test_half_a_million_samples_are_swept_in_few_operations():
+    report = SimpleNamespace(flops_by_experts=(10, 17, 23), flops=22)
+    with Operations() as seen:
+        _sweep(torch.randn(500_000, 2), torch.rand(500_000, 3) < 0.5, report)
+    assert seen.total < 120

@@ -24,7 +24,7 @@ from ride_plugin._inputs import as_inputs
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin.functional import running_means
 from ride_plugin.routing._confidence import ConfidenceRouter, Kind
-from ride_plugin.routing._exit import RoutedStages, exceeds
+from ride_plugin.routing._exit import RoutedStages
 from ride_plugin.routing._protocols import Router
 
 LONG_TAIL_RATIO = 10
@@ -213,17 +213,30 @@ def _measure(
 
 
 def _sweep(gates: Tensor, right: Tensor, report: CostReport) -> ExitCurve:
-    flops = torch.tensor(report.flops_by_experts, dtype=torch.float64)
-    limits = _candidates(gates)
-    mean_experts, mean_flops, accuracy = [], [], []
-    for limit in limits:
-        used = 1 + exceeds(gates, limit).long().cumprod(dim=1).sum(dim=1)
-        mean_experts.append(used.double().mean())
-        mean_flops.append(flops[used - 1].mean())
-        accuracy.append(right.gather(1, used[:, None] - 1).double().mean())
-    cost = torch.stack(mean_flops)
-    relative = cost / max(report.flops, 1)
-    return ExitCurve(limits, torch.stack(mean_experts), cost, relative, torch.stack(accuracy))
+    """What every candidate costs and gains, from one count of the samples between candidates."""
+    limits, samples = _candidates(gates), len(gates)
+    more_flops = torch.tensor(report.flops_by_experts, dtype=torch.float64).diff()
+    more_right = right.double().diff(dim=1)
+    # A sample reaches an expert if the lowest of the gates before it exceeds the limit.
+    lowest = gates.clamp(min=torch.finfo(gates.dtype).min).cummin(dim=1).values
+    exceeded = torch.bucketize(lowest, limits).masked_fill_(lowest.isnan(), 0)  # limits below it
+    # Whole numbers until the end, so that points of equal accuracy are equal.
+    experts = torch.full((len(limits),), samples, dtype=torch.float64)
+    flops = experts * report.flops_by_experts[0]
+    hits = right[:, 0].sum(dtype=torch.float64).expand(len(limits)).clone()
+    for gate, extra in enumerate(more_flops):
+        reached = _counts_above(exceeded[:, gate], len(limits))
+        experts += reached
+        flops += extra * reached
+        hits += _counts_above(exceeded[:, gate], len(limits), more_right[:, gate])
+    flops /= samples
+    return ExitCurve(limits, experts / samples, flops, flops / max(report.flops, 1), hits / samples)
+
+
+def _counts_above(exceeded: Tensor, num_limits: int, weights: Tensor | None = None) -> Tensor:
+    """How many samples exceed each limit, or the sum of their weights, ``[num_limits]``."""
+    counts = exceeded.bincount(weights, minlength=num_limits + 1).double()
+    return counts.sum() - counts.cumsum(0)[:-1]
 
 
 def _candidates(gates: Tensor) -> Tensor:

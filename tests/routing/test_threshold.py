@@ -1,13 +1,17 @@
 """Calibration against what inference then does, and the routing report."""
 
 import copy
+import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ride_plugin import ArgumentError, ConfidenceRouter, ExpertRouter, RoutingInference, cost_report
 from ride_plugin.routing import LongTailedCalibrationWarning
+from ride_plugin.routing._exit import exceeds
+from ride_plugin.routing._threshold import _sweep
 from tests.handmade import small_model
 
 
@@ -240,3 +244,27 @@ def test_logits_that_are_no_numbers_are_not_calibrated_on(data):
     serve = RoutingInference(model, ConfidenceRouter())
     with pytest.raises(ArgumentError, match="NaN"):
         serve.calibrate(batches(x, data[3]), max_experts=2.0)
+
+
+def test_the_sweep_is_a_loop_over_samples_experts_and_limits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gates = torch.randn(60, 3, generator=generator).mul(2).round().div(2)  # many equal ones
+    gates[0] = torch.tensor([-math.inf, 1.0, 1.0])
+    gates[1] = torch.tensor([math.inf, -math.inf, 1.0])
+    gates[2] = torch.tensor([1.0, math.nan, 1.0])
+    right = torch.rand(60, 4, generator=generator) < 0.5
+    report = SimpleNamespace(flops_by_experts=(10, 17, 23, 40), flops=38)
+    curve = _sweep(gates, right, report)  # type: ignore[arg-type]
+    for limit, *point in zip(
+        curve.threshold_logits, curve.mean_experts, curve.flops, curve.accuracy, strict=True
+    ):
+        used = []
+        for row in gates:
+            count = 1
+            while count < 4 and bool(exceeds(row[count - 1], limit)):
+                count += 1
+            used.append(count)
+        hits = [bool(row[count - 1]) for row, count in zip(right, used, strict=True)]
+        flops = [report.flops_by_experts[count - 1] for count in used]
+        expected = [sum(values) / 60 for values in (used, flops, hits)]
+        assert [float(value) for value in point] == expected
