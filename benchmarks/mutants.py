@@ -2,15 +2,26 @@
 
 `python -m benchmarks.mutants --number 300 --seed 0` from the repository's root. A mutant is one
 change of one expression or statement (a comparison, an operator, a number, a condition, a default,
-a cast, a call left out); it is killed if a test of the mirroring modules fails or takes too long.
-Every mutant runs in a process of its own, forked after torch was imported; no file is changed.
+a cast, a call left out) in the equations, their numerics, the losses, routing, the long-tail losses
+or the sampler. It is killed if a test that concerns its module fails or takes too long.
+
+Not changed are annotations, docstrings, messages, imports, ``__all__`` and ``repr``. Some changes
+cannot be noticed by any test, for example a shortcut that is not taken; those that were drawn are
+listed with the reason in `mutants_equivalent.txt`. They are counted apart and never as killed.
+
+``--log FILE`` keeps a line of JSON for each mutant, and a second run goes on from it; with
+``--again`` it runs the survivors of the file once more. Mutants are known by the function that they
+are in, so the file stays valid while other functions change. Every mutant runs in a process of its
+own, forked after torch was imported; no file is changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -21,34 +32,47 @@ import signal
 import sys
 import time
 import types
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import hypothesis  # noqa: F401  (imported before the fork, so that no mutant pays for it)
-import numpy as np  # noqa: F401
 import pytest
-import sybil  # noqa: F401
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
+_BEFORE_THE_FORK = (  # imported once, so that no mutant pays for it
+    "hypothesis", "numpy", "onnx", "onnxruntime", "onnxscript", "sybil", "torch._dynamo",
+    "torch._inductor", "torch.distributed", "torch.export", "torch.onnx", "torch.testing",
+    "torch.utils.flop_counter",
+)  # fmt: skip
 TESTS = {  # module -> the tests that mirror it, nearest first
     "functional": (
         "test_functional.py",
         *(f"losses/test_{name}.py" for name in ("diversity", "temperature", "distillation")),
         "routing/test_router.py",
         "routing/test_exit.py",
+        "test_hostile_calls.py",
+        "test_devices.py",
+        "test_properties.py",
     ),
-    "_numerics": ("test_numerics.py", "test_functional.py", "losses/test_diversity.py"),
-    "losses/*": ("losses/test_{}.py", "test_functional.py"),
-    "longtail/_ldam": ("longtail/test_ldam.py",),
-    "longtail/_focal": ("longtail/test_focal.py",),
-    "longtail/_logit_adjustment": ("longtail/test_logit_adjustment.py",),
-    "longtail/_reweighting": ("longtail/test_reweighting.py",),
-    "longtail/_sampler": ("longtail/test_sampler.py",),
+    "_numerics": ("test_functional.py", "losses/test_diversity.py", "test_properties.py"),
+    "losses/*": (
+        "losses/test_{}.py", "test_functional.py", "test_hostile_calls.py", "test_devices.py"
+    ),
+    **{
+        f"longtail/_{name}": (
+            f"longtail/test_{name}.py", "test_hostile_calls.py", "test_devices.py"
+        )
+        for name in ("ldam", "focal", "logit_adjustment", "reweighting", "sampler")
+    },
     "routing/_runner": ("routing/test_export.py",),
-    "routing/*": ("routing/test_{}.py", "routing/test_router.py", "routing/test_exit.py"),
-}
+    "routing/*": (
+        "routing/test_{}.py", "routing/test_router.py", "routing/test_exit.py",
+        "routing/test_inference.py", "test_hostile_calls.py", "test_devices.py",
+    ),
+}  # fmt: skip
 _ELSEWHERE = {"__init__", "_fused"}  # the fused executor is compared with eager at every build
 _COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -69,40 +93,56 @@ _MESSAGES = {"refuse", "ArgumentError", "MissingExpertLogitsError", "ValueError"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: the module's path, the line, what was changed, and the module's new source."""
+    """One change: the module, its function and line, what was changed, the module's new source."""
 
     path: str
+    function: str
     line: int
     change: str
     source: str
 
+    @property
+    def name(self) -> str:
+        """What the mutant is known by, whatever is written above it in the module."""
+        return f"{self.path} {self.function}: {self.change}"
+
+
+_SCOPES = (ast.FunctionDef, ast.ClassDef)
+
 
 def mutants_of(path: Path) -> Iterator[Mutant]:
     """Every mutant of a source file."""
-    text = path.read_text()
+    text, shown_before = path.read_text(), Counter[tuple[str, str]]()
     places = list(_places(ast.parse(text)))
-    for place, (node, _) in enumerate(places):
+    for place, (node, _, function) in enumerate(places):
         for choice in range(len(list(_changes(node)))):
             tree = ast.parse(text)
-            node, parent = list(_places(tree))[place]
+            node, parent, _ = list(_places(tree))[place]
             old, line = ast.unparse(node), getattr(node, "lineno", 0)
             new = list(_changes(node))[choice]
             _replace(parent, node, new)
             mutated = ast.unparse(ast.fix_missing_locations(tree))
-            shown = f"{old} -> {ast.unparse(new)}".replace("\n", " ")
-            yield Mutant(path.relative_to(ROOT).as_posix(), line, shown[:160], mutated)
+            change = " ".join(f"{old} -> {ast.unparse(new)}".split())[:160]
+            shown_before[function, change] += 1
+            if shown_before[function, change] > 1:
+                change += f" ({shown_before[function, change]})"
+            yield Mutant(path.relative_to(ROOT).as_posix(), function, line, change, mutated)
 
 
-def _places(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
-    """Every node that may be changed, with its parent; no annotation, docstring or message."""
+def _places(node: ast.AST, function: str = "") -> Iterator[tuple[ast.AST, ast.AST, str]]:
+    """Every node that may be changed, its parent and the function that it is in.
+
+    No annotation, docstring or message is changed.
+    """
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "type_params", "bases"):
             continue
         for child in value if isinstance(value, list) else [value]:
             if not isinstance(child, ast.AST) or _is_text(child):
                 continue
-            yield child, node
-            yield from _places(child)
+            yield child, node, function
+            inner = getattr(child, "name", "") if isinstance(child, _SCOPES) else ""
+            yield from _places(child, f"{function}.{inner}".strip(".") if inner else function)
 
 
 def _is_text(node: ast.AST) -> bool:
@@ -220,6 +260,12 @@ def passes(mutant: Mutant, limit: float) -> tuple[bool, float]:
     return False, limit
 
 
+def unnoticeable() -> dict[str, str]:
+    """The reason why no test can notice a mutant, by the mutant's name."""
+    lines = (line for line in EQUIVALENT.read_text().splitlines() if not line.startswith("#"))
+    return {name: reason for name, _, reason in (line.partition("  #  ") for line in lines if line)}
+
+
 def main() -> None:
     """Sample, run, print every survivor and the share that was killed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -228,43 +274,51 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds for one mutant")
     parser.add_argument("--log", type=Path, help="a line of JSON for each mutant; goes on from it")
     parser.add_argument("--part", default="1/1", help="1/3 and so on: processes share one --log")
-    parser.add_argument("--only", default="", help="paths that contain this text")
-    parser.add_argument("--again", action="store_true", help="of --log, the survivors only")
+    parser.add_argument("--only", default="", help="names that contain this text")
+    parser.add_argument("--again", action="store_true", help="run the survivors of --log once more")
     options = parser.parse_args()
     torch.set_num_threads(1)
     paths: list[Path] = []
     for pattern in TESTS:
         paths += sorted((ROOT / "ride_plugin").glob(f"{pattern}.py"))
-    everything = [m for path in paths if path.stem not in _ELSEWHERE for m in mutants_of(path)]
+    paths = [path for path in dict.fromkeys(paths) if path.stem not in _ELSEWHERE]
+    everything = [mutant for path in paths for mutant in mutants_of(path)]
     sample = random.Random(options.seed).sample(everything, min(options.number, len(everything)))
     part, parts = map(int, options.part.split("/"))
-    sample = [mutant for mutant in sample[part - 1 :: parts] if options.only in mutant.path]
+    sample = [mutant for mutant in sample[part - 1 :: parts] if options.only in mutant.name]
     known: dict[str, bool] = {}
     if options.log and options.log.exists():
         for entry in map(json.loads, options.log.read_text().splitlines()):
-            known[f"{entry['path']}:{entry['line']}: {entry['change']}"] = entry["killed"]
-    print(f"{len(everything)} mutants, {len(sample)} of them run", flush=True)
-    for path in sorted({mutant.path for mutant in sample}):
-        unchanged = Mutant(path, 0, "", (ROOT / path).read_text())
-        if not known and not passes(unchanged, options.limit)[0]:
-            raise SystemExit(f"the tests of {path} fail without any change: {tests_of(path)}")
-    killed = run = 0
+            known[entry["name"]] = entry["killed"]
+    print(f"{len(everything)} mutants, {len(sample)} of them drawn", flush=True)
+    for module in _BEFORE_THE_FORK:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    reasons, found = unnoticeable(), Counter[str]()
     for mutant in sample:
-        name = f"{mutant.path}:{mutant.line}: {mutant.change}"
-        dead = known.get(name)
-        if dead is None or (options.again and not dead):
+        killed = known.get(mutant.name)
+        if mutant.name in reasons:
+            found["unnoticeable"] += 1
+            continue
+        if killed is None or (options.again and not killed):
             survived, seconds = passes(mutant, options.limit)
-            dead = not survived
+            killed = not survived
             if options.log:
-                entry = {"path": mutant.path, "line": mutant.line, "change": mutant.change}
-                entry |= {"killed": dead, "seconds": round(seconds, 1)}
+                entry = {"name": mutant.name, "killed": killed, "seconds": round(seconds, 1)}
                 with options.log.open("a") as log:
                     log.write(json.dumps(entry) + "\n")
-        run += 1
-        killed += dead
-        if not dead:
-            print(f"SURVIVED {name}", flush=True)
-    print(f"{killed} of {run} killed ({100 * killed / max(1, run):.1f} %)")
+        found["killed" if killed else "survived"] += 1
+        if not killed:
+            print(f"SURVIVED {mutant.name}  (line {mutant.line})", flush=True)
+    for path in sorted({mutant.path for mutant in sample}):  # what fails unchanged kills nothing
+        unchanged = Mutant(path, "", 0, "no change", (ROOT / path).read_text())
+        if not passes(unchanged, options.limit)[0]:
+            raise SystemExit(f"the tests of {path} fail without any change: {tests_of(path)}")
+    run = found["killed"] + found["survived"]
+    print(
+        f"{found['killed']} of {run} killed ({100 * found['killed'] / max(1, run):.1f} %), "
+        f"{found['unnoticeable']} more are listed as unnoticeable"
+    )
 
 
 if __name__ == "__main__":
