@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_integer, check_number, refuse
+from ride_plugin._checks import check_instance, check_integer, check_number, refuse
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._cost import CostReport, check_shares, cost_report
 from ride_plugin._errors import ArgumentError, WidthError
@@ -150,6 +150,7 @@ def plan(
         },
         reverse=True,
     )
+    check_instance(backbone, "backbone", nn.Module, "a torch.nn.Module")
     max_flops_ratio = check_number(max_flops_ratio, "max_flops_ratio", 0, open_low=True)
     shares_of = _by_number(shares, numbers)
     rows: list[PlanRow] = []
@@ -185,18 +186,18 @@ def _several(values: Any, name: str) -> list[Any]:
 
 def _by_number(
     shares: Shares | Mapping[int, Shares] | None, numbers: Sequence[int]
-) -> dict[int, Shares]:
+) -> dict[int, tuple[float, ...]]:
     if shares is None:
         return {}
-    found = dict(shares) if isinstance(shares, Mapping) else {len(shares): shares}
-    for number in found:
+    given = shares if isinstance(shares, Mapping) else {len(_several(shares, "shares")): shares}
+    for number in given:
         if number not in numbers:
             raise ArgumentError(
                 f"Expected argument `shares` to be for one of {list(numbers)} experts, but got "
                 f"shares for {number}. Add {number} to `num_experts`, or pass a mapping from the "
                 "number of experts to its shares."
             )
-    return found
+    return {number: check_shares(those, number) for number, those in given.items()}
 
 
 def _row(
@@ -204,7 +205,7 @@ def _row(
     width: float,
     of_two: CostReport,
     model: RIDEWrapper,
-    shares: Shares | None,
+    shares: tuple[float, ...] | None,
     budget: float,
 ) -> PlanRow:
     expert, gate = of_two.expert_flops[0], of_two.gate_flops[0]
@@ -219,7 +220,7 @@ def _row(
         expert_flops=(expert,) * number,
         gate_flops=(gate,) * (number - 1),
         router_parameters=0 if router is None else sum(p.numel() for p in router.parameters()),
-        shares=None if shares is None else check_shares([float(share) for share in shares], number),
+        shares=shares,
     )
     backbone = report.backbone_flops or 1
     # As if each expert were followed by a gate: at most one gate too many.

@@ -109,6 +109,13 @@ def check_callable(value: object, name: str, call: str, *, advice: str = "") -> 
     refuse(name, f"callable as {call}", value, advice)
 
 
+def check_function(value: object, name: str, call: str, *, advice: str = "") -> Callable[..., Any]:
+    """Return a function or class; a module is no such, since its call computes something else."""
+    if callable(value) and not isinstance(value, torch.nn.Module):
+        return value
+    refuse(name, f"a function, called as {call}", value, advice)
+
+
 def check_floating(value: object, name: str, *shape: int | str, advice: str = "") -> Tensor:
     """Return a floating-point tensor of this shape: a number is a size, a letter stands for any.
 
@@ -128,22 +135,24 @@ def check_floating(value: object, name: str, *shape: int | str, advice: str = ""
 
 
 def check_temperature(value: Tensor | float, size: int) -> Tensor | float:
-    """Return a positive number, or a tensor, 0-dimensional or ``[size]``, which is not read."""
+    """Return a positive number, or a positive tensor, 0-dimensional or ``[size]``."""
     if not isinstance(value, Tensor):
         return check_number(value, "temperature", 0, open_low=True)
-    return check_floating(value, "temperature", *([size] if value.dim() else []))
+    check_floating(value, "temperature", *([size] if value.dim() else []))
+    check_least(value, "temperature", 0, open_low=True)
+    return value
 
 
-def check_class_counts(class_counts: ClassCounts) -> Tensor:
+def check_class_counts(class_counts: ClassCounts, name: str = "class_counts") -> Tensor:
     """Return the class counts as a float64 CPU tensor ``[C]``, in the order of class indices.
 
     What names its classes by keys (a dict, a Counter, a pandas Series such as ``value_counts()``
     returns, which is ordered by frequency) is ordered by them.
     """
-    counts = as_cpu_tensor(_by_class(class_counts, "class_counts"), "class_counts")
+    counts = as_cpu_tensor(_by_class(class_counts, name), name)
     if counts.dim() != 1 or len(counts) < 2 or counts.is_complex() or counts.dtype == torch.bool:
         refuse(
-            "class_counts",
+            name,
             "one-dimensional, a number for each of at least two classes",
             counts,
             "Pass a list, an array or a tensor of length C.",
@@ -153,7 +162,7 @@ def check_class_counts(class_counts: ClassCounts) -> Tensor:
     if len(wrong):
         first = int(wrong[0])
         raise ArgumentError(
-            "Expected argument `class_counts` to be positive and finite, but got "
+            f"Expected argument `{name}` to be positive and finite, but got "
             f"{counts[first].item():g} for class {first} ({len(wrong)} such classes). Leave out "
             "classes without training samples, or count them as one."
         )
@@ -246,6 +255,16 @@ def check_numbers(values: Tensor, name: str) -> None:
         )
 
 
+def check_least(values: Tensor, name: str, low: float, *, open_low: bool = False) -> None:
+    """Raise unless all values are finite and at least ``low``, on the CPU and not in a graph."""
+    above = values > low if open_low else values >= low
+    if _may_read(values) and not bool((values.isfinite() & above).all()):
+        raise ArgumentError(
+            f"Expected argument `{name}` to hold finite numbers {'>' if open_low else '>='} {low}, "
+            f"but got values from {values.min().item():g} to {values.max().item():g}."
+        )
+
+
 def is_finite(values: Tensor) -> bool:
     """Whether all values are finite; True where looking would stall a device or break a graph."""
     return not _may_read(values) or bool(values.isfinite().all())
@@ -304,11 +323,12 @@ def as_labels(labels: Numbers, name: str = "labels", num_classes: int | None = N
 
 
 _LARGEST = torch.finfo(torch.float64).max
+_SCALARS = (np.generic, np.ndarray, Tensor)  # torch.compile knows no union of types
 
 
 def _plain(value: object) -> object:
     """A scalar of numpy or torch as Python's own, anything else as it is."""
-    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+    if isinstance(value, _SCALARS) and value.ndim == 0:
         try:
             return value.item()
         except RuntimeError:  # a tensor without data

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ride_plugin._checks import as_cpu_tensor, refuse
+from ride_plugin._checks import Numbers, as_cpu_tensor, check_instance, refuse
 from ride_plugin._errors import ArgumentError
-from ride_plugin._inputs import as_inputs, batch_size_of
+from ride_plugin._inputs import as_inputs, rows_of_example, taken_by_model
 from ride_plugin._output import RouterInputs
 from ride_plugin._tree import map_tensors
 
@@ -188,12 +188,17 @@ def cost_report(
             f"Expected argument `model` to be a RIDEWrapper, but got {type(model).__name__} "
             f"without {missing}. Count a plain module with `count_flops`."
         )
+    if router is not None and not callable(getattr(router, "gate", None)):
+        refuse("router", "a router, which has a method `gate`", router)
+    if backbone is not None:
+        check_instance(backbone, "backbone", nn.Module, "a torch.nn.Module")
     checked = None if shares is None else check_shares(shares, model.num_experts)
     args, kwargs = model.example_input() if example_input is None else as_inputs(example_input)
-    rows = batch_size_of((args, kwargs))
+    rows = rows_of_example((args, kwargs))
     with model.evaluating(), torch.no_grad():
         # Not counted: a path that the model has not seen is learned here, by passes of its own.
-        state = model.run_trunk(*args, **kwargs)
+        with taken_by_model(example_input):
+            state = model.run_trunk(*args, **kwargs)
         everything, _ = _counted(model, model.router_inputs, *args, **kwargs)
         expert_flops, gate_flops = [], []
         for index in range(model.num_experts):
@@ -298,7 +303,7 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def check_shares(shares: Sequence[float], num_experts: int) -> tuple[float, ...]:
+def check_shares(shares: Numbers, num_experts: int) -> tuple[float, ...]:
     found = as_cpu_tensor(shares, "shares")
     if found.dim() != 1 or found.is_complex() or found.dtype == torch.bool:
         refuse("shares", f"{num_experts} numbers that sum to 1", shares)

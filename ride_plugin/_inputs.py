@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ride_plugin._errors import ArgumentError
+from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._tree import map_tensors, tensors_in
 
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -45,13 +46,39 @@ def batch_size_of(inputs: Inputs) -> int:
     )
 
 
+def rows_of_example(inputs: Inputs) -> int:
+    """Batch size of an example, which has at least one row."""
+    rows = batch_size_of(inputs)
+    if rows < 1:
+        raise ArgumentError(
+            "Expected argument `example_input` to hold at least one row, but got an empty batch."
+        )
+    return rows
+
+
+@contextmanager
+def taken_by_model(example: Any) -> Iterator[None]:
+    """Say that it is about ``example_input``, where one was given, if a model fails on it."""
+    try:
+        yield
+    except RIDEError:
+        raise
+    except Exception as error:
+        if example is None:
+            raise
+        raise ArgumentError(
+            "Expected argument `example_input` to be a batch as the model's forward receives it, "
+            f"but on this one it raised {type(error).__name__}: {error}"
+        ) from error
+
+
 def resize_batch(inputs: Inputs, batch_size: int) -> Inputs:
     """Repeat the rows of an example until there are ``batch_size``; repeated rows are varied.
 
     Floating rows get a little noise and integer rows are rotated, so that rows differ (a check
     that rows come back in order needs that) and stay valid (token ids, masks).
     """
-    given = batch_size_of(inputs)
+    given = rows_of_example(inputs)
     generator = torch.Generator().manual_seed(0)
 
     def resize(tensor: Tensor) -> Tensor:

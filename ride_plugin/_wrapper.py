@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ride_plugin._checks import check_choice, check_instance, check_integer, refuse
+from ride_plugin._checks import (
+    check_bool,
+    check_choice,
+    check_function,
+    check_instance,
+    check_integer,
+    check_number,
+    refuse,
+)
 from ride_plugin._construct import construct
 from ride_plugin._contexts import training_pass
 from ride_plugin._delegate import from_backbone
@@ -124,14 +132,14 @@ class RIDEWrapper(SplitModule):
         if num_classes is not None:
             num_classes = check_integer(num_classes, "num_classes", 2)
         check_logits_choice(logits)
-        if init not in ("fresh", "copy"):
-            raise ArgumentError(
-                f"Expected argument `init` to be 'fresh' or 'copy', but got {init!r}."
-            )
-        if not isinstance(expert_width, int | float) or not 0 < expert_width <= 1:
-            raise ArgumentError(
-                f"Expected argument `expert_width` to be in (0, 1], but got {expert_width!r}."
-            )
+        if fork_at is not None:
+            check_instance(fork_at, "fork_at", str, "the name of a submodule, or None")
+        init = check_choice(init, "init", ("fresh", "copy"))
+        expert_width = check_number(expert_width, "expert_width", 0, 1, open_low=True)
+        if callable(classifier):
+            check_function(classifier, "classifier", "classifier(in_features, num_classes)")
+        if expert_factory is not None:
+            check_function(expert_factory, "expert_factory", "expert_factory(index)")
         if expert_width < 1 and init == "copy":
             raise ArgumentError(
                 "Expected argument `expert_width` to be 1.0 with init='copy', but got "
@@ -166,9 +174,9 @@ class RIDEWrapper(SplitModule):
     ) -> None:
         super().__init__(parts)
         self.feature_dim = feature_dim_of(parts)
-        self.expert_width = float(expert_width)
+        self.expert_width = expert_width
         self.return_experts = return_experts
-        self.checkpoint_experts = checkpoint_experts
+        self.checkpoint_experts = check_bool(checkpoint_experts, "checkpoint_experts")
         self._watch = TrainingWatch()
 
     @property
@@ -319,7 +327,7 @@ class RIDEWrapper(SplitModule):
               (2): Linear(in_features=16, out_features=5, bias=True)
             )
         """
-        index = _as_expert_index(expert, self.num_experts)
+        index = check_integer(expert, "expert", 0, self.num_experts - 1)
         return plain_modules(self.parts(), [index]).train(self.training)[0]
 
     def to_modules(self) -> nn.ModuleList:
@@ -434,20 +442,6 @@ class RIDEWrapper(SplitModule):
         return [
             checkpointed(partial(logits_of, k), self.experts[k]) for k in range(len(self.experts))
         ]
-
-
-def _as_expert_index(index: int, num_experts: int) -> int:
-    """``index`` if it names an expert.
-
-    Raises:
-        ArgumentError: it does not.
-    """
-    if not isinstance(index, int) or not 0 <= index < num_experts:
-        raise ArgumentError(
-            f"Expected argument `expert` to be an index from 0 to {num_experts - 1}, but got "
-            f"{index!r}."
-        )
-    return index
 
 
 def parameters_by_child(module: nn.Module) -> dict[str, int]:

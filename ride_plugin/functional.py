@@ -20,6 +20,7 @@ from ride_plugin._checks import (
     check_class_counts,
     check_classes,
     check_floating,
+    check_least,
     check_number,
     check_numbers,
     check_predictions,
@@ -401,21 +402,22 @@ def routing_loss(
     neg_weight = check_number(neg_weight, "neg_weight", 0)
     if not isinstance(targets, Tensor) or targets.dtype != torch.bool or targets.dim() != 2:
         refuse("targets", "a bool tensor [B, E-1]", targets, "routing_targets returns it.")
+    if not targets.numel():
+        refuse("targets", "those of at least one sample and gate", targets)
     check_floating(
         gate_logits,
         "gate_logits",
         *targets.shape,
         advice="Pass the router's output for the same batch.",
     )
-    if not targets.numel():
-        refuse("targets", "those of at least one sample and gate", targets)
     check_numbers(gate_logits, "the gates' logits")
     wide = float32_or_better(gate_logits)
     positive = -pos_weight * F.logsigmoid(wide)
     negative = -neg_weight * F.logsigmoid(-wide)
     loss = torch.where(targets, positive, negative)
     if weight is not None:
-        loss = loss * check_floating(weight, "weight", len(targets))[:, None]
+        check_least(check_floating(weight, "weight", len(targets)), "weight", 0)
+        loss = loss * weight[:, None]
     return loss.mean()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checks import refuse
 from ride_plugin._convert._safe_load import load_tensors
 from ride_plugin._cosine import CosineClassifier
 from ride_plugin._errors import ArgumentError, CheckpointError
@@ -99,6 +100,8 @@ def load_official_checkpoint(
                 f"Expected argument `{name}` to be of type {kind.__name__}, but got "
                 f"{type(value).__name__}. Hand in the module itself, not what DDP makes of it."
             )
+    if not isinstance(path, str | os.PathLike | Mapping):
+        refuse("path", "the name of a file, or the dict that one holds", path)
     content = path if isinstance(path, Mapping) else load_tensors(path)
     state = _state_in(content)
     found = _measure(state, router is not None)

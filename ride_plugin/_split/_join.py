@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ride_plugin._checks import check_function, check_instance
 from ride_plugin._contexts import random_state_kept
-from ride_plugin._errors import ArgumentError, SplitError
+from ride_plugin._errors import SplitError
 from ride_plugin._split._build import examine, learned
 from ride_plugin._split._copies import clone_module, detached_activations
 from ride_plugin._split._graft import module_from, unite
@@ -43,14 +44,8 @@ def join_parts(
         ArgumentError: an argument is of another kind.
         SplitError: an expert does not fit the trunk; the message says which and why.
     """
-    for name, value, kind, fits in (
-        ("trunk", trunk, "a torch.nn.Module", isinstance(trunk, nn.Module)),
-        ("expert_factory", expert_factory, "a function of the index", callable(expert_factory)),
-    ):
-        if not fits:
-            raise ArgumentError(
-                f"Expected argument `{name}` to be {kind}, but got {type(value).__name__}."
-            )
+    check_instance(trunk, "trunk", nn.Module, "a torch.nn.Module")
+    check_function(expert_factory, "expert_factory", "expert_factory(index)")
     heads = [module_from(expert_factory, index) for index in range(num_experts)]
     shared, running = clone_module(trunk), Running()
     # An expert that holds tensors of the trunk stays tied to them.

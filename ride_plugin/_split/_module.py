@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ride_plugin._checks import refuse
 from ride_plugin._contexts import evaluating, random_state_kept
 from ride_plugin._errors import (
     ArgumentError,
@@ -192,16 +193,25 @@ class SplitModule(nn.Module):
         """Load what :meth:`trainable_state_dict` returned; everything else stays as it is.
 
         Raises:
-            CheckpointError: it holds other names than what trains here; nothing was loaded.
+            CheckpointError: names or shapes are not those of what trains here; nothing was loaded.
+            ArgumentError: it is no state dict.
         """
-        expected = self.trainable_state_dict().keys()
-        missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+        if not isinstance(state, Mapping):
+            refuse("state", "what `trainable_state_dict` returned", state)
+        expected = self.trainable_state_dict()
+        missing, unexpected = sorted(expected.keys() - state), sorted(state.keys() - expected)
         if missing or unexpected:
             raise CheckpointError(
                 "Expected argument `state` to hold exactly what trains in this model, but "
                 f"{missing[:3]} of {len(missing)} names are missing and {unexpected[:3]} of "
                 f"{len(unexpected)} are unexpected. Wrap and freeze as when it was saved."
             )
+        for name, value in expected.items():
+            if not isinstance(state[name], Tensor) or state[name].shape != value.shape:
+                raise CheckpointError(
+                    f"Expected `state[{name!r}]` to be a tensor {list(value.shape)}, as in this "
+                    f"model, but got {list(getattr(state[name], 'shape', ())) or state[name]!r}."
+                )
         self.load_state_dict(dict(state), strict=False)
 
     def relink(self) -> None:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ride_plugin import functional
-from ride_plugin._checks import check_choice, check_number, refuse
+from ride_plugin._checks import check_choice, check_floating, check_number, refuse
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import ExpertOutput, Output, expert_logits
 
@@ -74,9 +74,15 @@ class DistillationLoss(nn.Module):
             refuse("output", "of at least one sample", student)
         if self.form == "official":
             student = functional.mean_logits(student)[:, None]
-        divergence = functional.distillation_kl(
-            student, _teacher_logits(teacher_output), self.temperature
+        batch, _, classes = student.shape
+        teacher = check_floating(
+            _teacher_logits(teacher_output),
+            "teacher_output",
+            batch,
+            classes,
+            advice="Teacher and student must see the same batch and know the same classes.",
         )
+        divergence = functional.distillation_kl(student, teacher, self.temperature)
         return self.weight * divergence.mean()
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from ride_plugin._checks import (
     ClassCounts,
     check_callable,
     check_choice,
+    check_class_counts,
     refuse,
 )
 from ride_plugin._output import Output, expert_logits
@@ -79,7 +80,7 @@ class RIDELoss(nn.Module):
         if several:
             self.criterion = nn.ModuleList(each) if modules else each
         if not isinstance(diversity, DiversityLoss):
-            diversity = DiversityLoss(diversity)
+            diversity = DiversityLoss(check_class_counts(diversity, "diversity"))
         self.diversity = diversity
         self.reduction = check_choice(reduction, "reduction", ("sum", "mean"))
         if not isinstance(schedules, list | tuple | nn.ModuleList) or not all(

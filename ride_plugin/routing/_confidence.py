@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_choice, check_predictions
+from ride_plugin._checks import check_choice, check_floating, check_predictions
 from ride_plugin._numerics import float32_or_better
 
 Kind = Literal["max_probability", "margin"]
@@ -53,6 +53,7 @@ class ConfidenceRouter(nn.Module):
         """
         # log((1 - p) / p) from the logits themselves: 1 - p alone would lose all its digits
         # where p is close to one, which is where most samples are.
+        check_floating(mean_logits, "mean_logits", "b", "C")
         check_predictions(mean_logits, "`mean_logits`")
         log_p = float32_or_better(mean_logits).log_softmax(dim=1)
         best, where = log_p.max(dim=1, keepdim=True)

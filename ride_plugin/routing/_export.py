@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin._inputs import Inputs, as_inputs, resize_batch
+from ride_plugin._inputs import Inputs, as_inputs, resize_batch, taken_by_model
 from ride_plugin._split import Rows, TrunkState, hollow
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._wrapper import RIDEWrapper
@@ -31,7 +31,8 @@ def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, 
     inputs = resize_batch(example, 2)
     stages: dict[str, ExportedProgram] = {}
     with model.evaluating(), torch.no_grad():
-        state = model.run_trunk(*inputs[0], **inputs[1])
+        with taken_by_model(example_input):
+            state = model.run_trunk(*inputs[0], **inputs[1])
         if state.layout is None:
             raise ArgumentError(
                 "Expected argument `example_input` to follow a path that the model knows, but it "

@@ -10,10 +10,12 @@ from torch.nn import functional as F
 
 from ride_plugin._checks import (
     check_choice,
+    check_floating,
     check_integer,
     check_numbers,
     check_predictions,
     is_finite,
+    refuse,
 )
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
@@ -35,6 +37,7 @@ class SizedModel(Protocol):
 Reading = Literal["predictions", "paper"]
 _HIDDEN_DIM: dict[Reading, int] = {"predictions": 32, "paper": 16}
 _CLASS_DIM = 8
+_ADVICE = "Build the router with `ExpertRouter.for_model(model)`."
 
 
 class ExpertRouter(nn.Module):
@@ -130,6 +133,9 @@ class ExpertRouter(nn.Module):
                 ``num_classes``.
             **options: ``inputs``, ``top_k`` and ``hidden_dim``.
         """
+        missing = [name for name in SizedModel.__annotations__ if not hasattr(model, name)]
+        if missing:
+            refuse("model", f"a RIDEWrapper, or a model that has {', '.join(missing)}", model)
         router = cls(model.feature_dim, model.num_experts, num_classes=model.num_classes, **options)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         return router if parameter is None else router.to(parameter.device)
@@ -175,6 +181,10 @@ class ExpertRouter(nn.Module):
         Raises:
             ArgumentError: (on the CPU only) a value is NaN.
         """
+        index = check_integer(index, "index", 0, self.num_experts - 2)
+        check_floating(mean_logits, "mean_logits", "b", self.num_classes, advice=_ADVICE)
+        if self.inputs == "paper":  # the other does not read them
+            check_floating(features, "features", len(mean_logits), self.feature_dim, advice=_ADVICE)
         with torch.autocast(mean_logits.device.type, enabled=False):
             read = self._paper if self.inputs == "paper" else self._predictions
             direct, indirect = read(index, float32_or_better(mean_logits), features)
@@ -260,11 +270,7 @@ def _checked(inputs: tuple[Tensor, Tensor], router: ExpertRouter) -> tuple[Tenso
         ("expert_logits", logits, router.num_classes),
         ("expert_features", features, router.feature_dim),
     ):
-        if value.dim() != 3 or value.shape[1:] != (router.num_experts, size):
-            raise ArgumentError(
-                f"Expected argument `{name}` to have shape [B, {router.num_experts}, {size}], but "
-                f"got {list(value.shape)}. Build the router with `ExpertRouter.for_model(model)`."
-            )
+        check_floating(value, name, "B", router.num_experts, size, advice=_ADVICE)
     if len(logits) != len(features):
         raise ArgumentError(
             "Expected `expert_logits` and `expert_features` to hold the same batch, but got "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from ride_plugin._checks import refuse
 from ride_plugin._errors import ArgumentError
 from ride_plugin._split import Rows, take_rows
 from ride_plugin._tree import tensors_in
@@ -50,7 +51,9 @@ class StagedRunner:
     """
 
     def __init__(self, stages: Mapping[str, ExportedProgram | Callable[..., Any]]) -> None:
-        self.num_experts = sum(name.startswith("expert_") for name in stages)
+        if not isinstance(stages, Mapping):
+            refuse("stages", "what `export_stages` returned", stages)
+        self.num_experts = sum(str(name).startswith("expert_") for name in stages)
         experts = [f"expert_{index}" for index in range(self.num_experts)]
         gates = [f"gate_{index}" for index in range(self.num_experts - 1)]
         missing = {"trunk", "expert_0", *experts, *gates} - stages.keys()

@@ -16,6 +16,7 @@ from ride_plugin._checks import (
     check_number,
     check_predictions,
     check_target,
+    refuse,
 )
 from ride_plugin._cost import CostReport, cost_report
 from ride_plugin._distributed import over_ranks
@@ -143,6 +144,8 @@ def calibrate(
     """See `RoutingInference.calibrate`; this does not set the threshold."""
     if progress is not None:
         check_callable(progress, "progress", "progress(number_of_samples)")
+    if not isinstance(loader, Iterable):
+        refuse("loader", "a DataLoader or a list of batches (x, y)", loader)
     name, value = _only_one(
         max_experts=max_experts, max_flops=max_flops, max_accuracy_drop=max_accuracy_drop
     )
