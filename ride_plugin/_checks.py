@@ -257,8 +257,10 @@ def check_numbers(values: Tensor, name: str) -> None:
 
 def check_least(values: Tensor, name: str, low: float, *, open_low: bool = False) -> None:
     """Raise unless all values are finite and at least ``low``, on the CPU and not in a graph."""
+    if not _may_read(values):
+        return
     above = values > low if open_low else values >= low
-    if _may_read(values) and not bool((values.isfinite() & above).all()):
+    if not bool((values.isfinite() & above).all()):
         raise ArgumentError(
             f"Expected argument `{name}` to hold finite numbers {'>' if open_low else '>='} {low}, "
             f"but got values from {values.min().item():g} to {values.max().item():g}."

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ride_plugin._checks import refuse
 from ride_plugin._errors import MissingExpertLogitsError
+from ride_plugin._numerics import float32_or_better
 from ride_plugin.functional import mean_logits
 
 _ATTRIBUTE = "_ride_expert_logits"
@@ -164,6 +165,24 @@ def expert_logits(output: Output) -> Tensor:
             "Pass what the wrapped model returned.",
         )
     return experts
+
+
+def plain_logits(output: object, name: str) -> Tensor:
+    """The ensemble's logits ``[B, C]``, float32 or better, whatever form a model's output has.
+
+    ``[B, E, C]`` is averaged. Of a pair both must fit: one that is neither :class:`ExpertOutput`
+    nor :class:`RouterInputs` might as well be features and logits.
+
+    Raises:
+        ArgumentError: ``output`` is none of these; the message calls it ``name``.
+    """
+    logits = output
+    if isinstance(output, tuple | list) and len(output) == 2:
+        logits = None if _of_pair(*output) is None else output[0]
+    if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() in (2, 3):
+        logits = float32_or_better(logits)
+        return mean_logits(logits) if logits.dim() == 3 else logits
+    refuse(name, "logits [B, C], an ExpertOutput or expert logits [B, E, C]", output)
 
 
 def _carried(output: Tensor) -> Tensor | None:

@@ -92,7 +92,7 @@ def class_balance(class_counts: ClassCounts, gamma: float) -> Tensor:
     """
     checked, gamma = check_class_counts(class_counts), check_number(gamma, "gamma", 0, 1)
     counts = float32_or_better(
-        class_counts if isinstance(class_counts, Tensor) else checked.float()
+        class_counts.detach() if isinstance(class_counts, Tensor) else checked.float()
     )
     return gamma * counts / counts.mean() + (1 - gamma)
 

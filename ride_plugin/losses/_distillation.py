@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ride_plugin import functional
 from ride_plugin._checks import check_choice, check_floating, check_number, refuse
 from ride_plugin._numerics import float32_or_better
-from ride_plugin._output import ExpertOutput, Output, expert_logits
+from ride_plugin._output import Output, expert_logits, plain_logits
 
 DistillationForm = Literal["per_expert", "official"]
 
@@ -76,7 +76,7 @@ class DistillationLoss(nn.Module):
             student = functional.mean_logits(student)[:, None]
         batch, _, classes = student.shape
         teacher = check_floating(
-            _teacher_logits(teacher_output),
+            plain_logits(teacher_output, "teacher_output"),
             "teacher_output",
             batch,
             classes,
@@ -88,15 +88,3 @@ class DistillationLoss(nn.Module):
     def extra_repr(self) -> str:
         """Arguments, as ``repr`` shows them."""
         return f"weight={self.weight}, temperature={self.temperature}, form={self.form!r}"
-
-
-def _teacher_logits(output: Output) -> Tensor:
-    if isinstance(output, Tensor):
-        logits = output
-    elif isinstance(output, tuple) and len(output) == 2:  # DDP rebuilds an ExpertOutput as a tuple
-        logits = ExpertOutput(*output).logits
-    else:
-        refuse(
-            "teacher_output", "logits [B, C], an ExpertOutput or expert logits [B, E, C]", output
-        )
-    return functional.mean_logits(float32_or_better(logits)) if logits.dim() == 3 else logits

@@ -15,9 +15,8 @@ from ride_plugin._checks import (
     check_class_counts,
     refuse,
 )
-from ride_plugin._output import Output, expert_logits
+from ride_plugin._output import Output, expert_logits, plain_logits
 from ride_plugin._schedule import Schedule
-from ride_plugin.functional import mean_logits
 from ride_plugin.losses._diversity import DiversityLoss
 from ride_plugin.losses._experts_loss import Criterion, experts_loss
 
@@ -105,7 +104,7 @@ class RIDELoss(nn.Module):
             ArgumentError: see `experts_loss` and `DiversityLoss`.
         """
         if not torch.is_grad_enabled():
-            return self._of_mean(_plain_logits(output), target, args, kwargs)
+            return self._of_mean(plain_logits(output, "output"), target, args, kwargs)
         experts = expert_logits(output)
         num_experts = experts.shape[1]
         loss = experts_loss(self._with(args, kwargs), experts, target)
@@ -156,10 +155,3 @@ class RIDELoss(nn.Module):
             loss: Tensor = criteria(logits, target)
             return loss
         return torch.stack([one(logits, target) for one in criteria]).mean()
-
-
-def _plain_logits(output: object) -> Tensor:
-    logits = output[0] if isinstance(output, tuple | list) and len(output) == 2 else output
-    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
-        refuse("output", "logits [B, C], or what the wrapped model returned", output)
-    return mean_logits(logits) if logits.dim() == 3 else logits

@@ -89,5 +89,5 @@ def _of_samples(class_weights: Tensor, target: Tensor, num_classes: int) -> Tens
             f"has, but got {num_classes}."
         )
     if target.is_floating_point():  # mixed labels: the mean weight of what is mixed
-        return target.to(class_weights.dtype) @ class_weights
-    return class_weights[target.long()]
+        return (target * class_weights).sum(dim=1)  # autocast would lower a matrix product
+    return class_weights.gather(0, target.long())  # negative indices raise, they do not wrap

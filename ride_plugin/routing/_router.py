@@ -260,7 +260,7 @@ def _describe(mean_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _checked(inputs: tuple[Tensor, Tensor], router: ExpertRouter) -> tuple[Tensor, Tensor]:
-    if not (isinstance(inputs, tuple) and len(inputs) == 2):
+    if not (isinstance(inputs, tuple | list) and len(inputs) == 2):
         raise ArgumentError(
             "Expected argument `inputs` to be (expert_logits [B, E, C], expert_features "
             f"[B, E, D]), but got {type(inputs).__name__}. Pass `model.router_inputs(x)`."

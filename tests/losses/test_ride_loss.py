@@ -253,7 +253,7 @@ def test_compiles_whole_and_without_recompiling() -> None:
             for bad in (None, 3, "ce", [F.cross_entropy, None], object(), nn.CrossEntropyLoss)
         ),
         ((RIDELoss(F.cross_entropy, COUNTS), COUNTS), "criterion"),
-        *(((F.cross_entropy, bad), "class_counts") for bad in (None, "a", 0.2, [5], {"a": 1})),
+        *(((F.cross_entropy, bad), "diversity") for bad in (None, "a", 0.2, [5], {"a": 1})),
     ],
 )
 def test_arguments_of_another_kind_are_refused(arguments, named) -> None:

@@ -392,9 +392,13 @@ def test_bad_settings_are_named(build, message):
         (
             torch.zeros(4, 2, 10),
             torch.zeros(4, 3, 7),
-            r"`expert_logits` to have shape \[B, 3, 10\]",
+            r"`expert_logits` to be a floating-point tensor \[B, 3, 10\]",
         ),
-        (torch.zeros(4, 3, 10), torch.zeros(4, 3, 8), r"`expert_features` to have shape"),
+        (
+            torch.zeros(4, 3, 10),
+            torch.zeros(4, 3, 8),
+            r"`expert_features` to be a floating-point tensor \[B, 3, 7\]",
+        ),
         (torch.zeros(4, 3, 10), torch.zeros(5, 3, 7), "the same batch"),
         (torch.full((4, 3, 10), torch.nan), torch.zeros(4, 3, 7), "experts' logits to be free"),
         (torch.zeros(4, 3, 10), torch.full((4, 3, 7), torch.nan), "experts' features to be free"),

@@ -258,7 +258,7 @@ def test_misuse_of_a_factory_is_refused() -> None:
         RIDEWrapper(CifarResNet(10, n=1), 2, expert_factory=lambda k: 3)
     with pytest.raises(ArgumentError, match="for 0 it returned str"):
         RIDEWrapper.from_parts(trunk(), lambda k: "no module")
-    with pytest.raises(ArgumentError, match="function of the index, but got list"):
+    with pytest.raises(ArgumentError, match="`expert_factory` to be a function"):
         RIDEWrapper.from_parts(trunk(), [Expert(4)])
 
 

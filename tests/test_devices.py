@@ -1,0 +1,153 @@
+"""Tensors of another device than the CPU, which stand for an accelerator's: torch's meta tensors.
+
+They raise where two devices meet, and where a value would be read back, which on an accelerator
+stalls the queue at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ride_plugin import (
+    ConfidenceRouter,
+    DistillationLoss,
+    DiversityLoss,
+    ExpertRouter,
+    RIDELoss,
+    RoutingInference,
+    RoutingLoss,
+    expert_logits,
+    experts_loss,
+    functional,
+    longtail,
+)
+from ride_plugin.routing._exit import exceeds
+
+COUNTS = [50, 20, 5]
+Function = Callable[..., torch.Tensor]
+
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "diversity": lambda: DiversityLoss(COUNTS),
+    "diversity, paper": lambda: DiversityLoss(COUNTS, form="paper"),
+    "distillation": DistillationLoss,
+    "ride": lambda: RIDELoss(nn.CrossEntropyLoss(), COUNTS),
+    "ldam": lambda: longtail.LDAMLoss(COUNTS),
+    "focal": lambda: longtail.FocalLoss(weight=[1.0, 2.0, 3.0]),
+    "balanced softmax": lambda: longtail.BalancedSoftmaxLoss(COUNTS),
+    "routing": lambda: RoutingLoss(class_counts=COUNTS),
+}
+
+
+def experts(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(4, 2, 3, dtype=dtype, device="meta", requires_grad=True)
+
+
+TARGETS = {
+    "indices": lambda: torch.zeros(4, dtype=torch.int32, device="meta"),
+    "probabilities": lambda: torch.zeros(4, 3, dtype=torch.float16, device="meta"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [pair for pair in product(LOSSES, TARGETS) if pair != ("ldam", "probabilities")],
+)
+def test_losses_stay_on_the_device_of_the_logits_and_read_nothing_back(
+    name, target, monkeypatch
+) -> None:
+    if name == "ldam":
+        monkeypatch.setattr(longtail.LDAMLoss, "_check_cosine", lambda self, logits: None)
+    loss = LOSSES[name]().to("meta")
+    logits, labels = experts(torch.float16), TARGETS[target]()
+    if name == "routing":
+        gates = torch.zeros(4, 1, device="meta", requires_grad=True)
+        value, leaf = loss(gates, logits, labels), gates
+    elif name == "distillation":
+        value, leaf = loss(logits, torch.zeros(4, 3, device="meta")), logits
+    elif name in ("diversity", "diversity, paper", "ride"):
+        value, leaf = loss(logits, labels), logits
+    else:
+        value, leaf = experts_loss(loss, logits, labels), logits
+    assert (value.device.type, value.dtype, value.shape) == ("meta", torch.float32, ())
+    value.backward()
+    assert (leaf.grad.device.type, leaf.grad.dtype) == ("meta", leaf.dtype)
+
+
+def test_ldam_reads_the_first_batch_only_on_an_accelerator(monkeypatch) -> None:
+    checked = []
+    monkeypatch.setattr(
+        longtail.LDAMLoss, "_check_cosine", lambda self, logits: checked.append(logits.device.type)
+    )
+    loss = longtail.LDAMLoss(COUNTS)
+    for _ in range(2):
+        loss(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
+    assert checked == ["cpu", "cpu"]
+    again = longtail.LDAMLoss(COUNTS).to("meta")
+    for _ in range(2):
+        again(experts()[:, 0], torch.zeros(4, dtype=torch.int64, device="meta"))
+    assert checked == ["cpu", "cpu", "meta"]
+
+
+@pytest.mark.parametrize("inputs", ["predictions", "paper"])
+def test_routers_stay_on_the_device_and_read_nothing_back(inputs, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no "meta"
+    router = ExpertRouter(8, 2, num_classes=3, inputs=inputs).to("meta")
+    features = torch.zeros(4, 2, 8, device="meta")
+    gates = router((experts(), features))
+    assert (gates.device.type, gates.shape) == ("meta", (4, 1))
+    for gate in (
+        router.gate(0, experts()[:, 0], features[:, 0]),
+        ConfidenceRouter("margin").gate(0, experts()[:, 0], features[:, 0]),
+        ConfidenceRouter().gate(0, experts()[:, 0], features[:, 0]),
+    ):
+        assert exceeds(gate, torch.zeros((), device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: functional.pairwise_kl(z, torch.ones(4, device="meta")),
+        lambda z: functional.pairwise_kl(z, torch.ones((), device="meta"), detach_others=False),
+        lambda z: functional.pairwise_kl(z, 2.0),
+        lambda z: functional.kl_from_mean(z, torch.ones(3, device="meta")),
+        lambda z: functional.kl_from_reference(z, z[:, 0].half()),
+        lambda z: functional.distillation_kl(z, z[:, 0]),
+        functional.running_means,
+        functional.mean_logits,
+        lambda z: functional.routing_targets(z, torch.zeros(4, dtype=torch.int64, device="meta")),
+        lambda z: longtail.adjust_logits(z, COUNTS),
+        expert_logits,
+    ],
+)
+def test_functions_stay_on_the_device_and_read_nothing_back(function: Function) -> None:
+    assert function(experts()).device.type == "meta"
+
+
+def test_a_served_model_has_its_thresholds_where_its_parameters_are() -> None:
+    class Parts(nn.Sequential):  # as much of a model as the two look at
+        num_experts, num_classes, feature_dim = 2, 3, 8
+        run_trunk = run_expert = router_inputs = evaluating = None
+
+    model = Parts(nn.Linear(2, 2)).to("meta")
+    serve = RoutingInference(model, ConfidenceRouter(), 0.5)
+    assert serve.threshold_logits.device.type == "meta"
+    assert next(ExpertRouter.for_model(model).parameters()).device.type == "meta"
+    assert F.relu(serve.threshold).device.type == "meta"
+
+
+def test_class_counts_that_ask_for_gradients_are_constants() -> None:
+    counts = torch.tensor(COUNTS, dtype=torch.float32, requires_grad=True)
+    for loss in (
+        DiversityLoss(counts),
+        RoutingLoss(class_counts=counts),
+        longtail.LDAMLoss(counts),
+    ):
+        assert not any(buffer.requires_grad for buffer in loss.buffers())
+    assert not functional.class_balance(counts, 0.1).requires_grad
