@@ -527,3 +527,29 @@ def test_a_printed_model_says_what_is_shared_forked_narrowed_and_what_it_costs()
     assert "expert_width=0.5" in narrowed
     assert f"{trunk + 3 * expert:,} parameters" in cost
     assert f"{(trunk + 3 * expert) / (trunk + expert):.2f} x" in cost
+
+
+class AsksForGradients(nn.Module):
+    """A forward that turns gradients on by itself in training, as Wav2Vec2's encoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 16)
+        self.late = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        if self.training:
+            x.requires_grad = True
+        return self.head(self.late(self.stem(x).relu()).relu())
+
+
+def test_a_forward_may_ask_for_gradients_itself() -> None:
+    backbone = AsksForGradients()
+    example = torch.randn(2, 8)
+    model = RIDEWrapper(backbone, 1, fork_at="late", init="copy", example_input=example)
+    model.classifiers[0].load_state_dict(backbone.head.state_dict())
+    x = torch.randn(4, 8)
+    for mode in (True, False):
+        assert torch.equal(model.train(mode)(x), backbone.train(mode)(x))

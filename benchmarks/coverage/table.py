@@ -52,8 +52,10 @@ wrapper needs hooks, so there the comparison to the bit is with a backbone that 
 
 ## The table
 
-*Fork* is the first submodule that each expert owns; *trunk* is the share of the parameters and of
-the multiply-adds of one expert's path that is shared. ✓ passed, – does not apply, **✗** failed.
+*Fork* is the first submodule that each expert owns; the shares are those of the parameters and of
+the multiply-adds of one expert's path that the trunk holds. Every check of the list above was tried
+on every architecture; those that are not named in the last column passed. `compile` was tried on
+fewer, and passed for {compiled}. A click on a heading sorts the table.
 """
 
 
@@ -75,6 +77,7 @@ def write_page(
             sources="\n".join(lines),
             checks="\n".join(_check_line(name, [r for _, r in chosen]) for name in CHECKS),
             failures=_failures(chosen),
+            compiled=", ".join(f"`{a.name}`" for a, r in chosen if "compile" in r["passed"]),
         )
         + "".join(_table(source, chosen) for source in sources)
     )
@@ -102,22 +105,27 @@ def _failures(chosen: Sequence[tuple[Architecture, dict[str, Any]]]) -> str:
 
 
 def _table(source: str, chosen: Sequence[tuple[Architecture, dict[str, Any]]]) -> str:
-    head = ["architecture", "fork", "trunk: parameters", "multiply-adds", *CHECKS]
-    lines = [f"\n### {source}\n", f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    head = ["architecture", "fork", "shared parameters", "shared multiply-adds", "not passed"]
+    lines = [f"\n### {source}\n", '<div class="sortable" markdown>\n']
+    lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     hard = [f"- `{a.name}`: {a.hard}" for a, _ in chosen if a.source == source and a.hard]
     for a, result in chosen:
         if a.source != source:
             continue
-        cells = [f"`{a.name}`", "–", "–", "–"]
+        cells = ["–", "–", "–"]
         if "fork" in result:
             shares = (result["parameters"], result["multiply_adds"])
-            cells = [f"`{a.name}`", f"`{result['fork']}`", *(f"{100 * s:.0f} %" for s in shares)]
-        lines.append(f"| {' | '.join([*cells, *(_mark(name, result) for name in CHECKS)])} |")
+            cells = [f"`{result['fork']}`", *(f"{100 * s:.0f} %" for s in shares)]
+        lines.append(f"| `{a.name}` | {' | '.join([*cells, _not_passed(result)])} |")
     notes = ["", "What is special about them:", "", *hard] if hard else []
-    return "\n".join([*lines, *notes]) + "\n"
+    return "\n".join([*lines, "\n</div>", *notes]) + "\n"
 
 
-def _mark(name: str, result: dict[str, Any]) -> str:
-    if name in result["passed"]:
-        return "✓"
-    return "–" if name in result["not_applicable"] else "**✗**"
+def _not_passed(result: dict[str, Any]) -> str:
+    if "wraps" in result["failed"]:
+        return "**✗** wraps, hence all"
+    failed = [name for name in CHECKS if name in result["failed"]]
+    elsewhere = [n for n in CHECKS if n in result["not_applicable"] and n != "compile"]
+    parts = [f"**✗** {', '.join(failed)}"] if failed else []
+    parts += [f"does not apply: {', '.join(elsewhere)}"] if elsewhere else []
+    return "; ".join(parts)

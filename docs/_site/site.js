@@ -7,25 +7,44 @@ function showEquation(element) {
   const tex = marked.slice(2, -2);
   const displayMode = marked.startsWith("\\[");
   katex.render(tex, element, { displayMode });
-  if (displayMode && tooWide(element) && tex.includes("\\qquad")) {
-    // Equations side by side go below each other.
-    const lines = tex.split("\\qquad").join("\\\\[.6em]");
-    katex.render(`\\begin{gathered}${lines}\\end{gathered}`, element, { displayMode });
+  if (displayMode && tooWide(element)) {
+    // Display equations have one line. The same symbols in running text may break after an operator.
+    const breakable = tex.replaceAll("\\qquad", "\\allowbreak\\qquad");
+    katex.render("\\displaystyle " + breakable, element, { displayMode: false });
+    element.classList.add("broken");
   }
 }
 
 // A table of a few columns that does not fit shows each row as a list, each entry under its heading.
 function stack(table) {
   const headings = [...table.querySelectorAll("th")].map((heading) => heading.textContent);
-  const right = table.getBoundingClientRect().right;
-  if (headings.length > 6 || right <= document.documentElement.clientWidth) return;
+  const around = table.closest(".md-typeset__scrollwrap") ?? document.documentElement;
+  if (headings.length > 6 || !tooWide(around)) return;
   table.classList.add("stacked");
   for (const row of table.tBodies[0].rows) {
     [...row.cells].forEach((cell, i) => { cell.dataset.heading = i ? headings[i] : ""; });
   }
 }
 
+// A click on a heading sorts the table by that column, a second one the other way round.
+function makeSortable(table) {
+  const text = (row, i) => row.cells[i].textContent.trim();
+  [...table.querySelectorAll("th")].forEach((heading, i) => {
+    let direction = 1;
+    heading.title = "Sort by this column";
+    heading.addEventListener("click", () => {
+      const rows = [...table.tBodies[0].rows];
+      rows.sort((a, b) => direction * text(a, i).localeCompare(text(b, i), "en", { numeric: true }));
+      table.tBodies[0].append(...rows);
+      direction = -direction;
+    });
+  });
+}
+
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".arithmatex").forEach(showEquation);
 });
-window.addEventListener("load", () => document.querySelectorAll(".md-typeset table").forEach(stack));
+window.addEventListener("load", () => {
+  document.querySelectorAll(".md-typeset table").forEach(stack);
+  document.querySelectorAll(".md-typeset .sortable table").forEach(makeSortable);
+});

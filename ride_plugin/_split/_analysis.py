@@ -282,7 +282,7 @@ def _memory(tensor: Tensor) -> int:
 
 def _influences(outputs: Iterable[Tensor], parameters: dict[str, nn.Parameter]) -> set[str]:
     total = [o.sum() for o in outputs if o.is_floating_point() and o.requires_grad]
-    if not total:
+    if not total or not parameters:  # a forward may ask for gradients itself, as Wav2Vec2's does
         return set()
     gradients: Any = torch.autograd.grad(
         torch.stack([t.float() for t in total]).sum(), list(parameters.values()), allow_unused=True
