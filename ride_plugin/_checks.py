@@ -317,8 +317,15 @@ def as_indices(values: object, name: str, *shape: int | str) -> Tensor:
     return tensor.long()
 
 
-def as_labels(labels: Numbers, name: str = "labels", num_classes: int | None = None) -> Tensor:
-    """Return integer labels ``[N]`` as int64 on the CPU, checked against ``num_classes``."""
+def as_labels(
+    labels: Numbers, name: str = "labels", num_classes: int | None = None, *, empty: bool = False
+) -> Tensor:
+    """Return integer labels ``[N]`` as int64 on the CPU, checked against ``num_classes``.
+
+    With ``empty``, there may be none of them: another rank may have some.
+    """
+    if empty and not as_cpu_tensor(labels, name).numel():
+        return torch.empty(0, dtype=torch.long)
     values = as_indices(labels, name, "N")
     check_classes(values, name, num_classes)
     return values

@@ -30,7 +30,7 @@ TESTS_NEED = [
     "pytest",
     "pytest-timeout",
     "scikit-learn",
-    "setuptools",
+    "setuptools>=70.1",  # builds wheels by itself
     "sybil",
     "tqdm",
     "matplotlib",

@@ -10,13 +10,16 @@ so an expert can run on a subset of the rows.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, cast
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
@@ -25,6 +28,7 @@ from ride_plugin._split._state import Layout, hollow
 from ride_plugin._tree import map_tensors, tensors_in
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
+_CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 class ForkReached(Exception):
@@ -406,7 +410,13 @@ def _checkpointed_region() -> object:
     """The non-reentrant checkpoint that is computing here, or None."""
     if torch.compiler.is_compiling():
         return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:  # torch 2.5: the generator that opens and closes the region, in its caller
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_code.co_filename != _CHECKPOINT:
+            frame = frame.f_back
+        return None if frame is None else frame.f_locals.get("gen")
+    hooks = top(False)
     pack = None if hooks is None else hooks[0]
     return pack if getattr(pack, "__qualname__", "").startswith("_checkpoint_hook.") else None
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
+from types import FrameType
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import distributed
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from ride_plugin._checks import Numbers, as_labels, check_integer
 
@@ -54,7 +57,7 @@ def _indices_by_class(labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return np.split(np.argsort(narrow, kind="stable"), np.cumsum(counts[counts > 0])[:-1])
 
 
-class ClassBalancedSampler(Sampler[int]):
+class ClassBalancedSampler(DistributedSampler[int]):
     r"""Sampler that shows every class equally often, alone or under distributed training.
 
     $$p_i = \frac{1}{C \, n_{y_i}}$$
@@ -66,7 +69,10 @@ class ClassBalancedSampler(Sampler[int]):
 
     Every rank computes the same draw from ``(seed, epoch)`` and takes its own part of it, so the
     ranks' parts are disjoint and of equal length. The epoch is the whole state: after a restart,
-    ``set_epoch`` alone continues the run.
+    ``set_epoch`` alone continues the run. Being a DistributedSampler, it is left as it is by
+    libraries that put one in place of other samplers (Lightning, Ignite). Libraries that share
+    every loader's batches among the ranks (accelerate, and Hugging Face's Trainer with it) need
+    the whole draw: ``num_replicas=1, rank=0``. Indices that are shared twice are warned of.
 
     Example:
         >>> labels = [0] * 90 + [1] * 10
@@ -90,8 +96,9 @@ class ClassBalancedSampler(Sampler[int]):
             labels: class of every image of the data set, ``[N]``.
             num_samples: length of an epoch over all ranks; N if None. It is rounded up to a
                 multiple of ``num_replicas``.
-            num_replicas: number of ranks; that of torch.distributed if None, or 1.
-            rank: this process's rank; that of torch.distributed if None, or 0.
+            num_replicas: number of ranks. None asks torch.distributed at each use, so that the
+                sampler may be made before the process group; 1 where there is none.
+            rank: this process's rank; None asks torch.distributed, and is 0 where there is none.
             seed: the same on every rank.
 
         Raises:
@@ -99,6 +106,17 @@ class ClassBalancedSampler(Sampler[int]):
         """
         self.labels = as_labels(labels).numpy()
         self._by_class = _indices_by_class(self.labels)
+        if num_samples is None:
+            num_samples = len(self.labels)
+        self._asked = check_integer(num_samples, "num_samples", 1), num_replicas, rank
+        seed = check_integer(seed, "seed")
+        replicas, rank = self._place()
+        super().__init__(self.labels, replicas, rank, seed=seed)  # type: ignore[arg-type]
+        self._place()
+
+    def _place(self) -> tuple[int, int]:
+        """Number of ranks, this rank, and with them the length of an epoch, as of now."""
+        num_samples, num_replicas, rank = self._asked
         running = distributed.is_available() and distributed.is_initialized()
         if num_replicas is None:
             num_replicas = distributed.get_world_size() if running else 1
@@ -106,11 +124,9 @@ class ClassBalancedSampler(Sampler[int]):
             rank = distributed.get_rank() if running else 0
         self.num_replicas = check_integer(num_replicas, "num_replicas", 1)
         self.rank = check_integer(rank, "rank", 0, self.num_replicas - 1)
-        if num_samples is None:
-            num_samples = len(self.labels)
-        self.num_samples = -(-check_integer(num_samples, "num_samples", 1) // self.num_replicas)
-        self.seed = check_integer(seed, "seed")
-        self.epoch = 0
+        self.num_samples = -(-num_samples // self.num_replicas)
+        self.total_size = self.num_samples * self.num_replicas
+        return self.num_replicas, self.rank
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's draw; call it before each epoch, else every epoch repeats the first.
@@ -121,14 +137,42 @@ class ClassBalancedSampler(Sampler[int]):
         self.epoch = check_integer(epoch, "epoch")
 
     def __iter__(self) -> Iterator[int]:
-        """Yield this rank's indices of the current epoch."""
+        """Yield this rank's indices of the current epoch.
+
+        Warns:
+            UserWarning: what asks for them shares them among the ranks once more.
+        """
+        self._place()
+        if self.num_replicas > 1:
+            self._warn_if_shared_again()
         # A sequence as seed keeps (seed, epoch) pairs apart, where seed + epoch would collide.
         generator = np.random.default_rng([self.seed, self.epoch])
-        draw = balanced_draw(self._by_class, self.num_samples * self.num_replicas, generator)
+        draw = balanced_draw(self._by_class, self.total_size, generator)
         own = draw[self.rank :: self.num_replicas]
         for start in range(0, len(own), _AT_ONCE):  # Python's integers need four times the memory
             yield from own[start : start + _AT_ONCE].tolist()
 
     def __len__(self) -> int:
         """Return the number of indices that each rank gets per epoch."""
+        self._place()
         return self.num_samples
+
+    def _warn_if_shared_again(self) -> None:
+        """Look among the callers for a sampler or loader that shares among ranks, too."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            caller, frame = frame.f_locals.get("self"), frame.f_back
+            if caller is self or not isinstance(caller, (Sampler, DataLoader)):
+                continue
+            places = (caller, getattr(caller, "state", None))  # accelerate's dispatcher: the latter
+            names = ("num_replicas", "num_processes")
+            ranks = max(getattr(place, name, 1) or 1 for place in places for name in names)
+            if ranks > 1:
+                warnings.warn(
+                    f"{type(caller).__name__} shares the indices of ClassBalancedSampler among "
+                    f"{ranks} ranks, but they are one rank's share already, so an epoch shows only "
+                    f"1/{ranks} of the samples asked for. Make the sampler with `num_replicas=1, "
+                    "rank=0`, which leaves the sharing to the caller.",
+                    stacklevel=2,
+                )
+                return

@@ -18,8 +18,16 @@ from ride_plugin._checks import (
     check_class_counts,
     check_classes,
 )
+from ride_plugin._distributed import of_all_ranks, running
 from ride_plugin._errors import ArgumentError
-from ride_plugin.longtail._splits import SPLITS, BySplit, mean_by_split, shot_groups, shown
+from ride_plugin.longtail._splits import (
+    SPLITS,
+    BySplit,
+    by_split,
+    mean_by_split,
+    shot_groups,
+    shown,
+)
 
 
 @dataclass(frozen=True)
@@ -114,8 +122,12 @@ def shot_report(
     *,
     many: float = 100,
     few: float = 20,
+    over_ranks: bool = True,
 ) -> ShotReport:
     """Compute accuracy overall, by many, medium and few shot, and by class.
+
+    Where ``torch.distributed`` is initialised, every rank calls this with its own samples, and
+    gets the report of all of them.
 
     Args:
         output: logits or probabilities ``[N, C]``, or predicted classes ``[N]`` (integers).
@@ -123,6 +135,7 @@ def shot_report(
         class_counts: **training** images per class, ``[C]``, positive.
         many: classes with more training images than this are many-shot.
         few: classes with fewer training images than this are few-shot.
+        over_ranks: False for the report of these samples alone, which one rank may ask for.
 
     Returns:
         A :class:`ShotReport`, whose docstring says which averages are taken.
@@ -143,15 +156,28 @@ def shot_report(
         few (n < 20)                   0        0  absent      absent
     """
     counts = check_class_counts(class_counts)
-    truth = as_labels(target, "target", len(counts))
+    shared = over_ranks and running()
+    truth = as_labels(target, "target", len(counts), empty=shared)
     predicted = _predictions(output, len(truth), len(counts))
     groups = shot_groups(counts, many, few)
-    right = (predicted == truth).numpy()
-    labels = truth.numpy()
-    num_samples = np.bincount(labels, minlength=len(counts))
-    num_correct = np.bincount(labels[right], minlength=len(counts))
+    tables = np.stack(
+        [
+            np.bincount(labels.numpy(), minlength=len(counts))
+            for labels in (truth, truth[predicted == truth])
+        ]
+    )
+    if shared:
+        tables = np.sum(of_all_ranks(tables, "shot_report"), axis=0)
+    num_samples, num_correct = tables
     tested = num_samples > 0
-    by_sample = mean_by_split(right, groups[labels])
+    if not tested.any():
+        raise ArgumentError(
+            "Expected argument `target` to hold at least one sample on one of the ranks, but it is "
+            "empty on each."
+        )
+    masks = [tested, *(tested & (groups == group) for group in range(3))]
+    top = [num_correct[m].sum() / num_samples[m].sum() if m.any() else None for m in masks]
+    by_sample = by_split([None if value is None else float(value) for value in top])
     return ShotReport(
         overall=by_sample.overall,
         many=by_sample.many,
@@ -167,6 +193,8 @@ def shot_report(
 
 def _predictions(output: Tensor | Numbers, num_samples: int, num_classes: int) -> Tensor:
     values = as_cpu_tensor(output, "output")
+    if not num_samples and not values.numel():  # this rank has none
+        return values.flatten().long()
     if values.is_floating_point() and list(values.shape) == [num_samples, num_classes]:
         if bool(values.isnan().any()):
             raise ArgumentError(

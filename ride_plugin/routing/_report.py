@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ride_plugin._checks import ClassCounts, Numbers, as_labels, check_class_counts, check_integer
-from ride_plugin._distributed import over_ranks
+from ride_plugin._distributed import of_all_ranks, running
 from ride_plugin._errors import ArgumentError
 from ride_plugin.longtail import shot_groups
 
@@ -46,6 +46,7 @@ def routing_report(
     num_experts: int,
     many: float = 100,
     few: float = 20,
+    over_ranks: bool = True,
 ) -> RoutingReport:
     """Count the share of samples by number of experts used, overall and by shot.
 
@@ -59,6 +60,7 @@ def routing_report(
         num_experts: E, so that numbers which no sample used are reported as 0.
         many: a class is many-shot above so many training samples; see `longtail.shot_groups`.
         few: and few-shot below so many.
+        over_ranks: False for the report of these samples alone, which one rank may ask for.
 
     Raises:
         ArgumentError: shapes do not fit, there are no samples, or a value is out of range.
@@ -74,22 +76,27 @@ def routing_report(
     """
     counts = check_class_counts(class_counts)
     num_experts = check_integer(num_experts, "num_experts", 1)
-    labels, used = (
-        as_labels(target, "target", len(counts)),
-        as_labels(num_experts_used, "num_experts_used"),
-    )
+    shared = over_ranks and running()
+    labels = as_labels(target, "target", len(counts), empty=shared)
+    used = as_labels(num_experts_used, "num_experts_used", empty=shared)
     if used.shape != labels.shape:
         raise ArgumentError(
             "Expected arguments `num_experts_used` and `target` to have the same shape [N], but "
             f"got {list(used.shape)} and {list(labels.shape)}."
         )
-    if used.min() < 1 or used.max() > num_experts:
+    if len(used) and (used.min() < 1 or used.max() > num_experts):
         raise ArgumentError(
             f"Expected argument `num_experts_used` to hold integers from 1 to {num_experts}, but "
             f"got {int(used.min())} to {int(used.max())}. Pass `RoutingOutput.num_experts_used`."
         )
-    of_ranks = over_ranks((used, labels))
-    used, labels = (torch.cat(parts) for parts in zip(*of_ranks, strict=True))
+    if shared:
+        of_ranks = of_all_ranks((used, labels), "routing_report")
+        used, labels = (torch.cat(parts) for parts in zip(*of_ranks, strict=True))
+    if not len(used):
+        raise ArgumentError(
+            "Expected argument `target` to hold at least one sample on one of the ranks, but it is "
+            "empty on each."
+        )
     groups = torch.from_numpy(shot_groups(counts, many, few))[labels]
 
     def shares(values: Tensor) -> tuple[float, ...] | None:

@@ -19,7 +19,7 @@ from ride_plugin._checks import (
     refuse,
 )
 from ride_plugin._cost import CostReport, cost_report
-from ride_plugin._distributed import over_ranks
+from ride_plugin._distributed import of_all_ranks
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import as_inputs
 from ride_plugin._tree import map_tensors, tensors_in
@@ -200,7 +200,7 @@ def _measure(
             cost = cost_report(model, example_input=(args, kwargs), router=learned)
         if progress is not None:
             progress(len(target))
-    ranks = over_ranks((gates, right, labels, cost))
+    ranks = of_all_ranks((gates, right, labels, cost), "calibrate")
     costs = [cost for *_, cost in ranks if cost is not None]
     if not costs:
         raise ArgumentError(

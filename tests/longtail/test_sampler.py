@@ -110,14 +110,54 @@ def test_feeds_a_data_loader() -> None:
     assert [Counter(y.tolist()) for (y,) in loader] == [Counter({0: 5, 1: 5, 2: 5})] * 2
 
 
-def test_rank_and_size_come_from_the_process_group(tmp_path) -> None:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        sampler = ClassBalancedSampler(LABELS)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert (sampler.rank, sampler.num_replicas) == (0, 1)
+def _group_of_three(monkeypatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 2)
+
+
+def test_a_sampler_made_before_the_process_group_takes_its_part_of_the_draw(monkeypatch) -> None:
+    sampler = ClassBalancedSampler(LABELS)
+    assert (sampler.num_replicas, len(sampler)) == (1, 65)
+    _group_of_three(monkeypatch)
+    assert len(sampler) == 22
+    assert list(sampler) == list(ClassBalancedSampler(LABELS, num_replicas=3, rank=2))
+    assert (sampler.num_replicas, sampler.rank) == (3, 2)
+
+
+class Wrapper(torch.utils.data.DistributedSampler):
+    """What libraries wrap around a sampler that they take for one of a single process."""
+
+    def __init__(self, sampler, num_replicas: int, rank: int) -> None:
+        self.sampler = sampler
+        super().__init__(sampler, num_replicas, rank, shuffle=False)
+
+    def __iter__(self):
+        drawn = list(self.sampler)
+        return (drawn[i] for i in super().__iter__())
+
+
+def test_indices_that_are_shared_twice_are_warned_of(monkeypatch) -> None:
+    _group_of_three(monkeypatch)
+    wrapped = Wrapper(ClassBalancedSampler(LABELS), 3, 2)
+    loader = torch.utils.data.DataLoader(LABELS, batch_size=4, sampler=wrapped)
+    with pytest.warns(UserWarning, match=r"Wrapper shares .* 3 ranks.* 1/3 .*num_replicas=1, rank"):
+        list(loader)
+
+
+def test_a_whole_draw_may_be_shared_by_the_caller(monkeypatch) -> None:
+    _group_of_three(monkeypatch)
+    whole = ClassBalancedSampler(LABELS, num_samples=66, num_replicas=1, rank=0)
+    drawn = [i for rank in range(3) for i in Wrapper(whole, 3, rank)]
+    counts = Counter(LABELS[drawn].tolist())
+    assert counts == Counter({0: 22, 1: 22, 2: 22})
+
+
+def test_a_loader_or_sampler_of_one_process_is_not_warned_of(monkeypatch) -> None:
+    _group_of_three(monkeypatch)
+    sampler = ClassBalancedSampler(LABELS)
+    assert len(list(Wrapper(sampler, 1, 0))) == 22
+    assert len(list(torch.utils.data.DataLoader(LABELS, batch_size=11, sampler=sampler))) == 2
 
 
 @pytest.mark.parametrize(
@@ -137,10 +177,5 @@ def test_bad_arguments_are_named(labels, arguments, message: str) -> None:
         ClassBalancedSampler(labels, **arguments)
 
 
-def test_one_sample_is_enough_and_the_rank_is_the_process_groups(monkeypatch) -> None:
+def test_one_sample_is_enough() -> None:
     assert len(list(ClassBalancedSampler([0, 1, 1], num_samples=1))) == 1
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 2)
-    sampler = ClassBalancedSampler([0, 1, 1])
-    assert (sampler.num_replicas, sampler.rank) == (3, 2)
