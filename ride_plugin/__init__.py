@@ -11,6 +11,7 @@ from ride_plugin._errors import (
     ReplayError,
     RIDEError,
     SplitError,
+    VersionError,
     WidthError,
 )
 from ride_plugin._loss_module import RIDEModule
@@ -44,6 +45,7 @@ __all__ = [
     "RoutingLoss",
     "SplitError",
     "TemperatureSchedule",
+    "VersionError",
     "WidthError",
     "__version__",
     "cost_report",

@@ -41,6 +41,10 @@ class CheckpointError(RIDEError, ValueError):
     """A checkpoint does not fit the model, or cannot be read safely."""
 
 
+class VersionError(RIDEError, RuntimeError):
+    """The installed torch is too old for what was asked; the message names the oldest that can."""
+
+
 def warn_caller(message: str) -> None:
     """Warn at the line of the user's code, however deep inside the package the cause was found."""
     frame: FrameType | None = sys._getframe()

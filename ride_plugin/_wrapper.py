@@ -20,6 +20,7 @@ from ride_plugin._checks import (
     check_number,
     refuse,
 )
+from ride_plugin._compiler import refuse_old_compiler
 from ride_plugin._construct import construct
 from ride_plugin._contexts import training_pass
 from ride_plugin._delegate import from_backbone
@@ -36,13 +37,14 @@ from ride_plugin._split import (
     feature_dim_of,
     join_parts,
     plain_modules,
+    whole_outputs,
 )
 from ride_plugin._watch import TrainingWatch
 
-ReturnExperts: TypeAlias = bool | Literal["training"]
-"""Never, always, or in training mode."""
+ReturnExperts: TypeAlias = bool | Literal["training", "outputs"]
+"""Never, always, or in training mode: their logits, or whatever the backbone returns."""
 
-_RETURN_EXPERTS: tuple[ReturnExperts, ...] = (False, True, "training")
+_RETURN_EXPERTS: tuple[ReturnExperts, ...] = (False, True, "training", "outputs")
 
 
 class RIDEWrapper(SplitModule):
@@ -91,6 +93,8 @@ class RIDEWrapper(SplitModule):
             model: ``RIDEWrapper.inside(engine).return_experts = "training"``. Needed where outputs
             are rebuilt or cast: DataParallel, DistributedDataParallel with ``static_graph`` or
             ``find_unused_parameters``, FSDP, accelerate, Fabric and Trainer in half precision.
+            ``"outputs"`` is for losses that need more than logits (features, prototypes): in
+            training mode a list of what the backbone returns, once for each expert.
         checkpoint_experts: compute the experts' activations a second time in the backward pass
             instead of keeping them; can be set at any time. BatchNorm statistics are updated once.
 
@@ -181,7 +185,7 @@ class RIDEWrapper(SplitModule):
 
     @property
     def return_experts(self) -> ReturnExperts:
-        """Whether the experts' logits are returned explicitly: True, False or "training"."""
+        """Whether the experts' logits are returned: see `RIDEWrapper`."""
         return self._return_experts
 
     @return_experts.setter
@@ -368,20 +372,28 @@ class RIDEWrapper(SplitModule):
 
         Returns:
             The mean of the experts' logits, a plain ``[B, C]`` tensor that carries the experts'
-            logits (read them with :func:`ride_plugin.expert_logits`), or an
-            :class:`ExpertOutput` if ``return_experts`` asks for it.
+            logits (read them with :func:`ride_plugin.expert_logits`); what ``return_experts`` asks
+            for instead.
         """
+        refuse_old_compiler()
         # Another thread may be evaluating the model, which sets the modes of its modules.
         free = torch.compiler.is_compiling() or not torch.is_grad_enabled()
         with nullcontext() if free else training_pass(self):
-            return self._forward(args, kwargs)
+            output: Tensor | ExpertOutput = self._forward(args, kwargs)
+            return output
 
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | ExpertOutput:
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.return_experts == "outputs" and self.training:
+            with whole_outputs() as outputs:
+                each = self._each(args, kwargs)
+            self._output(each)  # the watch sees them
+            return outputs or each
+        return self._output(self._each(args, kwargs))
+
+    def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         if self.checkpoint_experts and torch.is_grad_enabled():
-            each = self._checkpointed_experts(args, kwargs)
-        else:
-            each = [logits for logits, _ in self._all_experts(args, kwargs)]
-        return self._output(each)
+            return self._checkpointed_experts(args, kwargs)
+        return [logits for logits, _ in self._all_experts(args, kwargs)]
 
     def _output(self, each: Sequence[Tensor]) -> Tensor | ExpertOutput:
         """What the model returns, of its experts' logits."""
@@ -389,7 +401,9 @@ class RIDEWrapper(SplitModule):
         watched = self.training and not self._watch.done and torch.is_grad_enabled()
         if watched and not torch.compiler.is_compiling():
             self._watch.note(self, output.expert_logits)
-        explicit = self.training if self.return_experts == "training" else self.return_experts
+        explicit = self.return_experts is True or (
+            self.return_experts == "training" and self.training
+        )
         return output if explicit else attach_expert_logits(*output)
 
     def router_inputs(self, *args: Any, **kwargs: Any) -> RouterInputs:
@@ -401,6 +415,7 @@ class RIDEWrapper(SplitModule):
         Returns:
             :class:`RouterInputs`: expert logits ``[B, E, C]`` and features ``[B, E, D]``.
         """
+        refuse_old_compiler()
         # A graph cannot restore modes; compile and export what is in evaluation mode already.
         mode = nullcontext() if torch.compiler.is_compiling() else self.evaluating()
         with mode, torch.no_grad():

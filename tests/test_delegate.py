@@ -152,6 +152,7 @@ def test_a_backbone_without_such_methods_offers_none() -> None:
     assert not hasattr(model, "set_grad_checkpointing")
 
 
+@pytest.mark.compiles
 def test_a_compiled_model_still_finds_its_own() -> None:
     model = wrapped().eval()
     x = torch.randn(3, 8)

@@ -276,3 +276,58 @@ def test_no_wrapped_model_inside_or_several_are_refused() -> None:
             RIDEWrapper.inside(model)
     with pytest.raises(ArgumentError, match="`model` to be a module"):
         RIDEWrapper.inside(None)  # type: ignore[arg-type]
+
+
+class Contrastive(nn.Module):
+    """Returns normalised features, logits, and a prototype of each class made of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+        self.head = nn.Linear(8, 4)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.encoder(x)
+        prototypes = self.head(self.fc.weight)
+        return nn.functional.normalize(self.head(features), dim=1), self.fc(features), prototypes
+
+
+@pytest.mark.parametrize("checkpoint_experts", [False, True])
+@pytest.mark.parametrize("engine", [nn.Identity, nn.DataParallel])
+def test_a_loss_of_more_than_logits_gets_what_each_expert_returns(
+    engine: Any, checkpoint_experts: bool
+) -> None:
+    model = RIDEWrapper(
+        Contrastive(), 3, fork_at="encoder.2", logits=1, return_experts="outputs",
+        checkpoint_experts=checkpoint_experts,
+    )  # fmt: skip
+    outer = model if engine is nn.Identity else engine(model)
+    x = torch.randn(7, 6)
+    each = outer(x)
+    assert [[tuple(part.shape) for part in one] for one in each] == [[(7, 4), (7, 5), (5, 4)]] * 3
+    for index, (features, logits, prototypes) in enumerate(each):
+        plain = model.to_module(index)
+        for got, expected in zip((features, logits, prototypes), plain(x), strict=True):
+            torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(prototypes, plain.head(plain.fc.weight))
+    sum((f.sum() + z.sum() + p.sum()) for f, z, p in each).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    plain = [model.to_module(index) for index in range(3)]
+    alone = [
+        torch.autograd.grad(sum(part.sum() for part in one(x)), list(one.parameters()))
+        for one in plain
+    ]
+    of_trunk = sum(of_one[0] for of_one in alone)  # the first layer is shared
+    torch.testing.assert_close(gradients[0], of_trunk)
+    assert all(gradient is not None for gradient in gradients)
+    mean = torch.stack([logits for _, logits, _ in each], 1).mean(1)
+    torch.testing.assert_close(outer.eval()(x), mean)
+
+
+def test_a_backbone_of_nothing_but_logits_returns_those_of_each_expert() -> None:
+    backbone = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    model = RIDEWrapper(backbone, 2, fork_at="2", return_experts="outputs")
+    x = torch.randn(3, 6)
+    for index, logits in enumerate(model(x)):
+        torch.testing.assert_close(logits, model.to_module(index)(x))

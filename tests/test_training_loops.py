@@ -106,6 +106,7 @@ def test_output_that_lost_its_experts_is_refused() -> None:
 # While it traces, torch instantiates autograd functions, of which it warns others.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.compiles
 def test_compiles_without_a_graph_break_and_without_recompiling(training: bool) -> None:
     torch.compiler.reset()
     model = RIDEWrapper(VisionTransformer(7), 3).train(training)
@@ -134,6 +135,7 @@ def test_compiles_without_a_graph_break_and_without_recompiling(training: bool) 
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.compiles
 def test_exports(strict: bool) -> None:
     model = RIDEWrapper(CifarResNet(7, n=1), 3).eval()
     x = torch.randn(4, 3, 32, 32)

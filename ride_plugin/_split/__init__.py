@@ -6,7 +6,7 @@ from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._graft import graft_experts
 from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
-from ride_plugin._split._logits import Choice, check_logits_choice, reader_in
+from ride_plugin._split._logits import Choice, check_logits_choice, reader_in, whole_outputs
 from ride_plugin._split._module import SplitModule
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
@@ -44,5 +44,6 @@ __all__ = [
     "split_backbone",
     "take_rows",
     "throwaway",
+    "whole_outputs",
     "write_attributes",
 ]

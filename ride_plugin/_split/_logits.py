@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -29,6 +31,24 @@ _PAIR = (
 )
 
 
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.outputs: list[Any] | None = None
+
+
+_kept = _Kept()
+
+
+@contextmanager
+def whole_outputs() -> Iterator[list[Any]]:
+    """What every expert's forward returns, not its logits alone, in this thread and this block."""
+    before, _kept.outputs = _kept.outputs, []
+    try:
+        yield _kept.outputs
+    finally:
+        _kept.outputs = before
+
+
 @dataclass
 class LogitsReader:
     """Forward hook of a view's root: of what the backbone returns, only the logits go on.
@@ -47,6 +67,8 @@ class LogitsReader:
         Raises:
             ReplayError: the output is of a kind that the build has not seen.
         """
+        if _kept.outputs is not None:
+            _kept.outputs.append(output)
         logits = self.logits_of(output)
         if logits is None:
             raise ReplayError(

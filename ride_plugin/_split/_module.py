@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ride_plugin._checks import refuse
+from ride_plugin._compiler import refuse_old_compiler
 from ride_plugin._contexts import evaluating, random_state_kept
 from ride_plugin._errors import (
     ArgumentError,
@@ -122,6 +123,7 @@ class SplitModule(nn.Module):
         stored = self._stored(args, kwargs)
         if stored is not None:
             return stored
+        refuse_old_compiler()
         before = read_attributes(self.trunk, self._attributes)
         self._keep_hooks()
         state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
@@ -147,6 +149,7 @@ class SplitModule(nn.Module):
         Returns:
             Its logits ``[B, C]``, and what its classifier received, pooled to ``[B, D]``.
         """
+        refuse_old_compiler()
         expert = self.experts[index]
         watch_classifier(expert, self.classifier_name, self._running)
         write_attributes(expert, self._attributes, state.attributes)
@@ -243,6 +246,7 @@ class SplitModule(nn.Module):
         if changes or _is_hooked(self.experts[0]) or getattr(self, "_is_replica", False):
             state = self.run_trunk(*args, **kwargs)
             return (state, *self.run_expert(0, state))
+        refuse_old_compiler()
         before = read_attributes(self.trunk, self._attributes)
         watch_classifier(self.experts[0], self.classifier_name, self._running)
         self._keep_hooks()

@@ -10,6 +10,8 @@ from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInferen
 from ride_plugin.routing import StagedRunner
 from tests.handmade import small_model
 
+pytestmark = pytest.mark.compiles
+
 
 class Tokens(nn.Module):
     """A sequence model whose experts read a value without a batch dimension, and rows second."""

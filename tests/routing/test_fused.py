@@ -13,6 +13,8 @@ from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInferen
 from ride_plugin.routing import StagedRunner, fuse_stages
 from ride_plugin.routing._fused import FusedConv2d, FusedStage
 
+pytestmark = pytest.mark.compiles
+
 
 class Block(nn.Module):
     """One convolution and what follows it, in one of many ways."""

@@ -227,6 +227,7 @@ def test_thresholds_change_in_place_and_are_saved():
 
 
 @pytest.mark.parametrize("kind", ["handmade", "wrapper"])
+@pytest.mark.compiles
 def test_dense_compiles_into_one_graph_that_new_thresholds_do_not_change(kind):
     model = RIDEWrapper(conv_backbone(), 3, example_input=torch.zeros(2, 3, 8, 8))
     serve, x = serving(model if kind == "wrapper" else None)
@@ -248,6 +249,7 @@ def test_dense_compiles_into_one_graph_that_new_thresholds_do_not_change(kind):
     torch._dynamo.reset()
 
 
+@pytest.mark.compiles
 def test_a_model_in_training_mode_is_not_compiled():
     serve, x = serving()
     serve.train()
@@ -265,6 +267,7 @@ def test_thresholds_keep_apart_gates_whose_float32_probabilities_are_one():
         assert serve(x, return_routing=True).num_experts_used.tolist() == [count] * 2
 
 
+@pytest.mark.compiles
 def test_dense_exports_with_a_free_batch_size():
     class Dense(nn.Module):
         def __init__(self, serve):
