@@ -15,6 +15,7 @@ from ride_plugin._checks import (
     Numbers,
     as_cpu_tensor,
     as_labels,
+    check_bool,
     check_class_counts,
     check_classes,
 )
@@ -156,7 +157,7 @@ def shot_report(
         few (n < 20)                   0        0  absent      absent
     """
     counts = check_class_counts(class_counts)
-    shared = over_ranks and running()
+    shared = check_bool(over_ranks, "over_ranks") and running()
     truth = as_labels(target, "target", len(counts), empty=shared)
     predicted = _predictions(output, len(truth), len(counts))
     groups = shot_groups(counts, many, few)

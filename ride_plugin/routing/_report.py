@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import ClassCounts, Numbers, as_labels, check_class_counts, check_integer
+from ride_plugin._checks import (
+    ClassCounts,
+    Numbers,
+    as_labels,
+    check_bool,
+    check_class_counts,
+    check_integer,
+)
 from ride_plugin._distributed import of_all_ranks, running
 from ride_plugin._errors import ArgumentError
 from ride_plugin.longtail import shot_groups
@@ -76,7 +83,7 @@ def routing_report(
     """
     counts = check_class_counts(class_counts)
     num_experts = check_integer(num_experts, "num_experts", 1)
-    shared = over_ranks and running()
+    shared = check_bool(over_ranks, "over_ranks") and running()
     labels = as_labels(target, "target", len(counts), empty=shared)
     used = as_labels(num_experts_used, "num_experts_used", empty=shared)
     if used.shape != labels.shape:
