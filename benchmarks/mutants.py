@@ -5,13 +5,14 @@ change of one expression or statement (a comparison, an operator, a number, a co
 a cast, a call left out) in the equations, their numerics, the losses, routing, the long-tail losses
 or the sampler. It is killed if a test that concerns its module fails or takes too long.
 
-Not changed are annotations, docstrings, messages, imports, ``__all__`` and ``repr``. Some changes
+Not changed are annotations, docstrings, messages, imports, ``__all__``, ``repr`` and zip's
+``strict``. Some changes
 cannot be noticed by any test, for example a shortcut that is not taken; those that were drawn are
 listed with the reason in `mutants_equivalent.txt`. They are counted apart and never as killed.
 
 ``--log FILE`` keeps a line of JSON for each mutant, and a second run goes on from it; with
-``--again`` it runs the survivors of the file once more. Mutants are known by the function that they
-are in, so the file stays valid while other functions change. Every mutant runs in a process of its
+``--again`` the file's mutants are the sample, and those that survived run once more. Mutants are
+known by the function that they are in, so the file stays valid while other functions change. Every mutant runs in a process of its
 own, forked after torch was imported; no file is changed.
 """
 
@@ -148,6 +149,8 @@ def _places(node: ast.AST, function: str = "") -> Iterator[tuple[ast.AST, ast.AS
 def _is_text(node: ast.AST) -> bool:
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant)
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return True  # of zip: an assertion about this library's own lists
     if isinstance(node, ast.Call):
         return ast.unparse(node.func).split(".")[-1] in _MESSAGES
     skipped = (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Raise)
@@ -285,11 +288,15 @@ def main() -> None:
     everything = [mutant for path in paths for mutant in mutants_of(path)]
     sample = random.Random(options.seed).sample(everything, min(options.number, len(everything)))
     part, parts = map(int, options.part.split("/"))
-    sample = [mutant for mutant in sample[part - 1 :: parts] if options.only in mutant.name]
     known: dict[str, bool] = {}
     if options.log and options.log.exists():
         for entry in map(json.loads, options.log.read_text().splitlines()):
             known[entry["name"]] = entry["killed"]
+    if options.again:
+        sample = [mutant for mutant in everything if mutant.name in known]
+        gone = len(known) - len(sample)
+        print(f"{gone} of the log's {len(known)} mutants are of code that has changed since")
+    sample = [mutant for mutant in sample[part - 1 :: parts] if options.only in mutant.name]
     print(f"{len(everything)} mutants, {len(sample)} of them drawn", flush=True)
     for module in _BEFORE_THE_FORK:
         with contextlib.suppress(ImportError):

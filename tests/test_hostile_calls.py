@@ -57,7 +57,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Kinds]] = {
         {
             "class_counts": (COUNTS, COUNT),
             "weight": (0.2, [*NUMBER, None, -1]),
-            "gamma": (0.05, [*NUMBER, -1, 2]),
+            "gamma": (0.05, [*NUMBER, -1, 1.5]),
             "eta": (1.0, [*NUMBER, 0]),
             "start_epoch": (0, [*WHOLE, -5]),
             "form": ("paper", [*NAME, None]),
@@ -76,7 +76,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Kinds]] = {
         TemperatureSchedule,
         {
             "class_counts": (COUNTS, COUNT),
-            "gamma": (0.05, [*NUMBER, None, -1, 2]),
+            "gamma": (0.05, [*NUMBER, None, -1, 1.5]),
             "eta": (1.0, [*NUMBER, None, 0]),
             "start_epoch": (0, [*WHOLE, None, -5]),
             "form": ("official", [*NAME, None]),
@@ -122,14 +122,14 @@ CALLS: dict[str, tuple[Callable[..., Any], Kinds]] = {
     "expert_logits": (expert_logits, {"output": (EXPERTS, [*TENSOR, LOGITS, (LOGITS, LOGITS)])}),
     "class_balance": (
         functional.class_balance,
-        {"class_counts": (COUNTS, COUNT), "gamma": (0.1, [*NUMBER, None, -1, 2])},
+        {"class_counts": (COUNTS, COUNT), "gamma": (0.1, [*NUMBER, None, -1, 1.5])},
     ),
     "class_temperatures": (
         functional.class_temperatures,
         {
             "class_counts": (COUNTS, COUNT),
             "eta": (1.0, [*NUMBER, None, 0]),
-            "gamma": (0.1, [*NUMBER, None, -1, 2]),
+            "gamma": (0.1, [*NUMBER, None, -1, 1.5]),
             "form": ("paper", [*NAME, None]),
         },
     ),

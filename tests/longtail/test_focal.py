@@ -96,3 +96,7 @@ def test_the_default_power_is_two() -> None:
     logits, target = torch.randn(5, 3, dtype=torch.double), torch.tensor([0, 1, 2, 0, 1])
     p = logits.softmax(1)[torch.arange(5), target]
     torch.testing.assert_close(FocalLoss()(logits, target), (-((1 - p) ** 2) * p.log()).mean())
+
+
+def test_checkpoints_hold_nothing_of_it() -> None:
+    assert not FocalLoss(weight=[1.0, 2.0]).state_dict()

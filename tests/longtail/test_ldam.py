@@ -155,3 +155,11 @@ def test_bad_batches_are_named(logits, target, message: str) -> None:
 def test_masked_classes_are_no_cosine_that_is_too_large() -> None:
     logits = torch.tensor([[0.1, 0.2, -torch.inf]])
     assert LDAMLoss([9, 4, 1], scale=0.5)(logits, torch.tensor([0])).isfinite()
+
+
+def test_the_bound_of_cosines_holds_on_both_sides_and_is_itself_allowed() -> None:
+    criterion, target = LDAMLoss([9, 4, 1], scale=1.0), torch.tensor([0])
+    for edge in (1.02, -1.02):
+        assert criterion(torch.tensor([[edge, 0, 0]], dtype=torch.float64), target).isfinite()
+        with pytest.raises(RIDEError, match="cosines times scale"):
+            criterion(torch.tensor([[edge * 1.001, 0, 0]]), target)

@@ -143,3 +143,9 @@ def test_the_whole_prior_is_added_by_default_and_the_logits_dtype_stays() -> Non
 def test_adjusting_takes_the_whole_prior_away_by_default() -> None:
     logits, counts = torch.randn(2, 3), torch.tensor([8.0, 3.0, 1.0])
     torch.testing.assert_close(adjust_logits(logits, counts), logits - (counts / 12).log())
+
+
+def test_checkpoints_hold_nothing_of_it_and_it_moves_with_to() -> None:
+    assert not LogitAdjustedLoss(COUNTS).state_dict()
+    assert BalancedSoftmaxLoss(COUNTS).adjustment.dtype == torch.float32
+    assert BalancedSoftmaxLoss(COUNTS).double().adjustment.dtype == torch.float64

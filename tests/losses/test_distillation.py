@@ -127,3 +127,18 @@ def test_other_unfit_arguments_are_named() -> None:
 def test_arguments_out_of_range_are_named(argument: str, value) -> None:
     with pytest.raises(ArgumentError, match=f"Expected argument `{argument}`.*but got '?{value}"):
         DistillationLoss(**{argument: value})
+
+
+def test_temperature_and_weight_may_be_small() -> None:
+    student, teacher = batch()
+    loss = DistillationLoss(temperature=0.5, weight=0.25)(student, teacher)
+    expected = sum(kd(student[:, i], teacher, 0.5) for i in range(student.shape[1]))
+    torch.testing.assert_close(loss, 0.25 * expected)
+    assert DistillationLoss(weight=0)(student, teacher) == 0
+
+
+def test_a_teacher_whose_first_tensor_may_be_features_is_refused() -> None:
+    student, teacher = batch()
+    for pair in ((teacher, teacher), (torch.zeros(6, 5, 2), teacher), (teacher, None)):
+        with pytest.raises(ArgumentError, match="`teacher_output`"):
+            DistillationLoss()(student, pair)

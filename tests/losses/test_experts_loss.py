@@ -191,3 +191,35 @@ def test_a_subclass_is_asked_for_each_expert():
     criterion = PerBatch(COUNTS)
     expected = sum(criterion(experts[:, k], target) for k in range(3))
     torch.testing.assert_close(experts_loss(criterion, experts, target), expected)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.rand(8, 4),
+        torch.rand(8) > 0.5,
+        torch.randn(8, 2, dtype=torch.complex64),
+        torch.arange(8, dtype=torch.int32),
+        torch.full((8, 2), 9, dtype=torch.uint8),
+    ],
+)
+def test_what_only_the_criterion_understands_reaches_it_as_it_is(target) -> None:
+    seen = []
+
+    def criterion(logits: Tensor, given: Tensor) -> Tensor:
+        seen.append(given)
+        return logits.mean()
+
+    experts_loss(criterion, batch()[0], target)
+    whole = target.dtype in (torch.int32, torch.uint8)  # small integers cannot index
+    for given in seen:
+        assert given.dtype == (torch.int64 if whole else target.dtype)
+        assert torch.equal(given, target.to(given.dtype))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("criterion", [F.cross_entropy, lambda logits, target: logits.mean()])
+def test_an_empty_batch_is_refused(criterion) -> None:
+    empty = torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ArgumentError, match="`output` to be of at least one sample"):
+        experts_loss(criterion, torch.zeros(0, 3, 5), empty)

@@ -296,3 +296,31 @@ def test_what_the_loop_asks_of_its_criterion_is_answered_by_it() -> None:
         criterion.absent  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'update'"):
         RIDELoss(F.cross_entropy, COUNTS).update(3)
+
+
+def test_validation_takes_a_pair_only_if_it_holds_expert_logits() -> None:
+    loss, out = RIDELoss(F.cross_entropy, COUNTS), output()
+    features = torch.randn(6, 4)  # as wide as the logits, so that nothing else tells them apart
+    with torch.no_grad():
+        expected = F.cross_entropy(out.logits, TARGET)
+        for form in (out, tuple(out), list(out), (out.expert_logits, torch.randn(6, 3, 9))):
+            torch.testing.assert_close(loss(form, TARGET), expected)
+        for pair in ((features, out.logits), (out.logits, features)):
+            with pytest.raises(ArgumentError, match="`output`"):
+                loss(pair, TARGET)
+
+
+def test_validation_in_half_precision_is_computed_in_float32() -> None:
+    loss, half = RIDELoss(F.cross_entropy, COUNTS), output().logits.detach().bfloat16()
+    with torch.no_grad():
+        value = loss(half, TARGET)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, F.cross_entropy(half.float(), TARGET))
+
+
+def test_compiled_code_keeps_no_number_for_logs() -> None:
+    loss, out = RIDELoss(nn.CrossEntropyLoss(), COUNTS), output().expert_logits
+    torch.compile(loss, backend="eager", fullgraph=True)(out, TARGET)
+    assert loss.mean_loss is None
+    loss(out, TARGET)
+    assert loss.mean_loss is not None

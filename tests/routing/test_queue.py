@@ -141,6 +141,30 @@ def test_an_expert_that_fails_drops_the_submissions_it_ran_on():
     assert list(queue.flush()) == [ticket]
 
 
+def test_rows_left_over_of_a_lost_submission_harm_no_other():
+    serve = serving(threshold=0.0)
+    queue = RoutingQueue(serve, batch_size=4, max_wait=100)
+    lost, kept = batches([6, 3])
+    run, fails = serve.model.run_expert, [True]
+
+    def once(index, state):
+        if index == 1 and fails.pop():
+            fails.append(False)
+            raise RuntimeError("no memory")
+        fails.append(False)
+        return run(index, state)
+
+    serve.model.run_expert = once
+    with pytest.raises(RuntimeError, match="no memory"):
+        queue.submit(lost)  # four of its rows are gone, two wait
+    assert queue.num_waiting == 2
+    ticket = queue.submit(kept)
+    results = queue.flush()
+    assert list(results) == [ticket]
+    assert queue.num_waiting == 0
+    assert_equal_row_by_row(results[ticket], serve, kept)
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, RuntimeError])
 @pytest.mark.parametrize("where", ["run_expert", "gate", "select"])
 def test_nothing_unfinished_is_handed_out_after_an_interruption(interruption, where, monkeypatch):
@@ -251,3 +275,40 @@ def test_states_of_different_input_sizes_are_not_joined():
         states = [model.run_trunk(torch.randn(2, 3, size, size)) for size in (8, 10)]
     with pytest.raises(ArgumentError, match="one input size"):
         TrunkState.cat(states)
+
+
+def test_what_the_model_returned_is_not_written_into():
+    serve, returned = serving(threshold=0.0), []
+    run = serve.model.run_first if hasattr(serve.model, "run_first") else serve.model.start
+
+    def remembered(*args, **kwargs):
+        state, logits, features = run(*args, **kwargs)
+        returned.append((logits, logits.clone()))
+        return state, logits, features
+
+    serve.model.start = remembered
+    queue = RoutingQueue(serve, batch_size=4, max_wait=0)
+    for x in batches([3, 2]):
+        queue.submit(x)
+    for logits, before in returned:
+        assert torch.equal(logits, before)
+
+
+def test_an_expert_runs_on_the_oldest_rows_and_never_on_more_than_a_batch():
+    sizes, serve = [], serving(threshold=0.0)
+    run = serve.model.run_expert
+
+    def counted(index, state):
+        sizes.append((index, state.batch_size))
+        return run(index, state)
+
+    serve.model.run_expert = counted
+    queue = RoutingQueue(serve, batch_size=5, max_wait=100)
+    for x in batches([3, 4, 9]):
+        queue.submit(x)
+    assert max(size for index, size in sizes if index) == 5
+    assert list(queue.results()) == [
+        0,
+        1,
+    ]  # 15 of 16 rows are through, the last of the third is not
+    assert queue.num_waiting == 1

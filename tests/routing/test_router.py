@@ -15,6 +15,7 @@ from ride_plugin import (
 )
 from ride_plugin.functional import routing_loss, routing_targets
 from ride_plugin.routing import RouterInputs
+from ride_plugin.routing._router import _describe
 from tests.handmade import resnet32_ride, small_model
 from tests.reference import resnet32_arrays
 
@@ -73,7 +74,8 @@ def loop_predictions(router, logits):
             p = z.exp() / z.exp().sum()
             order = sorted(range(classes), key=lambda c, z=z: -z[c].item())[: router.top_k]
             statistics = [z[c] - z.mean() for c in order]
-            statistics += [p[order[0]], p[order[0]] - p[order[1]], -(p * p.log()).sum()]
+            second = p[order[1]] if router.top_k > 1 else 1 - p[order[0]]
+            statistics += [p[order[0]], p[order[0]] - second, -(p * p.log()).sum()]
             described[b, i] = torch.stack(statistics)
             meant[b, i] = sum(p[c] * router.classes.weight[c] for c in order)
     mean, variance = described.mean(0), described.var(0, correction=0)
@@ -483,3 +485,63 @@ def test_weights_of_the_routing_loss_may_be_zero_or_small():
     target = torch.tensor([0, 1, 2, 3])
     for weights in ((0, 1), (1, 0), (0.5, 0.5)):
         assert RoutingLoss(*weights)(gates, output, target).isfinite()
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_gates_that_read_few_logits_equal_loops(top_k):
+    data = inputs(num_experts=3, num_classes=6)
+    router = ExpertRouter(7, 3, num_classes=6, top_k=top_k).double()
+    with torch.no_grad():
+        torch.testing.assert_close(router(data), loop_predictions(router, data.expert_logits))
+
+
+def test_masked_classes_count_neither_in_the_mean_nor_in_the_statistics():
+    """A network of fewer classes, the others masked, reads what the smaller network reads."""
+    small = torch.randn(5, 2, 3, dtype=torch.float64)
+    for classes in (3, 1):  # of one class alone its logit is the mean
+        padded = torch.full((5, 2, 6), -torch.inf, dtype=torch.float64)
+        padded[:, :, :classes] = small[:, :, :classes]
+        top, likely, where = _describe(padded[:, 0], 3)
+        assert torch.equal(where[:, 0], small[:, 0, :classes].argmax(1))
+        mean = small[:, 0, :classes].mean(1)
+        torch.testing.assert_close(top[:, 0], small[:, 0, :classes].amax(1) - mean)
+        assert (top[:, classes:3] == 0).all()
+        assert (likely[:, classes:] == 0).all()
+
+
+def test_a_router_that_has_seen_nothing_reads_its_inputs_as_they_are():
+    router = ExpertRouter(7, 3, num_classes=500)
+    assert torch.equal(router.input_mean, torch.zeros(2, 33))
+    assert torch.equal(router.input_variance, torch.ones(2, 33))
+    assert router.samples_seen == 0
+    assert 0.25 < float(router.classes.weight.detach().std()) < 0.35
+
+
+def test_a_gate_names_what_is_no_number():
+    for reading in ("predictions", "paper"):
+        router = ExpertRouter(7, 3, num_classes=10, inputs=reading)
+        good, features = torch.zeros(4, 10), torch.zeros(4, 7)
+        bad = good.clone()
+        bad[2, 3] = torch.nan
+        with pytest.raises(ArgumentError, match="experts' logits to be free"):
+            router.gate(0, bad, features)
+        if reading == "paper":
+            with pytest.raises(ArgumentError, match="experts' features to be free"):
+                router.gate(0, good, features + torch.inf)
+
+
+def test_stored_inputs_may_come_back_as_a_list():
+    data, router = inputs(), ExpertRouter(7, 3, num_classes=10).double().eval()
+    assert torch.equal(router(list(data)), router(data))
+    for wrong in ((*data, data[0]), data[:1]):
+        with pytest.raises(ArgumentError, match="`inputs` to be"):
+            router(tuple(wrong))
+
+
+def test_weights_of_mixed_labels_keep_their_digits_under_autocast():
+    counts = [500, 50, 20, 5]
+    criterion, gates = RoutingLoss(class_counts=counts), torch.randn(6, 1)
+    logits, target = torch.randn(6, 2, 4), torch.rand(6, 4).softmax(1)
+    expected = criterion(gates, logits, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(criterion(gates, logits, target), expected, rtol=0, atol=0)

@@ -268,3 +268,32 @@ def test_the_sweep_is_a_loop_over_samples_experts_and_limits() -> None:
         flops = [report.flops_by_experts[count - 1] for count in used]
         expected = [sum(values) / 60 for values in (used, flops, hits)]
         assert [float(value) for value in point] == expected
+
+
+def test_relative_cost_is_that_of_all_experts_without_a_router(data):
+    _, result = calibrated(data, max_experts=2.0)
+    whole = cost_report(data[0]).flops
+    for curve in (result.curve, *result.baselines.values()):
+        torch.testing.assert_close(curve.relative_flops, curve.flops / whole)
+
+
+def test_thresholds_lie_half_way_between_gates_from_the_lowest_to_the_highest(data):
+    model, router, x, _ = data
+    gates = router(model.router_inputs(x)).double().flatten().unique()
+    curve = calibrated(data, max_experts=2.0)[1].curve
+    ends, between = curve.threshold_logits[[0, -1]], curve.threshold_logits[1:-1]
+    assert ends.tolist() == [-torch.inf, torch.inf]
+    assert len(between) == 100  # of the 399 that there are
+    middle = ((gates[1:] + gates[:-1]) / 2).float()
+    assert (between[0], between[-1]) == (middle[0], middle[-1])
+    assert torch.isin(between, middle).all()
+
+
+def test_one_sample_is_enough(data):
+    model, _, x, y = data
+    curve = (
+        RoutingInference(model, ConfidenceRouter())
+        .calibrate([(x[:1], y[:1])], max_experts=3.0)
+        .curve
+    )
+    assert (curve.mean_experts[0], curve.mean_experts[-1]) == (3, 1)
