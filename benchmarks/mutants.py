@@ -12,8 +12,8 @@ listed with the reason in `mutants_equivalent.txt`. They are counted apart and n
 
 ``--log FILE`` keeps a line of JSON for each mutant, and a second run goes on from it; with
 ``--again`` the file's mutants are the sample, and those that survived run once more. Mutants are
-known by the function that they are in, so the file stays valid while other functions change. Every mutant runs in a process of its
-own, forked after torch was imported; no file is changed.
+known by the function that they are in, so the file stays valid while other functions change. Every
+mutant runs in a process of its own, forked after torch was imported; no file is changed.
 """
 
 from __future__ import annotations

@@ -33,9 +33,11 @@ class Attention:
 
     Attributes:
         name: dotted name in the expert.
+        module: the attention itself.
         projections: names of the layers that make queries, keys and values.
         num_heads: number of heads.
         head_dim: size of one head.
+        shared: queries that share one head of keys and values (grouped-query attention).
     """
 
     name: str
@@ -43,7 +45,7 @@ class Attention:
     projections: list[str]
     num_heads: int
     head_dim: int
-    shared: int = 1  # queries that share a key and value head (grouped-query attention)
+    shared: int = 1
 
     def choices(self, ratio: float) -> list[str]:
         """Ways to narrow it, best first; the last one leaves it as it is."""
@@ -52,7 +54,10 @@ class Attention:
         return ["heads", "head_dim", "keep"] if fits else ["head_dim", "keep"]
 
     def _grouped(self, ratio: float) -> tuple[int, int]:
-        """Key and value heads, and queries for each: fewer of the one or, if too few, the other."""
+        """Heads of keys and values, and queries for each of them.
+
+        There are fewer of the former, or of the latter where no whole number is near the ratio.
+        """
         keys = self.num_heads // self.shared
         fewer = max(1, round(keys * ratio))
         if self.shared == 1 or abs(fewer / keys - ratio) <= _TOLERANCE:
@@ -187,7 +192,9 @@ class HeadwiseAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention``."""
+        """As ``nn.MultiheadAttention``, which needs the mask that ``is_causal`` is a hint about."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         unbatched = query.dim() == 2
         if unbatched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
@@ -228,20 +235,16 @@ class HeadwiseAttention(nn.Module):
         return mask
 
 
-def replace_multihead_attention(expert: nn.Module, inside: Iterator[str]) -> list[tuple[str, Any]]:
-    """Put :class:`HeadwiseAttention` in place of torch's; returns ``(name, the old module)``."""
+def replace_multihead_attention(expert: nn.Module) -> list[str]:
+    """Put :class:`HeadwiseAttention` in place of torch's modules; returns their names."""
     replaced = []
-    for name in list(inside):
-        module = expert.get_submodule(name)
-        if type(module) is nn.MultiheadAttention and module.bias_k is None:
-            if module.add_zero_attn:
-                continue
+    for name, module in list(expert.named_modules()):
+        plain = type(module) is nn.MultiheadAttention
+        if plain and module.bias_k is None and not module.add_zero_attn:
+            new = HeadwiseAttention(module).requires_grad_(module.out_proj.weight.requires_grad)
             parent, _, attribute = name.rpartition(".")
-            new = HeadwiseAttention(module)
-            for parameter in new.parameters():
-                parameter.requires_grad_(module.out_proj.weight.requires_grad)
-            setattr(expert.get_submodule(parent) if parent else expert, attribute, new)
-            replaced.append((name, module))
+            setattr(expert.get_submodule(parent), attribute, new)
+            replaced.append(name)
     return replaced
 
 

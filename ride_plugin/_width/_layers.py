@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -119,22 +120,19 @@ def pads_in(seen: Iterable[tuple[str, nn.Module, Any, Any]]) -> list[tuple[str, 
     """
     found = []
     for name, module, x, out in seen:
-        if any(True for _ in module.parameters()) or not _widens(x, out):
-            continue
-        stride = max(1, round(x.shape[2] / out.shape[2]))
-        for centred in (True, False):
-            for pool in (False, True):
-                pad = ChannelPad(out.shape[1], stride, centred, pool)
-                got = pad(x)
-                if got.shape == out.shape and torch.equal(got, out):
-                    found.append((name, pad.train(module.training)))
-                    break
-            else:
-                continue
-            break
+        pad = None if any(True for _ in module.parameters()) else _pad_of(x, out)
+        if pad is not None:
+            found.append((name, pad.train(module.training)))
     return found
 
 
-def _widens(x: Any, out: Any) -> bool:
+def _pad_of(x: Any, out: Any) -> ChannelPad | None:
     tensors = isinstance(x, Tensor) and isinstance(out, Tensor)
-    return tensors and x.dim() == 4 == out.dim() and out.shape[1] > x.shape[1]
+    if not tensors or not x.dim() == 4 == out.dim() or out.shape[1] <= x.shape[1]:
+        return None
+    stride = max(1, round(x.shape[2] / out.shape[2]))
+    for centred, pool in product((True, False), (False, True)):
+        pad = ChannelPad(out.shape[1], stride, centred, pool)
+        if torch.equal(pad(x), out):
+            return pad
+    return None

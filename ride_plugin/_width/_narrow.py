@@ -1,7 +1,7 @@
 """Narrower experts: the forked part rebuilt with a share of its channels (paper, section 3).
 
 The paper gives experts 3/4 of the backbone's width. Here any backbone's expert is narrowed by trial
-forwards (see ``_width_trial``), then its resized parameters are drawn anew.
+forwards (see `_trial`), then its resized parameters are drawn anew.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def narrow_expert(split: Split, width: float) -> Split:
     """The split with a narrower expert; it is narrowed in place, before others are copied from it.
 
     A layer with ``c`` outputs gets about ``width * c`` (see :class:`WidthMap`). A width that has to
-    equal one of the trunk stays as it is, for example that of a residual stream which begins in
+    equal one of the trunk stays as it is, for example that of a residual stream that begins in
     the trunk; then the layers inside the blocks are narrowed (hidden widths, attention heads).
 
     Raises:
@@ -146,13 +146,12 @@ def _play(split: Split, state: TrunkState, training: bool) -> Callable[[], Any]:
 def _replace_fixed_modules(split: Split, state: TrunkState) -> None:
     """Replace modules whose sizes are fixed by equal ones whose sizes can be changed."""
     expert = split.views.expert
-    names = [n for n, m in expert.named_modules() if isinstance(m, nn.MultiheadAttention)]
     play_once = _play(split, state, False)
     with torch.no_grad():
         expected = logits_in(play_once())
-        replaced = replace_multihead_attention(expert, iter(names))
+        replaced = replace_multihead_attention(expert)
         if replaced and not _close(logits_in(play_once()), expected):
-            raise Stuck(f"`{replaced[0][0]}` could not be rebuilt with its heads apart")
+            raise Stuck(f"`{replaced[0]}` could not be rebuilt with its heads apart")
     seen: dict[str, tuple[str, nn.Module, Any, Any]] = {}
     handles = []
     for name, module in expert.named_modules():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,13 +82,6 @@ def reshape_groups(
                 return [(list(range(len(before))), list(range(len(after))))]
         groups.append((ins, outs))
     return groups
-
-
-def product(sizes: Iterable[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 def shapes_in(value: Any) -> list[tuple[int, ...]]:

@@ -12,6 +12,7 @@ a fixed number of channels cannot move positions into channels unnoticed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._width._amend import Amender
 from ride_plugin._width._attention import Attention
-from ride_plugin._width._layers import Kind, kind_of
+from ride_plugin._width._layers import ChannelPad, Kind, kind_of
 from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Change, Ledger
 from ride_plugin._width._map import WidthMap
 from ride_plugin._width._plan import (
@@ -31,7 +32,6 @@ from ride_plugin._width._plan import (
     Step,
     Stuck,
     operation_name,
-    product,
     reshape_groups,
 )
 
@@ -169,23 +169,17 @@ class Trial(TorchFunctionMode):
         old_in = getattr(module, kind.in_name) if kind.in_dim is not None else 0
         old_out = getattr(module, kind.out_name)
         groups = getattr(module, "groups", 1)
-        out = self.plan.out.get(name)
-        if out is None:
-            out = self._projections.get(name)
+        new_groups = groups
+        out = self.plan.out.get(name, self._projections.get(name, self.widths(old_out)))
         if groups > 1 and groups == old_in:  # depthwise: as wide as its input
             new_groups, out = arriving, arriving * (old_out // old_in)
         elif groups > 1:
-            out = self.widths(old_out) if out is None else out
-            size = old_in // groups
-            new_groups = groups
             if arriving % groups or out % groups:
-                new_groups = arriving // size
+                new_groups = arriving // (old_in // groups)
             if not new_groups or arriving % new_groups or out % new_groups:
                 self.amender.give_way((x,), f"{arriving} and {out} channels in {groups} groups")
-        elif kind.in_dim is None and not isinstance(module, nn.Embedding):
-            new_groups, out = 1, max(self.widths(old_out) if out is None else out, x.shape[1])
-        else:
-            new_groups, out = 1, self.widths(old_out) if out is None else out
+        elif isinstance(module, ChannelPad):
+            out = max(out, x.shape[1])
         fan_ratio = 1.0
         if kind.in_dim is not None and arriving:
             fan_ratio = (old_in / groups) / (arriving / new_groups)
@@ -293,18 +287,13 @@ class Trial(TorchFunctionMode):
             len(e) != t.dim() or (t.numel() == 0 and 0 not in e)
             for t, e in zip(outputs, expected, strict=True)
         ):
-            self.amender.give_way(
-                tensors_in(args), f"`{name}` returns another number of dimensions"
-            )
+            reason = f"`{name}` returns another number of tensors or dimensions, or nothing"
+            self.amender.give_way(tensors_in(args), reason)
         if name == "split" and len(set(expected)) == 1 and len({t.shape for t in outputs}) > 1:
-            self.amender.give_way(
-                tensors_in(args), "`split` with a fixed size"
-            )  # into unequal parts
-        if name in RESHAPES and outputs and step.inputs:
-            source = next(tensors_in(args), None)
-            if source is None:
-                return
+            self.amender.give_way(tensors_in(args), "`split` with a fixed size")
+        source = next(tensors_in(args), None)
+        if name in RESHAPES and outputs and step.inputs and source is not None:
             for ins, outs in reshape_groups(step.inputs[0], expected[0]):
-                before = product(source.shape[i] for i in ins)
-                if before != product(outputs[0].shape[o] for o in outs):
+                before = math.prod(source.shape[i] for i in ins)
+                if before != math.prod(outputs[0].shape[o] for o in outs):
                     self.amender.give_way((source,), f"`{name}` with fixed sizes")
