@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ride_plugin._budget import plan
+from ride_plugin._checks import check_floating
 from ride_plugin._cost import cost_report
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._split import reason_of_fork
@@ -175,8 +177,10 @@ def _report(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         report = shot_report(arrays["predictions"], target, class_counts, **cuts)
         text, values = str(report), {}
     else:
+        if "expert_logits" not in arrays:
+            arrays["expert_logits"] = check_floating(arrays["logits"], "logits", "N", "C")[:, None]
         found = analyze(
-            arrays["expert_logits"] if "expert_logits" in arrays else arrays["logits"][:, None],
+            arrays["expert_logits"],
             target,
             class_counts,
             num_experts_used=arrays.get("num_experts_used"),
@@ -233,7 +237,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise ArgumentError(f"Cannot read {path} as an .npz file of numbers ({error}).") from error
     missing = {"target", "class_counts"} - arrays.keys()
     if missing or not {"expert_logits", "logits", "predictions"} & arrays.keys():

@@ -124,6 +124,25 @@ def test_a_file_without_the_arrays_is_refused(capsys, tmp_path, arrays):
     assert "holds ['target']" in capsys.readouterr().err
 
 
+def test_damaged_files_are_refused(capsys, tmp_path, arrays):
+    path = tmp_path / "p.npz"
+    np.savez(path, **arrays, predictions=arrays["target"])
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[200] ^= 0xFF
+    for data in (b"", whole[:10], whole[: len(whole) // 2], whole[:-10], bytes(flipped)):
+        path.write_bytes(data)
+        assert main(["report", str(path)]) == 2
+        assert "Cannot read" in capsys.readouterr().err
+
+
+def test_logits_of_another_shape_are_named(capsys, tmp_path, arrays):
+    for logits in (np.array(3.0), np.zeros((3, 1, 2)), np.zeros((3, 2), dtype=int)):
+        np.savez(tmp_path / "p.npz", **arrays, logits=logits)
+        assert main(["report", str(tmp_path / "p.npz")]) == 2
+        assert "`logits` to be a floating-point tensor [N, C]" in capsys.readouterr().err
+
+
 def test_pickled_objects_are_not_loaded(capsys, tmp_path):
     np.savez(tmp_path / "p.npz", target=np.array([object()], dtype=object))
     assert main(["report", str(tmp_path / "p.npz")]) == 2
