@@ -235,7 +235,7 @@ def _example(sizes: str | None) -> Tensor | None:
 
 def _arrays(path: Path) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
     except (ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise ArgumentError(f"Cannot read {path} as an .npz file of numbers ({error}).") from error
