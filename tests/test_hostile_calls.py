@@ -68,13 +68,6 @@ CALLS: dict[str, tuple[Callable[..., Any], Kinds]] = {
         lambda temperature: DiversityLoss(COUNTS, temperature=temperature),
         {"temperature": (TemperatureSchedule(COUNTS), [1.0, "a", TemperatureSchedule([1, 2])])},
     ),
-    "DiversityLoss(form=official)()": (
-        built(lambda: DiversityLoss(COUNTS)),
-        {
-            "output": (EXPERTS, [*TENSOR, LOGITS, EXPERTS[:0]]),
-            "target": (TARGET, [None, "a", [0, 1, 2, 0]]),
-        },
-    ),
     "DiversityLoss()": (
         built(lambda: DiversityLoss(COUNTS, form="paper")),
         {"output": (EXPERTS, [*TENSOR, LOGITS, EXPERTS[:0]]), "target": (TARGET, TARGETS)},
