@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import time
 import warnings
 from copy import deepcopy
@@ -164,19 +165,26 @@ def table(results: dict[str, dict[str, Any]], width: float) -> str:
         f"`expert_width={width}`. Shares are of the full-width expert; the losses are those of "
         f"the first and the best of the last three of {_STEPS} steps on one batch.",
         "",
-        "| architecture | parameters | FLOPs | loss | why not |",
-        "|---|---|---|---|---|",
+        "| architecture | parameters | FLOPs | loss |",
+        "|---|---|---|---|",
     ]
+    refused = ["", "## Not narrowed", "", "| architecture | why |", "|---|---|"]
     for key, result in sorted(results.items()):
         if "parameters" in result:
             losses = f"{result['first_loss']:.2f} → {result['last_loss']:.2f}"
             shares = f"{result['parameters']:.2f} | {result['flops']:.2f} | {losses}"
-            lines.append(f"| {key} | {shares} | |")
+            lines.append(f"| {key} | {shares} |")
         else:
-            reason = result.get("refused") or result["failed"]
-            reason = reason.split("expert_width=")[-1].split(": ", 1)[-1].split(". Pass")[0]
-            lines.append(f"| {key} | – | – | – | {reason.replace('|', '/')} |")
-    return "\n".join(lines)
+            refused.append(f"| {key} | {_reason(result).replace('|', '/')} |")
+    return "\n".join(lines + refused)
+
+
+def _reason(result: dict[str, Any]) -> str:
+    """What the message says before it says what to pass instead."""
+    reason: str = result.get("refused") or result["failed"]
+    return re.sub(
+        r"^Cannot narrow the experts to expert_width=[^:]*: ", "", reason.split(". Pass ")[0]
+    )
 
 
 def main() -> None:

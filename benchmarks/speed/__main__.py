@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.speed import memory, routing, training
+from benchmarks.speed import build, memory, routing, training
 from benchmarks.speed.networks import Case
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -23,6 +23,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "gates": routing.gates,
     "memory": memory.memory,
     "scaling": memory.scaling,
+    "build": build.build,
 }
 
 

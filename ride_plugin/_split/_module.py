@@ -151,6 +151,7 @@ class SplitModule(nn.Module):
         """
         refuse_old_compiler()
         expert = self.experts[index]
+        self._follow_tensors()
         watch_classifier(expert, self.classifier_name, self._running)
         write_attributes(expert, self._attributes, state.attributes)
         self._running.features = None
@@ -319,6 +320,17 @@ class SplitModule(nn.Module):
         if not torch.compiler.is_compiling():
             for place in self._units:
                 place.keep_hooks()
+            self._follow_tensors()
+
+    def _follow_tensors(self) -> None:
+        """Read the tensors that the modules hold now.
+
+        FSDP2 gathers parameters and `functional_call` swaps them where they are owned, and only
+        there: a view that went on reading the old tensor would train nothing.
+        """
+        if not torch.compiler.is_compiling():
+            for link in self._links:
+                link.refresh()
 
     def _read(self, output: Any) -> tuple[Tensor, Tensor]:
         logits = logits_in(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from ride_plugin import MissingExpertLogitsError, RIDEWrapper
+from ride_plugin import MissingExpertLogitsError, RIDEWrapper, experts_loss
+from tests import adapters
 
 from .ranks import Ranks
 from .training import CLASSES, assert_equal_to_alone, build, loss_of, my_half, train
@@ -137,3 +139,34 @@ def _routed() -> None:
 
 def test_sharded_experts_answer_the_router(ranks: Ranks) -> None:
     ranks(_routed)
+
+
+def _shared_among_experts(kind: str) -> None:
+    network = adapters.KINDS[kind]()
+    example = torch.randn(2, 8)
+    model = RIDEWrapper(network, 3, fork_at="blocks.2", init="copy", example_input=example)
+    alone = model.double().train()
+    sharded = shard(copy.deepcopy(alone))
+    x, y = torch.randn(8, 8, dtype=torch.float64), torch.arange(8) % 5
+    half = torch.distributed.get_rank()
+    experts_loss(nn.functional.cross_entropy, alone(x), y).backward()
+    x, y = x.chunk(2)[half], y.chunk(2)[half]
+    experts_loss(nn.functional.cross_entropy, sharded(x), y).backward()
+    frozen = "blocks.3.norm.weight"
+    first, *others = (expert.get_parameter(frozen) for expert in sharded.experts)
+    assert all(other is first for other in others)
+    assert not first.requires_grad
+    got = dict(sharded.named_parameters())
+    expected = dict(alone.named_parameters())
+    assert got.keys() == expected.keys()
+    for name, parameter in expected.items():
+        if parameter.grad is None:
+            assert got[name].grad is None, name
+        else:
+            torch.testing.assert_close(got[name].grad.full_tensor(), parameter.grad, msg=name)
+    assert any(parameter.grad is not None for parameter in expected.values())
+
+
+@pytest.mark.parametrize("kind", sorted(adapters.KINDS))
+def test_frozen_parameters_that_experts_share(ranks: Ranks, kind: str) -> None:
+    ranks(_shared_among_experts, kind)

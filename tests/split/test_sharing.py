@@ -333,3 +333,17 @@ def test_what_training_writes_moves_on_once_for_each_experts_own() -> None:
         model(torch.randn(5, 6))
     pointers = [int(expert.get_submodule("3").pointer) for expert in model.experts]
     assert pointers == [2, 2, 2]
+
+
+def test_tensors_that_are_swapped_for_a_call_are_read() -> None:
+    model = wrapped("prompt").eval()
+    x = torch.randn(4, 8)
+    before = model(x)
+    swapped = {n: p + 1 for n, p in model.named_parameters() if n.endswith("prompt")}
+    assert len(swapped) == 3
+    called = torch.func.functional_call(model, swapped, x)
+    torch.testing.assert_close(model(x), before)
+    with torch.no_grad():
+        for name in swapped:
+            model.get_parameter(name).add_(1)
+    torch.testing.assert_close(called, model(x))
