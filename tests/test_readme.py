@@ -1,5 +1,6 @@
 """The README and docs hold together: links lead somewhere, every page is listed."""
 
+import configparser
 import re
 from pathlib import Path
 
@@ -63,3 +64,21 @@ def test_the_readme_uses_the_packages_public_names_only() -> None:
     text = (ROOT / "README.md").read_text()
     for imported in re.findall(r"from ride_plugin import (.*)", text):
         assert {name.strip() for name in imported.split(",")} <= set(ride_plugin.__all__)
+
+
+def test_the_badges_say_what_the_metadata_says() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    options = settings["options"]
+    torch = re.search(r"^torch>=(\S+)$", options["install_requires"], flags=re.MULTILINE)
+    assert torch is not None
+    said = {
+        "python": f"{options['python_requires'].removeprefix('>=')} and later",
+        "torch": f"{torch[1]} and later",
+        "license": settings["metadata"]["license"],
+        "typed": "mypy --strict",
+    }
+    shown = re.findall(r"\(\.github/badges/(\w+)\.svg\)", (ROOT / "README.md").read_text())
+    assert sorted(shown) == sorted(said)
+    for name, words in said.items():
+        assert f"{name}: {words}" in (ROOT / ".github" / "badges" / f"{name}.svg").read_text()
