@@ -1,8 +1,9 @@
 """Random small backbones are split, narrowed and routed, and compared with a naive model.
 
 `python -m benchmarks.random_backbones --number 10000` draws that many and prints what went wrong;
-`--first 4711 --number 1` repeats one. The naive model of an expert is the backbone itself with the
-layers of trunk and expert put in place of its own: it knows nothing of forks, rows or replay.
+`--first 4711 --number 1` repeats one; with `--log FILE` a run that was stopped goes on. The naive
+model of an expert is the backbone itself with the layers of trunk and expert put in place of its
+own: it knows nothing of forks, rows or replay.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -385,21 +387,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--number", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--log", type=Path, help="a line for each backbone; a second run goes on")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    counts: Counter[str] = Counter()
-    began = time.monotonic()
+    known: dict[int, str] = {}
+    if options.log and options.log.exists():
+        for line in options.log.read_text().splitlines():
+            seed, _, what = line.partition(" ")
+            known[int(seed)] = what
+    found: Counter[str] = Counter()
+    began, drawn = time.monotonic(), 0
     for seed in range(options.first, options.first + options.number):
-        try:
-            counts[check(seed)] += 1
-        except Exception as error:  # whatever it is, it is a finding
-            counts[f"WRONG {type(error).__name__}"] += 1
-            print(f"{seed}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-        if (seed + 1) % 500 == 0:
-            print(f"{seed + 1 - options.first} drawn", flush=True)
-    for what, count in counts.most_common():
-        print(f"{count:6d} {what}")
-    print(f"{options.number} drawn in {time.monotonic() - began:.0f} s")
+        if seed not in known:
+            try:
+                what = check(seed)
+            except Exception as error:  # whatever it is, it is a finding
+                message = " ".join(str(error).split())[:300]
+                what = f"WRONG {type(error).__name__}: {message}"
+                print(f"{seed}: {what}", flush=True)
+            drawn += 1
+            if options.log:
+                with options.log.open("a") as log:
+                    log.write(f"{seed} {what}\n")
+        found[(known.get(seed) or what).partition(":")[0]] += 1
+    for what, count in found.most_common():
+        print(f"{count:>6} {what}")
+    if drawn:
+        print(f"{(time.monotonic() - began) / drawn:.2f} s for each of {drawn}")
 
 
 if __name__ == "__main__":
