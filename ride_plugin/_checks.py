@@ -169,12 +169,22 @@ def check_class_counts(class_counts: ClassCounts, name: str = "class_counts") ->
     return counts
 
 
-def check_target(target: object, batch: int, num_classes: int, *, soft: bool = True) -> Tensor:
+def check_target(
+    target: object,
+    batch: int,
+    num_classes: int,
+    *,
+    soft: bool = True,
+    device: torch.device | None = None,
+) -> Tensor:
     """Return a target: class indices as int64 ``[B]``, or probabilities ``[B, C]`` if ``soft``.
 
+    It has to lie on the ``device`` of what it is compared with, if that is given.
     The range of indices is left to `check_classes`, since some losses have an index to ignore.
     Probabilities are checked on the CPU, where nothing has to be waited for.
     """
+    if isinstance(target, Tensor) and device is not None and target.device != device:
+        refuse("target", f"on {device}, as the logits are", target, f"It is on {target.device}.")
     if isinstance(target, Tensor) and not target.is_complex() and target.dtype != torch.bool:
         if not target.is_floating_point() and target.shape == (batch,):
             return target.long()
@@ -223,7 +233,7 @@ def check_logits_target(
     batch, classes = logits.shape
     if not batch or not classes:
         refuse("logits", "of at least one sample and class", logits)
-    target = check_target(target, batch, classes, soft=soft)
+    target = check_target(target, batch, classes, soft=soft, device=logits.device)
     check_classes(target, "target", classes)
     return target
 

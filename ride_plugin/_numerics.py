@@ -137,4 +137,5 @@ def inverse_of(temperature: Tensor | float, logits: Tensor) -> Tensor:
     """One over the temperature, which is held constant, in the dtype of the logits."""
     if isinstance(temperature, Tensor):
         return temperature.detach().to(logits.dtype).reciprocal()
-    return torch.full((), 1 / temperature, dtype=logits.dtype, device=logits.device)
+    inverse = min(1 / temperature, torch.finfo(logits.dtype).max)  # torch refuses a larger one
+    return torch.full((), inverse, dtype=logits.dtype, device=logits.device)

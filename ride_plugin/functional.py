@@ -159,7 +159,7 @@ def sample_temperatures(temperature: Tensor, target: Tensor) -> Tensor:
     """
     classes = check_floating(temperature, "temperature", "C").shape[0]
     batch = target.shape[0] if isinstance(target, Tensor) and target.dim() else 0
-    target = check_target(target, batch, classes)
+    target = check_target(target, batch, classes, device=temperature.device)
     if target.is_floating_point():
         return (target * temperature).sum(dim=1)  # a matrix product would be lowered by autocast
     try:
@@ -425,7 +425,7 @@ def _class_indices(target: Tensor, experts: Tensor) -> Tensor:
     batch, num_experts, num_classes = check_floating(experts, "expert_logits", "B", "E", "C").shape
     if num_experts < 2:
         refuse("expert_logits", "those of at least two experts, [B, E, C]", experts)
-    target = check_target(target, batch, num_classes)
+    target = check_target(target, batch, num_classes, device=experts.device)
     # On an accelerator an index out of range equals no prediction, so its sample counts as one
     # that nothing helps.
     check_classes(target, "target", num_classes)

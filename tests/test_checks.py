@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from ride_plugin import ArgumentError, _checks
+from ride_plugin import ArgumentError, DiversityLoss, _checks, experts_loss, functional, longtail
 
 
 @pytest.mark.parametrize(
@@ -278,3 +279,28 @@ def test_classes_out_of_range_are_named() -> None:
 def test_what_are_no_labels_is_refused(labels: Any) -> None:
     with pytest.raises(ArgumentError, match="Expected argument `labels` to "):
         _checks.as_labels(labels)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda z, y: experts_loss(F.cross_entropy, z, y),
+        lambda z, y: longtail.FocalLoss()(z[:, 0], y),
+        lambda z, y: longtail.BalancedSoftmaxLoss([3, 2, 1])(z[:, 0], y),
+        lambda z, y: functional.routing_targets(z, y),
+        lambda z, y: functional.sample_temperatures(torch.ones(3), y),
+        lambda z, y: DiversityLoss([3, 2, 1], form="paper")(z, y),
+    ],
+)
+def test_a_target_on_another_device_is_named(call) -> None:
+    """Of "meta", since torch itself does not refuse it everywhere: focal loss was 0.0."""
+    with pytest.raises(ArgumentError, match=r"`target` to be on cpu.*It is on meta"):
+        call(torch.zeros(4, 2, 3), torch.zeros(4, dtype=torch.int64, device="meta"))
+
+
+def test_a_temperature_too_small_to_divide_by_gives_no_number() -> None:
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
+    assert functional.distillation_kl(logits, logits[:, 0], 1e-300).isnan().all()
+    for tensor in (torch.tensor(-1.0), torch.tensor([torch.nan]), torch.tensor([0.0])):
+        with pytest.raises(ArgumentError, match="`temperature` to hold finite numbers > 0"):
+            functional.pairwise_kl(logits, tensor)

@@ -18,6 +18,7 @@ from ride_plugin._checks import (
     check_bool,
     check_class_counts,
     check_classes,
+    check_predictions,
 )
 from ride_plugin._distributed import of_all_ranks, running
 from ride_plugin._errors import ArgumentError
@@ -142,8 +143,8 @@ def shot_report(
         A :class:`ShotReport`, whose docstring says which averages are taken.
 
     Raises:
-        ArgumentError: shapes do not fit, a label is out of range, logits hold NaN, or the cut-offs
-            cross.
+        ArgumentError: shapes do not fit, a label is out of range, a row of logits names no class,
+            or the cut-offs cross.
 
     Example:
         >>> report = shot_report([0, 0, 1, 2], [0, 1, 1, 2], [500, 50, 30])
@@ -197,12 +198,7 @@ def _predictions(output: Tensor | Numbers, num_samples: int, num_classes: int) -
     if not num_samples and not values.numel():  # this rank has none
         return values.flatten().long()
     if values.is_floating_point() and list(values.shape) == [num_samples, num_classes]:
-        if bool(values.isnan().any()):
-            raise ArgumentError(
-                "Expected argument `output` to hold logits without NaN, but got NaN in "
-                f"{int(values.isnan().any(1).sum())} of {num_samples} rows. A NaN wins every "
-                "argmax, so the accuracy would be meaningless: look for a diverged training."
-            )
+        check_predictions(values, "argument `output`")
         return values.argmax(1)
     integral = not (values.is_floating_point() or values.is_complex())
     if integral and values.dtype != torch.bool and list(values.shape) == [num_samples]:

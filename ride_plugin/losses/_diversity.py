@@ -136,7 +136,7 @@ class DiversityLoss(nn.Module):
         if self.form == "official":
             divergence = functional.kl_from_mean(logits, class_temperature)
         else:
-            target = check_target(target, batch, classes)
+            target = check_target(target, batch, classes, device=logits.device)
             temperature = functional.sample_temperatures(class_temperature, target)
             divergence = functional.pairwise_kl(
                 logits, temperature, detach_others=self.detach_others

@@ -65,7 +65,7 @@ def experts_loss(
     batch, num_experts, classes = experts.shape
     if batch == 0:
         refuse("output", "of at least one sample", experts)
-    target = _checked(target, batch, classes, strict=_averages_rows(criterion))
+    target = _checked(target, experts, strict=_averages_rows(criterion))
     try:
         if _averages_rows(criterion):
             rows = experts.reshape(batch * num_experts, classes)
@@ -81,10 +81,11 @@ def experts_loss(
     return total.sum() if reduction == "sum" else total.mean()
 
 
-def _checked(target: Any, batch: int, classes: int, *, strict: bool) -> Any:
+def _checked(target: Any, experts: Tensor, *, strict: bool) -> Any:
     """The target of cross entropy in full; another criterion says itself what it cannot use."""
+    batch, _, classes = experts.shape
     if strict or (isinstance(target, Tensor) and target.dim() == 0):
-        return check_target(target, batch, classes)
+        return check_target(target, batch, classes, device=experts.device)
     if not isinstance(target, Tensor):
         return target
     if len(target) != batch:

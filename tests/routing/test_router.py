@@ -495,6 +495,14 @@ def test_gates_that_read_few_logits_equal_loops(top_k):
         torch.testing.assert_close(router(data), loop_predictions(router, data.expert_logits))
 
 
+def test_of_one_logit_the_margin_is_over_all_other_classes_together():
+    z = torch.randn(4, 6, dtype=torch.float64)
+    p = z.softmax(1)
+    best = p.amax(1)
+    expected = [z.amax(1) - z.mean(1), best, best - (1 - best), -(p * p.log()).sum(1)]
+    torch.testing.assert_close(_describe(z, 1)[0], torch.stack(expected, dim=1))
+
+
 def test_masked_classes_count_neither_in_the_mean_nor_in_the_statistics():
     """A network of fewer classes, the others masked, reads what the smaller network reads."""
     small = torch.randn(5, 2, 3, dtype=torch.float64)
