@@ -71,7 +71,7 @@ TESTS = {  # module -> the tests that mirror it, nearest first
     "routing/_runner": ("routing/test_export.py",),
     "routing/*": (
         "routing/test_{}.py", "routing/test_router.py", "routing/test_exit.py",
-        "routing/test_inference.py", "test_hostile_calls.py", "test_devices.py",
+        "routing/test_inference.py", "test_hostile_models.py", "test_devices.py",
     ),
 }  # fmt: skip
 _ELSEWHERE = {"__init__", "_fused"}  # the fused executor is compared with eager at every build

@@ -289,11 +289,15 @@ def test_thresholds_lie_half_way_between_gates_from_the_lowest_to_the_highest(da
     assert torch.isin(between, middle).all()
 
 
-def test_one_sample_is_enough(data):
+class Undecided(torch.nn.Module):
+    """A router that says the same of every row, so that no threshold lies between its gates."""
+
+    def gate(self, index, mean_logits, features):
+        return torch.zeros(len(mean_logits))
+
+
+def test_gates_that_are_all_equal_leave_all_experts_or_one(data):
     model, _, x, y = data
-    curve = (
-        RoutingInference(model, ConfidenceRouter())
-        .calibrate([(x[:1], y[:1])], max_experts=3.0)
-        .curve
-    )
-    assert (curve.mean_experts[0], curve.mean_experts[-1]) == (3, 1)
+    result = RoutingInference(model, Undecided()).calibrate([(x[:1], y[:1])], max_experts=3.0)
+    assert result.curve.threshold_logits.tolist() == [-torch.inf, torch.inf]
+    assert result.curve.mean_experts.tolist() == [3, 1]
