@@ -8,11 +8,11 @@ depends on parameters alone is computed once. No compiler is needed.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ride_plugin._errors import ArgumentError
 
 _ATEN = torch.ops.aten
+_POINTWISE: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 _TYPICAL_BATCH = 32  # weights are laid out for it; any batch runs
 _SMALL = 12_000  # elements of a single image below which torch's own convolution is faster
 
@@ -79,8 +80,8 @@ class FusedStage(nn.Module):
         """Run the stage; images are taken in either memory format."""
         if torch.is_autocast_enabled(tensors[0].device.type):
             with torch.autocast(tensors[0].device.type, enabled=False):
-                return cast("tuple[Tensor, ...]", self.graph_module(*tensors))
-        return cast("tuple[Tensor, ...]", self.graph_module(*tensors))
+                return cast("tuple[Tensor, ...]", self.graph_module.forward(*tensors))
+        return cast("tuple[Tensor, ...]", self.graph_module.forward(*tensors))
 
 
 class FusedConv2d(nn.Module):
@@ -108,28 +109,17 @@ class FusedConv2d(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Map ``x`` ``[b, c, h, w]``; ``other`` has the shape of the result."""
-        if self._packed is None or (len(x) == 1 and x.numel() < _SMALL):
-            out = F.conv2d(
-                x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-            )
+        if self._packed is None or (x.shape[0] == 1 and x.numel() < _SMALL):
+            out = torch.conv2d(x, *self._plain)
             if other is not None:
-                out = out.add_(other)
+                out.add_(other)
             return out.relu_() if self.relu else out
-        where = (self.padding, self.stride, self.dilation, self.groups)
         if other is None:
             unary = "relu" if self.relu else "none"
-            return cast(
-                "Tensor",
-                torch.ops.mkldnn._convolution_pointwise(
-                    x, self._packed, self.bias, *where, unary, [], ""
-                ),
-            )
+            return cast("Tensor", _POINTWISE(x, *self._packed, unary, [], ""))
         then = "relu" if self.relu else None
         return cast(
-            "Tensor",
-            torch.ops.mkldnn._convolution_pointwise.binary(
-                x, other, self._packed, self.bias, *where, "add", 1.0, then, [], None
-            ),
+            "Tensor", _POINTWISE.binary(x, other, *self._packed, "add", 1.0, then, [], None)
         )
 
     def extra_repr(self) -> str:
@@ -138,13 +128,13 @@ class FusedConv2d(nn.Module):
 
     def _pack(self) -> None:
         """Lay the weight out as oneDNN wants it; None where oneDNN does not take it."""
-        self._packed: Any = None
-        weight = self.weight
+        weight, bias = self.weight, self.bias
+        self._plain = (weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        self._packed: tuple[Any, ...] | None = None
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and _has_onednn():
             where = (self.padding, self.stride, self.dilation, self.groups)
-            self._packed = torch.ops.mkldnn._reorder_convolution_weight(
-                weight, *where, self.input_size
-            )
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, self.input_size)
+            self._packed = (packed, bias, *where)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv2d:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -156,7 +146,7 @@ class FusedConv2d(nn.Module):
         self._pack()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_packed": None, "_plain": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -164,9 +154,7 @@ class FusedConv2d(nn.Module):
 
 
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_convolution_pointwise"
-    )
+    return torch.backends.mkldnn.is_available() and _POINTWISE is not None
 
 
 def _fused(program: ExportedProgram) -> fx.GraphModule:
@@ -211,17 +199,36 @@ def _inline_autocast(module: fx.GraphModule) -> None:
 
 
 def _drop_what_does_nothing(graph: fx.Graph) -> None:
-    """Export's checks of types, and casts to the type that a tensor has."""
+    """Drop export's checks of types, and calls that return what they are given."""
+    node: Any
     for node in list(graph.nodes):
         if (
             node.target == "_guards_fn"
             or node.target is torch.ops.aten._assert_tensor_metadata.default
         ):
             graph.erase_node(node)
-        elif node.target is _ATEN.to.dtype and node.args[0].meta["val"].dtype == node.args[1]:
+        elif _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is _ATEN.cat.default and len(node.args[0]) > 1:
+            filled = [part for part in node.args[0] if not _is_empty(part)]
+            node.args = (filled or list(node.args[0][:1]), *node.args[1:])
     graph.eliminate_dead_code()
+
+
+def _does_nothing(node: Any) -> bool:
+    if node.target is _ATEN.to.dtype:
+        return bool(node.args[0].meta["val"].dtype == node.args[1])
+    if node.target is _ATEN.slice.Tensor:
+        given = list(node.args[2:])
+        return given in ([], [0], [0, sys.maxsize], [0, sys.maxsize, 1])
+    if node.target is _ATEN.movedim.int:
+        return bool(node.args[1] == node.args[2])
+    return bool(node.target is _ATEN.cat.default and len(node.args[0]) == 1)
+
+
+def _is_empty(node: Any) -> bool:
+    return any(size == 0 for size in node.meta["val"].shape if isinstance(size, int))
 
 
 def _lay_out_images(graph: fx.Graph) -> None:
