@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_choice, check_floating, check_predictions
+from ride_plugin._checks import check_choice, check_floating, check_predictions, is_finite
 from ride_plugin._numerics import float32_or_better
 
 Kind = Literal["max_probability", "margin"]
@@ -54,16 +54,19 @@ class ConfidenceRouter(nn.Module):
         # log((1 - p) / p) from the logits themselves: 1 - p alone would lose all its digits
         # where p is close to one, which is where most samples are.
         check_floating(mean_logits, "mean_logits", "b", "C")
-        check_predictions(mean_logits, "`mean_logits`")
         log_p = float32_or_better(mean_logits).log_softmax(dim=1)
         best, where = log_p.max(dim=1, keepdim=True)
         others = log_p.scatter(1, where, -torch.inf)
         log_rest = others.logsumexp(dim=1)
         if self.kind == "max_probability":
-            return log_rest - best.squeeze(1)
-        second = others.amax(dim=1)
-        margin = best.squeeze(1) + torch.log(-torch.expm1(second - best.squeeze(1)))
-        return torch.logaddexp(log_rest, second) - margin
+            gate = log_rest - best.squeeze(1)
+        else:
+            second = others.amax(dim=1)
+            margin = best.squeeze(1) + torch.log(-torch.expm1(second - best.squeeze(1)))
+            gate = torch.logaddexp(log_rest, second) - margin
+        if not is_finite(gate):  # NaN if a logit is no number, infinite if all or nothing is sure
+            check_predictions(mean_logits, "`mean_logits`")
+        return gate
 
     def extra_repr(self) -> str:
         """The kind, for ``repr``."""

@@ -98,7 +98,6 @@ def rows_going_on(stages: Stages, index: int, mean: Tensor, features: Tensor) ->
 def run_first(stages: Stages, *args: Any, **kwargs: Any) -> tuple[Underway, Tensor, Tensor]:
     """Run trunk and expert 0 on a batch; returns what `run_next` does."""
     state, logits, features = stages.start(*args, **kwargs)
-    check_predictions(logits, "the logits of expert 0")
     return Underway(state, logits), logits, features
 
 
@@ -110,9 +109,7 @@ def run_next(stages: Stages, index: int, rows: Underway) -> tuple[Underway, Tens
     """
     more, features = stages.run_expert(index, rows.state)
     total = rows.total + more
-    mean = total / (index + 1)
-    check_predictions(mean, f"the logits of the experts up to number {index}")
-    return Underway(rows.state, total), mean, features
+    return Underway(rows.state, total), total / (index + 1), features
 
 
 def walk(stages: Stages, *args: Any, **kwargs: Any) -> RoutingOutput:
@@ -142,4 +139,6 @@ def walk(stages: Stages, *args: Any, **kwargs: Any) -> RoutingOutput:
             # Out of place: `logits` may be a tensor that the caller's model returned.
             logits = logits.index_copy(0, places, mean)
             used.index_fill_(0, places, index + 1)
+    # Once, at the end: what is no number in any expert's logits stays in a row's mean.
+    check_predictions(logits, "the experts' logits")
     return RoutingOutput(logits, used)

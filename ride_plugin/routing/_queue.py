@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import check_instance, check_integer
+from ride_plugin._checks import check_instance, check_integer, check_predictions
 from ride_plugin._errors import ArgumentError
 from ride_plugin._tree import map_tensors
 from ride_plugin.routing._exit import RoutingOutput, Underway, rows_going_on, run_first, run_next
@@ -129,6 +129,7 @@ class RoutingQueue:
         args, kwargs = map_tensors(torch.clone, (args, kwargs))
         with cast("RoutableModel", self.serve.model).evaluating():
             rows, logits, features = run_first(self.serve.stages, *args, **kwargs)
+            check_predictions(logits, "the experts' logits")
             if not hasattr(type(rows.state), "cat"):
                 raise ArgumentError(
                     f"Expected the model's state to have a static method `cat`, but got "
@@ -191,6 +192,7 @@ class RoutingQueue:
 
     def _run(self, index: int, waiting: _Waiting) -> None:
         further, mean, features = run_next(self.serve.stages, index, waiting.rows)
+        check_predictions(mean, "the experts' logits")
         owners, counts = waiting.tickets.unique_consecutive(return_counts=True)
         sizes = counts.tolist()
         for ticket, logits, places in zip(
