@@ -32,6 +32,7 @@ return {
   width: document.documentElement.scrollWidth,
   equations: equations.length,
   rendered: document.querySelectorAll(".arithmatex > .katex, .arithmatex > .katex-display").length,
+  cut: [...equations].filter(e => e.tagName == "DIV" && e.scrollWidth > e.clientWidth + 1).length,
   tallest: Math.max(0, ...[...equations].map(e => e.getBoundingClientRect().height)),
   links: [...document.querySelectorAll("a[href]")].map(a => a.href),
   ids: [...document.querySelectorAll("[id]")].map(e => e.id),
@@ -45,6 +46,7 @@ class Page:
     width: int
     equations: int
     rendered: int
+    cut: int
     tallest: float
     links: list[str]
     ids: list[str]
@@ -134,6 +136,10 @@ def test_equations_are_rendered(pages: dict[str, Page]) -> None:
     }
     tall = max(page.tallest for page in pages.values())
     assert tall > 40  # a fraction or a sum stands higher than a line of text
+
+
+def test_no_equation_is_cut_on_a_phone(pages: dict[str, Page]) -> None:
+    assert {url: p.cut for url, p in pages.items() if p.cut} == {}
 
 
 def test_nothing_comes_from_elsewhere(base: str, pages: dict[str, Page]) -> None:

@@ -8,18 +8,26 @@ function showEquation(element) {
   const displayMode = marked.startsWith("\\[");
   katex.render(tex, element, { displayMode });
   if (displayMode && tooWide(element)) {
-    // Display equations have one line. The same symbols in running text may break after an operator.
-    const breakable = tex.replaceAll("\\qquad", "\\allowbreak\\qquad");
-    katex.render("\\displaystyle " + breakable, element, { displayMode: false });
+    // Display equations have one line. The same symbols in running text may break after an operator,
+    // and equations that stood side by side go below each other.
+    katex.render("\\displaystyle " + tex.replaceAll("\\qquad", "\\\\"), element, { displayMode: false });
     element.classList.add("broken");
+    const shown = parseFloat(getComputedStyle(element).fontSize);
+    if (tooWide(element)) element.style.fontSize = `${(shown * element.clientWidth) / element.scrollWidth - 0.2}px`;
   }
+}
+
+// Sentences in four columns of a phone have one word a line.
+function squeezed(table, columns) {
+  const sentences = [...table.querySelectorAll("td:not(:first-child)")].some((cell) => cell.textContent.length > 30);
+  return columns > 3 && sentences && document.documentElement.clientWidth < 600;
 }
 
 // A table of a few columns that does not fit shows each row as a list, each entry under its heading.
 function stack(table) {
   const headings = [...table.querySelectorAll("th")].map((heading) => heading.textContent);
   const around = table.closest(".md-typeset__scrollwrap") ?? document.documentElement;
-  if (headings.length > 6 || !tooWide(around)) return;
+  if (headings.length > 6 || !(tooWide(around) || squeezed(table, headings.length))) return;
   table.classList.add("stacked");
   for (const row of table.tBodies[0].rows) {
     [...row.cells].forEach((cell, i) => { cell.dataset.heading = i ? headings[i] : ""; });
