@@ -178,3 +178,25 @@ def test_the_dense_path_gives_the_same_in_onnxruntime():
         expected = serve(x[-batch:], return_routing=True)
         torch.testing.assert_close(torch.from_numpy(logits), expected.logits, rtol=1e-4, atol=1e-4)
         assert used.tolist() == expected.num_experts_used.tolist()
+
+
+class Scaled(nn.Module):
+    """Takes a second input that is the same for all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x, scale):
+        return self.head(self.late(self.early(x * scale).relu()).relu())
+
+
+def test_an_input_without_rows_keeps_its_size():
+    torch.manual_seed(0)
+    scale = torch.linspace(1, 2, 6)
+    model = RIDEWrapper(Scaled(), 2, fork_at="late", example_input=(torch.randn(2, 6), scale))
+    serve = RoutingInference(model, ExpertRouter.for_model(model))
+    runner = StagedRunner(serve.export_stages())
+    for batch in (1, 5):
+        x = torch.randn(batch, 6)
+        torch.testing.assert_close(runner(x, scale), serve(x, scale))
