@@ -238,6 +238,7 @@ def tests_of(path: str) -> list[str]:
     folder, _, module = inner.rpartition("/")
     patterns = TESTS.get(inner) or TESTS[f"{folder}/*"]
     files = [ROOT / "tests" / pattern.format(module.strip("_")) for pattern in patterns]
+    files.append(ROOT / "tests/test_public_names.py")  # signatures with their defaults
     return list(dict.fromkeys([str(ROOT / path), *(str(f) for f in files if f.exists())]))
 
 

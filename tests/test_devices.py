@@ -29,6 +29,7 @@ from ride_plugin import (
     longtail,
 )
 from ride_plugin.routing._exit import exceeds
+from ride_plugin.routing._threshold import _unpack
 
 COUNTS = [50, 20, 5]
 Function = Callable[..., torch.Tensor]
@@ -151,3 +152,9 @@ def test_class_counts_that_ask_for_gradients_are_constants() -> None:
     ):
         assert not any(buffer.requires_grad for buffer in loss.buffers())
     assert not functional.class_balance(counts, 0.1).requires_grad
+
+
+def test_a_batch_for_calibration_goes_to_the_device_of_the_thresholds() -> None:
+    batch = ([torch.zeros(2, 3)], torch.zeros(2, dtype=torch.int64))
+    (inputs,), target = _unpack(batch, torch.device("meta"))
+    assert inputs.device.type == target.device.type == "meta"

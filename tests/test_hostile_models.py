@@ -58,6 +58,7 @@ LOADER = [
     [(X, None)],
     [(X, TARGET[:2])],
     [(X, TARGET.float())],
+    [(X, torch.eye(3)[TARGET])],
     [(X, TARGET + 5)],
     [(X, TARGET - 1)],
     [("a", TARGET)],

@@ -553,3 +553,29 @@ def test_weights_of_mixed_labels_keep_their_digits_under_autocast():
     expected = criterion(gates, logits, target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(criterion(gates, logits, target), expected, rtol=0, atol=0)
+
+
+def test_the_smallest_sizes_and_the_defaults():
+    for reading, width in (("predictions", 32), ("paper", 16)):
+        router = ExpertRouter(1, 2, num_classes=2, inputs=reading, top_k=1, hidden_dim=1)
+        assert router((torch.randn(3, 2, 2), torch.randn(3, 2, 1))).shape == (3, 1)
+        assert ExpertRouter(7, 3, num_classes=40, inputs=reading).hidden[1].out_features == width
+        assert ExpertRouter(7, 3, num_classes=40, inputs=reading).top_k == 30
+
+
+@pytest.mark.parametrize("reading", ["predictions", "paper"])
+def test_gates_keep_their_digits_under_autocast(reading):
+    data = inputs(dtype=torch.float32)
+    router = ExpertRouter(7, 3, num_classes=10, inputs=reading).eval()
+    expected = router(data)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(router(data), expected)
+
+
+@pytest.mark.parametrize("reading", ["predictions", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_router_may_be_of_another_precision_than_what_it_reads(reading, dtype):
+    data, router = inputs(dtype=dtype), ExpertRouter(7, 3, num_classes=10, inputs=reading).eval()
+    same = router(tuple(value.float() for value in data))
+    torch.testing.assert_close(router(data), same)
+    assert router(data).dtype == torch.float32

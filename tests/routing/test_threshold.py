@@ -301,3 +301,63 @@ def test_gates_that_are_all_equal_leave_all_experts_or_one(data):
     result = RoutingInference(model, Undecided()).calibrate([(x[:1], y[:1])], max_experts=3.0)
     assert result.curve.threshold_logits.tolist() == [-torch.inf, torch.inf]
     assert result.curve.mean_experts.tolist() == [3, 1]
+
+
+def test_a_budget_that_a_point_meets_exactly_includes_it(data):
+    curve = calibrated(data, max_experts=2.0)[1].curve
+    for index in (0, len(curve.flops) // 2, len(curve.flops) - 1):
+        for name, cost in (("max_experts", curve.mean_experts), ("max_flops", curve.flops)):
+            best = curve.best_within(**{name: float(cost[index])})
+            assert curve.accuracy[best] >= curve.accuracy[index]
+
+
+def test_no_drop_at_all_is_kept_to_at_the_least_cost(data):
+    _, result = calibrated(data, max_accuracy_drop=0)
+    curve = result.curve
+    as_good = curve.accuracy >= curve.accuracy[0]
+    assert as_good[result.index]
+    assert curve.flops[result.index] == curve.flops[as_good].min()
+
+
+def test_baselines_have_gates_that_cost_nothing(data):
+    costs = cost_report(data[0]).flops_by_experts
+    for curve in calibrated(data, max_experts=2.0)[1].baselines.values():
+        assert (curve.flops[0], curve.flops[-1]) == (costs[-1], costs[0])
+
+
+def test_the_comparison_prints_what_the_curves_hold(data):
+    _, result = calibrated(data, max_experts=1.8)
+    rows = {line[:16].strip(): line[16:].split() for line in str(result).splitlines()[2:]}
+    assert rows["all experts"][:2] == ["-inf", "3.000"]
+    assert rows["router"][1] == f"{result.curve.mean_experts[result.index]:.3f}"
+    for kind, curve in result.baselines.items():
+        budget = float(result.curve.mean_experts[result.index])
+        assert rows[kind][3] == f"{curve.accuracy[curve.best_within(max_experts=budget)]:.4f}"
+
+
+def test_empty_batches_are_passed_over_and_batches_of_one_count(data):
+    model, _, x, y = data
+    loader = [(x[:0], y[:0]), (x[:1], y[:1]), (x[:0], y[:0]), (x[1:4], y[1:4])]
+    result = RoutingInference(model, ConfidenceRouter()).calibrate(loader, max_experts=2.0)
+    assert result.num_samples == 4
+
+
+class Settled(torch.nn.Module):
+    """A router that is certain: its gate's logit is -inf."""
+
+    def gate(self, index, mean_logits, features):
+        return torch.full((len(mean_logits),), -torch.inf)
+
+
+def test_threshold_zero_runs_all_experts_whatever_the_gate_says(data):
+    model, _, x, y = data
+    serve = RoutingInference(model, Settled())
+    assert serve.calibrate([(x, y % 5)], max_experts=3.0).curve.mean_experts[0] == 3
+    serve.set_threshold(0.0)
+    assert (serve(x, return_routing=True).num_experts_used == 3).all()
+
+
+def test_classes_without_a_sample_do_not_count_as_rare():
+    from ride_plugin.routing._threshold import _warn_if_long_tailed
+
+    _warn_if_long_tailed(torch.tensor([0, 2, 2, 5]))  # warnings are errors here
