@@ -5,10 +5,10 @@ change of one expression or statement (a comparison, an operator, a number, a co
 a cast, a call left out) in the equations, their numerics, the losses, routing, the long-tail losses
 or the sampler. It is killed if a test that concerns its module fails or takes too long.
 
-Not changed are annotations, docstrings, messages, imports, ``__all__``, ``repr`` and zip's
-``strict``. Some changes
-cannot be noticed by any test, for example a shortcut that is not taken; those that were drawn are
-listed with the reason in `mutants_equivalent.txt`. They are counted apart and never as killed.
+Not changed are annotations, docstrings, messages, imports, overloads, ``__all__``, ``repr`` and
+zip's ``strict``. Some changes cannot be noticed by any test, for example a shortcut that is not
+taken; those that were found are listed with the reason in `mutants_equivalent.txt`. They are
+counted apart and never as killed.
 
 ``--log FILE`` keeps a line of JSON for each mutant, and a second run goes on from it; with
 ``--again`` the file's mutants are the sample, and those that survived run once more. Mutants are
@@ -156,7 +156,10 @@ def _is_text(node: ast.AST) -> bool:
     skipped = (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Raise)
     typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     public = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-    representation = isinstance(node, ast.FunctionDef) and node.name in ("extra_repr", "__repr__")
+    representation = isinstance(node, ast.FunctionDef) and (
+        node.name in ("extra_repr", "__repr__")
+        or any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list)
+    )
     return isinstance(node, skipped) or typing or public or representation
 
 

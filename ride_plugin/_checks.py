@@ -283,12 +283,18 @@ def is_finite(values: Tensor) -> bool:
 
 
 def as_cpu_tensor(values: object, name: str) -> Tensor:
-    """Return ``values`` as a detached tensor on the CPU, whatever kind of array they came in."""
+    """Return ``values`` as a detached tensor on the CPU, whatever kind of array they came in.
+
+    Python's own floats keep all their digits, where torch would make float32 of a list of them.
+    """
     try:
         if not isinstance(values, Tensor) and hasattr(values, "__array__"):  # pandas and others too
             # torch takes no reversed array and warns of one that cannot be written.
             values = np.require(np.asarray(values), requirements=["C", "W"])
-        return torch.as_tensor(values).detach().cpu()
+        tensor = torch.as_tensor(values)
+        if tensor.is_floating_point() and not isinstance(values, Tensor | np.ndarray):
+            tensor = torch.as_tensor(values, dtype=torch.float64)
+        return tensor.detach().cpu()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ArgumentError(
             f"Expected argument `{name}` to be a tensor, an array or a list of numbers, but got "

@@ -304,3 +304,10 @@ def test_a_temperature_too_small_to_divide_by_gives_no_number() -> None:
     for tensor in (torch.tensor(-1.0), torch.tensor([torch.nan]), torch.tensor([0.0])):
         with pytest.raises(ArgumentError, match="`temperature` to hold finite numbers > 0"):
             functional.pairwise_kl(logits, tensor)
+
+
+def test_python_s_numbers_keep_all_their_digits() -> None:
+    assert _checks.check_class_counts([16_777_217.0, 3.0])[0] == 16_777_217
+    assert _checks.as_cpu_tensor([0.1, 0.2], "x").tolist() == [0.1, 0.2]
+    assert _checks.as_cpu_tensor(np.array([0.1], np.float32), "x").dtype == torch.float32
+    assert _checks.as_cpu_tensor([1, 2], "x").dtype == torch.int64

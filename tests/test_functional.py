@@ -276,3 +276,23 @@ def test_weights_of_the_routing_loss_may_be_small() -> None:
 def test_targets_of_the_routing_loss_are_a_boolean_matrix(targets) -> None:
     with pytest.raises(ArgumentError, match="targets"):
         functional.routing_loss(torch.randn(4, 2), targets)
+
+
+def test_class_balance_of_a_list_is_float32_and_of_a_tensor_in_its_precision() -> None:
+    assert functional.class_balance([3, 2, 1], 0.1).dtype == torch.float32
+    assert functional.class_balance(torch.tensor([3.0, 2, 1]).double(), 0.1).dtype == torch.float64
+
+
+def test_a_temperature_of_exactly_zero_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="must be below 1"):
+        functional.class_temperatures([30, 10], eta=1.0, gamma=1.0, form="paper")
+
+
+def test_a_teacher_in_half_precision_is_compared_in_float32() -> None:
+    logits, teacher = make_logits(3).float(), make_logits(1)[:, 0].half()
+    torch.testing.assert_close(
+        functional.distillation_kl(logits, teacher),
+        functional.distillation_kl(logits, teacher.float()),
+        rtol=1e-6,
+        atol=0,
+    )

@@ -40,6 +40,7 @@ from tests.hostile import (
 )
 
 COUNTS = [50, 20, 5]
+HALF_NAN = torch.tensor([1.0, 1.0, math.nan, math.nan])
 
 
 def built(make: Callable[[], Any]) -> Callable[..., Any]:
@@ -174,6 +175,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Kinds]] = {
             "targets": (torch.ones(4, 1).bool(), [None, "a", LOGITS, torch.ones(0, 1).bool()]),
             "pos_weight": (1.0, [*NUMBER, None, -1]),
             "neg_weight": (1.0, [*NUMBER, None, -1]),
+            "weight": (
+                torch.full((4,), 0.5),
+                ["a", [1.0] * 4, torch.ones(3), torch.ones(4).int(), -torch.ones(4), HALF_NAN],
+            ),
         },
     ),
     "LDAMLoss": (

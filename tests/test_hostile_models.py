@@ -201,7 +201,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Kinds]] = {
         {
             "model": (WRAPPED, [*MODULE, BACKBONE]),
             "router": (ROUTER, [*MODULE, BACKBONE, ExpertRouter(7, 2, num_classes=3)]),
-            "threshold": (0.5, [*NUMBER[:4], None, -0.1, 1.5, [], [0.5, 0.5], ["a"]]),
+            "threshold": (0.5, [*NUMBER[:4], None, -0.1, 1.5, [], [0.5, 0.5], ["a"], [[0.5]]]),
         },
     ),
     "set_threshold": (

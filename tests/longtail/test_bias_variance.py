@@ -68,7 +68,7 @@ def test_absent_splits_are_none_and_printed_as_absent() -> None:
         ([[0, 1]], r"at least two models.*\[1, 2\]"),
         ([0, 1], r"`predictions`.*\[2\]"),
         ([[0, 1, 1], [0, 1, 1]], r"integers \[M, 2\].*\[2, 3\]"),
-        ([[0.0, 1.0], [0.0, 1.0]], r"integer.*float32"),
+        ([[0.0, 1.0], [0.0, 1.0]], r"integer.*float64"),
         ([[0, 1], [0, 4]], "`predictions`.*0 to 3.*to 4"),
     ],
 )

@@ -324,3 +324,10 @@ def test_compiled_code_keeps_no_number_for_logs() -> None:
     assert loss.mean_loss is None
     loss(out, TARGET)
     assert loss.mean_loss is not None
+
+
+def test_modules_and_functions_may_be_mixed() -> None:
+    criteria = [nn.CrossEntropyLoss(), F.cross_entropy, F.cross_entropy]
+    mixed, alike = RIDELoss(criteria, COUNTS), RIDELoss(F.cross_entropy, COUNTS)
+    out = output()
+    torch.testing.assert_close(mixed(out, TARGET), alike(out, TARGET))

@@ -384,3 +384,10 @@ def test_a_gate_at_the_threshold_stays_and_logits_alone_come_back_by_default():
     x = torch.randn(4, 3, 8, 8)
     assert serve(x, return_routing=True).num_experts_used.tolist() == [1, 1, 1, 1]
     assert type(serve(x)) is type(serve.dense(x)) is torch.Tensor
+
+
+def test_a_threshold_close_to_one_is_not_rounded_to_one():
+    serve = RoutingInference(small_model(), ConfidenceRouter())
+    for threshold in (1 - 1e-9, [1 - 1e-9] * 2):
+        serve.set_threshold(threshold)
+        torch.testing.assert_close(serve.threshold_logits, torch.full((2,), 20.7233))
