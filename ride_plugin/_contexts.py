@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 
 
+@dataclass(frozen=True)
+class RandomState:
+    """The state of Python's and numpy's common generators; states compare as equal."""
+
+    python: tuple[Any, ...] = field(compare=False, repr=False)
+    numpy: tuple[Any, ...] = field(compare=False, repr=False)
+
+    @classmethod
+    def now(cls) -> RandomState:
+        state: Any = np.random.get_state()  # noqa: NPY002 (a backbone may draw from it)
+        name, keys, *rest = state
+        return cls(random.getstate(), (name, tuple(keys.tolist()), *rest))
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+
+    def mark(self) -> str:
+        """The same object for the same state."""
+        return sys.intern(f"{hash(self.python)} {hash(self.numpy)}")
+
+
 @contextmanager
 def random_state_kept(module: nn.Module) -> Iterator[None]:
-    """Restore the random state of the CPU and of the module's devices after a block."""
+    """Restore the random state of torch, numpy and Python after a block.
+
+    Of torch's generators these are the CPU's and those of the module's devices.
+    """
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices - {None})):
-        yield
+    before = RandomState.now()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices - {None})):
+            yield
+    finally:
+        before.restore()
+
+
+def seed_everything() -> None:
+    """Seed torch, numpy and Python alike, within :func:`random_state_kept`."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
 
 
 _lock = threading.Condition()

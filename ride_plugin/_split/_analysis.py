@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ride_plugin._contexts import RandomState, seed_everything
 from ride_plugin._errors import SplitError
 from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._copies import on_meta, running_copy
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
+from ride_plugin._split._probe import RANDOM, differ, mark_of
 from ride_plugin._split._rows import Rows, find_rows
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._views import Views
 from ride_plugin._tree import logits_in, map_tensors, tensors_in
+
+Place: TypeAlias = tuple[str, str]  # a module's name, and an attribute or buffer of it
 
 _BATCHES = (2, 3)
 # Operations that look at a tensor's values, although they return no tensor.
@@ -55,18 +59,24 @@ class Lesson:
         layout: which values cross the cut, along which dimension their rows lie, which to clone.
         reads: names of parameters outside all units that only the code after the fork reads.
         writes: names of buffers outside all units that the code after the fork writes.
+        early: plain attributes that the code before the fork sets or fills.
+        late: attributes and buffers outside units that the code after the fork sets or fills.
+        ahead: whether the code before the fork reads what experts own.
     """
 
     layout: Layout
     reads: frozenset[str]
     writes: frozenset[str]
+    early: frozenset[Place] = frozenset()
+    late: frozenset[Place] = frozenset()
+    ahead: bool = False
 
 
 def learn(
     views: Views,
     inputs: Inputs,
     training: bool,
-    attributes: Sequence[tuple[str, str]],
+    attributes: Sequence[Place],
     *,
     outside: Iterable[str] = (),
     warm: bool = False,
@@ -79,7 +89,7 @@ def learn(
         views: left as they are.
         inputs: an example.
         training: the mode.
-        attributes: plain attributes that a forward changes; each pass starts from the same values.
+        attributes: plain attributes that a forward sets or fills; each pass starts from the same.
         outside: names of tensors that belong to no unit.
         warm: start from the attributes that an earlier forward leaves behind (a filled cache).
         known: paths on which nothing more is to be learned; None is returned there.
@@ -97,7 +107,7 @@ def learn(
 
 
 def learn_at_run_time(
-    views: Views, inputs: Inputs, training: bool, attributes: Sequence[tuple[str, str]]
+    views: Views, inputs: Inputs, training: bool, attributes: Sequence[Place]
 ) -> Layout:
     """The layout of a path that the build did not see: on the meta device if that will do."""
     try:
@@ -111,23 +121,39 @@ def learn_at_run_time(
 def _learn(
     views: Views,
     batches: Sequence[Inputs],
-    attributes: Sequence[tuple[str, str]],
+    attributes: Sequence[Place],
     outside: set[str],
     warm: bool,
     known: Collection[tuple[str, ...]],
 ) -> Lesson | None:
+    cold = read_attributes(views.trunk, attributes)
+
+    def start_of(inputs: Inputs) -> tuple[Any, ...]:
+        """Set what a pass over these inputs starts from, and return it."""
+        seed_everything()
+        write_attributes(views.trunk, attributes, cold)
+        if not warm:
+            return cold
+        with torch.no_grad():
+            record(views.trunk, views.running, (), *inputs, stop_at_fork=False)
+        return read_attributes(views.trunk, attributes)
+
     def recorded(inputs: Inputs) -> TrunkState:
-        torch.manual_seed(0)
-        write_attributes(views.trunk, attributes, start)
-        return record(views.trunk, views.running, (), *inputs, stop_at_fork=True)[0]
+        start = start_of(inputs)
+        state, _ = record(views.trunk, views.running, (), *inputs, stop_at_fork=True)
+        return replace(state, attributes=start)
 
     with torch.no_grad():
-        if warm:
-            record(views.trunk, views.running, (), *batches[0], stop_at_fork=False)
-        start = read_attributes(views.trunk, attributes)
-        small = recorded(batches[0])
+        start_of(batches[0])
+        marks, reads = _marks(views.trunk, attributes), _Reads()
+        with reads:
+            small = record(views.trunk, views.running, (), *batches[0], stop_at_fork=True)[0]
     if small.keys in known:
         return None
+    now = _marks(views.trunk, attributes)
+    early = {p for p, a, b in zip(attributes, marks, now, strict=True) if differ(a, b)}
+    of_trunk = {id(t) for t in (*views.trunk.parameters(), *views.trunk.buffers())}
+    of_expert = {id(t) for t in (*views.expert.parameters(), *views.expert.buffers())} - of_trunk
     parameters = {
         name: tensor
         for name in outside
@@ -139,12 +165,18 @@ def _learn(
     with torch.set_grad_enabled(bool(parameters)):
         large = recorded(batches[1])
     if small.keys != large.keys:
+        if recorded(batches[0]).keys != small.keys:
+            raise SplitError(
+                "The backbone's forward takes another path at its second call than at its first: "
+                "something is made at the first and kept. Run one batch through the backbone "
+                "before wrapping it."
+            )
         raise SplitError(
             "The backbone's forward takes another path for another batch size, so its trunk cannot "
             "be shared between experts. Pass `fork_at=` an earlier submodule."
         )
     read_by_trunk = _influences(tensors_in(large.values), parameters)
-    use = _use_by_expert(views, replace(large, attributes=start), attributes, parameters, outside)
+    use = _use_by_expert(views, large, attributes, parameters, outside)
     rows = [
         tuple(
             _rows_or_none(key, a, b, alive)
@@ -153,7 +185,14 @@ def _learn(
         for key, x, y, flags in zip(small.keys, small.values, large.values, use.live, strict=True)
     ]
     layout = Layout(small.keys, tuple(rows), tuple(use.live), tuple(use.clone))
-    return Lesson(layout, frozenset(use.reads - read_by_trunk), frozenset(use.writes))
+    return Lesson(
+        layout,
+        frozenset(use.reads - read_by_trunk),
+        frozenset(use.writes),
+        frozenset(early),
+        frozenset(use.late),
+        not of_expert.isdisjoint(reads.seen),
+    )
 
 
 def throwaway(views: Views, training: bool, meta: bool = False) -> Views:
@@ -185,12 +224,13 @@ class _Use:
     clone: list[tuple[bool, ...]]
     reads: set[str]
     writes: set[str]
+    late: set[Place]
 
 
 def _use_by_expert(
     views: Views,
     state: TrunkState,
-    attributes: Sequence[tuple[str, str]],
+    attributes: Sequence[Place],
     parameters: dict[str, nn.Parameter],
     outside: set[str],
 ) -> _Use:
@@ -201,15 +241,16 @@ def _use_by_expert(
     """
     try:
         write_attributes(views.expert, attributes, state.attributes)
-        return _watch_expert(views, state, parameters, outside, gradients=True)
+        return _watch_expert(views, state, attributes, parameters, outside, gradients=True)
     except Exception:
         write_attributes(views.expert, attributes, state.attributes)
-        return _watch_expert(views, state, parameters, outside, gradients=False)
+        return _watch_expert(views, state, attributes, parameters, outside, gradients=False)
 
 
 def _watch_expert(
     views: Views,
     state: TrunkState,
+    places: Sequence[Place],
     parameters: dict[str, nn.Parameter],
     outside: set[str],
     gradients: bool,
@@ -230,17 +271,22 @@ def _watch_expert(
         return own
 
     buffers = {
-        name: (tensor, tensor._version)
+        name: (tensor, tensor._version, memory_of(tensor))
         for name in outside
         if isinstance(tensor := _get(views.expert, name), Tensor)
         and not isinstance(tensor, nn.Parameter)
     }
+    at_fork: list[list[Any]] = []
+
+    def look() -> None:
+        at_fork.extend(_marks(views.expert, places))
+
     reads = _Reads()
     with torch.set_grad_enabled(gradients):
         values = [map_tensors(hand, value) for value in state.values]
         watched = TrunkState(state.batch_size, state.keys, values, None)
         with reads:  # below the player's mode: what is replayed reads nothing
-            logits = logits_in(play(views.expert, views.running, watched))
+            logits = logits_in(play(views.expert, views.running, watched, look))
     flat = [list(tensors_in(value)) for value in state.values]
     used = {handed[key] for key in reads.seen if key in handed}
     read_parameters: set[str] = set()
@@ -256,23 +302,41 @@ def _watch_expert(
         read_parameters = {name for name in parameters if name in reached}
     changed = {handed[id(own)] for own, version in given if own._version != version}
     # A tensor that shares its memory with one that is changed in place changes with it.
-    memory = {_memory(tensor) for entry in flat for tensor in entry if id(tensor) in changed}
-    written = {
+    memory = {memory_of(tensor) for entry in flat for tensor in entry if id(tensor) in changed}
+    bound = {  # to another tensor, and not to one that the trunk has bound them to
         name
-        for name, (tensor, version) in buffers.items()
-        if tensor._version != version
-        or ((now := _get(views.expert, name)) is not tensor and id(now) not in handed)
+        for name, (tensor, *_) in buffers.items()
+        if (now := _get(views.expert, name)) is not tensor and id(now) not in handed
     }
+    written = bound | {
+        name
+        for name, (tensor, version, memory) in buffers.items()
+        if tensor._version != version or memory_of(tensor) != memory
+    }
+    marks = _marks(views.expert, places)
+    late = {p for p, a, b in zip(places, at_fork, marks, strict=True) if differ(a, b)} - {RANDOM}
+    late |= {place_of(name) for name in bound}
     return _Use(
         # Integers and booleans (masks, positions) are small: they are always kept.
         [tuple(id(t) in used or not t.is_floating_point() for t in entry) for entry in flat],
-        [tuple(id(t) in changed or _memory(t) in memory for t in entry) for entry in flat],
+        [tuple(id(t) in changed or memory_of(t) in memory for t in entry) for entry in flat],
         read_parameters,
         written,
+        late,
     )
 
 
-def _memory(tensor: Tensor) -> int:
+def _marks(root: nn.Module, places: Sequence[Place]) -> list[list[Any]]:
+    """What tells whether the attributes at these places are set or filled by what runs next."""
+    return [
+        [RandomState.now().mark()]
+        if (path, key) == RANDOM
+        else mark_of(root.get_submodule(path).__dict__.get(key))
+        for path, key in places
+    ]
+
+
+def memory_of(tensor: Tensor) -> int:
     """What tells whether two tensors share their memory."""
     try:
         return int(tensor.untyped_storage()._cdata)
@@ -300,5 +364,13 @@ def _rows_or_none(key: str, small: Tensor, large: Tensor, live: bool) -> Rows | 
 
 
 def _get(root: nn.Module, name: str) -> object:
+    path, attribute = place_of(name)
+    module = root.get_submodule(path)
+    # A forward that sets an entry of `_buffers` passes by the reference to a tensor of the trunk.
+    buffer = module._buffers.get(attribute)
+    return getattr(module, attribute, None) if buffer is None else buffer
+
+
+def place_of(name: str) -> Place:
     path, _, attribute = name.rpartition(".")
-    return getattr(root.get_submodule(path) if path else root, attribute, None)
+    return path, attribute

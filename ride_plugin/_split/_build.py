@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
 from ride_plugin._inputs import Inputs
-from ride_plugin._split._analysis import learn
-from ride_plugin._split._check import check
+from ride_plugin._split._analysis import Place, learn, place_of
+from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._copies import (
     detached_activations,
     on_meta,
@@ -25,6 +25,7 @@ from ride_plugin._split._copies import (
     written_parameters,
 )
 from ride_plugin._split._example import find_example
+from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._logits import (
     Choice,
@@ -37,7 +38,7 @@ from ride_plugin._split._parts import Split
 from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._references import refuse_captured
 from ride_plugin._split._state import Layout
-from ride_plugin._split._tape import Forked, Recorded, watch_classifier
+from ride_plugin._split._tape import Forked, NoHandle, Recorded, watch_classifier
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
 
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module
@@ -227,14 +228,22 @@ def learned(
         trees[True] = seen.training_root
     names = {id(module): name for name, module in views.trunk.named_modules()}
     spine = {names[id(module)] for module, _ in views.spine}
-    changed = {change for tree in trees.values() for change in tree.changed}
-    attributes = sorted(change for change in changed if change[0] in spine)
+    changed = {place for tree in trees.values() for place in tree.changed if place[0] in spine}
+    attributes = sorted(changed)  # `RANDOM` among them where the forward draws with numpy
+    behind: set[str] = set()  # tensors outside units that were seen to be written by experts
 
-    def lessons(meta: bool) -> tuple[Views, list[Layout]]:
-        """The views and what crosses the cut, for each path: both modes, cold and warm."""
+    def lessons(meta: bool) -> tuple[Split, bool, set[Place]]:
+        """What crosses the cut, for each path (both modes, cold and warm).
+
+        Returns:
+            The split, whether the trunk reads what experts own, and what experts leave.
+        """
         layouts: dict[tuple[str, ...], Layout] = {}
         reads: list[frozenset[str]] = []
-        writes: frozenset[str] = frozenset()
+        writes: set[str] = set(behind)
+        early: set[Place] = set()
+        late: set[Place] = set()
+        ahead = False
         for mode, warm in product(trees, (False, True) if attributes else (False,)):
             lesson = learn(
                 views,
@@ -243,23 +252,52 @@ def learned(
                 attributes,
                 outside=outside,
                 warm=warm,
-                # A second lesson on one path teaches about tensors outside units only.
-                known=() if outside else layouts,
+                # A second lesson on one path teaches about state outside units only.
+                known=() if outside or attributes else layouts,
                 meta=meta,
             )
             if lesson is not None:
                 reads.append(lesson.reads)
                 writes |= lesson.writes
+                early |= lesson.early
+                late |= lesson.late
+                ahead |= lesson.ahead
                 layouts.setdefault(lesson.layout.keys, lesson.layout)
         # Read by experts only, on every path; or written by them, on any.
         forked = frozenset.intersection(*reads) | writes
-        return cut(forked) if cut is not None and forked else views, list(layouts.values())
+        split_views = cut(forked) if cut is not None and forked else views
+        split_views = replace(split_views, written=split_views.written | writes)
+        split = Split(
+            split_views,
+            list(layouts.values()),
+            sorted(early),
+            sorted(late),
+            seen.inputs,
+            seen.num_classes,
+            fork_at,
+            None,
+        )
+        return split, ahead, late | {place_of(name) for name in writes}
 
     # On the meta device this is almost free; but a backbone may look at values.
     for meta in (True, False):
         try:
-            split_views, layouts = lessons(meta)
-            check(source, split_views, seen.inputs, layouts, fork_at)
+            split, ahead, left = lessons(meta)
+            try:
+                written = check(source, split)
+            except WrittenBehind as found:  # which only values show, as with `self.queue.data`
+                if cut is None or found.names <= behind:
+                    raise SplitError(str(found)) from None
+                behind |= found.names
+                split, ahead, left = lessons(meta)
+                written = check(source, split)
+            if ahead:
+                refuse_reading_ahead(split)
+            if left:
+                own = refuse_feedback(split, left)
+                # What is the same for every expert starts where the trunk started: a count, say.
+                same = [place for place in split.late if place in changed and place not in own]
+                split = replace(split, attributes=sorted({*split.attributes, *same}))
         except Exception as error:
             if meta:
                 continue
@@ -277,10 +315,9 @@ def learned(
     name = seen.classifier
     forked = name is not None and any(f"{name}.".startswith(f"{unit}.") for unit in forked_units)
     classifier = name if forked else None
-    watch_classifier(split_views.expert, classifier, split_views.running)
-    return Split(
-        split_views, layouts, attributes, seen.inputs, seen.num_classes, fork_at, classifier
-    )
+    watch_classifier(split.views.expert, classifier, split.views.running)
+    views = replace(split.views, written=split.views.written | written)
+    return replace(split, views=views, classifier=classifier)
 
 
 def _source_of(backbone: nn.Module) -> nn.Module:
@@ -296,19 +333,12 @@ def _source_of(backbone: nn.Module) -> nn.Module:
         )
     source: nn.Module = copy.deepcopy(backbone, memo)
     for module in source.modules():
-        for key, value in list(vars(module).items()):
+        for key, value in list(vars(module).items()):  # a handle would lead to the original
             if isinstance(value, RemovableHandle):
-                setattr(module, key, _NoHandle())
+                setattr(module, key, NoHandle())
             elif isinstance(value, list) and any(isinstance(v, RemovableHandle) for v in value):
-                setattr(module, key, [_NoHandle() for _ in value])
+                setattr(module, key, [NoHandle() for _ in value])
     return source
-
-
-class _NoHandle:
-    """In place of the handle of a hook: copied with its module, the handle would lead nowhere."""
-
-    def remove(self) -> None:
-        """Do nothing: the hook stays with the module that was copied."""
 
 
 def is_compiled(module: nn.Module) -> bool:

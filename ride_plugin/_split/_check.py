@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._contexts import RandomState, seed_everything
 from ride_plugin._errors import RIDEError, SplitError
 from ride_plugin._inputs import Inputs, resize_batch
-from ride_plugin._split._analysis import throwaway
+from ride_plugin._split._analysis import memory_of, throwaway
 from ride_plugin._split._copies import running_copy
-from ride_plugin._split._passes import play, record
-from ride_plugin._split._state import Layout, TrunkState
+from ride_plugin._split._parts import Split
+from ride_plugin._split._passes import play, read_attributes, record, write_attributes
+from ride_plugin._split._state import TrunkState
 from ride_plugin._split._views import Views
 from ride_plugin._tree import logits_in, map_tensors
 
 _BATCH = 3
 
 
-def check(
-    source: nn.Module, views: Views, inputs: Inputs, layouts: Sequence[Layout], fork: str
-) -> None:
+class WrittenBehind(Exception):
+    """Experts write tensors of the trunk, once for each expert; never leaves the library."""
+
+    def __init__(self, names: set[str], prefix: str) -> None:
+        shown = ", ".join(f"`{name}`" for name in sorted(names)[:3])
+        super().__init__(
+            f"{prefix}: what runs after the fork writes {shown}, which the trunk holds, so that "
+            "every expert would write the same tensor. Pass `fork_at=` an earlier submodule, "
+            "before the module that holds it is called first."
+        )
+        self.names = names
+
+
+def check(source: nn.Module, split: Split) -> frozenset[str]:
     """Compare the split with the backbone: evaluation, a seeded training pass, a row subset.
+
+    Returns:
+        Names of the parameters and buffers that a forward writes.
 
     Raises:
         SplitError: they differ; the message names the fork point and says what to pass.
+        WrittenBehind: an expert writes what the trunk holds.
     """
+    views, inputs, fork = split.views, split.inputs, split.fork_at
+    written: set[str] = set()
 
     def backbone(training: bool) -> nn.Module:
         return running_copy(source, (source,), views.written).train(training)
@@ -37,24 +56,34 @@ def check(
         mode = "training" if training else "evaluation"
         batch = resize_batch(inputs, 2 if training else _BATCH)
         reference = backbone(training)
+        contents = _Contents(reference)
         try:
             expected = _seeded(reference, batch)
         except Exception:
             if training:  # a backbone that cannot train on its own input has nothing to compare
-                return
+                break
             raise
+        written |= contents.written()
 
         @cache
         def exact(training: bool = training, batch: Any = batch, first: Tensor = expected) -> bool:
             """Whether the backbone returns the same bits again; most do, and are not asked."""
             return torch.equal(first, _seeded(backbone(training), batch))
 
-        for stop_at_fork in (True, False):
+        # Where experts leave something outside units, a pass never goes on into expert 0.
+        for stop_at_fork in (True,) if split.late else (True, False):
             copied = throwaway(views, training)
             try:
-                state, got = _one_expert(copied, batch, layouts, stop_at_fork)
+                state, got, behind = _one_expert(split, copied, batch, stop_at_fork)
             except RIDEError as error:
                 raise SplitError(f"{_prefix(fork, mode)}: {error}") from error
+            for link in copied.links:
+                if link.name in link.view._buffers:
+                    raise SplitError(
+                        f"{_prefix(fork, mode)}: the forward sets `_buffers['{link.name}']` itself "
+                        f"before the fork. Let it assign the attribute (`self.{link.name} = ...`), "
+                        "which torch puts there, or pass `fork_at=` an earlier submodule."
+                    )
             if not _same(got, expected, exact) and not _same(
                 got, _unfused(backbone(training), batch, expected), exact
             ):
@@ -63,23 +92,59 @@ def check(
                     f"{_prefix(fork, mode)}: with one expert the logits differ from the backbone's "
                     f"by up to {difference:.3g}. Pass `fork_at=` another submodule."
                 )
+            if behind:
+                raise WrittenBehind(behind, _prefix(fork, mode))
             _check_buffers(reference, copied, fork, mode, exact)
             if stop_at_fork and not training:
                 _check_rows(backbone, throwaway(views, False), state, expected, fork)
+    return frozenset(written)
+
+
+class _Contents:
+    """What a module holds before a pass, to tell afterwards what the pass has written."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        # Parameters are large, and copies share them: versions and places in memory will do.
+        self.parameters = {n: (p._version, memory_of(p)) for n, p in module.named_parameters()}
+
+    def written(self) -> set[str]:
+        """Names of the parameters and buffers that hold something else now."""
+        parameters, buffers = (
+            dict(self.module.named_parameters()),
+            dict(self.module.named_buffers()),
+        )
+        return {
+            name
+            for name, mark in self.parameters.items()
+            if name not in parameters
+            or (parameters[name]._version, memory_of(parameters[name])) != mark
+        } | {
+            name
+            for name, buffer in self.buffers.items()
+            if name not in buffers or not _same(buffers[name], buffer, lambda: True)
+        }
 
 
 def _one_expert(
-    views: Views, inputs: Inputs, layouts: Sequence[Layout], stop_at_fork: bool
-) -> tuple[TrunkState, Tensor]:
+    split: Split, views: Views, inputs: Inputs, stop_at_fork: bool
+) -> tuple[TrunkState, Tensor, set[str]]:
+    """The trunk's state, the expert's logits, and the trunk's tensors that the expert wrote."""
     args, kwargs = inputs
-    torch.manual_seed(0)
+    behind: set[str] = set()
+    seed_everything()
+    start = read_attributes(views.trunk, split.attributes)
     with torch.no_grad():
         state, output = record(
-            views.trunk, views.running, layouts, args, kwargs, stop_at_fork=stop_at_fork
+            views.trunk, views.running, split.layouts, args, kwargs, stop_at_fork=stop_at_fork
         )
         if stop_at_fork:
-            output = play(views.expert, views.running, state.hollowed())
-    return state, _logits(output)
+            contents, drawn = _Contents(views.trunk), RandomState.now()
+            write_attributes(views.expert, split.attributes, start)
+            output = play(views.expert, views.running, state.hollowed(), drawn.restore)
+            behind = contents.written()
+    return state, _logits(output), behind
 
 
 def _check_rows(
@@ -108,7 +173,7 @@ def _rows_agree(
     backbone: Callable[[bool], nn.Module], views: Views, state: TrunkState, expected: Tensor
 ) -> bool:
     rows = torch.tensor([2, 0], device=expected.device)
-    torch.manual_seed(0)
+    seed_everything()
     some = state.select(rows)
     with torch.no_grad():
         got = _logits(play(views.expert, views.running, some.hollowed()))
@@ -162,7 +227,7 @@ def _check_buffers(
 
 
 def _seeded(module: nn.Module, inputs: Inputs) -> Tensor:
-    torch.manual_seed(0)
+    seed_everything()
     with torch.no_grad():
         return _logits(module(*inputs[0], **inputs[1]))
 
@@ -200,8 +265,10 @@ def _same(a: Tensor, b: Tensor, exact: Callable[[], bool]) -> bool:
 
 
 def _close(a: Tensor, b: Tensor, allowed: float = 0.0) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
     # The bound scales with the logits.
-    tolerance = 100 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+    tolerance = 100 * torch.finfo(a.dtype).eps
     scale = float(b.abs().max()) if b.numel() else 0.0
     atol = max(tolerance * scale, allowed, 1e-30)
     return torch.allclose(a, b, rtol=tolerance, atol=atol, equal_nan=True)

@@ -54,7 +54,7 @@ def unite(base: Split, splits: Sequence[Split]) -> Parts:
     Raises:
         SplitError: the experts differ in what a model needs equal, or do not run on the trunk.
     """
-    layouts, attributes = base.layouts, set(base.attributes)
+    layouts, attributes, late = base.layouts, set(base.attributes), set(base.late)
     for index, split in enumerate(splits):
         try:
             _check_alike(split, base)
@@ -62,6 +62,7 @@ def unite(base: Split, splits: Sequence[Split]) -> Parts:
         except SplitError as error:
             raise SplitError(f"`expert_factory({index})` does not fit: {error}") from error
         attributes |= set(split.attributes)
+        late |= set(split.late)
     experts = [split.views.expert for split in splits]
     links = [link for split in splits for link in split.views.links]
     for module in base.views.trunk.modules():
@@ -71,7 +72,9 @@ def unite(base: Split, splits: Sequence[Split]) -> Parts:
         link.refresh()
     written = frozenset[str]().union(*(split.views.written for split in (base, *splits)))
     views = replace(base.views, written=written)
-    common = replace(base, views=views, layouts=layouts, attributes=sorted(attributes))
+    common = replace(
+        base, views=views, layouts=layouts, attributes=sorted(attributes), late=sorted(late)
+    )
     parts = parts_of(common, experts, links, num_probed=len(experts))
     _check_runs(parts)
     _warn_if_equal(experts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from ride_plugin._checks import refuse
 from ride_plugin._compiler import refuse_old_compiler
-from ride_plugin._contexts import evaluating, random_state_kept
+from ride_plugin._contexts import RandomState, evaluating, random_state_kept
 from ride_plugin._errors import (
     ArgumentError,
     CheckpointError,
@@ -28,7 +28,15 @@ from ride_plugin._split._analysis import learn_at_run_time
 from ride_plugin._split._copies import detached_activations
 from ride_plugin._split._logits import LogitsReader, describe
 from ride_plugin._split._parts import Parts
-from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
+from ride_plugin._split._passes import (
+    own_containers,
+    play,
+    pooled,
+    read_attributes,
+    record,
+    write_attributes,
+)
+from ride_plugin._split._probe import RANDOM
 from ride_plugin._split._sharing import (
     Group,
     complete_shared,
@@ -40,7 +48,7 @@ from ride_plugin._split._sharing import (
     trains,
     unchanging,
 )
-from ride_plugin._split._state import Layout, TrunkState
+from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import places_of_units, watch_classifier
 from ride_plugin._tree import logits_in, map_tensors, tensors_in
 
@@ -70,6 +78,8 @@ class SplitModule(nn.Module):
         self._links = parts.links
         self._layouts = parts.layouts
         self._attributes = parts.attributes
+        self._late = parts.late
+        self._draws = RANDOM in parts.attributes  # with numpy or Python, before the fork
         self._inputs = parts.inputs
         self._num_probed = parts.num_probed
         self.redrawn_parameters = list(parts.redrawn)
@@ -99,6 +109,7 @@ class SplitModule(nn.Module):
             self._links,
             self._layouts,
             self._attributes,
+            self._late,
             self._inputs,
             self.num_classes,
             self.fork_at,
@@ -124,6 +135,7 @@ class SplitModule(nn.Module):
         if stored is not None:
             return stored
         refuse_old_compiler()
+        self._take_up()
         before = read_attributes(self.trunk, self._attributes)
         self._keep_hooks()
         state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
@@ -153,10 +165,12 @@ class SplitModule(nn.Module):
         expert = self.experts[index]
         self._follow_tensors()
         watch_classifier(expert, self.classifier_name, self._running)
+        # The expert draws what the trunk drew, and goes on drawing where the last one ended.
+        at_fork = RandomState.now().restore if self._draws else None
         write_attributes(expert, self._attributes, state.attributes)
         self._running.features = None
         try:
-            output = play(expert, self._running, state)
+            output = play(expert, self._running, state, at_fork)
             return self._read(output)
         finally:
             self._running.features = None
@@ -186,7 +200,9 @@ class SplitModule(nn.Module):
         frozen normalisation layers and integer tables beside frozen parameters. Load it with
         :meth:`load_trainable_state_dict` into a model that was wrapped alike.
         """
-        fixed = unchanging(self, self._frozen_layers)
+        of_parts = ("trunk", *(f"experts.{k}" for k in range(self.num_experts)))
+        written = {f"{part}.{name}" for part in of_parts for name in self._written}
+        fixed = unchanging(self, self._frozen_layers, written)
         return {
             name: value.detach()
             for name, value in self.state_dict(keep_vars=True).items()
@@ -230,7 +246,13 @@ class SplitModule(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._explain_unfreezing()
+        fixed: list[tuple[str, Tensor]] = []
+        if not torch.compiler.is_compiling():
+            fixed = [(name, d[key]) for name, (d, key) in self._shared_and_frozen.items()]
+        versions = [tensor._version for _, tensor in fixed]
         state, logits, features = self._first_expert(args, kwargs)
+        if versions != [tensor._version for _, tensor in fixed] and self.num_experts > 1:
+            self._refuse_written(fixed, versions)
         rest = [self.run_expert(index, state) for index in range(1, self.num_experts)]
         return [(logits, features), *rest]
 
@@ -240,11 +262,18 @@ class SplitModule(nn.Module):
         stored = self._stored(args, kwargs)
         if stored is not None:
             return (stored, *self.run_expert(0, stored))
+        self._take_up()
         changes = self.num_experts > 1 and any(known.changes_in_place for known in self._layouts)
         # Going on into expert 0 would let it write into what the others read, and would pass by the
         # hooks of the expert itself (FSDP2's gather its parameters); and DataParallel's replica of
-        # the trunk leads to the original's expert, on another device.
-        if changes or _is_hooked(self.experts[0]) or getattr(self, "_is_replica", False):
+        # the trunk leads to the original's expert, on another device. What the code after the fork
+        # leaves on modules belongs to the expert's own.
+        if (
+            changes
+            or self._late
+            or _is_hooked(self.experts[0])
+            or getattr(self, "_is_replica", False)
+        ):
             state = self.run_trunk(*args, **kwargs)
             return (state, *self.run_expert(0, state))
         refuse_old_compiler()
@@ -260,6 +289,16 @@ class SplitModule(nn.Module):
             return (replace(state, attributes=before), *self._read(output))
         finally:
             self._running.features = None
+
+    def _refuse_written(self, fixed: Sequence[tuple[str, Tensor]], versions: Sequence[int]) -> None:
+        """Raise because an expert wrote what all share, as if nothing ever wrote it."""
+        written = [n for (n, t), v in zip(fixed, versions, strict=True) if t._version != v]
+        raise ReplayError(
+            f"The forward of an expert has written {written[:3]}, which all experts share, because "
+            "nothing wrote it when the model was wrapped. To give each expert its own, wrap the "
+            "backbone in a state in which its forward writes it (a warm-up that is over, say), or "
+            "let the forward assign a new tensor instead of writing into the old."
+        )
 
     def _explain_unfreezing(self) -> None:
         """Warn once that what was frozen at wrapping, and therefore is shared, trains now."""
@@ -316,6 +355,16 @@ class SplitModule(nn.Module):
                 state = replace(state, layout=layout)
         return state.hollowed()
 
+    def _take_up(self) -> None:
+        """Let the trunk start from what expert 0 has left outside units: a count, say.
+
+        The build has checked that what the trunk reads of it is the same for every expert.
+        """
+        for path, key in self._late:
+            left = self.experts[0].get_submodule(path).__dict__.get(key, Absent)
+            if left is not Absent:
+                self.trunk.get_submodule(path).__dict__[key] = own_containers(left)
+
     def _keep_hooks(self) -> None:
         if not torch.compiler.is_compiling():
             for place in self._units:
@@ -325,8 +374,9 @@ class SplitModule(nn.Module):
     def _follow_tensors(self) -> None:
         """Read the tensors that the modules hold now.
 
-        FSDP2 gathers parameters and `functional_call` swaps them where they are owned, and only
-        there: a view that went on reading the old tensor would train nothing.
+        FSDP2 gathers parameters, `functional_call` swaps them and a forward binds buffers anew
+        (`self.queue = torch.cat(...)`) where they are owned, and only there: a view that went on
+        reading the old tensor would train nothing.
         """
         if not torch.compiler.is_compiling():
             for link in self._links:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import SplitError
 from ride_plugin._inputs import Inputs
-from ride_plugin._split._analysis import throwaway
+from ride_plugin._split._analysis import Place, throwaway
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._sharing import frozen_layers, unchanging
 from ride_plugin._split._state import Layout
@@ -29,7 +29,9 @@ class Split:
     Attributes:
         views: the trunk and the expert.
         layouts: what crosses the cut, for each path seen (evaluation, training).
-        attributes: plain attributes that a forward changes, put back before each expert.
+        attributes: plain attributes that the trunk sets, put back before each expert.
+        late: attributes and buffers outside units that the code after the fork sets or fills, so
+            that they are each expert's own.
         inputs: an example of two rows.
         num_classes: ``C``.
         fork_at: name of the first forked submodule.
@@ -38,7 +40,8 @@ class Split:
 
     views: Views
     layouts: list[Layout]
-    attributes: list[tuple[str, str]]
+    attributes: list[Place]
+    late: list[Place]
     inputs: Inputs
     num_classes: int
     fork_at: str
@@ -54,12 +57,12 @@ class Parts:
         experts: each runs the rest.
         running: the pass in progress, shared by all hooks and stand-ins.
         links: tensors that one side reads and the other owns.
-        layouts, attributes, inputs, num_classes, fork_at, classifier: as in :class:`Split`.
+        layouts, attributes, late, inputs, num_classes, fork_at, classifier: as in :class:`Split`.
         num_probed: how many leading experts to probe when learning a layout: 1 if all are copies,
             all of them if each was made by itself.
         redrawn: names, inside an expert, of trainable parameters that were drawn anew for each
             expert beside frozen ones.
-        written: names of parameters that a forward writes.
+        written: names of parameters and buffers that a forward writes.
     """
 
     trunk: nn.Module
@@ -67,7 +70,8 @@ class Parts:
     running: Running
     links: list[Link]
     layouts: list[Layout]
-    attributes: list[tuple[str, str]]
+    attributes: list[Place]
+    late: list[Place]
     inputs: Inputs
     num_classes: int
     fork_at: str
@@ -111,6 +115,7 @@ def parts_of(
         links,
         split.layouts,
         split.attributes,
+        split.late,
         split.inputs,
         split.num_classes,
         split.fork_at,
@@ -178,7 +183,7 @@ def _another_expert(views: Views) -> tuple[nn.Module, list[Link]]:
     for tensor in (*views.trunk.parameters(), *views.trunk.buffers()):
         memo[id(tensor)] = tensor
     frozen = frozen_layers(views.expert, views.trunk.training)
-    memo.update(unchanging(views.expert, frozen))
+    memo.update(unchanging(views.expert, frozen, views.written))
     inside = {id(module) for module in views.expert.modules()}
     links = [link for link in views.links if id(link.view) in inside]
     expert, links = copy.deepcopy((views.expert, links), memo)

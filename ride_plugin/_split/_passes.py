@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ReplayError
 from ride_plugin._inputs import batch_size_of
+from ride_plugin._split._probe import CONTAINERS, RANDOM
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import ForkReached, Player, Recorder, Running, StartHook
 
@@ -56,9 +59,17 @@ def record(
     return TrunkState(batch_size_of((args, kwargs)), keys, recorder.values, layout), output
 
 
-def play(expert: nn.Module, running: Running, state: TrunkState) -> Any:
-    """Run one expert on the trunk's state; what its classifier received is in ``running``."""
-    player = Player(state.keys, state.own_values())
+def play(
+    expert: nn.Module,
+    running: Running,
+    state: TrunkState,
+    at_fork: Callable[[], None] | None = None,
+) -> Any:
+    """Run one expert on the trunk's state; what its classifier received is in ``running``.
+
+    ``at_fork`` is called where the expert's own modules begin.
+    """
+    player = Player(state.keys, state.own_values(), at_fork)
     args, kwargs = player.values[0]
     running.player = player
     _begin(player, expert, running)
@@ -83,9 +94,12 @@ def _begin(mode: Recorder | Player, view: nn.Module, running: Running) -> None:
 
 
 def read_attributes(owner: nn.Module, names: Sequence[tuple[str, str]]) -> tuple[Any, ...]:
-    """Values of plain attributes ``(submodule, attribute)`` that a forward may change."""
+    """Values of plain attributes ``(submodule, attribute)`` that a forward may set or fill."""
     return tuple(
-        owner.get_submodule(path).__dict__.get(attribute, Absent) for path, attribute in names
+        RandomState.now()
+        if (path, attribute) == RANDOM
+        else own_containers(owner.get_submodule(path).__dict__.get(attribute, Absent))
+        for path, attribute in names
     )
 
 
@@ -94,11 +108,26 @@ def write_attributes(
 ) -> None:
     """Put plain attributes back, so that an expert starts where the trunk started."""
     for (path, attribute), value in zip(names, values, strict=True):
+        if isinstance(value, RandomState):
+            value.restore()
+            continue
         attributes = owner.get_submodule(path).__dict__
         if value is Absent:
             attributes.pop(attribute, None)
         elif attributes.get(attribute, Absent) is not value:
-            attributes[attribute] = value
+            attributes[attribute] = own_containers(value)
+
+
+def own_containers(value: Any) -> Any:
+    """The same value, its lists, dicts, deques and sets copied, so that each part fills its own."""
+    if not isinstance(value, CONTAINERS):
+        return value
+    copied: Any = copy.copy(value)
+    if isinstance(copied, dict):
+        copied.update((key, own_containers(item)) for key, item in copied.items())
+    elif isinstance(copied, list):
+        copied[:] = map(own_containers, copied)
+    return copied
 
 
 def pooled(features: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._contexts import RandomState
 from ride_plugin._inputs import Inputs
 from ride_plugin._tree import tensors_in
 
 _INTERNAL = frozenset(vars(nn.Module()))
+CONTAINERS = (list, dict, set, deque)
+RANDOM = ("", "numpy.random and random")  # draws leave their mark as attributes do
 
 Seen = tuple[int, tuple[int, ...]]  # (address, shape) of a tensor
 
@@ -22,7 +26,7 @@ class Call:
     """One call of a submodule, and the calls inside it.
 
     For the root, ``changed`` names the plain attributes ``(submodule, attribute)`` that the forward
-    has changed: caches, counters.
+    has set or filled: caches, counters, lists of features.
     """
 
     name: str
@@ -83,7 +87,8 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         alive.append(result)
         stack.pop().outputs = _seen(result)
 
-    before_all = {name: (part, dict(vars(part))) for name, part in model.named_modules()}
+    before_all = {name: (part, marks_of(part)) for name, part in model.named_modules()}
+    random_before = RandomState.now().mark()
     handles = []
     for module in model.modules():
         if module is not model and not isinstance(module, torch.jit.ScriptModule):
@@ -99,10 +104,31 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
     root.changed = {
         (name, key)
         for name, (part, old) in before_all.items()
-        for key in {*old, *vars(part)} - _INTERNAL
-        if old.get(key) is not vars(part).get(key)
+        for now in (marks_of(part),)
+        for key in {*old, *now}
+        if differ(old.get(key, []), now.get(key, []))
     }
+    if RandomState.now().mark() != random_before:
+        root.changed.add(RANDOM)
     return root, output
+
+
+def marks_of(module: nn.Module) -> dict[str, list[Any]]:
+    """What tells, of each plain attribute, whether somebody sets it or fills it."""
+    return {key: mark_of(value) for key, value in vars(module).items() if key not in _INTERNAL}
+
+
+def mark_of(value: Any) -> list[Any]:
+    """A value and, of a container, what is in it."""
+    if not isinstance(value, CONTAINERS):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value
+    return [value, *(mark for item in items for mark in mark_of(item))]
+
+
+def differ(a: list[Any], b: list[Any]) -> bool:
+    """Whether two marks are of other objects; what these are equal to is not asked."""
+    return len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True))
 
 
 def _seen(value: Any) -> list[Seen]:

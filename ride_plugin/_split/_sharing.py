@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -29,22 +29,27 @@ def frozen_layers(root: nn.Module, root_in_training: bool) -> list[nn.Module]:
     return found
 
 
-def unchanging(root: nn.Module, frozen_layers: Iterable[nn.Module]) -> dict[int, Tensor]:
+def unchanging(
+    root: nn.Module, frozen_layers: Iterable[nn.Module], written: Collection[str] = ()
+) -> dict[int, Tensor]:
     """Tensors of ``root`` that no training changes, by id.
 
     These are parameters that do not require gradients, the statistics of frozen normalisation
     layers, and tables of integers (positions, masks, quantised weights) beside nothing trainable.
     A row of integers is no table: it may be a queue's pointer or its labels, which training writes,
-    and which would move on once for each expert if they shared it.
+    and which would move on once for each expert if they shared it. Nor is what a forward has been
+    seen to write (``written``, names in ``root``): queues, prototypes that follow an average.
     """
-    found: list[Tensor] = [p for p in root.parameters() if not p.requires_grad]
-    for layer in frozen_layers:
-        found += layer.buffers(recurse=False)
-    for module in root.modules():
+    found: dict[str, Tensor] = {n: p for n, p in root.named_parameters() if not p.requires_grad}
+    for path, module in root.named_modules():
         if module._buffers and not trains(module.parameters(recurse=False)):
-            tables = (b for b in module.buffers(recurse=False) if b.dim() > 1)
-            found += [b for b in tables if not (b.is_floating_point() or b.is_complex())]
-    return {id(tensor): tensor for tensor in found}
+            for key, buffer in module.named_buffers(recurse=False):
+                if buffer.dim() > 1 and not (buffer.is_floating_point() or buffer.is_complex()):
+                    found[f"{path}.{key}" if path else key] = buffer
+    kept = [tensor for name, tensor in found.items() if name not in written]
+    for layer in frozen_layers:
+        kept += layer.buffers(recurse=False)
+    return {id(tensor): tensor for tensor in kept}
 
 
 def held_together(experts: Iterable[nn.Module]) -> list[Group]:

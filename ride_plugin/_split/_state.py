@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ArgumentError, ReplayError
 from ride_plugin._split._rows import Rows, is_hollow, join_rows, take_rows
 from ride_plugin._tree import map_tensors, tensors_in
@@ -249,5 +250,5 @@ def _collate(batch: Sequence[TrunkState], *, collate_fn_map: Any = None) -> Trun
 
 
 # torch's two documented registries: what `weights_only` may build, what a DataLoader can collate.
-torch.serialization.add_safe_globals([TrunkState, Layout, Rows, Absent])
+torch.serialization.add_safe_globals([TrunkState, Layout, Rows, Absent, RandomState])
 default_collate_fn_map[TrunkState] = _collate

@@ -50,6 +50,13 @@ class Running(threading.local):
         return Running, ()
 
 
+class NoHandle:
+    """In place of the handle of a hook that is registered already, elsewhere."""
+
+    def remove(self) -> None:
+        """Do nothing: the hook stays with what it was registered on."""
+
+
 class _GlueMode(TorchFunctionMode):
     """A torch-function mode that sees glue only: it leaves the stack while a unit runs.
 
@@ -145,9 +152,12 @@ class Recorder(_GlueMode):
 class Player(_GlueMode):
     """Reads the tape back, in order, and refuses any other order."""
 
-    def __init__(self, keys: tuple[str, ...], values: list[Any]) -> None:
+    def __init__(
+        self, keys: tuple[str, ...], values: list[Any], at_fork: Callable[[], None] | None = None
+    ) -> None:
         super().__init__()
         self.keys = keys
+        self.at_fork = at_fork
         self.values = values
         self.position = 1  # entry 0 holds the inputs
         self.region: object = None  # the checkpointed region of the last value, if any
@@ -160,6 +170,8 @@ class Player(_GlueMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is Tensor.register_hook and not isinstance(args[0], nn.Parameter):
+            return NoHandle()  # the trunk has registered it, on the same tensor
         if self.position < len(self.keys):
             name = _name(func)
             if self.keys[self.position] == name:
@@ -199,6 +211,8 @@ class Player(_GlueMode):
             )
         if _get_current_function_mode() is self:
             self.leave()
+        if self.at_fork is not None:
+            self.at_fork()
 
 
 class UnitHooks:

@@ -44,7 +44,7 @@ class Views:
         running: the pass in progress, shared by all hooks and stand-ins.
         links: tensors that one side reads and the other owns.
         spine: pairs (trunk's, expert's) of modules whose own forward runs on both sides.
-        written: names of parameters that a forward writes.
+        written: names of parameters and buffers that a forward writes.
     """
 
     trunk: nn.Module

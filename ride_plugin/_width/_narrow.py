@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._contexts import random_state_kept
+from ride_plugin._contexts import random_state_kept, seed_everything
 from ride_plugin._errors import RIDEError, WidthError
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split import (
@@ -175,7 +175,7 @@ def _replace_fixed_modules(split: Split, state: TrunkState) -> None:
 
 
 def _reference(split: Split, training: int, state: TrunkState) -> _Reference:
-    torch.manual_seed(0)
+    seed_everything()
     trace = Trace()
     with torch.no_grad(), trace:
         output = _play(split, state, bool(training))()
@@ -198,7 +198,7 @@ def _narrowed(
         trial = Trial(expert, frozen, plan, widths, attentions)
         try:
             for reference in references:
-                torch.manual_seed(0)
+                seed_everything()
                 run = _play(split, reference.state, reference.training)
                 trial.run(run, reference.steps, reference.output)
         except Amended:

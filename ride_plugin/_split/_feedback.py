@@ -1,0 +1,177 @@
+"""What would make the trunk depend on an expert: weights read ahead, state that comes back.
+
+Both are tried: an expert with other weights must leave what the trunk computes as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ride_plugin._contexts import seed_everything
+from ride_plugin._errors import SplitError
+from ride_plugin._inputs import resize_batch
+from ride_plugin._split._analysis import Place, throwaway
+from ride_plugin._split._parts import Split
+from ride_plugin._split._passes import (
+    own_containers,
+    play,
+    read_attributes,
+    record,
+    write_attributes,
+)
+from ride_plugin._split._state import Absent
+from ride_plugin._tree import map_tensors, tensors_in
+
+
+def refuse_reading_ahead(split: Split) -> None:
+    """Refuse a trunk that computes with tensors of an expert, or writes them.
+
+    Raises:
+        SplitError: the trunk cannot be shared; the message names what it reads.
+    """
+    weights = [name for name, _ in _own_tensors(split)]
+    for training in (False, True):
+        plain = _run(split, training)
+        if plain is None:
+            continue
+        read = [n for n in weights if not _same(plain.tape, _tape(_run(split, training, [n])))]
+        if read:
+            raise SplitError(
+                f"Cannot split the backbone at {split.fork_at!r}: its forward uses {_listed(read)} "
+                "before the fork, so that every expert would use those of expert 0. Use them in "
+                "the forward of the module that holds them, or pass `fork_at=` an earlier "
+                "submodule."
+            )
+
+
+def refuse_feedback(split: Split, places: Collection[Place]) -> set[Place]:
+    """Refuse a trunk that uses what experts have left, where each leaves something else.
+
+    A count of steps is the same for every expert, and the trunk may use it. An average of the
+    features behind the fork is another for each expert, and makes another trunk of each.
+
+    Args:
+        split: left as it is.
+        places: attributes and buffers outside units that the code after the fork changes.
+
+    Returns:
+        The places where each expert leaves something else.
+
+    Raises:
+        SplitError: the trunk cannot be shared; the message names what it uses.
+    """
+    found: set[Place] = set()
+    weights = [name for name, _ in _own_tensors(split)]
+    for training in (False, True):
+        ours = _run(split, training, places=places)
+        theirs = _run(split, training, weights, places=places)
+        if ours is None or theirs is None:
+            continue
+        own = [p for p in places if not _same(ours.left[p], theirs.left[p])]
+        found.update(own)
+        # What the trunk sets as well starts, for every expert, from what the trunk had.
+        set_twice = [place for place in own if place in split.attributes]
+        for tried, look in ((own, _tape), (set_twice, _output)):
+            starts = [{place: run.left[place] for place in tried} for run in (ours, theirs)]
+            runs = [_run(split, training, start=start, places=places) for start in starts]
+            if tried and not _same(*map(look, runs)):
+                names = _listed([".".join(filter(None, place)) for place in tried])
+                raise SplitError(
+                    f"Cannot split the backbone at {split.fork_at!r}: {names} keeps what the code "
+                    "after the fork wrote in the step before, other values for each expert, and "
+                    "the code before the fork, which they share, uses it. Pass `fork_at=` an "
+                    "earlier submodule, so that each expert uses its own."
+                )
+    return found
+
+
+@dataclass
+class _Pass:
+    tape: list[Any]
+    output: Any
+    left: dict[Place, Any]
+
+
+def _run(
+    split: Split,
+    training: bool,
+    changed: Collection[str] = (),
+    start: dict[Place, Any] | None = None,
+    places: Collection[Place] = (),
+) -> _Pass | None:
+    """Run trunk and expert on throwaway copies; None where they do not run in this mode.
+
+    Args:
+        split: left as it is.
+        training: the mode.
+        changed: names of the expert's tensors that get other values.
+        start: attributes and buffers outside units that both start with.
+        places: attributes and buffers outside units to look at afterwards.
+    """
+    written = split.views.written.union(changed)
+    views = throwaway(replace(split.views, written=written), training)
+    generator = torch.Generator().manual_seed(0)
+    args, kwargs = resize_batch(split.inputs, 2)
+    with torch.no_grad():
+        for name, tensor in (*views.expert.named_parameters(), *views.expert.named_buffers()):
+            if name in changed and tensor.is_floating_point():
+                tensor.mul_(1 + torch.rand(tensor.shape, generator=generator).to(tensor))
+        for (path, key), value in (start or {}).items():
+            if value is not Absent:
+                views.trunk.get_submodule(path).__dict__[key] = own_containers(value)
+                if (path, key) in split.late:
+                    setattr(views.expert.get_submodule(path), key, own_containers(value))
+        seed_everything()
+        before = read_attributes(views.trunk, split.attributes)
+        try:
+            state, _ = record(views.trunk, views.running, (), args, kwargs, stop_at_fork=True)
+            write_attributes(views.expert, split.attributes, before)
+            tape = [list(state.keys), *map(_snapshot, state.values[1:])]
+            output = play(views.expert, views.running, state) if places else None
+        except Exception:
+            if training:  # a backbone that cannot train on its own input
+                return None
+            raise
+    left = {p: _snapshot(getattr(views.expert.get_submodule(p[0]), p[1], Absent)) for p in places}
+    return _Pass(tape, output, left)
+
+
+def _own_tensors(split: Split) -> list[tuple[str, Tensor]]:
+    trunk, expert = split.views.trunk, split.views.expert
+    shared = {id(tensor) for tensor in (*trunk.parameters(), *trunk.buffers())}
+    tensors = (*expert.named_parameters(), *expert.named_buffers())
+    return [(name, tensor) for name, tensor in tensors if id(tensor) not in shared]
+
+
+def _tape(run: _Pass | None) -> list[Any] | None:
+    return None if run is None else run.tape
+
+
+def _output(run: _Pass | None) -> Any:
+    return None if run is None else run.output
+
+
+def _snapshot(value: Any) -> Any:
+    return map_tensors(lambda tensor: tensor.detach().clone(), value)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    ours, theirs = list(tensors_in(a)), list(tensors_in(b))
+    if ours or theirs:
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    try:
+        return bool(a == b)
+    except Exception:  # objects that cannot be compared
+        return a is b
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in list(names)[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
