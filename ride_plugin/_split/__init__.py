@@ -10,7 +10,7 @@ from ride_plugin._split._logits import Choice, check_logits_choice, reader_in, w
 from ride_plugin._split._module import SplitModule
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
-from ride_plugin._split._passes import play, read_attributes, record, write_attributes
+from ride_plugin._split._passes import Kept, play, read_attributes, record, write_attributes
 from ride_plugin._split._plain import plain_modules
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._sharing import held_by_all
@@ -19,6 +19,7 @@ from ride_plugin._split._tape import Recorded
 
 __all__ = [
     "Choice",
+    "Kept",
     "Pair",
     "Parts",
     "Recorded",

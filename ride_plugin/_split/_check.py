@@ -27,11 +27,10 @@ class WrittenBehind(Exception):
     """Experts write tensors of the trunk, once for each expert; never leaves the library."""
 
     def __init__(self, names: set[str], prefix: str) -> None:
-        shown = ", ".join(f"`{name}`" for name in sorted(names)[:3])
         super().__init__(
-            f"{prefix}: what runs after the fork writes {shown}, which the trunk holds, so that "
-            "every expert would write the same tensor. Pass `fork_at=` an earlier submodule, "
-            "before the module that holds it is called first."
+            f"{prefix}: what runs after the fork writes {_listed(names)}, which the trunk holds, "
+            "so that every expert would write the same tensor. Pass `fork_at=` an earlier "
+            "submodule, before the module that holds it is called first."
         )
         self.names = names
 
@@ -63,7 +62,8 @@ def check(source: nn.Module, split: Split) -> frozenset[str]:
             if training:  # a backbone that cannot train on its own input has nothing to compare
                 break
             raise
-        written |= contents.written()
+        moving = contents.written()
+        written |= moving
 
         @cache
         def exact(training: bool = training, batch: Any = batch, first: Tensor = expected) -> bool:
@@ -96,7 +96,7 @@ def check(source: nn.Module, split: Split) -> frozenset[str]:
                 raise WrittenBehind(behind, _prefix(fork, mode))
             _check_buffers(reference, copied, fork, mode, exact)
             if stop_at_fork and not training:
-                _check_rows(backbone, throwaway(views, False), state, expected, fork)
+                _check_rows(backbone, throwaway(views, False), state, expected, fork, moving)
     return frozenset(written)
 
 
@@ -153,6 +153,7 @@ def _check_rows(
     state: TrunkState,
     expected: Tensor,
     fork: str,
+    moving: set[str],
 ) -> None:
     try:
         agree = _rows_agree(backbone, views, state, expected)
@@ -161,12 +162,22 @@ def _check_rows(
             f"{_prefix(fork, 'evaluation')}: an expert does not run on a subset of the rows, which "
             f"routing needs ({type(error).__name__}: {error}). Pass `fork_at=` another submodule."
         ) from error
-    if not agree and not _rows_agree_in_double(backbone, views, state):
+    if agree or _rows_agree_in_double(backbone, views, state):
+        return
+    if moving:
         raise SplitError(
-            f"{_prefix(fork, 'evaluation')}: an expert's logits for some rows differ from those "
-            "rows of the whole batch, so routing would change predictions. Pass `fork_at=` another "
-            "submodule."
+            f"{_prefix(fork, 'evaluation')}: its forward writes {_listed(moving)} in evaluation "
+            "too, and what a row gets depends on the rows that came with it. Switch that off "
+            "before wrapping, and on again afterwards if it is needed to train; of a network "
+            "that is prepared for quantization-aware training, "
+            "`net.apply(torch.ao.quantization.disable_observer)` does. Or wrap the plain network, "
+            "and prepare the wrapped one."
         )
+    raise SplitError(
+        f"{_prefix(fork, 'evaluation')}: an expert's logits for some rows differ from those rows "
+        "of the whole batch, so routing would change predictions. Pass `fork_at=` another "
+        "submodule."
+    )
 
 
 def _rows_agree(
@@ -272,6 +283,10 @@ def _close(a: Tensor, b: Tensor, allowed: float = 0.0) -> bool:
     scale = float(b.abs().max()) if b.numel() else 0.0
     atol = max(tolerance * scale, allowed, 1e-30)
     return torch.allclose(a, b, rtol=tolerance, atol=atol, equal_nan=True)
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names)[:3])
 
 
 def _prefix(fork: str, mode: str) -> str:

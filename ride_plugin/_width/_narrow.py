@@ -18,6 +18,7 @@ from ride_plugin._contexts import random_state_kept, seed_everything
 from ride_plugin._errors import RIDEError, WidthError
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split import (
+    Kept,
     Recorded,
     Split,
     TrunkState,
@@ -64,11 +65,13 @@ def narrow_expert(split: Split, width: float) -> Split:
     frozen = {id(t) for t in (*views.trunk.parameters(), *views.trunk.buffers())}
     before = _size(expert, frozen)
     modes = {name: module.training for name, module in expert.named_modules()}
+    kept = Kept(expert)  # trials run on the expert itself, and a forward may count or average
     try:
         with random_state_kept(expert):
             states = _trunk_states(split)
             _replace_fixed_modules(split, states[0])
             references = [_reference(split, training, s) for training, s in enumerate(states)]
+            by_forwards = kept.changed()  # and not by narrowing
             changes = _narrowed(split, width, references, frozen)
             _check_rows(split, references[0])
     except Stuck as error:
@@ -84,10 +87,10 @@ def narrow_expert(split: Split, width: float) -> Split:
             _message(width, f"only {before - after:,} of {before:,} parameters could go")
         )
     _redraw(changes)
+    kept.restore(by_forwards)
     for module in expert.modules():  # the trials ran in training mode too
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.reset_running_stats()
-    write_attributes(expert, split.attributes, states[0].attributes)
     for link in views.links:
         link.refresh()
     return split

@@ -124,8 +124,11 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("fork_at", ["3", "2"], ids=["trunk", "experts"])
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize(
+    ("kind", "fork_at"),
+    [(kind, "2") for kind in MODULES]
+    + [(kind, "3") for kind in ("BoundAnew", "CodeBook", "Table")],
+)
 def test_modules_write_once_in_the_trunk_and_each_its_own_in_experts(
     kind: str, fork_at: str
 ) -> None:
@@ -342,12 +345,7 @@ class CachesBySize(Attributes):
         CachesBySize,
     ],
 )
-@pytest.mark.parametrize("checkpoint_experts", [False, True])
-def test_plain_attributes(
-    kind: type[Attributes], num_experts: int, checkpoint_experts: bool
-) -> None:
-    if checkpoint_experts and kind is not CountsLateReadsEarly:
-        return  # what a forward writes is written once more when it is computed again
+def test_plain_attributes(kind: type[Attributes], num_experts: int) -> None:
     net = kind()
     model = wrapped(net, num_experts=num_experts)
     train_both(net, model, [*batches(), torch.randn(3, 6), torch.randn(5, 6)])
