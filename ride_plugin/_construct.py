@@ -49,6 +49,11 @@ def construct(
 ) -> Parts:
     """The parts of a wrapped model; arguments and errors are those of :class:`RIDEWrapper`."""
     split = split_backbone(backbone, fork_at, example_input, logits, num_classes)
+    if split.doubt is not None and num_experts > 1:
+        warn_caller(
+            f"The fork was put at {split.fork_at!r}, but {split.doubt}, or "
+            f"`fork_at={split.fork_at!r}` if it is meant so."
+        )
     drawn = expert_factory is None and (num_experts > 1 or expert_width < 1)
     if drawn and init == "fresh":
         warn_if_trained(split.views.expert)  # before narrowing, which starts the statistics anew

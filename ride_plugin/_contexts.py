@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import nn
+
+from ride_plugin._errors import RIDEError
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def seed_everything() -> None:
     np.random.seed(0)  # noqa: NPY002
 
 
+_PATIENCE = 60.0  # seconds that a thread waits for another; who is waited for may wait for it
 _lock = threading.Condition()
 _borrowed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # in evaluation for a while
 _training: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # running a pass that trains
@@ -76,7 +79,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     roots = _roots()
     with _lock:
         if module not in roots:
-            _lock.wait_for(lambda: module not in _training)
+            _wait(lambda: module not in _training, "computes a training pass of it")
         known = _borrowed if _borrowed else ()  # asking it costs more than a module's own flag
         borrowed = [part for part in _parts(module) if part.training or part in known]
         for part in borrowed:
@@ -105,17 +108,40 @@ def training_pass(module: nn.Module) -> Iterator[None]:
         return
     with _lock:
         _training[module] = _training.get(module, 0) + 1  # first: who evaluates next shall wait
-        _lock.wait_for(lambda: module not in _borrowed)
+        try:
+            _wait(lambda: module not in _borrowed, "has it in evaluation mode")
+        except RIDEError:
+            _end_training(module)
+            raise
     roots.append(module)
     try:
         yield
     finally:
         roots.remove(module)
         with _lock:
-            _training[module] -= 1
-            if not _training[module]:
-                del _training[module]
-            _lock.notify_all()
+            _end_training(module)
+
+
+def _end_training(module: nn.Module) -> None:
+    _training[module] -= 1
+    if not _training[module]:
+        del _training[module]
+    _lock.notify_all()
+
+
+def _wait(is_free: Callable[[], bool], what: str) -> None:
+    """Wait until another thread is done with a model, but not for ever.
+
+    Raises:
+        RIDEError: it is not done; it may be waiting for this thread.
+    """
+    if not _lock.wait_for(is_free, _PATIENCE):
+        raise RIDEError(
+            f"Another thread {what} for more than {_PATIENCE:.0f} s, and this thread cannot go on "
+            "before: the modes of a model's modules are the same for all threads. A block "
+            "`with model.evaluating():` must not wait for a thread that trains the model; leave "
+            "it first, or evaluate a copy (`copy.deepcopy(model)`)."
+        )
 
 
 def _roots() -> list[nn.Module]:

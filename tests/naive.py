@@ -66,8 +66,8 @@ def train_both(
             _close(got[:, index], expected, tolerance, f"step {step}, expert {index}")
             (F.cross_entropy(expected, target) / len(copies)).backward()
         with torch.no_grad():
-            named = [dict(each.named_parameters()) for each in copies]
-            for name in shared & named[0].keys():
+            named = [dict(each.named_parameters(remove_duplicate=False)) for each in copies]
+            for name in shared:
                 gradients = [p[name].grad for p in named if p[name].grad is not None]
                 for parameters in named:
                     parameters[name].grad = torch.stack(gradients).sum(0) if gradients else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo.images import conv_bn
-from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
+from ride_plugin import ExpertRouter, RIDEError, RIDEWrapper, RoutingInference, _contexts
 from ride_plugin._contexts import evaluating
 
 
@@ -86,3 +87,29 @@ def test_the_last_to_leave_restores_each_module() -> None:
     assert [m.training for m in (model, model[0], model[1], model[1][1])] == [1, 0, 0, 0]
     inner.__exit__(None, None, None)
     assert [m.training for m in (model, model[0], model[1], model[1][1])] == [1, 0, 1, 1]
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["a block that waits for training", "training that waits"])
+def test_threads_that_wait_for_each_other_are_told(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_contexts, "_PATIENCE", 0.3)
+    model, x = small_model(2).train(), torch.randn(4, 3, 8, 8)
+    before = statistics(model)
+    with ThreadPoolExecutor(1) as worker:
+        if kind == "a block that waits for training":
+            with model.evaluating(), pytest.raises(RIDEError, match="has it in evaluation mode"):
+                worker.submit(model, x).result()
+        else:
+            handle = model.trunk.register_forward_pre_hook(
+                lambda *_: worker.submit(model.router_inputs, x).result()
+            )
+            with pytest.raises(RIDEError, match="computes a training pass of it"):
+                model(x)
+            handle.remove()
+        assert all(map(torch.equal, before, statistics(model)))
+        worker.submit(model, x).result()  # both go on as if nothing had been
+    model.router_inputs(x)
+    assert model.training
+    assert not all(map(torch.equal, before, statistics(model)))

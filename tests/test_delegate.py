@@ -147,7 +147,8 @@ def test_gradient_checkpointing_is_that_of_the_experts() -> None:
 
 
 def test_a_backbone_without_such_methods_offers_none() -> None:
-    model = RIDEWrapper(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5)), 2)
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
+    model = RIDEWrapper(net, 2, fork_at="2")
     assert not hasattr(model, "no_weight_decay")
     assert not hasattr(model, "set_grad_checkpointing")
 

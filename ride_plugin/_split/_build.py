@@ -133,7 +133,8 @@ def _split(
         return replace(views, written=written)
 
     outside = spine_tensors(source, [*trunk_units, *forked_units])
-    return learned(source, cut(frozenset()), seen, fork.name, forked_units, outside, cut)
+    split = learned(source, cut(frozenset()), seen, fork.name, forked_units, outside, cut)
+    return replace(split, doubt=None if fork_at is not None else fork.doubt)
 
 
 def reason_of_fork(backbone: nn.Module, fork_at: str | None, example_input: Any) -> tuple[str, str]:
@@ -229,6 +230,12 @@ def learned(
     names = {id(module): name for name, module in views.trunk.named_modules()}
     spine = {names[id(module)] for module, _ in views.spine}
     changed = {place for tree in trees.values() for place in tree.changed if place[0] in spine}
+    changed |= {  # on the meta device their draws leave no mark
+        (name, key)
+        for name in spine
+        for key, value in vars(views.trunk.get_submodule(name)).items()
+        if isinstance(value, torch.Generator)
+    }
     attributes = sorted(changed)  # `RANDOM` among them where the forward draws with numpy
     behind: set[str] = set()  # tensors outside units that were seen to be written by experts
 
@@ -263,6 +270,15 @@ def learned(
                 late |= lesson.late
                 ahead |= lesson.ahead
                 layouts.setdefault(lesson.layout.keys, lesson.layout)
+        streams = {p for p in early if isinstance(_attribute(views.trunk, p), torch.Generator)}
+        if streams & late:
+            raise SplitError(
+                f"Cannot split the backbone at {fork_at!r}: it draws random numbers from a "
+                f"generator of its own, `{'.'.join(filter(None, min(streams & late)))}`, before "
+                "and after the fork, so that trunk and experts would not follow one sequence. "
+                "Draw from torch's common generator, or give each side one of its own."
+            )
+        early -= streams  # an expert's draws nothing
         # Read by experts only, on every path; or written by them, on any.
         forked = frozenset.intersection(*reads) | writes
         split_views = cut(forked) if cut is not None and forked else views
@@ -339,6 +355,10 @@ def _source_of(backbone: nn.Module) -> nn.Module:
             elif isinstance(value, list) and any(isinstance(v, RemovableHandle) for v in value):
                 setattr(module, key, [NoHandle() for _ in value])
     return source
+
+
+def _attribute(root: nn.Module, place: Place) -> Any:
+    return vars(root.get_submodule(place[0])).get(place[1])
 
 
 def is_compiled(module: nn.Module) -> bool:

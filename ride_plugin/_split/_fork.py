@@ -12,6 +12,7 @@ from ride_plugin._split._units import tokens, units_of
 
 _NEW_LEVEL = 0.6  # a resolution level starts where the positions fall to this share or less
 _LEAST_TRUNK = 0.1  # of the multiply-adds
+_MOST_TRUNK = 0.97
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,22 @@ class Fork:
     index: int
     name: str
     reason: str
+
+    @property
+    def doubt(self) -> str | None:
+        """Why this fork makes little sense, in words; None where it does."""
+        if not any(unit.num_parameters for unit in self.units[: self.index]):
+            return (
+                "no layer with weights runs before it, so that the experts share nothing and each "
+                "costs as much as the backbone. Pass `fork_at=` a later submodule"
+            )
+        share = _trunk_share(self.units, self.index)
+        if share >= _MOST_TRUNK:
+            return (
+                f"{share:.1%} of the multiply-adds run before it, so that the experts differ in "
+                "the rest alone. Pass `fork_at=` an earlier submodule"
+            )
+        return None
 
 
 def choose_fork(root: Call, fork_at: str | None) -> Fork:
@@ -46,9 +63,9 @@ def choose_fork(root: Call, fork_at: str | None) -> Fork:
     last = max(i for i, has in enumerate(parametric) if has)  # the classifier, or ends in it
     index, reason = _by_resolution(units, parametric, last) or _by_blocks(units, last)
     # Parameter-free units cost nothing to share; a module that also ran before cannot be forked.
-    called_before = {id(unit.module) for unit in units[:index]}
+    called_before = _modules_of(units[:index])
     while index < last and (not parametric[index] or id(units[index].module) in called_before):
-        called_before.add(id(units[index].module))
+        called_before |= _modules_of(units[index : index + 1])
         index += 1
     return Fork(units, index, _stage_name(units, index), reason)
 
@@ -65,7 +82,7 @@ def _named_fork(root: Call, fork_at: str) -> Fork:
     units = units_of(root, must_expand=lambda call: fork_at.startswith(call.name + "."))
     for index, unit in enumerate(units):
         if unit.name == fork_at or unit.name.startswith(fork_at + "."):
-            if any(unit.module is earlier.module for earlier in units[:index]):
+            if id(unit.module) in _modules_of(units[:index]):
                 break
             return Fork(units, index, fork_at, "given")
     raise SplitError(
@@ -113,6 +130,11 @@ def _by_blocks(units: Sequence[Call], last: int) -> tuple[int, str]:
         return body[-max(1, round(len(body) / 3))], f"last third of {len(body)} units"
     kind = type(units[run[0]].module).__name__
     return run[-max(1, round(len(run) / 3))], f"last third of {len(run)} {kind} blocks"
+
+
+def _modules_of(units: Sequence[Call]) -> set[int]:
+    """Ids of the modules that these units call, themselves and whatever is inside."""
+    return {id(call.module) for unit in units for call in unit.walk()}
 
 
 def _has_matrix(unit: Call) -> bool:

@@ -36,6 +36,7 @@ class Split:
         num_classes: ``C``.
         fork_at: name of the first forked submodule.
         classifier: name of the classifier inside an expert, or None if there is no such module.
+        doubt: why the fork that was chosen makes little sense, in words.
     """
 
     views: Views
@@ -46,6 +47,7 @@ class Split:
     num_classes: int
     fork_at: str
     classifier: str | None
+    doubt: str | None = None
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ReplayError
 from ride_plugin._inputs import batch_size_of
-from ride_plugin._split._probe import CONTAINERS, RANDOM, differ, marks_of
+from ride_plugin._split._probe import CONTAINERS, RANDOM, STREAMS, differ, marks_of
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import ForkReached, Player, Recorder, Running, StartHook
 
@@ -119,7 +119,9 @@ def write_attributes(
 
 
 def own_containers(value: Any) -> Any:
-    """The same value, its lists, dicts, deques and sets copied, so that each part fills its own."""
+    """The same value, but copies of containers and generators, so that each part has its own."""
+    if isinstance(value, STREAMS):
+        return copy.deepcopy(value)
     if not isinstance(value, CONTAINERS):
         return value
     copied: Any = copy.copy(value)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +20,7 @@ from ride_plugin._tree import tensors_in
 
 _INTERNAL = frozenset(vars(nn.Module()))
 CONTAINERS = (list, dict, set, deque)
+STREAMS = (np.random.Generator, np.random.RandomState, random.Random)
 RANDOM = ("", "numpy.random and random")  # draws leave their mark as attributes do
 
 Seen = tuple[int, tuple[int, ...]]  # (address, shape) of a tensor
@@ -119,7 +124,11 @@ def marks_of(module: nn.Module) -> dict[str, list[Any]]:
 
 
 def mark_of(value: Any) -> list[Any]:
-    """A value and, of a container, what is in it."""
+    """A value and, of a container, what is in it, of a generator of random numbers its state."""
+    if isinstance(value, torch.Generator):
+        return [value, sys.intern(str(hash(tuple(value.get_state().tolist()))))]
+    if isinstance(value, STREAMS):
+        return [value, sys.intern(str(hash(pickle.dumps(value))))]
     if not isinstance(value, CONTAINERS):
         return [value]
     items = value.values() if isinstance(value, dict) else value

@@ -63,7 +63,7 @@ def sides(fork: Fork, root: Call, training: Call | None) -> tuple[list[str], lis
     there belong to the side of the cut where they are called.
     """
     side_of = {id(unit): index >= fork.index for index, unit in enumerate(fork.units)}
-    also_in_trunk = {unit.name for unit in fork.units[: fork.index]}
+    also_in_trunk = {call.name for unit in fork.units[: fork.index] for call in unit.walk()}
     found: dict[str, set[bool]] = {}
 
     def collect(call: Call) -> set[bool]:

@@ -103,7 +103,7 @@ def test_a_negative_tau_moves_decisions_to_frequent_classes_only() -> None:
 
 def test_after_training_it_takes_a_wrapped_model_s_output_and_half_precision() -> None:
     backbone = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-    model = RIDEWrapper(backbone, num_experts=2, example_input=torch.randn(2, 4))
+    model = RIDEWrapper(backbone, 2, fork_at="2", example_input=torch.randn(2, 4))
     out = model(torch.randn(5, 4))
     adjusted = adjust_logits(out, COUNTS, -0.3)
     assert type(adjusted) is torch.Tensor

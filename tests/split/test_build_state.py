@@ -144,7 +144,9 @@ def test_quantization_aware_training() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_prepared_for_quantization_is_not_narrowed() -> None:
     net = prepared(Quantized()).apply(quantization.disable_observer)
-    with pytest.raises(WidthError, match=r"`dequant` is prepared for quantization. Wrap and narrow"):
+    with pytest.raises(
+        WidthError, match=r"`dequant` is prepared for quantization. Wrap and narrow"
+    ):
         wrapped(net, init="fresh", expert_width=0.5)
 
 

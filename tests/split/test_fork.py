@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from torch import nn
 
+from ride_plugin import RIDEWrapper
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._probe import call_tree
 from ride_plugin._split._units import tokens, units_of
@@ -41,3 +45,56 @@ def test_probing_leaves_no_hook_behind() -> None:
     backbone = mlp()
     call_tree(backbone, ((torch.rand(2, 20),), {}))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 16, bidirectional=True, batch_first=True)
+        self.fc = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.lstm(x)[0].mean(1))
+
+
+class AlmostAllEarly(nn.Module):
+    """Five large layers of their own kind, then three small blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.ReLU())
+        self.blocks = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+        self.fc = nn.Linear(64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.blocks(self.stem(x).mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "example", "fork_at", "message"),
+    [
+        (
+            Recurrent,
+            (2, 5, 8),
+            "lstm",
+            r"at 'lstm', but no layer with weights.*`fork_at='lstm'` if",
+        ),
+        (AlmostAllEarly, (2, 3, 16, 16), "blocks.2", r"at 'blocks.2', but 99.9% of the multiply"),
+    ],
+)
+def test_a_fork_that_makes_little_sense_is_warned_of_once_unless_it_was_asked_for(
+    backbone, example, fork_at: str, message: str
+) -> None:
+    x = torch.randn(example)
+    with pytest.warns(UserWarning, match=message) as warned:
+        model = RIDEWrapper(backbone(), 3, example_input=x)
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert model.fork_at == fork_at
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RIDEWrapper(backbone(), 3, fork_at=fork_at, example_input=x)
+        RIDEWrapper(backbone(), 1, example_input=x)  # nothing is shared with one
+        frozen = backbone().requires_grad_(False)  # a pretrained trunk, and heads on it
+        frozen.fc.requires_grad_(True)
+        RIDEWrapper(frozen, 3, fork_at="fc", init="copy", example_input=x)
