@@ -79,7 +79,7 @@ class AlmostAllEarly(nn.Module):
             "lstm",
             r"at 'lstm', but no layer with weights.*`fork_at='lstm'` if",
         ),
-        (AlmostAllEarly, (2, 3, 16, 16), "blocks.2", r"at 'blocks.2', but 99.9% of the multiply"),
+        (AlmostAllEarly, (2, 3, 16, 16), "blocks.1", r"at 'blocks.1', but 99.8% of the multiply"),
     ],
 )
 def test_a_fork_that_makes_little_sense_is_warned_of_once_unless_it_was_asked_for(
