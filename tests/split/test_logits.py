@@ -228,7 +228,7 @@ def test_class_weights_used_by_a_function_are_a_classifier() -> None:
             x = torch.relu(self.late(torch.relu(self.stem(x))))
             return 16 * F.linear(F.normalize(x), F.normalize(self.fc.weight))
 
-    model = RIDEWrapper(Functional(lambda f, z: z), 2)
+    model = RIDEWrapper(Functional(lambda f, z: z), 2, fork_at="late")
     assert model.classifiers == []
     assert model.num_classes == 5
 
@@ -392,7 +392,7 @@ def test_the_input_size_that_a_model_card_names_is_used(attribute: str) -> None:
     with pytest.raises(SplitError, match="Could not guess"):
         RIDEWrapper(net, 2)
     setattr(net, attribute, {"input_size": (3, 41, 47)})
-    model = RIDEWrapper(net, 2)
+    model = RIDEWrapper(net, 2, fork_at="2")
     assert model.example_input(3)[0][0].shape == (3, 3, 41, 47)
 
 
