@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import nn
 
 from ride_plugin._errors import RIDEError
+
+_NUMPY = "numpy.random"  # which takes long to import: who has not imported it draws nothing
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,16 @@ class RandomState:
 
     @classmethod
     def now(cls) -> RandomState:
-        state: Any = np.random.get_state()  # noqa: NPY002 (a backbone may draw from it)
-        name, keys, *rest = state
+        generator = sys.modules.get(_NUMPY)
+        if generator is None:
+            return cls(random.getstate(), ())
+        name, keys, *rest = generator.get_state()
         return cls(random.getstate(), (name, tuple(keys.tolist()), *rest))
 
     def restore(self) -> None:
         random.setstate(self.python)
-        np.random.set_state(self.numpy)  # noqa: NPY002
+        if self.numpy:
+            sys.modules[_NUMPY].set_state(self.numpy)
 
     def mark(self) -> str:
         """The same object for the same state."""
@@ -59,7 +63,8 @@ def seed_everything() -> None:
     """Seed torch, numpy and Python alike, within :func:`random_state_kept`."""
     torch.manual_seed(0)
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    if _NUMPY in sys.modules:
+        sys.modules[_NUMPY].seed(0)
 
 
 _PATIENCE = 60.0  # seconds that a thread waits for another; who is waited for may wait for it

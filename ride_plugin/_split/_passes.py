@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ReplayError
 from ride_plugin._inputs import batch_size_of
-from ride_plugin._split._probe import CONTAINERS, RANDOM, STREAMS, differ, marks_of
+from ride_plugin._split._probe import CONTAINERS, RANDOM, differ, is_stream, marks_of
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import ForkReached, Player, Recorder, Running, StartHook
 
@@ -120,7 +120,7 @@ def write_attributes(
 
 def own_containers(value: Any) -> Any:
     """The same value, but copies of containers and generators, so that each part has its own."""
-    if isinstance(value, STREAMS):
+    if is_stream(value):
         return copy.deepcopy(value)
     if not isinstance(value, CONTAINERS):
         return value

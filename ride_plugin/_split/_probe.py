@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,6 @@ from ride_plugin._tree import tensors_in
 
 _INTERNAL = frozenset(vars(nn.Module()))
 CONTAINERS = (list, dict, set, deque)
-STREAMS = (np.random.Generator, np.random.RandomState, random.Random)
 RANDOM = ("", "numpy.random and random")  # draws leave their mark as attributes do
 
 Seen = tuple[int, tuple[int, ...]]  # (address, shape) of a tensor
@@ -127,12 +125,17 @@ def mark_of(value: Any) -> list[Any]:
     """A value and, of a container, what is in it, of a generator of random numbers its state."""
     if isinstance(value, torch.Generator):
         return [value, sys.intern(str(hash(tuple(value.get_state().tolist()))))]
-    if isinstance(value, STREAMS):
+    if is_stream(value):
         return [value, sys.intern(str(hash(pickle.dumps(value))))]
     if not isinstance(value, CONTAINERS):
         return [value]
     items = value.values() if isinstance(value, dict) else value
     return [value, *(mark for item in items for mark in mark_of(item))]
+
+
+def is_stream(value: Any) -> bool:
+    """Whether a value is a generator of random numbers of Python or numpy."""
+    return isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random.")
 
 
 def differ(a: list[Any], b: list[Any]) -> bool:
