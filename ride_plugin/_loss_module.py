@@ -77,8 +77,16 @@ class RIDEModule(nn.Module):
         self.model = model
         self.criterion = criterion
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """Compute the experts' activations again in the backward pass (``checkpoint_experts``)."""
+    @property
+    def config(self) -> Any:
+        """The backbone's configuration, which the Trainer reads."""
+        return self.model.config
+
+    def gradient_checkpointing_enable(self, *how: Any, **named: Any) -> None:
+        """Compute the experts' activations again in the backward pass (``checkpoint_experts``).
+
+        How is not a choice here: what the Trainer says of it (``use_reentrant``) is left aside.
+        """
         self.model.checkpoint_experts = True
 
     def gradient_checkpointing_disable(self) -> None:
