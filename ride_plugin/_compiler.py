@@ -6,30 +6,31 @@ import torch
 
 from ride_plugin._errors import VersionError
 
-COMPILES_FROM = (2, 10)
-"""The oldest torch whose `torch.compile` and `torch.export` can follow a wrapped model."""
+# The oldest torch with which the tests of each pass; see docs/evidence/environments.md.
+COMPILES_FROM, EXPORTS_FROM = (2, 10), (2, 13)
 
-COMPILES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= COMPILES_FROM
-
-
-def needs_compiler(what: str) -> None:
-    """Refuse what this torch cannot trace.
-
-    Raises:
-        VersionError: torch is too old.
-    """
-    if not COMPILES:
-        raise VersionError(
-            f"{what} needs torch {'.'.join(map(str, COMPILES_FROM))} or newer, but this is torch "
-            f"{torch.__version__}. Training, evaluation and routing work here uncompiled."
-        )
+_HERE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+COMPILES, EXPORTS = _HERE >= COMPILES_FROM, _HERE >= EXPORTS_FROM
 
 
-def refuse_old_compiler() -> None:
-    """Refuse to be compiled by a torch that would fail somewhere inside."""
+def check_exports(what: str) -> None:
+    """Raise VersionError if this torch is too old to export a model's stages."""
+    if not EXPORTS:
+        _refuse(what, EXPORTS_FROM)
+
+
+def check_compiles() -> None:
+    """Raise VersionError if this is being compiled by a torch that would fail somewhere inside."""
     if not COMPILES and torch.compiler.is_compiling():
-        _untraced("Compiling or exporting a wrapped model")
+        _untraced("Compiling or exporting a wrapped model", COMPILES_FROM)
+
+
+def _refuse(what: str, oldest: tuple[int, int]) -> None:
+    raise VersionError(
+        f"{what} needs torch {oldest[0]}.{oldest[1]} or newer, but this is torch "
+        f"{torch.__version__}. Training, evaluation and routing work with it."
+    )
 
 
 # Not traced, so that the error is this one and none of the compiler's, whose import takes long.
-_untraced = needs_compiler if COMPILES else torch.compiler.disable(needs_compiler)
+_untraced = _refuse if COMPILES else torch.compiler.disable(_refuse)

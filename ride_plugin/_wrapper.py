@@ -20,7 +20,7 @@ from ride_plugin._checks import (
     check_number,
     refuse,
 )
-from ride_plugin._compiler import refuse_old_compiler
+from ride_plugin._compiler import check_compiles
 from ride_plugin._construct import construct
 from ride_plugin._contexts import training_pass
 from ride_plugin._delegate import from_backbone
@@ -375,7 +375,7 @@ class RIDEWrapper(SplitModule):
             logits (read them with :func:`ride_plugin.expert_logits`); what ``return_experts`` asks
             for instead.
         """
-        refuse_old_compiler()
+        check_compiles()
         # Another thread may be evaluating the model, which sets the modes of its modules.
         free = torch.compiler.is_compiling() or not torch.is_grad_enabled()
         with nullcontext() if free else training_pass(self):
@@ -415,7 +415,7 @@ class RIDEWrapper(SplitModule):
         Returns:
             :class:`RouterInputs`: expert logits ``[B, E, C]`` and features ``[B, E, D]``.
         """
-        refuse_old_compiler()
+        check_compiles()
         # A graph cannot restore modes; compile and export what is in evaluation mode already.
         mode = nullcontext() if torch.compiler.is_compiling() else self.evaluating()
         with mode, torch.no_grad():

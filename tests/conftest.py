@@ -12,9 +12,10 @@ from tests.reference import DATA, REFERENCE, arrays_in
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     present = REFERENCE.exists() and DATA.exists()
     absent = pytest.mark.skip(reason="the authors' numbers are not part of the repository")
-    too_old = pytest.mark.skip(reason=f"torch {torch.__version__} cannot compile a wrapped model")
+    too_old = pytest.mark.skip(reason=f"torch {torch.__version__} is too old to compile or export")
+    refused = {"compiles": not _compiler.COMPILES, "exports": not _compiler.EXPORTS}
     for item in items:
-        if not _compiler.COMPILES and item.get_closest_marker("compiles"):
+        if any(refused[name] for name in refused if item.get_closest_marker(name)):
             item.add_marker(too_old)
         if not present and item.get_closest_marker("reference"):
             item.add_marker(absent)

@@ -17,7 +17,8 @@ from ride_plugin import (
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> RIDEWrapper:
     monkeypatch.setattr(_compiler, "COMPILES", False)
-    monkeypatch.setattr(_compiler, "_untraced", torch.compiler.disable(_compiler.needs_compiler))
+    monkeypatch.setattr(_compiler, "EXPORTS", False)
+    monkeypatch.setattr(_compiler, "_untraced", torch.compiler.disable(_compiler._refuse))
     backbone = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 5))
     return RIDEWrapper(backbone, 2, fork_at="2", example_input=torch.zeros(2, 6))
 

@@ -254,7 +254,13 @@ def test_other_values_are_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "engine", [Casting, nn.DataParallel, lambda m: torch.compile(m, backend="eager"), lambda m: m]
+    "engine",
+    [
+        Casting,
+        nn.DataParallel,
+        pytest.param(lambda m: torch.compile(m, backend="eager"), marks=pytest.mark.compiles),
+        lambda m: m,
+    ],
 )
 def test_it_can_be_set_through_engines(engine: Callable[[nn.Module], nn.Module]) -> None:
     model = wrapped()

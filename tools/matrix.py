@@ -1,8 +1,9 @@
 """Run the tests under several Python and torch versions: ``python tools/matrix.py 3.10:2.5.1 ...``.
 
 Each pair of an interpreter (``python3.10`` on the path, or a file) and a torch version gets an
-environment under ``--folder``, which is removed after its run unless ``--keep`` is given. The
-versions of the other packages are the newest that fit. A row for each pair is printed as Markdown.
+environment under ``--folder``, which is removed after its run unless ``--keep`` is given; one that
+is there already is used. The versions of the other packages are the newest that fit. A row for
+each pair is printed as Markdown.
 
 ``--without-accelerator`` installs torch without the accelerator libraries that its Linux builds
 require, several gigabytes, and puts empty libraries of the same names beside it, so that it imports
@@ -46,8 +47,10 @@ def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[
 
 def make(folder: Path, interpreter: str, torch: str, without_accelerator: bool) -> Path:
     """An environment with that torch and what the tests need; returns its Python."""
-    run(shutil.which(interpreter) or interpreter, "-m", "venv", "--clear", folder, check=True)
     python = folder / "bin" / "python"
+    if python.exists():
+        return python
+    run(shutil.which(interpreter) or interpreter, "-m", "venv", folder, check=True)
     pip = [python, "-m", "pip", "install", "--quiet"]
     if without_accelerator:
         run(*pip, "--no-deps", f"torch=={torch}", check=True)

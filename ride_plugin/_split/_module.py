@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ride_plugin._checks import refuse
-from ride_plugin._compiler import refuse_old_compiler
+from ride_plugin._compiler import check_compiles
 from ride_plugin._contexts import RandomState, evaluating, random_state_kept
 from ride_plugin._errors import (
     ArgumentError,
@@ -134,7 +134,7 @@ class SplitModule(nn.Module):
         stored = self._stored(args, kwargs)
         if stored is not None:
             return stored
-        refuse_old_compiler()
+        check_compiles()
         self._take_up()
         before = read_attributes(self.trunk, self._attributes)
         self._keep_hooks()
@@ -161,7 +161,7 @@ class SplitModule(nn.Module):
         Returns:
             Its logits ``[B, C]``, and what its classifier received, pooled to ``[B, D]``.
         """
-        refuse_old_compiler()
+        check_compiles()
         expert = self.experts[index]
         self._follow_tensors()
         watch_classifier(expert, self.classifier_name, self._running)
@@ -276,7 +276,7 @@ class SplitModule(nn.Module):
         ):
             state = self.run_trunk(*args, **kwargs)
             return (state, *self.run_expert(0, state))
-        refuse_old_compiler()
+        check_compiles()
         before = read_attributes(self.trunk, self._attributes)
         watch_classifier(self.experts[0], self.classifier_name, self._running)
         self._keep_hooks()

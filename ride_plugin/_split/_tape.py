@@ -429,7 +429,8 @@ def _checkpointed_region() -> object:
         frame: FrameType | None = sys._getframe()
         while frame is not None and frame.f_code.co_filename != _CHECKPOINT:
             frame = frame.f_back
-        return None if frame is None else frame.f_locals.get("gen")
+        here = frame is not None and torch.is_grad_enabled()
+        return frame.f_locals.get("gen") if here else None
     hooks = top(False)
     pack = None if hooks is None else hooks[0]
     return pack if getattr(pack, "__qualname__", "").startswith("_checkpoint_hook.") else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ride_plugin._compiler import needs_compiler
+from ride_plugin._compiler import check_exports
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import Inputs, as_inputs, resize_batch, taken_by_model
 from ride_plugin._split import Rows, TrunkState, hollow
@@ -22,7 +22,7 @@ from ride_plugin.routing._exit import RoutedStages, exceeds
 
 def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, ExportedProgram]:
     """See `RoutingInference.export_stages`."""
-    needs_compiler("`export_stages`")
+    check_exports("`export_stages`")
     model = routed.model
     if not isinstance(model, RIDEWrapper):
         raise ArgumentError(

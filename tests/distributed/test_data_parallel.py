@@ -36,6 +36,7 @@ def test_trains_as_one_process(ranks: Ranks, ddp: dict[str, Any], checkpoint_exp
     ranks(_train, options, ddp, "")
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("return_experts", [False, True])
 @pytest.mark.parametrize("compiled", ["inside", "outside"])
 def test_compiled_model_trains_as_one_process(

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
+
+if not hasattr(fsdp, "fully_shard"):
+    pytest.skip("torch has FSDP2 from 2.6 on", allow_module_level=True)
+
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecisionPolicy,

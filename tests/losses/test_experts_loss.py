@@ -102,6 +102,7 @@ def test_custom_subclasses_of_cross_entropy_see_one_expert_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.MultiMarginLoss()])
+@pytest.mark.compiles
 def test_compiles_whole(criterion) -> None:
     logits, target = batch()
     compiled = torch.compile(

@@ -10,7 +10,7 @@ from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInferen
 from ride_plugin.routing import StagedRunner
 from tests.handmade import small_model
 
-pytestmark = pytest.mark.compiles
+pytestmark = pytest.mark.exports
 
 
 class Tokens(nn.Module):

@@ -13,7 +13,7 @@ from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInferen
 from ride_plugin.routing import StagedRunner, fuse_stages
 from ride_plugin.routing._fused import FusedConv2d, FusedStage
 
-pytestmark = pytest.mark.compiles
+pytestmark = pytest.mark.exports
 
 
 class Block(nn.Module):
