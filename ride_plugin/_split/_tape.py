@@ -429,8 +429,9 @@ def _checkpointed_region() -> object:
         frame: FrameType | None = sys._getframe()
         while frame is not None and frame.f_code.co_filename != _CHECKPOINT:
             frame = frame.f_back
-        here = frame is not None and torch.is_grad_enabled()
-        return frame.f_locals.get("gen") if here else None
+        if frame is None or not torch.is_grad_enabled():
+            return None
+        return frame.f_locals.get("gen")
     hooks = top(False)
     pack = None if hooks is None else hooks[0]
     return pack if getattr(pack, "__qualname__", "").startswith("_checkpoint_hook.") else None
