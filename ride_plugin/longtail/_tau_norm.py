@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ride_plugin._checks import check_floating, check_number
 from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
 from ride_plugin.longtail._classifiers import Classifiers, linear_classifiers
 
 
@@ -37,13 +38,14 @@ def tau_normalized(weight: Tensor, tau: float) -> Tensor:
     """
     tau = check_number(tau, "tau", 0)
     check_floating(weight, "weight", "C", "D", advice="Pass a linear layer's weight.")
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    precise = float32_or_better(weight)  # a power of a norm overflows in half precision
+    norms: Tensor = torch.linalg.vector_norm(precise, dim=1, keepdim=True)
     if not bool((norms > 0).all() & norms.isfinite().all()):
         raise ArgumentError(
             "Expected argument `weight` to have a finite norm > 0 in every row, but got norms from "
             f"{norms.min().item():g} to {norms.max().item():g}. Train the classifier first."
         )
-    return weight / norms.pow(tau)
+    return (precise / norms.pow(tau)).to(weight.dtype)
 
 
 def tau_normalize(

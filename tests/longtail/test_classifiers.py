@@ -196,3 +196,10 @@ def test_weight_scaling_twice_is_refused(model) -> None:
     learnable_weight_scaling(model)
     with pytest.raises(RIDEError, match=r"learnable_weight_scaling.*parametrized"):
         learnable_weight_scaling(model)
+
+
+def test_tau_norm_in_half_precision_is_computed_in_float32() -> None:
+    weight = torch.full((2, 4), 200.0)  # whose norm to the power of two is no float16
+    half = tau_normalized(weight.half(), 2.0)
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), tau_normalized(weight, 2.0), rtol=1e-3, atol=0)

@@ -179,3 +179,20 @@ def test_bad_arguments_are_named(labels, arguments, message: str) -> None:
 
 def test_one_sample_is_enough() -> None:
     assert len(list(ClassBalancedSampler([0, 1, 1], num_samples=1))) == 1
+
+
+class Shuffled(torch.utils.data.Sampler):
+    """A sampler of samplers, which could share among ranks and does not."""
+
+    num_replicas = None
+
+    def __init__(self, inner: ClassBalancedSampler) -> None:
+        self.inner = inner
+
+    def __iter__(self):
+        yield from reversed(list(self.inner))
+
+
+def test_a_caller_that_does_not_share_is_not_warned_of() -> None:
+    sampler = ClassBalancedSampler(LABELS, num_replicas=2, rank=0)
+    assert sorted(Shuffled(sampler)) == sorted(sampler)  # warnings are errors here
