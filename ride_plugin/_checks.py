@@ -135,12 +135,10 @@ def check_floating(value: object, name: str, *shape: int | str, advice: str = ""
 
 
 def check_temperature(value: Tensor | float, size: int) -> Tensor | float:
-    """Return a positive number, or a positive tensor, 0-dimensional or ``[size]``."""
+    """Return a positive number, or a tensor, 0-dimensional or ``[size]``, which is not read."""
     if not isinstance(value, Tensor):
         return check_number(value, "temperature", 0, open_low=True)
-    check_floating(value, "temperature", *([size] if value.dim() else []))
-    check_least(value, "temperature", 0, open_low=True)
-    return value
+    return check_floating(value, "temperature", *([size] if value.dim() else []))
 
 
 def check_class_counts(class_counts: ClassCounts, name: str = "class_counts") -> Tensor:
@@ -265,15 +263,12 @@ def check_numbers(values: Tensor, name: str) -> None:
         )
 
 
-def check_least(values: Tensor, name: str, low: float, *, open_low: bool = False) -> None:
+def check_least(values: Tensor, name: str, low: float) -> None:
     """Raise unless all values are finite and at least ``low``, on the CPU and not in a graph."""
-    if not _may_read(values):
-        return
-    above = values > low if open_low else values >= low
-    if not bool((values.isfinite() & above).all()):
+    if _may_read(values) and not bool((values.isfinite() & (values >= low)).all()):
         raise ArgumentError(
-            f"Expected argument `{name}` to hold finite numbers {'>' if open_low else '>='} {low}, "
-            f"but got values from {values.min().item():g} to {values.max().item():g}."
+            f"Expected argument `{name}` to hold finite numbers >= {low}, but got values from "
+            f"{values.min().item():g} to {values.max().item():g}."
         )
 
 

@@ -190,7 +190,8 @@ def pairwise_kl(
 
     Args:
         expert_logits: ``[B, E, C]``. A class may be masked with -inf in all experts.
-        temperature: a number, or ``[B]``, one for each sample; held constant.
+        temperature: a number, or ``[B]``, one for each sample, all positive; held constant. The
+            values of a tensor are not read, which would stall a device at every step.
         detach_others: each expert minimises its own divergence and takes the others as given,
             which is how the paper states the loss. With False the gradient also reaches $p_j$;
             below a minus sign that is unbounded and was measured to diverge.

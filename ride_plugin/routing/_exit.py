@@ -8,8 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import check_predictions
+from ride_plugin._checks import check_predictions, is_finite, refuse
+from ride_plugin._errors import ArgumentError
+from ride_plugin.routing._confidence import ConfidenceRouter
 from ride_plugin.routing._protocols import RoutableModel, Router, Stages, State
+from ride_plugin.routing._router import ExpertRouter
+
+_LOOK_THEMSELVES = (ConfidenceRouter, ExpertRouter)  # for NaN; each look waits for the CPU
 
 
 class RoutingOutput(NamedTuple):
@@ -73,8 +78,28 @@ class RoutedStages:
 
     def goes_on(self, index: int, mean_logits: Tensor, features: Tensor) -> Tensor:
         """Whether each row needs one more expert after expert ``index``."""
-        gate = self.router.gate(index, mean_logits, features)
+        gate = gate_logits(self.router, index, mean_logits, features)
         return exceeds(gate, self.threshold_logits[index])
+
+
+def gate_logits(router: Router, index: int, mean_logits: Tensor, features: Tensor) -> Tensor:
+    """A gate's logits ``[b]``, checked: a router may be made by hand.
+
+    Raises:
+        ArgumentError: they are not one floating-point number for each row, or (on the CPU only)
+            one is NaN, which would let its row go as if it were settled.
+    """
+    gate: object = router.gate(index, mean_logits, features)
+    rows = mean_logits.shape[:1]
+    if not isinstance(gate, Tensor) or not gate.is_floating_point() or gate.shape != rows:
+        refuse("router", "one whose `gate` returns floating-point logits [b], for each row", gate)
+    checked = type(router) in _LOOK_THEMSELVES or is_finite(gate)
+    if not checked and bool(gate.isnan().any()):
+        raise ArgumentError(
+            "Expected argument `router` to decide for every row, but its gate returned NaN for "
+            f"{int(gate.isnan().sum())} of {len(gate)} rows. Find the step at which it diverged."
+        )
+    return gate
 
 
 def exceeds(gate_logits: Tensor, limit: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ride_plugin._inputs import Inputs, as_inputs, resize_batch, taken_by_model
 from ride_plugin._split import Rows, TrunkState, hollow
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._wrapper import RIDEWrapper
-from ride_plugin.routing._exit import RoutedStages, exceeds
+from ride_plugin.routing._exit import RoutedStages, exceeds, gate_logits
 
 
 def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, ExportedProgram]:
@@ -115,7 +115,7 @@ class _Gate(nn.Module):
         self.register_buffer("limit", routed.threshold_logits[index].clone())
 
     def forward(self, mean_logits: Tensor, features: Tensor) -> Tensor:
-        gate = self.router.gate(self.index, mean_logits, features)
+        gate = gate_logits(self.router, self.index, mean_logits, features)
         return exceeds(gate, cast("Tensor", self.limit))
 
 

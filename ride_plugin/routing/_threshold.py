@@ -25,7 +25,7 @@ from ride_plugin._inputs import as_inputs
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin.functional import running_means
 from ride_plugin.routing._confidence import ConfidenceRouter, Kind
-from ride_plugin.routing._exit import RoutedStages
+from ride_plugin.routing._exit import RoutedStages, gate_logits
 from ride_plugin.routing._protocols import Router
 
 LONG_TAIL_RATIO = 10
@@ -189,7 +189,7 @@ def _measure(
         means = running_means(logits)  # the bits that inference gives, so the curve is what it does
         for kind, router in routers.items():
             columns = [
-                router.gate(index, means[:, index], features[:, index])
+                gate_logits(router, index, means[:, index], features[:, index])
                 for index in range(model.num_experts - 1)
             ]
             gates[kind].append(torch.stack(columns, dim=1).float().cpu())

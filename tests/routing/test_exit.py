@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ride_plugin import ExpertRouter, RoutingInference
+from ride_plugin import ArgumentError, ExpertRouter, RoutingInference
 from ride_plugin.functional import running_means
 from ride_plugin.routing import RoutingQueue, StagedRunner
 from tests.handmade import HandmadeState, small_model
@@ -106,3 +106,49 @@ def test_calibration_walks_as_inference_does():
         logits, used = naive(serve, x)
         assert curve.mean_experts[index] == used.double().mean()
         assert curve.accuracy[index] == (logits.argmax(1) == labels).double().mean()
+
+
+class ByHand(torch.nn.Module):
+    """A router that a user wrote."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.by_hand = gate
+
+    def gate(self, index, mean_logits, features):
+        return self.by_hand(mean_logits[:, 0])
+
+
+GATES = {
+    "a column": lambda z: z[:, None],
+    "of other rows": lambda z: torch.ones(2),
+    "a number": lambda z: 1.0,
+    "one for all": lambda z: z.sum(),
+    "integers": lambda z: z.long(),
+    "decisions": lambda z: z > 0,
+    "NaN": lambda z: torch.where(torch.arange(len(z)) == 1, torch.nan, z),
+}
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_what_a_gate_cannot_say_is_refused_wherever_a_router_is_used(kind):
+    serve, x = serving()
+    model = serve.model
+    serve = RoutingInference(model, ByHand(GATES[kind]))
+    queue = RoutingQueue(serve)
+    for call in (
+        lambda: serve(x),
+        lambda: serve.dense(x),
+        lambda: queue.submit(x),
+        lambda: runner_of(serve)(x),
+        lambda: serve.calibrate([(x, torch.arange(len(x)) % 5)], max_experts=2.0),
+    ):
+        with pytest.raises(ArgumentError, match="`router`"):
+            call()
+
+
+def test_a_gate_that_is_infinitely_sure_decides():
+    serve, x = serving()
+    for sure, used in ((torch.inf, 4), (-torch.inf, 1)):
+        certain = RoutingInference(serve.model, ByHand(lambda z, sure=sure: z * 0 + sure))
+        assert (certain(x, return_routing=True).num_experts_used == used).all()
