@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from ride_plugin._checks import (
     check_class_counts,
     refuse,
 )
+from ride_plugin._errors import ArgumentError
 from ride_plugin._output import Output, expert_logits, plain_logits
 from ride_plugin._schedule import Schedule
 from ride_plugin.losses._diversity import DiversityLoss
@@ -89,7 +91,9 @@ class RIDELoss(nn.Module):
         self.schedules = nn.ModuleList(schedules)
         self.mean_loss: Tensor | None = None
 
-    def forward(self, output: Output, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, output: Output | None = None, target: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Return the loss, a scalar.
 
         Args:
@@ -97,12 +101,15 @@ class RIDELoss(nn.Module):
                 gradients also plain logits ``[B, C]``.
             target: as the criterion takes it. `DiversityLoss` uses it in the paper's form only.
             *args: handed on to the criterion.
-            **kwargs: handed on to the criterion.
+            **kwargs: handed on to the criterion. ``output`` and ``target`` may come under the
+                criterion's own names, ``criterion(input=..., target=...)``, say.
 
         Raises:
             MissingExpertLogitsError: gradients are recorded and ``output`` is a bare ``[B, C]``.
             ArgumentError: see `experts_loss` and `DiversityLoss`.
         """
+        if output is None or target is None:
+            output, target = self._under_own_names(output, target, kwargs)
         if not torch.is_grad_enabled():
             return self._of_mean(plain_logits(output, "output"), target, args, kwargs)
         experts = expert_logits(output)
@@ -134,6 +141,24 @@ class RIDELoss(nn.Module):
         """Arguments, as ``repr`` shows them."""
         own = "" if isinstance(self.criterion, nn.Module) else f", criterion={self.criterion!r}"
         return f"reduction={self.reduction!r}{own}"
+
+    def _under_own_names(self, output: Any, target: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Both, of which one or none has come, taken out of what came by the criterion's names."""
+        several = isinstance(self.criterion, list | nn.ModuleList)
+        first = self.criterion[0] if several else self.criterion
+        called = first.forward if isinstance(first, nn.Module) else first
+        names = [*inspect.signature(called).parameters, "output", "target"][:2]
+        if output is None:
+            output = kwargs.pop(names[0], None)
+        if target is None:
+            target = kwargs.pop(names[1], None)
+        if output is None or target is None:
+            raise ArgumentError(
+                f"Expected arguments `output` and `target` (or by the criterion's own names, "
+                f"`{names[0]}` and `{names[1]}`), but `{'output' if output is None else 'target'}` "
+                "is missing or None."
+            )
+        return output, target
 
     def _with(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The criterion, or all of them, with further arguments."""

@@ -331,3 +331,40 @@ def test_modules_and_functions_may_be_mixed() -> None:
     mixed, alike = RIDELoss(criteria, COUNTS), RIDELoss(F.cross_entropy, COUNTS)
     out = output()
     torch.testing.assert_close(mixed(out, TARGET), alike(out, TARGET))
+
+
+class OwnNames(nn.Module):
+    """A criterion of a training code, called by its own names and with more than two arguments."""
+
+    def forward(self, output_logits: Tensor, labels: Tensor, extra_info: float = 0.0) -> Tensor:
+        return F.cross_entropy(output_logits, labels) + extra_info
+
+
+@pytest.mark.parametrize(
+    ("criterion", "names"),
+    [
+        (nn.CrossEntropyLoss(), ("input", "target")),
+        (F.cross_entropy, ("input", "target")),
+        (OwnNames(), ("output_logits", "labels")),
+        (OwnNames(), ("output", "labels")),
+        ([OwnNames(), OwnNames(), OwnNames()], ("output_logits", "target")),
+    ],
+)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_it_is_called_by_the_names_of_the_criterion(criterion, names, gradients: bool) -> None:
+    out, loss = output(), RIDELoss(criterion, COUNTS)
+    more = {"extra_info": 0.5} if "labels" in names or isinstance(criterion, list) else {}
+    with torch.set_grad_enabled(gradients):
+        expected = loss(out, TARGET, **more)
+        torch.testing.assert_close(
+            loss(**dict(zip(names, (out, TARGET), strict=True)), **more), expected
+        )
+        torch.testing.assert_close(loss(out, **{names[1]: TARGET}, **more), expected)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"output": 0}, {"labels": TARGET}, {"logits": 0, "labels": 0}]
+)
+def test_a_missing_output_or_target_is_named_in_both_tongues(given) -> None:
+    with pytest.raises(ArgumentError, match=r"`output` and `target`.*`output_logits` and `labels`"):
+        RIDELoss(OwnNames(), COUNTS)(**given)
