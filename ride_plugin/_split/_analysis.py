@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from ride_plugin._contexts import RandomState, seed_everything
@@ -148,6 +149,12 @@ def _learn(
         marks, reads = _marks(views.trunk, attributes), _Reads()
         with reads:
             small = record(views.trunk, views.running, (), *batches[0], stop_at_fork=True)[0]
+    if any(map(is_functorch_wrapped_tensor, tensors_in(small.values))):
+        raise SplitError(
+            "The backbone's forward runs `torch.vmap` or another transform of `torch.func` before "
+            "the fork, and what is computed inside of it cannot be handed to experts. Move it into "
+            "the forward of a submodule, which then runs as a whole, or behind the fork."
+        )
     if small.keys in known:
         return None
     now = _marks(views.trunk, attributes)

@@ -299,6 +299,8 @@ def learned(
     for meta in (True, False):
         try:
             split, ahead, left = lessons(meta)
+            if ahead:
+                refuse_reading_ahead(split)
             try:
                 written = check(source, split)
             except WrittenBehind as found:  # which only values show, as with `self.queue.data`
@@ -307,8 +309,6 @@ def learned(
                 behind |= found.names
                 split, ahead, left = lessons(meta)
                 written = check(source, split)
-            if ahead:
-                refuse_reading_ahead(split)
             if left:
                 own = refuse_feedback(split, left)
                 # What is the same for every expert starts where the trunk started: a count, say.
@@ -323,8 +323,9 @@ def learned(
                 f"Cannot split the backbone at {fork_at!r}: its forward runs as a whole, but fails "
                 f"when an expert takes up what the trunk left ({type(error).__name__}: {error}). "
                 "Its late part seems to need something of its early part that is no tensor, a "
-                "cache say. Pass another `fork_at=`, or write trunk and experts as modules of "
-                "their own and use `RIDEWrapper.from_parts`."
+                "cache say (Hugging Face's is switched off by `config.use_cache = False`). Pass "
+                "another `fork_at=`, or write trunk and experts as modules of their own and use "
+                "`RIDEWrapper.from_parts`."
             ) from error
         else:
             break

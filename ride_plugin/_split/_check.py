@@ -173,10 +173,20 @@ def _check_rows(
             "`net.apply(torch.ao.quantization.disable_observer)` does. Or wrap the plain network, "
             "and prepare the wrapped one."
         )
+    several = state.layout is not None and any(
+        rows is not None and rows.per_sample > 1 for entry in state.layout.rows for rows in entry
+    )
     raise SplitError(
         f"{_prefix(fork, 'evaluation')}: an expert's logits for some rows differ from those rows "
-        "of the whole batch, so routing would change predictions. Pass `fork_at=` another "
-        "submodule."
+        "of the whole batch, so routing would change predictions. "
+        + (
+            "The batch that crosses the fork holds several slices of each row, which have to lie "
+            "next to each other (those of a packed sequence do not): "
+            "`torch.stack([x, flipped], dim=1).flatten(0, 1)` instead of "
+            "`torch.cat([x, flipped])`."
+            if several
+            else "Pass `fork_at=` another submodule."
+        )
     )
 
 

@@ -25,6 +25,7 @@ from ride_plugin._split._passes import (
     write_attributes,
 )
 from ride_plugin._split._state import Absent
+from ride_plugin._split._views import Views
 from ride_plugin._tree import map_tensors, tensors_in
 
 
@@ -34,15 +35,19 @@ def refuse_reading_ahead(split: Split) -> None:
     Raises:
         SplitError: the trunk cannot be shared; the message names what it reads.
     """
-    weights = [name for name, _ in _own_tensors(split)]
+    weights = [name for name, _ in _own_tensors(split.views)]
     for training in (False, True):
         plain = _run(split, training)
         if plain is None:
             continue
-        read = [n for n in weights if not _same(plain.tape, _tape(_run(split, training, [n])))]
-        if read:
+        used = [
+            n
+            for n in weights
+            if n in plain.wrote or not _same(plain.tape, _tape(_run(split, training, [n])))
+        ]
+        if used:
             raise SplitError(
-                f"Cannot split the backbone at {split.fork_at!r}: its forward uses {_listed(read)} "
+                f"Cannot split the backbone at {split.fork_at!r}: its forward uses {_listed(used)} "
                 "before the fork, so that every expert would use those of expert 0. Use them in "
                 "the forward of the module that holds them, or pass `fork_at=` an earlier "
                 "submodule."
@@ -66,7 +71,7 @@ def refuse_feedback(split: Split, places: Collection[Place]) -> set[Place]:
         SplitError: the trunk cannot be shared; the message names what it uses.
     """
     found: set[Place] = set()
-    weights = [name for name, _ in _own_tensors(split)]
+    weights = [name for name, _ in _own_tensors(split.views)]
     for training in (False, True):
         ours = _run(split, training, places=places)
         theirs = _run(split, training, weights, places=places)
@@ -93,6 +98,7 @@ def refuse_feedback(split: Split, places: Collection[Place]) -> set[Place]:
 @dataclass
 class _Pass:
     tape: list[Any]
+    wrote: set[str]  # tensors of the expert that the trunk has changed
     output: Any
     left: dict[Place, Any]
 
@@ -128,21 +134,30 @@ def _run(
                     setattr(views.expert.get_submodule(path), key, own_containers(value))
         seed_everything()
         before = read_attributes(views.trunk, split.attributes)
+        own = {name: t for name, t in _own_tensors(views) if not places}
+        values = {name: tensor.clone() for name, tensor in own.items()}
+        ids = {id(tensor) for tensor in own.values()}
+
+        def noted(value: Tensor) -> Tensor:
+            # What is computed with an expert's tensor counts, not that somebody looked at it.
+            return torch.zeros(()) if id(value) in ids else value.detach().clone()
+
         try:
             state, _ = record(views.trunk, views.running, (), args, kwargs, stop_at_fork=True)
             write_attributes(views.expert, split.attributes, before)
-            tape = [list(state.keys), *map(_snapshot, state.values[1:])]
+            tape = [list(state.keys), *(map_tensors(noted, v) for v in state.values[1:])]
+            wrote = {name for name, tensor in own.items() if not _same(tensor, values[name])}
             output = play(views.expert, views.running, state) if places else None
         except Exception:
             if training:  # a backbone that cannot train on its own input
                 return None
             raise
     left = {p: _snapshot(getattr(views.expert.get_submodule(p[0]), p[1], Absent)) for p in places}
-    return _Pass(tape, output, left)
+    return _Pass(tape, wrote, output, left)
 
 
-def _own_tensors(split: Split) -> list[tuple[str, Tensor]]:
-    trunk, expert = split.views.trunk, split.views.expert
+def _own_tensors(views: Views) -> list[tuple[str, Tensor]]:
+    trunk, expert = views.trunk, views.expert
     shared = {id(tensor) for tensor in (*trunk.parameters(), *trunk.buffers())}
     tensors = (*expert.named_parameters(), *expert.named_buffers())
     return [(name, tensor) for name, tensor in tensors if id(tensor) not in shared]

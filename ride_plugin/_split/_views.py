@@ -31,6 +31,8 @@ class Link:
         """Follow the owner's tensor, which ``.to()`` or loading may have replaced."""
         tensor = self.owner._parameters.get(self.name, self.owner._buffers.get(self.name))
         if self.view.__dict__.get(self.name) is not tensor:
+            # Assigning an `nn.Buffer` would register it, in a view that does not own it.
+            vars(tensor).pop("_is_buffer", None)
             self.view.__dict__[self.name] = tensor
 
 

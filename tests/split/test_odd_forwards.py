@@ -1,0 +1,219 @@
+"""Forwards that do something unusual with rows, caches or weights: works, or says what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from ride_plugin import RIDEWrapper, SplitError
+from tests.naive import train_both
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+
+def wrapped(net: nn.Module, **options: Any) -> RIDEWrapper:
+    options = {"fork_at": "b", "init": "copy", "example_input": torch.randn(2, 6), **options}
+    return RIDEWrapper(net, 3, **options)
+
+
+def batches(number: int = 3) -> list[Tensor]:
+    return [torch.randn(5, 6) for _ in range(number)]
+
+
+class MapsRows(Base):
+    where = "early"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        if self.where == "early":
+            x = torch.vmap(torch.dot)(x, x).unsqueeze(1) + x
+        x = self.b(x).relu()
+        if self.where == "late":
+            x = torch.vmap(lambda row: self.c(row) * row.sum())(x)
+            return x
+        return self.c(x)
+
+
+class MapsInside(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(torch.dot)(x, x).unsqueeze(1) + x
+
+
+def test_vmap_before_the_fork_belongs_into_a_submodule_or_behind_it() -> None:
+    with pytest.raises(SplitError, match=r"`torch.vmap`.*into the forward of a submodule"):
+        wrapped(MapsRows())
+    net = MapsRows()
+    net.where = "late"
+    train_both(net, wrapped(net, num_classes=4), batches())
+    net = nn.Sequential(nn.Linear(6, 8), MapsInside(), nn.Linear(8, 8), nn.Linear(8, 4))
+    train_both(net, wrapped(net, fork_at="2"), batches())
+
+
+class TestTimeAugmentation(Base):
+    __test__ = False
+
+    def __init__(self, interleaved: bool) -> None:
+        super().__init__()
+        self.interleaved = interleaved
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.interleaved:
+            both = torch.stack([x, x.flip(1)], dim=1).flatten(0, 1)
+            return self.c(self.b(self.a(both).relu()).relu()).unflatten(0, (-1, 2)).mean(1)
+        both = torch.cat([x, x.flip(1)])
+        first, second = self.c(self.b(self.a(both).relu()).relu()).chunk(2)
+        return (first + second) / 2
+
+
+def test_augmentation_along_the_batch_keeps_the_slices_of_a_row_together() -> None:
+    with pytest.raises(SplitError, match=r"several slices of each row.*torch.stack.*instead of"):
+        wrapped(TestTimeAugmentation(interleaved=False), num_classes=4)
+    net = TestTimeAugmentation(interleaved=True)
+    train_both(net, wrapped(net, num_classes=4), batches())
+
+
+class Packed(nn.Module):
+    """Two recurrent layers on one packed sequence, or on two of their own."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+        self.first, self.second = (nn.LSTM(n, 8, batch_first=True) for n in (6, 8))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        def pack(x: Tensor) -> Any:
+            return pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+
+        out, _ = self.first(pack(x))
+        if self.inside:
+            out = pack(pad_packed_sequence(out, batch_first=True)[0])
+        _, (last, _) = self.second(out)
+        return self.fc(last[-1])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_packed_sequences_are_forked_where_they_are_padded_again(inside: bool) -> None:
+    def batch(rows: int = 4) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        return (torch.randn(rows, 5, 6), torch.tensor([5, 2, 4, 1])[:rows]), {}
+
+    net = Packed(inside)
+    with pytest.raises(SplitError, match="packed sequence has no such dimension: fork where"):
+        wrapped(net, fork_at="second", example_input=batch(3)[0])
+    model = wrapped(net, fork_at="fc", example_input=batch()[0])
+    train_both(net, model, [batch() for _ in range(2)])
+
+
+class AssignsABuffer(Base):
+    """As CTRL: a table is moved to where the input is, at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Buffer(torch.linspace(0.5, 1.0, 8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table = self.table.to(x.device, x.dtype)
+        return self.c(self.b(self.a(x).relu() * self.table).relu())
+
+
+def test_a_buffer_that_is_assigned_to_itself() -> None:
+    net = AssignsABuffer()
+    model = wrapped(net)
+    train_both(net, model, batches())
+    train_both(net.double(), model.double(), [x.double() for x in batches()])
+
+
+class RescalesInEvaluation(Base):
+    """As RWKV: weights of late layers are divided before a forward, by one in a small model."""
+
+    def __init__(self, divisor: float) -> None:
+        super().__init__()
+        self.divisor, self.rescaled = divisor, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rescaled == self.training:
+            with torch.no_grad():
+                self.b.weight.mul_(self.divisor if self.training else 1 / self.divisor)
+            self.rescaled = not self.training
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+def test_an_experts_weights_are_rescaled_by_the_trunk_in_name_only() -> None:
+    net = RescalesInEvaluation(1.0)
+    train_both(net, wrapped(net), batches())
+    with pytest.raises(SplitError, match=r"uses `b.weight` before the fork"):
+        wrapped(RescalesInEvaluation(2.0))
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+
+class Caching(nn.Module):
+    """As a decoder: layers hand on an object that is no tensor, filled as they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.use_cache = True
+        self.layers = nn.ModuleList(CachingLayer(index) for index in range(4))
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cache = Cache() if self.use_cache else None
+        for layer in self.layers:
+            x = layer(x, cache)
+        return self.fc(x)
+
+
+class CachingLayer(nn.Module):
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index, self.linear = index, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        if cache is not None:
+            cache.steps.append(x)
+            x = x + cache.steps[self.index]
+        return self.linear(x).relu()
+
+
+def test_a_cache_that_layers_of_the_trunk_fill_is_switched_off() -> None:
+    net = Caching()
+    with pytest.raises(SplitError, match=r"no tensor, a cache say .*use_cache = False"):
+        wrapped(net, fork_at="layers.2")
+    net.use_cache = False
+    train_both(net, wrapped(net, fork_at="layers.2"), batches())
+
+
+class Text(nn.Module):
+    """Returns what each layer computed beside the logits, as with `output_hidden_states`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, 8), nn.Embedding(9, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, ids: Tensor) -> dict[str, Any]:
+        hidden = [self.words(ids) + self.places(torch.arange(ids.shape[1]))]
+        for layer in self.layers:
+            hidden.append(layer(hidden[-1]).relu())
+        attentions = tuple(h @ h.transpose(1, 2) for h in hidden)
+        logits = self.fc(hidden[-1].mean(1))
+        return {"logits": logits, "hidden_states": tuple(hidden), "attentions": attentions}
+
+
+@pytest.mark.parametrize("fork_at", ["words", "places", "layers.2"])
+def test_hidden_states_beside_the_logits_and_a_fork_at_an_embedding(fork_at: str) -> None:
+    net = Text()
+    model = wrapped(net, fork_at=fork_at, example_input=torch.randint(0, 20, (2, 6)))
+    train_both(net, model, [torch.randint(0, 20, (5, 6)) for _ in range(2)])
