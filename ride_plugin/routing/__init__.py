@@ -6,6 +6,7 @@ from ride_plugin.routing._confidence import ConfidenceRouter
 from ride_plugin.routing._exit import RoutingOutput
 from ride_plugin.routing._fused import fuse_stages
 from ride_plugin.routing._inference import RoutingInference
+from ride_plugin.routing._int8 import quantize_stages
 from ride_plugin.routing._loss import RoutingLoss
 from ride_plugin.routing._queue import RoutingQueue
 from ride_plugin.routing._report import RoutingReport, routing_report
@@ -32,5 +33,6 @@ __all__ = [
     "StagedRunner",
     "TrunkState",
     "fuse_stages",
+    "quantize_stages",
     "routing_report",
 ]

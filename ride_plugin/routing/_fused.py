@@ -114,6 +114,9 @@ class FusedConv2d(nn.Module):
             if other is not None:
                 out.add_(other)
             return out.relu_() if self.relu else out
+        return self._fast(x, other)
+
+    def _fast(self, x: Tensor, other: Tensor | None) -> Tensor:
         if other is None:
             unary = "relu" if self.relu else "none"
             return cast("Tensor", _POINTWISE(x, *self._packed, unary, [], ""))
@@ -130,7 +133,7 @@ class FusedConv2d(nn.Module):
         """Lay the weight out as oneDNN wants it; None where oneDNN does not take it."""
         weight, bias = self.weight, self.bias
         self._plain = (weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        self._packed: tuple[Any, ...] | None = None
+        self._packed: Any = None
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and _has_onednn():
             where = (self.padding, self.stride, self.dilation, self.groups)
             packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, self.input_size)

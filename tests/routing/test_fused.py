@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.resnets import ImageNetResNet
 from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInference
 from ride_plugin.routing import StagedRunner, fuse_stages
 from ride_plugin.routing._fused import FusedConv2d, FusedStage
+from tests.backbones import VisionTransformer
 
 pytestmark = pytest.mark.exports
 
@@ -203,6 +206,29 @@ def test_a_routed_model_is_served_from_fused_stages_by_several_threads() -> None
         torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
         used |= set(num_experts_used.tolist())
     assert used == {1, 2, 3}
+
+
+def bottleneck_network() -> nn.Module:
+    network = ImageNetResNet(7, 8, (1, 1, 1, 1))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.normal_(module.running_mean)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"), [(bottleneck_network, 64), (lambda: VisionTransformer(7), 32)]
+)
+def test_a_bottleneck_network_and_a_transformer_are_served_equally(
+    backbone: Callable[[], nn.Module], size: int
+) -> None:
+    x = torch.randn(5, 3, size, size)
+    model = RIDEWrapper(backbone(), 2, init="copy", example_input=x[:2]).eval()
+    serve = RoutingInference(model, ExpertRouter.for_model(model), 0.0)
+    runner = StagedRunner(fuse_stages(serve.export_stages()))
+    for batch in (1, 5):
+        torch.testing.assert_close(runner(x[:batch]), serve(x[:batch]), rtol=1e-4, atol=1e-5)
 
 
 def test_only_programs_can_be_fused() -> None:

@@ -1,0 +1,147 @@
+"""Fused stages whose convolutions run in eight bits: faster on processors with VNNI or AMX."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._errors import ArgumentError
+from ride_plugin._tree import tensors_in
+from ride_plugin.routing._fused import FusedConv2d, FusedStage
+
+_CONVOLUTION: Any = getattr(torch.ops.onednn, "qconv2d_pointwise", None)
+
+
+def quantize_stages(
+    stages: Mapping[str, nn.Module], batches: Iterable[Any]
+) -> dict[str, nn.Module]:
+    r"""Let the convolutions of fused stages multiply integers of eight bits.
+
+    Weights are rounded to 255 steps for each output channel, and what enters a convolution to 256
+    steps between the smallest and the largest value that the example batches bring there:
+    $q = \mathrm{round}(x / s) + z$. Sums, additions, classifiers and gates stay in float32. The
+    results differ from those of the float stages by more than rounding, so measure the accuracy,
+    and calibrate thresholds with care. Grouped convolutions stay as they are, and so do those of
+    a single small image, which would not gain.
+
+    Args:
+        stages: what `fuse_stages` returned; they are left as they are.
+        batches: inputs of the model, a few hundred samples like those to be served: tensors, tuples
+            of positional or dicts of keyword arguments.
+
+    Returns:
+        Modules by the same names, for `StagedRunner`.
+
+    Raises:
+        ArgumentError: a stage is not a fused one, there is no batch, or this build of torch has
+            no such convolution.
+
+    Example:
+        >>> from torch import nn
+        >>> from ride_plugin import ConfidenceRouter, RIDEWrapper, RoutingInference
+        >>> from ride_plugin.routing import StagedRunner, fuse_stages, quantize_stages
+        >>> backbone = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
+        ...     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+        ... )
+        >>> serve = RoutingInference(RIDEWrapper(backbone, 2), ConfidenceRouter())
+        >>> images = torch.randn(64, 3, 32, 32)
+        >>> stages = quantize_stages(fuse_stages(serve.export_stages()), [images])
+        >>> torch.allclose(StagedRunner(stages)(images), serve(images), atol=0.05)
+        True
+    """
+    if _CONVOLUTION is None:
+        raise ArgumentError(
+            "Expected a build of torch with oneDNN's convolution in eight bits, but this one has "
+            "none. Serve the float stages."
+        )
+    for name, stage in stages.items():
+        if not isinstance(stage, FusedStage):
+            raise ArgumentError(
+                f"Expected `stages[{name!r}]` to be a fused stage, but got {type(stage).__name__}. "
+                "Pass what fuse_stages returned."
+            )
+    quantized = {name: copy.deepcopy(stage) for name, stage in stages.items()}
+    for module, (low, high) in _ranges(quantized, batches).items():
+        for stage in quantized.values():
+            for name, found in list(stage.named_modules()):
+                if found is module:
+                    stage.set_submodule(name, Int8Conv2d(module, low, high))
+    return quantized
+
+
+class Int8Conv2d(FusedConv2d):
+    """A fused convolution of integers; ``low`` and ``high`` are the range of its input."""
+
+    def __init__(self, conv: FusedConv2d, low: float, high: float) -> None:
+        low = min(low, 0.0)  # zero must be one of the steps: padding is made of it
+        self.scale = max(high - low, 1e-8) / 255
+        self.zero_point = round(-low / self.scale)
+        options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        super().__init__(conv.weight, conv.bias, options, conv.relu, conv.input_size)
+
+    def _fast(self, x: Tensor, other: Tensor | None) -> Tensor:
+        # Conversion cuts off, so half a step is added to round.
+        steps = x.mul(1 / self.scale).add_(self.zero_point + 0.5).clamp_(0.0, 255.5)
+        steps = steps.to(torch.uint8)
+        now = "relu" if self.relu and other is None else "none"
+        out: Tensor = _CONVOLUTION(steps, *self._packed, 1.0, 0, torch.float32, now, [], "")
+        if other is not None:
+            out.add_(other)
+            if self.relu:
+                out.relu_()
+        return out
+
+    def _pack(self) -> None:
+        super()._pack()
+        if self._packed is None:
+            return
+        largest = self.weight.abs().amax(dim=(1, 2, 3)).clamp_min(1e-12)
+        scales = largest / 127
+        rounded = (self.weight / scales[:, None, None, None]).round().to(torch.int8)
+        where = (self.stride, self.padding, self.dilation, self.groups)
+        packed = torch.ops.onednn.qconv_prepack(
+            rounded, scales, self.scale, self.zero_point, *where, self.input_size
+        )
+        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        self._packed = (self.scale, self.zero_point, packed, scales, zeros, self.bias, *where)
+
+
+@torch.no_grad()
+def _ranges(
+    stages: Mapping[str, nn.Module], batches: Iterable[Any]
+) -> dict[FusedConv2d, tuple[float, float]]:
+    """Smallest and largest input of each convolution that can be quantized."""
+    ranges: dict[FusedConv2d, tuple[float, float]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, FusedConv2d)
+        low, high = (float(value) for value in inputs[0].aminmax())
+        before = ranges.get(module, (low, high))
+        ranges[module] = min(low, before[0]), max(high, before[1])
+
+    hooks = [
+        module.register_forward_pre_hook(note)
+        for stage in stages.values()
+        for module in stage.modules()
+        if isinstance(module, FusedConv2d) and module.groups == 1
+    ]
+    count = 0
+    for batch in batches:
+        crossing = stages["trunk"](*tensors_in(batch))
+        for name, stage in stages.items():
+            if name.startswith("expert_"):
+                stage(*crossing)
+        count += 1
+    for hook in hooks:
+        hook.remove()
+    if not count:
+        raise ArgumentError(
+            "Expected argument `batches` to yield at least one batch, but it is empty. Pass a list "
+            "of tensors like those to be served."
+        )
+    return ranges
