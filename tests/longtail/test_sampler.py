@@ -90,7 +90,9 @@ def test_a_long_epoch_asks_for_random_numbers_as_often_as_a_short_one(num_sample
     assert counted.calls <= len(by_class) + 1
 
 
-@pytest.mark.parametrize("labels", [[70_000, 3, 70_000, 300], [7, 7], [0, 255, 0, 65_535]])
+@pytest.mark.parametrize(
+    "labels", [[70_000, 3, 70_000, 300], [7, 7], [0, 255, 0, 65_535], [0, 256, 1, 512]]
+)
 def test_classes_need_not_follow_one_another(labels: list[int]) -> None:
     sampler = ClassBalancedSampler(labels, num_samples=20 * len(set(labels)))
     assert Counter(labels[i] for i in sampler) == dict.fromkeys(labels, 20)

@@ -368,3 +368,9 @@ def test_it_is_called_by_the_names_of_the_criterion(criterion, names, gradients:
 def test_a_missing_output_or_target_is_named_in_both_tongues(given) -> None:
     with pytest.raises(ArgumentError, match=r"`output` and `target`.*`output_logits` and `labels`"):
         RIDELoss(OwnNames(), COUNTS)(**given)
+
+
+def test_what_neither_has_is_missing_from_this_loss() -> None:
+    for criterion in (F.cross_entropy, nn.CrossEntropyLoss()):
+        with pytest.raises(AttributeError, match="'RIDELoss' object has no attribute 'update'"):
+            RIDELoss(criterion, COUNTS).update(3)

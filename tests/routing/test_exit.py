@@ -152,3 +152,13 @@ def test_a_gate_that_is_infinitely_sure_decides():
     for sure, used in ((torch.inf, 4), (-torch.inf, 1)):
         certain = RoutingInference(serve.model, ByHand(lambda z, sure=sure: z * 0 + sure))
         assert (certain(x, return_routing=True).num_experts_used == used).all()
+
+
+def test_logits_that_are_no_numbers_are_refused_whatever_the_router_reads():
+    serve, x = serving()
+    serve = RoutingInference(serve.model, ByHand(lambda z: torch.ones(len(z))))
+    with pytest.raises(ArgumentError, match="experts' logits to be free of NaN"):
+        serve(x * torch.nan)
+    serve.model.experts[2].fc.bias.data[1] = torch.nan
+    with pytest.raises(ArgumentError, match="experts' logits to be free of NaN"):
+        serve(x)

@@ -200,3 +200,27 @@ def test_an_input_without_rows_keeps_its_size():
     for batch in (1, 5):
         x = torch.randn(batch, 6)
         torch.testing.assert_close(runner(x, scale), serve(x, scale))
+
+
+class Frames(nn.Module):
+    """Folds the frames of a sample into the batch, so that each row of it has three inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.late(self.early(x.flatten(0, 1)).relu()).relu()
+        return self.head(y.view(-1, 3, 8).mean(1))
+
+
+def test_frames_folded_into_the_batch_are_handed_over_row_by_row():
+    torch.manual_seed(0)
+    model = RIDEWrapper(Frames(), 2, fork_at="late", example_input=torch.randn(2, 3, 6))
+    router, x = ExpertRouter.for_model(model).eval(), torch.randn(16, 3, 6)
+    gates = router(model.router_inputs(x)).detach().double()
+    serve = RoutingInference(model, router, gates.quantile(0.5, dim=0).sigmoid())
+    runner = StagedRunner(serve.export_stages())
+    for batch in (16, 3):
+        assert_equal_row_by_row(runner, serve, x[:batch])
+    assert serve(x, return_routing=True).num_experts_used.unique().tolist() == [1, 2]
