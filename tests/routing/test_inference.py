@@ -391,3 +391,11 @@ def test_a_threshold_close_to_one_is_not_rounded_to_one():
     for threshold in (1 - 1e-9, [1 - 1e-9] * 2):
         serve.set_threshold(threshold)
         torch.testing.assert_close(serve.threshold_logits, torch.full((2,), 20.7233))
+
+
+def test_one_threshold_that_is_no_probability_is_enough():
+    serve = RoutingInference(small_model(), ConfidenceRouter())
+    for wrong in ([0.5, 1.5], [-0.1, 0.5], [0.5, torch.nan]):
+        with pytest.raises(ArgumentError, match="`threshold` to be a probability"):
+            serve.set_threshold(wrong)
+    assert serve.threshold.tolist() == [0.5, 0.5]
