@@ -203,7 +203,7 @@ def test_an_input_without_rows_keeps_its_size():
 
 
 class Frames(nn.Module):
-    """Folds the frames of a sample into the batch, so that each row of it has three inside."""
+    """Folds the frames of a sample into the batch, so that each row of it has two inside."""
 
     def __init__(self):
         super().__init__()
@@ -211,13 +211,13 @@ class Frames(nn.Module):
 
     def forward(self, x):
         y = self.late(self.early(x.flatten(0, 1)).relu()).relu()
-        return self.head(y.view(-1, 3, 8).mean(1))
+        return self.head(y.view(-1, 2, 8).mean(1))
 
 
 def test_frames_folded_into_the_batch_are_handed_over_row_by_row():
     torch.manual_seed(0)
-    model = RIDEWrapper(Frames(), 2, fork_at="late", example_input=torch.randn(2, 3, 6))
-    router, x = ExpertRouter.for_model(model).eval(), torch.randn(16, 3, 6)
+    model = RIDEWrapper(Frames(), 2, fork_at="late", example_input=torch.randn(2, 2, 6))
+    router, x = ExpertRouter.for_model(model).eval(), torch.randn(16, 2, 6)
     gates = router(model.router_inputs(x)).detach().double()
     serve = RoutingInference(model, router, gates.quantile(0.5, dim=0).sigmoid())
     runner = StagedRunner(serve.export_stages())
