@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor
+
+CONTAINERS = (list, dict, set, deque)
+"""What a module fills from call to call."""
 
 Path: TypeAlias = tuple[int | str, ...]
 """A place inside nested values: keys, indices and names of fields, from outside to inside."""

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ReplayError
 from ride_plugin._inputs import batch_size_of
-from ride_plugin._split._probe import CONTAINERS, RANDOM, differ, is_stream, marks_of
+from ride_plugin._split._probe import RANDOM, differ, is_stream, marks_of
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import ForkReached, Player, Recorder, Running, StartHook
+from ride_plugin._tree import CONTAINERS
 
 
 def record(

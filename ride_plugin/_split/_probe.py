@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 
 from ride_plugin._contexts import RandomState
 from ride_plugin._inputs import Inputs
-from ride_plugin._tree import tensors_in
+from ride_plugin._tree import CONTAINERS, tensors_in
 
 _INTERNAL = frozenset(vars(nn.Module()))
-CONTAINERS = (list, dict, set, deque)
 RANDOM = ("", "numpy.random and random")  # draws leave their mark as attributes do
 
 Seen = tuple[int, tuple[int, ...]]  # (address, shape) of a tensor

@@ -14,7 +14,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ArgumentError, ReplayError
 from ride_plugin._split._rows import Rows, is_hollow, join_rows, take_rows
-from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin._tree import CONTAINERS, map_tensors, tensors_in
 
 _UNKNOWN_PATH = (
     "The backbone's forward took a path that was not seen when it was wrapped (another input size, "
@@ -175,10 +175,16 @@ class TrunkState:
         if first.layout is None:
             raise ReplayError(_UNKNOWN_PATH)
         for other in others:
-            if other.keys != first.keys or other.attributes != first.attributes:
+            if other.keys != first.keys:
                 raise ArgumentError(
                     "Expected argument `states` to come from one path through the backbone, but "
                     "they differ. Keep inputs of different kinds apart."
+                )
+            if not all(map(_may_join, first.attributes, other.attributes)):
+                raise ArgumentError(
+                    "Expected argument `states` to start from the same values, but the backbone "
+                    "keeps a number from call to call, a count say, which differs between them. "
+                    "Run them apart."
                 )
         values = []
         sizes = [state.batch_size for state in states]
@@ -228,6 +234,15 @@ class TrunkState:
 
         pairs = zip(self.values, self.layout.clone, strict=True)
         return [_map_with(own, value, flags) for value, flags in pairs]
+
+
+def _may_join(ours: Any, theirs: Any) -> bool:
+    """Whether one pass can start from either of two values that a backbone kept.
+
+    What was computed with a tensor before the fork is in the states, so tensors may differ.
+    """
+    kept = (Tensor, *CONTAINERS, type(None))
+    return (isinstance(ours, kept) and isinstance(theirs, kept)) or ours == theirs
 
 
 def hollow(value: Tensor) -> Tensor:

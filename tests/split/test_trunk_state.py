@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +202,42 @@ def test_experts_train_on_a_state_while_the_trunk_stays_as_it_is() -> None:
     assert losses[-1] < 0.5 * losses[0]
     assert all(torch.equal(t, trunk[name]) for name, t in model.trunk.state_dict().items())
     torch.testing.assert_close(model.eval()(state), model(x))
+
+
+class Keeps(nn.Module):
+    """Keeps something from call to call: what it has computed, or how often it was called."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.count, self.kept, self.features = what, 0, [], None
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        if self.what == "features":
+            self.features = x
+        elif self.what == "list":
+            self.kept.append(x)
+        else:
+            self.count += 1
+        return self.c(self.b(x).relu())
+
+
+@pytest.mark.parametrize("what", ["features", "list", "count"])
+def test_states_of_a_backbone_that_keeps_something_are_joined_where_that_is_right(
+    what: str, tmp_path: Path
+) -> None:
+    net = Keeps(what)
+    model = RIDEWrapper(net, 2, fork_at="b", example_input=torch.randn(2, 6)).eval()
+    batches = [torch.randn(3, 6), torch.randn(2, 6)]
+    with torch.no_grad():
+        expected = torch.cat([model(x) for x in batches])
+        states = [model.run_trunk(x) for x in batches]
+        if what == "count":
+            with pytest.raises(ArgumentError, match="a count say, which differs"):
+                TrunkState.cat(states)
+            return
+        torch.testing.assert_close(model(TrunkState.cat(states)), expected)
+        torch.save(states[0], tmp_path / "state")
+        stored = torch.load(tmp_path / "state", weights_only=True)
+        torch.testing.assert_close(model(stored), expected[:3])
