@@ -54,8 +54,10 @@ class Ranks:
 
     def stop(self) -> None:
         """End both processes."""
-        for process, pipe in self._workers:
+        for _, pipe in self._workers:
             pipe.close()
+        for process, _ in self._workers:
+            process.join(10)  # its pipe is closed, so it ends, and coverage writes what it ran
             process.kill()
             process.join()
         self._workers = []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ride_plugin._split._example import find_example
 from ride_plugin._split._logits import LogitsReader
@@ -30,3 +33,90 @@ def test_inputs_are_guessed_from_the_first_layer(backbone, shape) -> None:
     (x,), kwargs = find_example(backbone.eval(), None, LogitsReader())
     assert tuple(x.shape) == shape
     assert not kwargs
+
+
+class LastState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(6, 8, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Pixels(nn.Module):
+    """Flattens images of a known number of pixels itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.head = nn.Linear(channels * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1:] == (self.channels, 8, 8)
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shape"),
+    [
+        (nn.Sequential(nn.Conv3d(2, 4, 3), nn.Flatten(), nn.LazyLinear(5)), (2, 2, 8, 32, 32)),
+        (LastState(), (2, 16, 6)),
+        (Pixels(1), (2, 1, 8, 8)),
+        (Pixels(3), (2, 3, 8, 8)),
+        (nn.Sequential(nn.BatchNorm1d(7), nn.Linear(7, 5)), (2, 7)),
+        (nn.Sequential(nn.BatchNorm1d(7), nn.Flatten(), nn.Linear(7 * 64, 5)), (2, 7, 64)),
+        (
+            nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 32 * 32, 5)),
+            (2, 3, 32, 32),
+        ),
+    ],
+)
+def test_other_first_layers(backbone: nn.Module, shape: tuple[int, ...]) -> None:
+    if isinstance(backbone, nn.Sequential):
+        backbone(torch.randn(shape))  # gives the lazy layer its size
+    (x,), kwargs = find_example(backbone.eval(), None, LogitsReader())
+    assert tuple(x.shape) == shape
+    assert not kwargs
+
+
+class Configured(nn.Module):
+    """Takes its input by name and has a configuration, as models of transformers do."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], **config: object) -> None:
+        super().__init__()
+        self.main_input_name, self.shape = name, shape
+        self.config = SimpleNamespace(**config)
+        self.head = nn.Linear(1, 5)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        x = inputs[self.main_input_name]
+        assert tuple(x.shape[1:]) == self.shape
+        return self.head(x.float().flatten(1).mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        Configured("input_ids", (16,), vocab_size=30),
+        Configured("pixel_values", (3, 64, 64), image_size=64),
+        Configured("pixel_values", (1, 32, 48), image_size=(32, 48), num_channels=1),
+        Configured("input_values", (100, 20), max_length=100, num_mel_bins=20),
+        Configured("input_values", (16000,)),
+        Configured("input_features", (20, 128), max_source_positions=64, num_mel_bins=20),
+        Configured("input_features", (64, 20), max_source_positions=64, num_mel_bins=20),
+    ],
+    ids=lambda backbone: f"{backbone.main_input_name}{list(backbone.shape)}",
+)
+def test_a_configuration_says_what_the_input_is(backbone: Configured) -> None:
+    args, kwargs = find_example(backbone, None, LogitsReader())
+    assert not args
+    assert tuple(kwargs[backbone.main_input_name].shape) == (2, *backbone.shape)
+
+
+def test_a_pretrained_card_says_what_the_input_is() -> None:
+    backbone = Pixels(3)
+    backbone.pretrained_cfg = {"input_size": (3, 8, 8)}
+    (x,), _ = find_example(backbone, None, LogitsReader())
+    assert tuple(x.shape) == (2, 3, 8, 8)
