@@ -16,6 +16,7 @@ from benchmarks.speed.networks import Case
 
 CASES: dict[str, Callable[[], Case]] = {
     "training": training.training,
+    "floor": training.floor,
     "loss": training.loss,
     "router": training.router,
     "routing": routing.routing,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.networks import Case, by_hand, images, resnet32, resnet50
+from benchmarks.speed.networks import Case, by_hand, images, resnet32, resnet50, train_step
 from benchmarks.speed.straightforward import (
     expert_by_expert_loss,
     pair_loop,
@@ -84,6 +84,38 @@ def _step(model: nn.Module, loss: Callable[[Any], Tensor], x: Tensor, half: bool
         optimizer.step()
 
     return run
+
+
+_KINDS = {
+    "convolutions": ("convolution",),
+    "BatchNorm": ("batch_norm",),
+    "ReLU": ("relu", "threshold", "clamp_min"),
+    "additions": ("add",),
+}
+
+
+def floor() -> Case:
+    """What a training step consists of: the kernels' own time, by kind of operation."""
+
+    def rows() -> Iterator[list[Any]]:
+        for name, network, batch, size, classes in [
+            ("ResNet-32, 3 experts", resnet32, 128, 32, 100),
+            ("ResNet-50 at 224, 3 experts", resnet50, 4, 224, 1000),
+        ]:
+            step = train_step(network(), images(batch, True, size), torch.arange(batch) % classes)
+            step()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                step()
+            times = {e.key: e.self_cpu_time_total for e in seen.key_averages()}
+            total = sum(times.values())
+            shares = [
+                sum(time for key, time in times.items() if any(part in key for part in parts))
+                / total
+                for parts in _KINDS.values()
+            ]
+            yield [name, *(f"{100 * share:.0f} %" for share in (*shares, 1 - sum(shares)))]
+
+    return "Shares of a training step", ["network", *_KINDS, "everything else"], rows()
 
 
 def loss() -> Case:
