@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,7 +136,19 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
         if size is not None:
             yield (floats(2, *size),), {}
 
-    first = next((m for m in backbone.modules() if _input_is_known(m)), None)
+    # The first layer mostly says it; where that is another part's (a text encoder beside an image
+    # encoder, say), the first layer of another kind.
+    firsts: dict[type, nn.Module] = {}
+    for module in backbone.modules():
+        if _input_is_known(module):
+            firsts.setdefault(type(module), module)
+    for first in firsts.values():
+        yield from _guesses_of(first, floats, tokens)
+
+
+def _guesses_of(
+    first: nn.Module, floats: Callable[..., Tensor], tokens: Callable[[int, int], Tensor]
+) -> Iterator[Inputs]:
     if isinstance(first, nn.Conv2d):
         coarse = max(first.kernel_size) >= 7 or max(first.stride) >= 2
         sides = _LARGE_FIRST if coarse else _SMALL_FIRST

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ride_plugin import RIDEWrapper
 from ride_plugin._split._example import find_example
 from ride_plugin._split._logits import LogitsReader
 
@@ -120,3 +121,24 @@ def test_a_pretrained_card_says_what_the_input_is() -> None:
     backbone.pretrained_cfg = {"input_size": (3, 8, 8)}
     (x,), _ = find_example(backbone, None, LogitsReader())
     assert tuple(x.shape) == (2, 3, 8, 8)
+
+
+class TwoEncoders(nn.Module):
+    """An image classifier that holds a text encoder first, as fine-tuned CLIP models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8))
+        self.patches = nn.Conv2d(3, 8, 8, stride=8)
+        self.position = nn.Parameter(torch.randn(16, 8))
+        self.block = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position  # 32 pixels wide alone
+        return self.head(self.block(x).relu().mean(1))
+
+
+def test_a_part_that_is_not_called_does_not_mislead() -> None:
+    model = RIDEWrapper(TwoEncoders(), 2, fork_at="block")
+    assert model.example_input(2)[0][0].shape == (2, 3, 32, 32)
