@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -33,6 +34,20 @@ def as_inputs(example: Any) -> Inputs:
         "Expected argument `example_input` to be a tensor, a tuple of positional arguments or a "
         f"mapping of keyword arguments, but got {type(example).__name__}."
     )
+
+
+def own_inputs(inputs: Inputs, tensors: bool = False) -> Inputs:
+    """The same arguments, their dicts and lists copied, since a forward may pop or append.
+
+    With ``tensors`` these are copied as well: a forward may change its input in place.
+    """
+    args, kwargs = inputs
+    own: Inputs = tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
+    return (map_tensors(torch.clone, own[0]), map_tensors(torch.clone, own[1])) if tensors else own
+
+
+def _own(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, dict | list) else value
 
 
 def batch_size_of(inputs: Inputs) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ride_plugin import RIDEWrapper, expert_logits
+from ride_plugin._tree import tensors_in
 
 
 def copies_of(backbone: nn.Module, model: RIDEWrapper) -> list[nn.Module]:
@@ -53,16 +54,18 @@ def train_both(
     shared = {name.removeprefix("trunk.") for name, _ in model.trunk.named_parameters()}
     for step, batch in enumerate(batches):
         args, kwargs = batch if isinstance(batch, tuple) else ((batch,), {})
-        rows = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)).shape[0]
+        rows = next(tensors_in((args, kwargs))).shape[0]
         target = torch.arange(rows) % model.num_classes
         for module in (model, *copies):
             module.zero_grad()
         before_each()
-        got = expert_logits(model(*args, **kwargs))
+        own = copy.deepcopy((args, kwargs))  # a forward may change what it is given
+        got = expert_logits(model(*own[0], **own[1]))
         F.cross_entropy(got.flatten(0, 1), target.repeat_interleave(got.shape[1])).backward()
         for index, each in enumerate(copies):
             before_each()
-            expected = _logits(each(*args, **kwargs))
+            own = copy.deepcopy((args, kwargs))
+            expected = _logits(each(*own[0], **own[1]))
             _close(got[:, index], expected, tolerance, f"step {step}, expert {index}")
             (F.cross_entropy(expected, target) / len(copies)).backward()
         with torch.no_grad():

@@ -176,7 +176,7 @@ def _learn(
             raise SplitError(
                 "The backbone's forward takes another path at its second call than at its first: "
                 "something is made at the first and kept. Run one batch through the backbone "
-                "before wrapping it."
+                "before wrapping it, or make it in its `__init__`."
             )
         raise SplitError(
             "The backbone's forward takes another path for another batch size, so its trunk cannot "

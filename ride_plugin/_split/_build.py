@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
-from ride_plugin._inputs import Inputs
+from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._analysis import Place, learn, place_of
 from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._copies import (
@@ -164,14 +164,16 @@ def examine(
 
     def run() -> Any:
         with torch.no_grad():
-            return copied(False)(*inputs[0], **inputs[1])
+            args, kwargs = own_inputs(inputs, tensors=True)
+            return copied(False)(*args, **kwargs)
 
     def differentiable() -> Any:
         module = copied(False)
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         with torch.enable_grad():
-            return module(*inputs[0], **inputs[1])
+            args, kwargs = own_inputs(inputs, tensors=True)
+            return module(*args, **kwargs)
 
     inputs = find_example(copied(False), example_input, reader)
     root, output = _calls(copied, inputs, False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ride_plugin._contexts import RandomState, seed_everything
 from ride_plugin._errors import RIDEError, SplitError
-from ride_plugin._inputs import Inputs, resize_batch
+from ride_plugin._inputs import Inputs, own_inputs, resize_batch
 from ride_plugin._split._analysis import memory_of, throwaway
 from ride_plugin._split._copies import running_copy
 from ride_plugin._split._parts import Split
@@ -131,7 +131,7 @@ def _one_expert(
     split: Split, views: Views, inputs: Inputs, stop_at_fork: bool
 ) -> tuple[TrunkState, Tensor, set[str]]:
     """The trunk's state, the expert's logits, and the trunk's tensors that the expert wrote."""
-    args, kwargs = inputs
+    args, kwargs = own_inputs(inputs, tensors=True)
     behind: set[str] = set()
     seed_everything()
     start = read_attributes(views.trunk, split.attributes)
@@ -249,8 +249,9 @@ def _check_buffers(
 
 def _seeded(module: nn.Module, inputs: Inputs) -> Tensor:
     seed_everything()
+    args, kwargs = own_inputs(inputs, tensors=True)
     with torch.no_grad():
-        return _logits(module(*inputs[0], **inputs[1]))
+        return _logits(module(*args, **kwargs))
 
 
 def _unfused(hooked: nn.Module, inputs: Inputs, expected: Tensor) -> Tensor:

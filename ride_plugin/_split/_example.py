@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError, SplitError
-from ride_plugin._inputs import Inputs, as_inputs, resize_batch
+from ride_plugin._inputs import Inputs, as_inputs, own_inputs, resize_batch
 from ride_plugin._split._logits import LogitsReader, describe
 from ride_plugin._tree import matrices_in
 
@@ -58,8 +58,9 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> Inp
 
 
 def _run(backbone: nn.Module, inputs: Inputs) -> Any:
+    args, kwargs = own_inputs(inputs, tensors=True)
     with torch.no_grad():
-        return backbone(*inputs[0], **inputs[1])
+        return backbone(*args, **kwargs)
 
 
 def _has_rows(reader: LogitsReader, output: Any) -> bool:

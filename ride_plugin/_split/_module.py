@@ -350,7 +350,7 @@ class SplitModule(nn.Module):
     ) -> TrunkState:
         if state.layout is None and not torch.compiler.is_compiling():
             # A path not seen at the build, for example padding at another input size.
-            layout = self._learn_layout(args, kwargs)
+            layout = self._learn_layout(*state.values[0])
             if layout is not None and layout.keys == state.keys:  # not where paths are random
                 state = replace(state, layout=layout)
         return state.hollowed()

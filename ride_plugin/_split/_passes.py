@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ReplayError
-from ride_plugin._inputs import batch_size_of
+from ride_plugin._inputs import Inputs, batch_size_of, own_inputs
 from ride_plugin._split._probe import RANDOM, differ, is_stream, marks_of
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import ForkReached, Player, Recorder, Running, StartHook
@@ -37,7 +37,8 @@ def record(
     # An evaluation pass can be repeated should it leave the known paths after something was
     # dropped. What a frozen trunk computes is then held by nobody, as autograd keeps none of it.
     known = () if trunk.training else layouts
-    recorder = Recorder((args, kwargs), stop_at_fork, known)
+    own = _own_inputs((args, kwargs))
+    recorder = Recorder(own, stop_at_fork, known)
     running.recorder = recorder
     output = None
     _begin(recorder, trunk, running)
@@ -53,6 +54,7 @@ def record(
             "The backbone's forward ended without reaching the fork, so no expert ran. It takes "
             "another path on this input than on the example; pass `example_input=` of this kind."
         )
+    args, kwargs = own  # the forward may have popped something from what it was given
     keys = tuple(recorder.keys)
     layout = next((known for known in layouts if known.keys == keys), None)
     if layout is None and recorder.dropped:
@@ -71,7 +73,7 @@ def play(
     ``at_fork`` is called where the expert's own modules begin.
     """
     player = Player(state.keys, state.own_values(), at_fork)
-    args, kwargs = player.values[0]
+    args, kwargs = _own_inputs(player.values[0])
     running.player = player
     _begin(player, expert, running)
     try:
@@ -79,6 +81,11 @@ def play(
     finally:
         player.leave()
         running.player = None
+
+
+def _own_inputs(inputs: Inputs) -> Inputs:
+    """Copies of dicts and lists; a compiled graph changes none of its inputs."""
+    return inputs if torch.compiler.is_compiling() else own_inputs(inputs)
 
 
 def _begin(mode: Recorder | Player, view: nn.Module, running: Running) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._contexts import RandomState
-from ride_plugin._inputs import Inputs
+from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._tree import CONTAINERS, tensors_in
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -74,6 +74,7 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
     names: dict[int, str] = {}
     for name, module in model.named_modules():
         names.setdefault(id(module), name)
+    inputs = own_inputs(inputs, tensors=True)
     root = Call("", model, inputs=_seen(inputs))
     stack = [root]
     alive: list[Any] = []  # addresses identify tensors only while all of them live

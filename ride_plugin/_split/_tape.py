@@ -22,6 +22,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from typing_extensions import Self
 
 from ride_plugin._errors import ReplayError
 from ride_plugin._split._state import Layout, hollow
@@ -340,6 +341,12 @@ class _Substitute(nn.Module):
         """The module that this one stands for."""
         owner: nn.Module = self.__dict__["owner"]
         return owner.get_submodule(self.key)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a forward that does so means the module that this one stands for."""
+        if self.running.recorder is not None or self.running.player is not None:
+            self.real.train(mode)
+        return super().train(mode)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -266,6 +267,45 @@ class TakesAnotherPathLater(Base):
         return self.c(x + self.extra(x) if self.steps > 1 else x)
 
 
+class PopsFromItsInput(Base):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        mask = batch.pop("mask")
+        return self.c(self.b(self.a(batch["x"]).relu() * mask).relu())
+
+
+class PutsIntoItsInput(Base):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        batch["hidden"] = self.a(batch["x"]).relu()
+        batch["hidden"] = self.b(batch["hidden"]).relu()
+        return self.c(batch["hidden"])
+
+
+class AppendsToItsInput(Base):
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        levels.append(self.a(levels[0]).relu())
+        levels.append(self.b(levels[-1]).relu())
+        return self.c(levels[-1] + levels[-2])
+
+
+class ChangesItsInput(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2.0)
+        return self.c(self.b(self.a(x).relu()).relu()) + x[:, :4]
+
+
+class SetsAModeLate(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu())
+        self.norm.eval()
+        x = self.norm(x)
+        self.norm.train(self.training)
+        return self.c(x.relu())
+
+
 CASES: dict[type[nn.Module], tuple[str, Callable[[], Any]]] = {
     OneLayerOnBothSides: ("b", rows(6)),
     ModulesUnderSeveralNames: ("late", rows(6)),
@@ -285,6 +325,11 @@ CASES: dict[type[nn.Module], tuple[str, Callable[[], Any]]] = {
     ReadsATrunkWeightLate: ("b", rows(6)),
     NormalisesItsClassifier: ("b", rows(6)),
     TakesAnotherPathLater: ("b", rows(6)),
+    PopsFromItsInput: ("b", lambda: (({"x": torch.randn(5, 6), "mask": torch.rand(5, 8)},), {})),
+    PutsIntoItsInput: ("b", lambda: (({"x": torch.randn(5, 6)},), {})),
+    AppendsToItsInput: ("b", lambda: (([torch.randn(5, 6)],), {})),
+    ChangesItsInput: ("b", rows(6)),
+    SetsAModeLate: ("b", rows(6)),
 }
 
 
@@ -297,9 +342,12 @@ def test_each_expert_trains_as_a_copy_of_its_own(kind: type[nn.Module]) -> None:
         3,
         fork_at=fork_at,
         init="copy",
-        example_input=example[1] if isinstance(example, tuple) else example,
+        num_classes=9 if kind is TiedEmbedding else 4,
+        example_input=example,
     )
+    again = copy.deepcopy(example)
     train_both(net, model, [batch() for _ in range(3)])
+    torch.testing.assert_close(example, again)  # the build has used copies
 
 
 @pytest.mark.parametrize("fork_at", ["early.1", "late", "late.1", "mix.0"])
