@@ -579,3 +579,13 @@ def test_a_router_may_be_of_another_precision_than_what_it_reads(reading, dtype)
     same = router(tuple(value.float() for value in data))
     torch.testing.assert_close(router(data), same)
     assert router(data).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["max_probability", "margin"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_confidence_of_what_is_no_number_is_refused(kind, value):
+    logits = torch.randn(4, 5)
+    assert ConfidenceRouter(kind).gate(0, logits, logits).isfinite().all()
+    logits[2, 1] = value
+    with pytest.raises(ArgumentError, match="`mean_logits` to be free of NaN"):
+        ConfidenceRouter(kind).gate(0, logits, logits)
