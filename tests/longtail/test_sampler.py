@@ -91,7 +91,7 @@ def test_a_long_epoch_asks_for_random_numbers_as_often_as_a_short_one(num_sample
 
 
 @pytest.mark.parametrize(
-    "labels", [[70_000, 3, 70_000, 300], [7, 7], [0, 255, 0, 65_535], [0, 256, 1, 512]]
+    "labels", [[70_000, 3, 70_000, 300], [7, 7], [0, 255, 0, 65_535], [0, 256, 256, 1]]
 )
 def test_classes_need_not_follow_one_another(labels: list[int]) -> None:
     sampler = ClassBalancedSampler(labels, num_samples=20 * len(set(labels)))
@@ -197,4 +197,8 @@ class Shuffled(torch.utils.data.Sampler):
 
 def test_a_caller_that_does_not_share_is_not_warned_of() -> None:
     sampler = ClassBalancedSampler(LABELS, num_replicas=2, rank=0)
-    assert sorted(Shuffled(sampler)) == sorted(sampler)  # warnings are errors here
+    shuffled = Shuffled(sampler)
+    assert sorted(shuffled) == sorted(sampler)  # warnings are errors here
+    shuffled.num_replicas = 2
+    with pytest.warns(UserWarning, match="shares the indices .* among 2 ranks"):
+        list(shuffled)

@@ -207,10 +207,11 @@ class Frames(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.norm = nn.BatchNorm1d(8)  # which tells rows from channels
         self.early, self.late, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
 
     def forward(self, x):
-        y = self.late(self.early(x.flatten(0, 1)).relu()).relu()
+        y = self.norm(self.late(self.early(x.flatten(0, 1)).relu())).relu()
         return self.head(y.view(-1, 2, 8).mean(1))
 
 
