@@ -377,9 +377,9 @@ def test_input_that_cannot_be_guessed_asks_for_an_example() -> None:
     with pytest.raises(SplitError, match="Pass `example_input=`"):
         RIDEWrapper(Odd(), 2)
     x, weight = torch.randn(3, 4), torch.rand(3, 1)
-    model = RIDEWrapper(Odd(), 2, example_input=(x, weight))
+    model = RIDEWrapper(Odd(), 2, fork_at="b", example_input=(x, weight))
     assert model(x, weight=weight).shape == (3, 3)
-    by_name = RIDEWrapper(Odd(), 2, example_input={"x": x, "weight": weight})
+    by_name = RIDEWrapper(Odd(), 2, fork_at="b", example_input={"x": x, "weight": weight})
     assert by_name(x=x, weight=weight).shape == (3, 3)
 
 
