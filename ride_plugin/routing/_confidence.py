@@ -51,9 +51,9 @@ class ConfidenceRouter(nn.Module):
         Raises:
             ArgumentError: (on the CPU only) a row's logits hold NaN or +inf.
         """
+        check_floating(mean_logits, "mean_logits", "b", "C")
         # log((1 - p) / p) from the logits themselves: 1 - p alone would lose all its digits
         # where p is close to one, which is where most samples are.
-        check_floating(mean_logits, "mean_logits", "b", "C")
         log_p = float32_or_better(mean_logits).log_softmax(dim=1)
         best, where = log_p.max(dim=1, keepdim=True)
         others = log_p.scatter(1, where, -torch.inf)
