@@ -267,6 +267,17 @@ class TakesAnotherPathLater(Base):
         return self.c(x + self.extra(x) if self.steps > 1 else x)
 
 
+class AlternatesItsPath(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls[0] += 1
+        x = self.a(x)
+        return self.c(self.b(x.tanh() if self.calls[0] % 2 else x.relu()).relu())
+
+
 class PopsFromItsInput(Base):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         mask = batch.pop("mask")
@@ -325,6 +336,7 @@ CASES: dict[type[nn.Module], tuple[str, Callable[[], Any]]] = {
     ReadsATrunkWeightLate: ("b", rows(6)),
     NormalisesItsClassifier: ("b", rows(6)),
     TakesAnotherPathLater: ("b", rows(6)),
+    AlternatesItsPath: ("b", rows(6)),
     PopsFromItsInput: ("b", lambda: (({"x": torch.randn(5, 6), "mask": torch.rand(5, 8)},), {})),
     PutsIntoItsInput: ("b", lambda: (({"x": torch.randn(5, 6)},), {})),
     AppendsToItsInput: ("b", lambda: (([torch.randn(5, 6)],), {})),
