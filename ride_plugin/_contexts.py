@@ -67,7 +67,7 @@ def seed_everything() -> None:
         sys.modules[_NUMPY].seed(0)
 
 
-_PATIENCE = 60.0  # seconds that a thread waits for another; who is waited for may wait for it
+_PATIENCE = 600.0  # seconds that a thread waits for another, which may be waiting for this one
 _lock = threading.Condition()
 _borrowed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # in evaluation for a while
 _training: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # running a pass that trains

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ride_plugin._checks import (
     ClassCounts,
@@ -130,6 +131,15 @@ class RIDELoss(nn.Module):
             if isinstance(criterion, nn.Module) and hasattr(criterion, name):
                 return getattr(criterion, name)
             raise
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move as any module; a criterion with a ``to`` of its own is asked for that as well."""
+        super().to(*args, **kwargs)
+        several = isinstance(self.criterion, list | nn.ModuleList)
+        for one in self.criterion if several else [self.criterion]:
+            if isinstance(one, nn.Module) and type(one).to is not nn.Module.to:
+                one.to(*args, **kwargs)  # it keeps tensors that are no buffers
+        return self
 
     def step(self) -> None:
         """End the epoch, for the diversity term and for every schedule given."""

@@ -374,3 +374,23 @@ def test_what_neither_has_is_missing_from_this_loss() -> None:
     for criterion in (F.cross_entropy, nn.CrossEntropyLoss()):
         with pytest.raises(AttributeError, match="'RIDELoss' object has no attribute 'update'"):
             RIDELoss(criterion, COUNTS).update(3)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_criterion_that_moves_in_its_own_way_is_moved(several) -> None:
+    class KeepsAPlainTensor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.margins = torch.ones(4)
+
+        def to(self, *args, **kwargs):
+            self.margins = self.margins.to(*args, **kwargs)
+            return super().to(*args, **kwargs)
+
+        def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(logits - self.margins, target)
+
+    criteria = [KeepsAPlainTensor() for _ in range(3)]
+    loss = RIDELoss(criteria if several else criteria[0], COUNTS)
+    assert loss.to(torch.float64) is loss
+    assert all(one.margins.dtype == torch.float64 for one in criteria[: 3 if several else 1])
