@@ -67,7 +67,8 @@ class Browser:
 
     def look(self, url: str) -> Page:
         self._call("POST", "/url", {"url": url})
-        return Page(**self._call("POST", "/execute/sync", {"script": LOOK, "args": []}))
+        after_fonts = f"document.fonts.ready.then(() => arguments[0]((() => {{{LOOK}}})()));"
+        return Page(**self._call("POST", "/execute/async", {"script": after_fonts, "args": []}))
 
     def close(self) -> None:
         self._call("DELETE", "")

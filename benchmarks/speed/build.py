@@ -145,7 +145,7 @@ def measure(name: str, form: str) -> dict[str, float]:
         last = [layer for layer in backbone.modules() if isinstance(layer, nn.Linear)][-1]
         last.requires_grad_(True)
     # What is imported or set up at the first call is no cost of this network.
-    RIDEWrapper(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), 2)
+    RIDEWrapper(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), 2, fork_at="2")
     times = []
     with torch.no_grad():
         for _ in range(4):

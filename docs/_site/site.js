@@ -4,17 +4,20 @@ const tooWide = (element) => element.scrollWidth > element.clientWidth + 1;
 
 function showEquation(element) {
   const marked = element.textContent.trim(); // \( inline \) or \[ display \]
-  const tex = marked.slice(2, -2);
-  const displayMode = marked.startsWith("\\[");
-  katex.render(tex, element, { displayMode });
-  if (displayMode && tooWide(element)) {
-    // Display equations have one line. The same symbols in running text may break after an operator,
-    // and equations that stood side by side go below each other.
-    katex.render("\\displaystyle " + tex.replaceAll("\\qquad", "\\\\"), element, { displayMode: false });
-    element.classList.add("broken");
-    const shown = parseFloat(getComputedStyle(element).fontSize);
-    if (tooWide(element)) element.style.fontSize = `${(shown * element.clientWidth) / element.scrollWidth - 0.2}px`;
-  }
+  element.dataset.tex = marked.slice(2, -2);
+  katex.render(element.dataset.tex, element, { displayMode: marked.startsWith("\\[") });
+}
+
+function fitEquation(element) {
+  if (!tooWide(element)) return;
+  // Display equations have one line. The same symbols in running text may break after an operator,
+  // and equations that stood side by side go below each other.
+  const tex = "\\displaystyle " + element.dataset.tex.replaceAll("\\qquad", "\\\\");
+  katex.render(tex, element, { displayMode: false });
+  element.classList.add("broken");
+  let size = parseFloat(getComputedStyle(element).fontSize);
+  // Text does not shrink in proportion, so its size is tried.
+  while (tooWide(element) && size > 6) element.style.fontSize = `${(size -= 0.5)}px`;
 }
 
 // Sentences in four columns of a phone have one word a line.
@@ -51,6 +54,8 @@ function makeSortable(table) {
 
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".arithmatex").forEach(showEquation);
+  // Until its fonts are there, an equation has another width.
+  document.fonts.ready.then(() => document.querySelectorAll("div.arithmatex").forEach(fitEquation));
 });
 window.addEventListener("load", () => {
   document.querySelectorAll(".md-typeset table").forEach(stack);

@@ -79,7 +79,7 @@ class TrunkState:
         >>> from torch import nn
         >>> from torch.utils.data import DataLoader, StackDataset
         >>> from ride_plugin import RIDEWrapper
-        >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5))
+        >>> net = nn.Sequential(nn.Linear(8, 6).requires_grad_(False), nn.ReLU(), nn.Linear(6, 5))
         >>> model = RIDEWrapper(net, num_experts=2, fork_at="2")
         >>> with model.evaluating(), torch.no_grad():
         ...     state = model.run_trunk(torch.randn(10, 8))
