@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -121,6 +122,11 @@ def _ranges(
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(module, FusedConv2d)
         low, high = (float(value) for value in inputs[0].aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ArgumentError(
+                "Expected argument `batches` to bring finite values to every convolution, but got "
+                f"values from {low:g} to {high:g}. Look for NaN or infinity in the batches."
+            )
         before = ranges.get(module, (low, high))
         ranges[module] = min(low, before[0]), max(high, before[1])
 
@@ -130,16 +136,18 @@ def _ranges(
         for module in stage.modules()
         if isinstance(module, FusedConv2d) and module.groups == 1
     ]
-    count = 0
-    for batch in batches:
-        crossing = stages["trunk"](*tensors_in(batch))
-        for name, stage in stages.items():
-            if name.startswith("expert_"):
-                stage(*crossing)
-        count += 1
-    for hook in hooks:
-        hook.remove()
-    if not count:
+    seen = False
+    try:
+        for batch in batches:
+            seen = True
+            crossing = stages["trunk"](*tensors_in(batch))
+            for name, stage in stages.items():
+                if name.startswith("expert_"):
+                    stage(*crossing)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen:
         raise ArgumentError(
             "Expected argument `batches` to yield at least one batch, but it is empty. Pass a list "
             "of tensors like those to be served."

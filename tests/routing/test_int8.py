@@ -111,6 +111,8 @@ def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         quantize_stages(programs, [x])  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"`batches`.*empty"):
         quantize_stages(fuse_stages(programs), [])
+    with pytest.raises(ArgumentError, match=r"`batches`.*finite"):
+        quantize_stages(fuse_stages(programs), [x.masked_fill(x > 2, float("nan"))])
     monkeypatch.setattr("ride_plugin.routing._int8._CONVOLUTION", None)
     with pytest.raises(ArgumentError, match=r"eight bits.*float stages"):
         quantize_stages(fuse_stages(programs), [x])
