@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ride_plugin._split import Recorded
+
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
 _SHARED = ("num_key_value_groups", "num_queries_per_kv", "n_rep", "num_groups")
@@ -137,6 +139,8 @@ def attention_of(name: str, module: nn.Module) -> Attention | None:
         heads = queries // head_dim
     if heads is None or not layers:
         return None
+    if any(isinstance(module.get_submodule(layer), Recorded) for layer in layers):
+        return None  # it runs in the trunk, with the trunk's number of heads
     if head_dim is None:
         kind = layers[0].rpartition(".")[2]
         parts = 3 if kind in ("qkv", "to_qkv", "query_key_value", "qkv_proj", "c_attn") else 1

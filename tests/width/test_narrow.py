@@ -184,3 +184,36 @@ def test_a_layer_that_cannot_be_narrowed_is_named() -> None:
     backbone = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), Fixed(), nn.ReLU(), nn.Linear(16, 4))
     with pytest.raises(WidthError, match=r"Cannot narrow.*`expert_width=1\.0`"):
         RIDEWrapper(backbone, 2, fork_at="2", expert_width=0.75)
+
+
+def test_attention_that_runs_in_the_trunk_keeps_its_number_of_heads() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = 2
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+            self.mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows, length, _ = x.shape
+            q, k, v = self.qkv(x).reshape(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, length, -1)
+            x = x + self.out(y)
+            return x + self.mlp(x)
+
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = Block(), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(x).mean(1))
+
+    x = torch.randn(4, 6, 8)
+    model = RIDEWrapper(
+        Backbone(), 2, fork_at="block.mlp", expert_width=0.5, example_input=x
+    ).eval()
+    assert model.experts[0].block.heads == 2
+    assert model.experts[0].block.mlp[0].out_features == 16
+    # The plain module runs attention itself, with the expert's number of heads.
+    torch.testing.assert_close(model.to_module(1)(x), expert_logits(model(x))[:, 1])
