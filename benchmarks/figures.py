@@ -22,13 +22,13 @@ from matplotlib.figure import Figure
 DATA = Path(__file__).with_suffix(".json")
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "figures"
 # Okabe and Ito's colours, which people who see fewer colours can tell apart; and a shape for each.
-LOOKS = {
+LOOKS: dict[str, dict[str, Any]] = {
     "plain, cross entropy": {"color": "#000000", "marker": "o"},
     "plain, long-tail recipe": {"color": "#56B4E9", "marker": "s"},
     "three experts, 3/4 width": {"color": "#E69F00", "marker": "^"},
     "three experts, full width": {"color": "#D55E00", "marker": "D"},
 }
-STYLE = {"svg.hashsalt": "ride-plugin", "font.size": 11, "axes.titlesize": 11}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "ride-plugin", "font.size": 11, "axes.titlesize": 11}
 
 
 def three_experts(data: dict[str, Any]) -> Figure:
