@@ -272,6 +272,13 @@ def check_least(values: Tensor, name: str, low: float) -> None:
         )
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """How often the tensor was changed in place; None where nobody counts."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    return tensor._version
+
+
 def is_finite(values: Tensor) -> bool:
     """Whether all values are finite; True where looking would stall a device or break a graph."""
     return not _may_read(values) or bool(values.isfinite().all())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import refuse
+from ride_plugin._checks import refuse, version_of
 from ride_plugin._errors import MissingExpertLogitsError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin.functional import mean_logits
@@ -117,15 +117,8 @@ def joined(each: Sequence[Tensor]) -> ExpertOutput:
 def attach_expert_logits(logits: Tensor, experts: Tensor) -> Tensor:
     """Let ``logits`` ``[B, C]`` carry ``experts`` ``[B, E, C]``; returns ``logits`` itself."""
     setattr(logits, _ATTRIBUTE, experts)
-    setattr(logits, _VERSION, _version(logits))
+    setattr(logits, _VERSION, version_of(logits))
     return logits
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often the tensor was changed in place; None where nobody counts."""
-    if torch.compiler.is_compiling() or tensor.is_inference():
-        return None
-    return tensor._version
 
 
 def expert_logits(output: Output) -> Tensor:
@@ -202,7 +195,7 @@ def _carried(output: Tensor) -> Tensor | None:
             "is cast, sliced, detached, cloned or used in arithmetic before the loss: then pass "
             "the model's output itself. The output of RoutingInference never has them."
         )
-    version, now = getattr(output, _VERSION, None), _version(output)
+    version, now = getattr(output, _VERSION, None), version_of(output)
     if version is not None and now is not None and version != now:
         raise MissingExpertLogitsError(
             "Change the experts' logits instead of the output: `expert_logits(output) + ...`, or "

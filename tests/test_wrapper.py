@@ -511,6 +511,16 @@ def test_backbones_without_weights_or_wrapped_already_are_refused(
         RIDEWrapper(backbone(), 2)
 
 
+def test_a_model_that_was_copied_in_inference_mode_runs() -> None:
+    backbone = nn.Sequential(
+        nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 5)
+    )
+    model = RIDEWrapper(backbone, 2, fork_at="2", init="copy").eval()  # the frozen one is shared
+    x = torch.randn(4, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+
+
 def test_inference_mode_is_refused() -> None:
     backbone = mlp()
     with torch.inference_mode(), pytest.raises(SplitError, match=r"outside `torch.inference_mode"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ride_plugin._checks import refuse
+from ride_plugin._checks import refuse, version_of
 from ride_plugin._compiler import check_compiles
 from ride_plugin._contexts import RandomState, evaluating, random_state_kept
 from ride_plugin._errors import (
@@ -247,11 +247,11 @@ class SplitModule(nn.Module):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._explain_unfreezing()
         fixed: list[tuple[str, Tensor]] = []
-        if not torch.compiler.is_compiling():
+        if self.num_experts > 1 and not torch.compiler.is_compiling():
             fixed = [(name, d[key]) for name, (d, key) in self._shared_and_frozen.items()]
-        versions = [tensor._version for _, tensor in fixed]
+        versions = [version_of(tensor) for _, tensor in fixed]
         state, logits, features = self._first_expert(args, kwargs)
-        if versions != [tensor._version for _, tensor in fixed] and self.num_experts > 1:
+        if versions != [version_of(tensor) for _, tensor in fixed]:
             self._refuse_written(fixed, versions)
         rest = [self.run_expert(index, state) for index in range(1, self.num_experts)]
         return [(logits, features), *rest]
@@ -290,9 +290,11 @@ class SplitModule(nn.Module):
         finally:
             self._running.features = None
 
-    def _refuse_written(self, fixed: Sequence[tuple[str, Tensor]], versions: Sequence[int]) -> None:
+    def _refuse_written(
+        self, fixed: Sequence[tuple[str, Tensor]], versions: Sequence[int | None]
+    ) -> None:
         """Raise because an expert wrote what all share, as if nothing ever wrote it."""
-        written = [n for (n, t), v in zip(fixed, versions, strict=True) if t._version != v]
+        written = [n for (n, t), v in zip(fixed, versions, strict=True) if version_of(t) != v]
         raise ReplayError(
             f"The forward of an expert has written {written[:3]}, which all experts share, because "
             "nothing wrote it when the model was wrapped. To give each expert its own, wrap the "
