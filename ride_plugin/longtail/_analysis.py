@@ -83,7 +83,8 @@ def analyze(
 
     The prediction is the mean of the experts' logits: of all E, or, with ``num_experts_used``, of
     each sample's first k, which is what routed inference returns. The logits are gone through in
-    small parts, so that no second copy of them is made.
+    small parts, so that no second copy of them is made. Under ``torch.distributed`` it
+    is the report of this rank's samples: gather the logits for one of all.
 
     Args:
         expert_logits: ``[N, E, C]``.
@@ -138,7 +139,8 @@ def analyze(
     right = (found.choices == labels[:, None]).numpy()
     pairs = num_experts > 1
     return Analysis(
-        report=shot_report(found.predicted, labels, counts, many=many, few=few),
+        # As everything else here, of the samples given; one rank may call this by itself.
+        report=shot_report(found.predicted, labels, counts, many=many, few=few, over_ranks=False),
         calibration_error=by_split(errors),
         expert_accuracy=tuple(mean_by_split(right[:, i], groups) for i in range(num_experts)),
         disagreement=mean_by_split(found.disagreement.numpy(), groups) if pairs else None,

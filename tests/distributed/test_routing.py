@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInference, _distributed
-from ride_plugin.longtail import ClassBalancedSampler, ShotReport, shot_report
+from ride_plugin.longtail import ClassBalancedSampler, ShotReport, analyze, shot_report
 from ride_plugin.routing import routing_report
 
 from .ranks import Ranks
@@ -93,6 +93,20 @@ def test_a_rank_may_ask_for_the_report_of_its_own_samples(ranks: Ranks) -> None:
     logits, y = _logits()
     for rows, got in zip(parts, ranks(_shots_of_rank, parts, False), strict=True):
         assert got == shot_report(logits[rows], y[rows], COUNTS)
+
+
+def _analysis_of_one_rank() -> float | None:
+    # The other rank does not come, so that waiting for it would never end.
+    if torch.distributed.get_rank() == 1:
+        return None
+    logits = 5 * torch.eye(len(COUNTS))[[0, 1, 1]][:, None].expand(-1, 2, -1)
+    return analyze(logits, [0, 1, 2], COUNTS).report.overall
+
+
+def test_an_analysis_is_of_one_rank_and_waits_for_nobody(ranks: Ranks) -> None:
+    first, second = ranks(_analysis_of_one_rank)
+    assert first == pytest.approx(2 / 3)
+    assert second is None
 
 
 def _no_samples_anywhere() -> list[str]:
