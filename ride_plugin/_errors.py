@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Collection, Set
 from pathlib import Path
 from types import FrameType
 
@@ -52,3 +53,10 @@ def warn_caller(message: str) -> None:
     while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def listed(names: Collection[str]) -> str:
+    """The first names of several, as a message shows them; those of a set are sorted."""
+    several = sorted(names) if isinstance(names, Set) else list(names)
+    shown = ", ".join(f"`{name}`" for name in several[:3])
+    return f"{shown} and {len(several) - 3} more" if len(several) > 3 else shown

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._contexts import RandomState, seed_everything
-from ride_plugin._errors import RIDEError, SplitError
+from ride_plugin._errors import RIDEError, SplitError, listed
 from ride_plugin._inputs import Inputs, own_inputs, resize_batch
 from ride_plugin._split._analysis import memory_of, throwaway
-from ride_plugin._split._copies import running_copy
+from ride_plugin._split._copies import running_copy, same_values
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._state import TrunkState
@@ -28,7 +28,7 @@ class WrittenBehind(Exception):
 
     def __init__(self, names: set[str], prefix: str) -> None:
         super().__init__(
-            f"{prefix}: what runs after the fork writes {_listed(names)}, which the trunk holds, "
+            f"{prefix}: what runs after the fork writes {listed(names)}, which the trunk holds, "
             "so that every expert would write the same tensor. Pass `fork_at=` an earlier "
             "submodule, before the module that holds it is called first."
         )
@@ -166,7 +166,7 @@ def _check_rows(
         return
     if moving:
         raise SplitError(
-            f"{_prefix(fork, 'evaluation')}: its forward writes {_listed(moving)} in evaluation "
+            f"{_prefix(fork, 'evaluation')}: its forward writes {listed(moving)} in evaluation "
             "too, and what a row gets depends on the rows that came with it. Switch that off "
             "before wrapping, and on again afterwards if it is needed to train; of a network "
             "that is prepared for quantization-aware training, "
@@ -275,15 +275,9 @@ def _logits(output: Any) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor, exact: Callable[[], bool]) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if torch.equal(a, b) or (
-        a.is_floating_point()
-        and torch.equal(a.isnan(), b.isnan())
-        and torch.equal(a.nan_to_num(), b.nan_to_num())
-    ):
+    if same_values(a, b):
         return True
-    return _close(a, b) and not exact()
+    return a.shape == b.shape and a.dtype == b.dtype and _close(a, b) and not exact()
 
 
 def _close(a: Tensor, b: Tensor, allowed: float = 0.0) -> bool:
@@ -294,10 +288,6 @@ def _close(a: Tensor, b: Tensor, allowed: float = 0.0) -> bool:
     scale = float(b.abs().max()) if b.numel() else 0.0
     atol = max(tolerance * scale, allowed, 1e-30)
     return torch.allclose(a, b, rtol=tolerance, atol=atol, equal_nan=True)
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(f"`{name}`" for name in sorted(names)[:3])
 
 
 def _prefix(fork: str, mode: str) -> str:

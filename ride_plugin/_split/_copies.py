@@ -129,14 +129,17 @@ def written_parameters(backbone: nn.Module, modules: Iterable[nn.Module]) -> fro
     for module in modules:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             original = theirs.get(name)
-            if original is not None and not _equal(parameter.detach(), original.detach()):
+            if original is not None and not same_values(parameter.detach(), original.detach()):
                 written.add(name)
                 with torch.no_grad():
                     parameter.copy_(original)
     return frozenset(written)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one kind hold the same numbers, NaN where the other has NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
     if torch.equal(a, b):
         return True
     return a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all())

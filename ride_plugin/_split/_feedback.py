@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ride_plugin._contexts import seed_everything
-from ride_plugin._errors import SplitError
+from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._analysis import Place, throwaway
+from ride_plugin._split._copies import same_values
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import (
     own_containers,
@@ -47,7 +48,7 @@ def refuse_reading_ahead(split: Split) -> None:
         ]
         if used:
             raise SplitError(
-                f"Cannot split the backbone at {split.fork_at!r}: its forward uses {_listed(used)} "
+                f"Cannot split the backbone at {split.fork_at!r}: its forward uses {listed(used)} "
                 "before the fork, so that every expert would use those of expert 0. Use them in "
                 "the forward of the module that holds them, or pass `fork_at=` an earlier "
                 "submodule."
@@ -85,7 +86,7 @@ def refuse_feedback(split: Split, places: Collection[Place]) -> set[Place]:
             starts = [{place: run.left[place] for place in tried} for run in (ours, theirs)]
             runs = [_run(split, training, start=start, places=places) for start in starts]
             if tried and not _same(*map(look, runs)):
-                names = _listed([".".join(filter(None, place)) for place in tried])
+                names = listed([".".join(filter(None, place)) for place in tried])
                 raise SplitError(
                     f"Cannot split the backbone at {split.fork_at!r}: {names} keeps what the code "
                     "after the fork wrote in the step before, other values for each expert, and "
@@ -177,7 +178,7 @@ def _snapshot(value: Any) -> Any:
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        return same_values(a, b)
     ours, theirs = list(tensors_in(a)), list(tensors_in(b))
     if ours or theirs:
         return len(ours) == len(theirs) and all(map(_same, ours, theirs))
@@ -185,8 +186,3 @@ def _same(a: Any, b: Any) -> bool:
         return bool(a == b)
     except Exception:  # objects that cannot be compared
         return a is b
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in list(names)[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
