@@ -112,7 +112,7 @@ class ClassBalancedSampler(DistributedSampler[int]):
         seed = check_integer(seed, "seed")
         replicas, rank = self._place()
         super().__init__(self.labels, replicas, rank, seed=seed)  # type: ignore[arg-type]
-        self._place()
+        self._place()  # DistributedSampler has counted one index for each image
 
     def _place(self) -> tuple[int, int]:
         """Number of ranks, this rank, and with them the length of an epoch, as of now."""

@@ -135,8 +135,7 @@ class RIDELoss(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move as any module; a criterion with a ``to`` of its own is asked for that as well."""
         super().to(*args, **kwargs)
-        several = isinstance(self.criterion, list | nn.ModuleList)
-        for one in self.criterion if several else [self.criterion]:
+        for one in self._each():
             if isinstance(one, nn.Module) and type(one).to is not nn.Module.to:
                 one.to(*args, **kwargs)  # it keeps tensors that are no buffers
         return self
@@ -152,10 +151,14 @@ class RIDELoss(nn.Module):
         own = "" if isinstance(self.criterion, nn.Module) else f", criterion={self.criterion!r}"
         return f"reduction={self.reduction!r}{own}"
 
+    def _each(self) -> list[Any]:
+        """The criterion, or those of the experts."""
+        several = isinstance(self.criterion, list | nn.ModuleList)
+        return list(self.criterion) if several else [self.criterion]
+
     def _under_own_names(self, output: Any, target: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Both, of which one or none has come, taken out of what came by the criterion's names."""
-        several = isinstance(self.criterion, list | nn.ModuleList)
-        first = self.criterion[0] if several else self.criterion
+        first = self._each()[0]
         called = first.forward if isinstance(first, nn.Module) else first
         names = [*inspect.signature(called).parameters, "output", "target"][:2]
         if output is None:
