@@ -69,12 +69,14 @@ TESTS = {  # module -> the tests that mirror it, nearest first
         for name in ("ldam", "focal", "logit_adjustment", "reweighting", "sampler")
     },
     "routing/_runner": ("routing/test_export.py",),
+    "routing/_fused": ("routing/test_fused.py",),
+    "routing/_int8": ("routing/test_int8.py",),
     "routing/*": (
         "routing/test_{}.py", "routing/test_router.py", "routing/test_exit.py",
         "routing/test_inference.py", "test_hostile_models.py", "test_devices.py",
     ),
 }  # fmt: skip
-_ELSEWHERE = {"__init__", "_fused"}  # the fused executor is compared with eager at every build
+_ELSEWHERE = {"__init__"}
 _COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
@@ -281,7 +283,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds for one mutant")
     parser.add_argument("--log", type=Path, help="a line of JSON for each mutant; goes on from it")
     parser.add_argument("--part", default="1/1", help="1/3 and so on: processes share one --log")
-    parser.add_argument("--only", default="", help="names that contain this text")
+    parser.add_argument("--only", default="", help="draw from names that contain this text")
     parser.add_argument("--again", action="store_true", help="run the survivors of --log once more")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -290,18 +292,19 @@ def main() -> None:
         paths += sorted((ROOT / "ride_plugin").glob(f"{pattern}.py"))
     paths = [path for path in dict.fromkeys(paths) if path.stem not in _ELSEWHERE]
     everything = [mutant for path in paths for mutant in mutants_of(path)]
-    sample = random.Random(options.seed).sample(everything, min(options.number, len(everything)))
+    drawn_from = [mutant for mutant in everything if options.only in mutant.name]
+    sample = random.Random(options.seed).sample(drawn_from, min(options.number, len(drawn_from)))
     part, parts = map(int, options.part.split("/"))
     known: dict[str, bool] = {}
     if options.log and options.log.exists():
         for entry in map(json.loads, options.log.read_text().splitlines()):
             known[entry["name"]] = entry["killed"]
     if options.again:
-        sample = [mutant for mutant in everything if mutant.name in known]
+        sample = [mutant for mutant in drawn_from if mutant.name in known]
         gone = len(known) - len(sample)
         print(f"{gone} of the log's {len(known)} mutants are of code that has changed since")
-    sample = [mutant for mutant in sample[part - 1 :: parts] if options.only in mutant.name]
-    print(f"{len(everything)} mutants, {len(sample)} of them drawn", flush=True)
+    sample = sample[part - 1 :: parts]
+    print(f"{len(drawn_from)} mutants, {len(sample)} of them drawn", flush=True)
     for module in _BEFORE_THE_FORK:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._guards import detect_fake_mode
 
 from ride_plugin._errors import ArgumentError
 
@@ -135,10 +137,23 @@ def check_floating(value: object, name: str, *shape: int | str, advice: str = ""
 
 
 def check_temperature(value: Tensor | float, size: int) -> Tensor | float:
-    """Return a positive number, or a tensor, 0-dimensional or ``[size]``, which is not read."""
+    """Return a positive number, or a tensor of such, 0-dimensional or ``[size]``."""
     if not isinstance(value, Tensor):
         return check_number(value, "temperature", 0, open_low=True)
-    return check_floating(value, "temperature", *([size] if value.dim() else []))
+    return check_temperatures(value, *([size] if value.dim() else []))
+
+
+def check_temperatures(value: Tensor, *shape: int | str) -> Tensor:
+    """Return a tensor of temperatures, all positive and finite on the CPU and not in a graph."""
+    check_floating(value, "temperature", *shape)
+    if value.numel() and _may_read(value):
+        low, high = (float(bound) for bound in value.detach().aminmax())
+        if not 0 < low <= high < math.inf:  # NaN is both bounds, if there is one
+            raise ArgumentError(
+                "Expected argument `temperature` to hold positive finite numbers, but got values "
+                f"from {low:g} to {high:g}. functional.class_temperatures returns such."
+            )
+    return value
 
 
 def check_class_counts(class_counts: ClassCounts, name: str = "class_counts") -> Tensor:
@@ -377,7 +392,13 @@ def _shown(value: object) -> str:
 
 
 def _may_read(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the values are at hand: not on an accelerator, in a graph, faked or under vmap."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and detect_fake_mode(tensor) is None
+        and not is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def _check_probabilities(target: Tensor) -> None:

@@ -26,6 +26,7 @@ from ride_plugin._checks import (
     check_predictions,
     check_target,
     check_temperature,
+    check_temperatures,
     refuse,
 )
 from ride_plugin._errors import ArgumentError
@@ -147,7 +148,7 @@ def sample_temperatures(temperature: Tensor, target: Tensor) -> Tensor:
     equals the hard case at one-hot rows. (The paper knows hard labels only.)
 
     Args:
-        temperature: ``[C]``.
+        temperature: ``[C]``, positive (checked on the CPU).
         target: class indices int64 ``[B]``, or probabilities ``[B, C]``.
 
     Returns:
@@ -157,7 +158,7 @@ def sample_temperatures(temperature: Tensor, target: Tensor) -> Tensor:
         >>> sample_temperatures(torch.tensor([1.0, 0.8]), torch.tensor([0, 1, 1]))
         tensor([1.0000, 0.8000, 0.8000])
     """
-    classes = check_floating(temperature, "temperature", "C").shape[0]
+    classes = check_temperatures(temperature, "C").shape[0]
     batch = target.shape[0] if isinstance(target, Tensor) and target.dim() else 0
     target = check_target(target, batch, classes, device=temperature.device)
     if target.is_floating_point():
@@ -190,8 +191,8 @@ def pairwise_kl(
 
     Args:
         expert_logits: ``[B, E, C]``. A class may be masked with -inf in all experts.
-        temperature: a number, or ``[B]``, one for each sample, all positive; held constant. The
-            values of a tensor are not read, which would stall a device at every step.
+        temperature: a number, or ``[B]``, one for each sample, all positive; held constant. A
+            tensor's values are checked on the CPU only: to read them would stall a device.
         detach_others: each expert minimises its own divergence and takes the others as given,
             which is how the paper states the loss. With False the gradient also reaches $p_j$;
             below a minus sign that is unbounded and was measured to diverge.
@@ -294,9 +295,9 @@ def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Te
         tensor([0.8676])
     """
     logits = float32_or_better(check_floating(expert_logits, "expert_logits", "B", "E", "C"))
-    temperature = check_temperature(temperature, logits.shape[2])
-    mean_temperature = temperature.mean() if isinstance(temperature, Tensor) else temperature
-    return mean_temperature**2 * kl_from_reference(logits, mean_logits(logits), temperature)
+    divergence = kl_from_reference(logits, mean_logits(logits), temperature)
+    mean = temperature.mean() if isinstance(temperature, Tensor) else float(temperature)
+    return mean**2 * divergence
 
 
 def distillation_kl(

@@ -1,13 +1,15 @@
 """The equations against naive recomputation, at their limits, and at the edge of the numbers."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import profile
 
-from ride_plugin import ArgumentError, _numerics, functional
+from ride_plugin import ArgumentError, DiversityLoss, _numerics, functional
 from tests import oracles
 
 BATCH, CLASSES = 6, 7
@@ -296,3 +298,39 @@ def test_a_teacher_in_half_precision_is_compared_in_float32() -> None:
         rtol=1e-6,
         atol=0,
     )
+
+
+BAD_TEMPERATURES = (-0.5, 0.0, float("nan"), float("inf"), -float("inf"))
+
+
+@pytest.mark.parametrize("bad", BAD_TEMPERATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_of_temperatures_is_positive_and_finite(bad: float, dtype: torch.dtype) -> None:
+    """Below zero the divergence has the wrong sign of every logit, and a number all the same."""
+    logits, good = torch.randn(3, 2, 4), torch.ones(4, dtype=dtype)
+    by_class = good.index_fill(0, torch.tensor([2]), bad)
+    calls = (
+        lambda: functional.pairwise_kl(logits, by_class[:3]),
+        lambda: functional.pairwise_kl(logits, by_class[2]),
+        lambda: functional.kl_from_mean(logits, by_class),
+        lambda: functional.kl_from_reference(logits, logits[:, 0], by_class),
+        lambda: functional.sample_temperatures(by_class, torch.tensor([0, 1, 3])),
+    )
+    for call in calls:
+        with pytest.raises(ArgumentError, match="`temperature` to hold positive finite numbers"):
+            call()
+    functional.pairwise_kl(logits, good[:3])
+    functional.sample_temperatures(good[:3], torch.zeros(0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("form", ["paper", "official"])
+def test_values_are_not_asked_for_where_there_are_none(form: Literal["paper", "official"]) -> None:
+    loss = DiversityLoss([5, 3, 2], form=form)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits = torch.randn(4, 3, 3, requires_grad=True)
+        loss(logits, torch.zeros(4, dtype=torch.long)).backward()
+        assert logits.grad is not None
+    gathered = torch.vmap(functional.sample_temperatures)(
+        torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0, 1], [1, 1]])
+    )
+    assert gathered.tolist() == [[1.0, 2.0], [4.0, 4.0]]

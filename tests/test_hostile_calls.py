@@ -136,20 +136,20 @@ CALLS: dict[str, tuple[Callable[..., Any], Kinds]] = {
     ),
     "sample_temperatures": (
         functional.sample_temperatures,
-        {"temperature": (torch.ones(3), [*TENSOR[:4], 1.0]), "target": (TARGET, TARGETS[:3])},
+        {"temperature": (torch.ones(3), [*TENSOR[:4], 1.0, -torch.ones(3)]), "target": (TARGET, TARGETS[:3])},
     ),
     "pairwise_kl": (
         functional.pairwise_kl,
         {
             "expert_logits": (EXPERTS, [*TENSOR, LOGITS]),
-            "temperature": (1.0, [*NUMBER, None, 0, -1, torch.ones(3), TARGET]),
+            "temperature": (1.0, [*NUMBER, None, 0, -1, torch.ones(3), -torch.ones(4), TARGET]),
         },
     ),
     "kl_from_mean": (
         functional.kl_from_mean,
         {
             "expert_logits": (EXPERTS, [*TENSOR, LOGITS]),
-            "temperature": (1.0, [*NUMBER, None, 0, -1, torch.ones(4)]),
+            "temperature": (1.0, [*NUMBER, None, 0, -1, torch.ones(4), torch.zeros(3)]),
         },
     ),
     "distillation_kl": (
