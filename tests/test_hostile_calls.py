@@ -136,7 +136,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Kinds]] = {
     ),
     "sample_temperatures": (
         functional.sample_temperatures,
-        {"temperature": (torch.ones(3), [*TENSOR[:4], 1.0, -torch.ones(3)]), "target": (TARGET, TARGETS[:3])},
+        {
+            "temperature": (torch.ones(3), [*TENSOR[:4], 1.0, -torch.ones(3)]),
+            "target": (TARGET, TARGETS[:3]),
+        },
     ),
     "pairwise_kl": (
         functional.pairwise_kl,

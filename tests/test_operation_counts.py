@@ -114,7 +114,9 @@ def test_the_loss_takes_few_operations_however_many_experts(form, detach_others)
     # On the CPU the bounds of the temperatures are looked at; on an accelerator they are not.
     bounds = {"_local_scalar_dense": 2 if form == "official" else 4}
     assert all(counter.reads == bounds for pair in pairs for counter in pair)
-    assert all(counter.counts["aminmax"] == bounds["_local_scalar_dense"] / 2 for counter, _ in pairs)
+    assert all(
+        counter.counts["aminmax"] == bounds["_local_scalar_dense"] / 2 for counter, _ in pairs
+    )
 
 
 class Narrow(CifarResNet):

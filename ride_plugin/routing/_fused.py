@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -99,9 +99,9 @@ class FusedConv2d(nn.Module):
         input_size: list[int],
     ) -> None:
         super().__init__()
-        weight = weight.detach().clone(memory_format=torch.channels_last)
+        weight = weight.clone(memory_format=torch.channels_last)
         self.register_buffer("weight", weight)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_buffer("bias", None if bias is None else bias.clone())
         self.stride, self.padding, self.dilation, self.groups = options
         self.relu = relu
         self.input_size = input_size
@@ -139,8 +139,8 @@ class FusedConv2d(nn.Module):
             packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, self.input_size)
             self._packed = (packed, bias, *where)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv2d:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def _apply(self, *args: Any, **kwargs: Any) -> FusedConv2d:
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._pack()
         return self
 
@@ -210,12 +210,17 @@ def _drop_what_does_nothing(graph: fx.Graph) -> None:
             or node.target is torch.ops.aten._assert_tensor_metadata.default
         ):
             graph.erase_node(node)
-        elif _does_nothing(node):
-            node.replace_all_uses_with(node.args[0])
+            continue
+        value = node.args[0] if node.args else None
+        if node.target is _ATEN.cat.default:
+            parts = list(value)
+            if len({part.meta["val"].dtype for part in parts}) == 1:  # else they make a wider type
+                parts = [part for part in parts if not _is_empty(part)] or parts[:1]
+            node.args = (parts, *node.args[1:])
+            value = parts[0]
+        if _does_nothing(node):
+            node.replace_all_uses_with(value)
             graph.erase_node(node)
-        elif node.target is _ATEN.cat.default and len(node.args[0]) > 1:
-            filled = [part for part in node.args[0] if not _is_empty(part)]
-            node.args = (filled or list(node.args[0][:1]), *node.args[1:])
     graph.eliminate_dead_code()
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -119,6 +121,7 @@ def test_a_fused_stage_is_the_program(kind: str) -> None:
                 with torch.no_grad():
                     for got, expected in zip(results, network(laid_out), strict=True):
                         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+                        assert not got.requires_grad
             assert torch.equal(laid_out, before)
 
 
@@ -127,6 +130,9 @@ def test_no_normalisation_addition_or_activation_is_left(kind: str) -> None:
     stage = FusedStage(exported(Network(kind), torch.randn(2, 3, 17, 17)))
     left = " ".join(kinds_of_operations(stage))
     assert not any(word in left for word in ("batch_norm", "relu", "add", "aten.conv2d"))
+    assert "contiguous" in left  # images are laid out once, where they come in
+    if torch.backends.mkldnn.is_available():
+        assert all(m._packed is not None for m in stage.modules() if isinstance(m, FusedConv2d))
 
 
 @pytest.mark.parametrize("kind", ["into_the_other", "both_used", "weighted", "addition_used_twice"])
@@ -160,6 +166,56 @@ def test_what_depends_on_parameters_alone_is_computed_once() -> None:
     torch.testing.assert_close(stage(x)[0], network(x)[0].detach())
 
 
+class Views(nn.Module):
+    """Calls that return what they are given, and their neighbours that do not."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        cut = torch.ops.aten.slice.Tensor
+        nothing = cut(cut(cut(cut(x, 1), 1, 0), 1, 0, sys.maxsize), 1, 0, sys.maxsize, 1)
+        nothing = torch.cat([nothing.movedim(1, 1).to(torch.float32)])
+        nothing = torch.cat([nothing, x.new_zeros(x.shape[0], 0, 4)], dim=1)
+        return (
+            nothing + 1,
+            x.movedim(1, 2) + 1,
+            x.to(torch.float64) + 1,
+            cut(x, 1, 1) + 1,
+            cut(x, 1, 0, 2) + 1,
+            cut(x, 1, 0, sys.maxsize, 2) + 1,
+            torch.cat([x, x, x.new_zeros(x.shape[0], 0, 4)], dim=1) + 1,
+            torch.cat([x.new_zeros(x.shape[0], 0, 4)], dim=1) + 1,
+            torch.cat([x, x.new_zeros(x.shape[0], 0, 4, dtype=torch.float64)], dim=1) + 1,
+        )
+
+
+def test_calls_that_do_nothing_are_dropped_and_no_others() -> None:
+    network, x = Views(), torch.randn(3, 5, 4)
+    stage = FusedStage(exported(network, x))
+    for got, expected in zip(stage(x), network(x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    nodes = list(stage.graph_module.graph.nodes)
+    left = Counter(str(node.target).removeprefix("aten.").split(".")[0] for node in nodes)
+    assert (left["slice"], left["movedim"], left["cat"]) == (3, 1, 2)
+    assert next(node for node in nodes if "add" in str(node.target)).args[0].op == "placeholder"
+
+
+def test_a_convolution_of_a_parameter_and_names_that_are_taken() -> None:
+    class Prompt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv2d_weight = nn.Conv2d(3, 4, 3)
+            self.conv2d_bias = nn.Parameter(torch.randn(1, 3, 5, 5))
+            self.norm = nn.BatchNorm2d(4)
+            nn.init.normal_(self.norm.running_mean)
+
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            prompt = self.norm(self.conv2d_weight(self.conv2d_bias))
+            return (self.conv2d_weight(x) * prompt,)
+
+    network, x = Prompt(), torch.randn(4, 3, 5, 5)
+    stage = FusedStage(exported(network, x))
+    torch.testing.assert_close(stage(x)[0], network(x)[0].detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_autocast_around_a_stage_changes_nothing() -> None:
     stage = FusedStage(exported(Network("plain"), torch.randn(2, 3, 17, 17)))
     x = torch.randn(4, 3, 17, 17)
@@ -181,6 +237,9 @@ def test_stages_survive_copies_files_and_new_weights() -> None:
     assert not torch.equal(other(x)[1], expected)
     other.load_state_dict(stage.state_dict())
     assert torch.equal(other(x)[1], expected)
+    double = copy.deepcopy(stage).double()(x.double())[1]
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), expected, rtol=1e-5, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in stage.parameters())
 
 

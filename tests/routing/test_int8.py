@@ -58,6 +58,32 @@ def test_what_lies_outside_of_the_range_is_cut_off() -> None:
     torch.testing.assert_close(found, torch.tensor([0.0, 1.0]))
 
 
+def test_small_weights_keep_their_digits_and_a_channel_of_zeros_stays_zero() -> None:
+    torch.manual_seed(0)
+    weight = 1e-4 * torch.randn(6, 5, 3, 3)
+    weight[2] = 0
+    whole = FusedConv2d(weight, None, ([1, 1], [0, 0], [1, 1], 1), False, [4, 5, 9, 9])
+    conv, x = Int8Conv2d(whole, 0.0, 1.0), torch.rand(4, 5, 9, 9)
+    found = conv(x, None)
+    assert not found[:, 2].any()
+    torch.testing.assert_close(found, whole(x), rtol=0, atol=0.02 * float(found.abs().max()))
+
+
+def test_ranges_are_those_of_all_batches_in_any_order() -> None:
+    serve, x = served()
+    stages = fuse_stages(serve.export_stages())
+    wide = x * torch.linspace(1, 3, len(x))[:, None, None, None] + 1
+    steps = []
+    for batches in ([wide], [wide, x * 0.01], [x * 0.01, wide]):
+        quantized = quantize_stages(stages, batches)
+        trunk = quantized["trunk"].modules()
+        first = next(module for module in trunk if isinstance(module, Int8Conv2d))
+        steps.append((first.scale, first.zero_point))
+    low, high = float(wide.min()), float(wide.max())
+    assert steps[0] == (pytest.approx((high - low) / 255), round(-low * 255 / (high - low)))
+    assert steps == [steps[0]] * 3
+
+
 def served() -> tuple[RoutingInference, Tensor]:
     torch.manual_seed(0)
     backbone = nn.Sequential(
@@ -111,8 +137,10 @@ def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         quantize_stages(programs, [x])  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"`batches`.*empty"):
         quantize_stages(fuse_stages(programs), [])
-    with pytest.raises(ArgumentError, match=r"`batches`.*finite"):
-        quantize_stages(fuse_stages(programs), [x.masked_fill(x > 2, float("nan"))])
+    stages = fuse_stages(programs)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ArgumentError, match=r"`batches`.*finite"):
+            quantize_stages(stages, [x.masked_fill(x > 2, bad)])
     monkeypatch.setattr("ride_plugin.routing._int8._CONVOLUTION", None)
     with pytest.raises(ArgumentError, match=r"eight bits.*float stages"):
         quantize_stages(fuse_stages(programs), [x])
