@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -12,7 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from ride_plugin._contexts import RandomState, seed_everything
-from ride_plugin._errors import SplitError
+from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._copies import on_meta, running_copy
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
@@ -173,10 +174,18 @@ def _learn(
         large = recorded(batches[1])
     if small.keys != large.keys:
         if recorded(batches[0]).keys != small.keys:
+            cached = sorted(_cached_methods(views.trunk))
             raise SplitError(
                 "The backbone's forward takes another path at its second call than at its first: "
-                "something is made at the first and kept. Run one batch through the backbone "
-                "before wrapping it, or make it in its `__init__`."
+                "something is made at the first and kept. "
+                + (
+                    f"functools keeps the results of {listed(cached)} for each copy of a module "
+                    "apart, out of sight. Keep them in an attribute of the module, a dict for "
+                    "example."
+                    if cached
+                    else "Run one batch through the backbone before wrapping it, or make it in its "
+                    "`__init__`."
+                )
             )
         raise SplitError(
             "The backbone's forward takes another path for another batch size, so its trunk cannot "
@@ -200,6 +209,17 @@ def _learn(
         frozenset(use.late),
         not of_expert.isdisjoint(reads.seen),
     )
+
+
+def _cached_methods(root: nn.Module) -> set[str]:
+    """Methods of a module's class whose results functools keeps, outside of the module."""
+    return {
+        f"{cls.__name__}.{name}"
+        for module in root.modules()
+        for cls in type(module).__mro__
+        for name, method in vars(cls).items()
+        if isinstance(method, functools._lru_cache_wrapper)
+    }
 
 
 def throwaway(views: Views, training: bool, meta: bool = False) -> Views:

@@ -142,7 +142,9 @@ def same_values(a: Tensor, b: Tensor) -> bool:
         return False
     if torch.equal(a, b):
         return True
-    return a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    if not (a.is_floating_point() or a.is_complex()):
+        return False
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:

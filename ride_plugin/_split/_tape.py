@@ -194,8 +194,9 @@ class Player(_GlueMode):
         return ReplayError(
             f"An expert's forward left the trunk's path: it came to `{name}` where the trunk ran "
             f"`{recorded}` (step {self.position} of {len(self.keys) - 1}). The backbone's forward "
-            "depends on something that changed between the two passes, or a submodule of the trunk "
-            "was replaced after wrapping. Convert the backbone before wrapping it, or pass "
+            "depends on something that changed between the two passes (a cache outside of its "
+            "modules, say: keep it in an attribute of one), or a submodule of the trunk was "
+            "replaced after wrapping. Convert the backbone before wrapping it, or pass "
             "`fork_at=` an earlier submodule."
         )
 

@@ -177,6 +177,9 @@ def _fused(program: ExportedProgram) -> fx.GraphModule:
     graph.eliminate_dead_code()
     graph.lint()
     module.delete_all_unused_submodules()
+    read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    for name in set(module._buffers) - read:  # constants that later steps took over
+        delattr(module, name)
     module.recompile()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -211,7 +214,7 @@ def _drop_what_does_nothing(graph: fx.Graph) -> None:
         ):
             graph.erase_node(node)
             continue
-        value = node.args[0] if node.args else None
+        value: Any = node.args[0] if node.args else None
         if node.target is _ATEN.cat.default:
             parts = list(value)
             if len({part.meta["val"].dtype for part in parts}) == 1:  # else they make a wider type
@@ -287,7 +290,7 @@ def _fold_batch_norms(module: fx.GraphModule) -> None:
 def _new_constant(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     while hasattr(module, name):
         name += "_"
-    module.register_buffer(name, value.detach())
+    module.register_buffer(name, value)
     return module.graph.get_attr(name)
 
 
@@ -296,8 +299,7 @@ def _fuse_convolutions(module: fx.GraphModule) -> None:
     for index, node in enumerate(graph.find_nodes(op="call_function", target=_ATEN.conv2d.default)):
         weight = _constant(module, node.args[1])
         bias = _constant(module, node.args[2] if len(node.args) > 2 else None)
-        padding = node.args[4] if len(node.args) > 4 else [0, 0]
-        if weight is None or isinstance(padding, str):
+        if weight is None:
             continue
         chain, other = [node], None
         added = _only_user(node, _ATEN.add.Tensor, _ATEN.add_.Tensor)
@@ -313,7 +315,7 @@ def _fuse_convolutions(module: fx.GraphModule) -> None:
             chain.append(relu)
         options = (
             list(node.args[3]) if len(node.args) > 3 else [1, 1],
-            list(padding),
+            list(node.args[4]) if len(node.args) > 4 else [0, 0],
             list(node.args[5]) if len(node.args) > 5 else [1, 1],
             node.args[6] if len(node.args) > 6 else 1,
         )

@@ -198,6 +198,16 @@ def test_calls_that_do_nothing_are_dropped_and_no_others() -> None:
     assert next(node for node in nodes if "add" in str(node.target)).args[0].op == "placeholder"
 
 
+def test_no_weight_is_kept_twice() -> None:
+    network = Network("plain")
+    stage = FusedStage(exported(network, torch.randn(2, 3, 17, 17)))
+    needed = [network.stem.weight, network.stem.bias, network.block.conv.weight]
+    needed += [network.block.conv.bias, network.head.weight, network.head.bias]
+    kept = stage.state_dict().values()
+    assert sum(tensor.numel() for tensor in kept) == sum(tensor.numel() for tensor in needed)
+    assert not any(tensor.requires_grad for tensor in (*stage.buffers(), *stage.parameters()))
+
+
 def test_a_convolution_of_a_parameter_and_names_that_are_taken() -> None:
     class Prompt(nn.Module):
         def __init__(self) -> None:

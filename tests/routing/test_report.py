@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ride_plugin import ArgumentError
-from ride_plugin.routing import routing_report
+from ride_plugin.routing import _report, routing_report
 
 
 def test_report_counts_shares_by_shot():
@@ -66,3 +66,20 @@ def test_one_value_out_of_range_is_enough_and_one_expert_is_allowed():
         with pytest.raises(ArgumentError, match="to hold integers from 1 to 3"):
             routing_report(torch.tensor(used), target, [10, 10], num_experts=3)
     assert routing_report(torch.tensor([1, 1]), target, [9, 9], num_experts=1).overall == (1.0,)
+
+
+def test_the_samples_of_another_rank_count_unless_they_are_not_asked_for(monkeypatch):
+    """The gathering itself runs over two processes in tests/distributed."""
+    counts, used, target = [500, 5], torch.tensor([1, 2]), torch.tensor([0, 1])
+    other = torch.tensor([2, 2]), torch.tensor([0, 0])
+    monkeypatch.setattr(_report, "running", lambda: True)
+    monkeypatch.setattr(_report, "of_all_ranks", lambda own, name: [own, other])
+    report = routing_report(used, target, counts, num_experts=2)
+    assert report.overall == pytest.approx((1 / 4, 3 / 4))
+    assert report.many == pytest.approx((1 / 3, 2 / 3))
+    nothing = torch.tensor([], dtype=torch.long)
+    assert routing_report(nothing, nothing, counts, num_experts=2).overall == (0, 1)
+    own = routing_report(used, target, counts, num_experts=2, over_ranks=False)
+    assert own.overall == (1 / 2, 1 / 2)
+    with pytest.raises(ArgumentError, match="`target` to be integers"):
+        routing_report(nothing, nothing, counts, num_experts=2, over_ranks=False)

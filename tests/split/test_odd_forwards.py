@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ride_plugin import RIDEWrapper, SplitError
+from ride_plugin import ReplayError, RIDEWrapper, SplitError
 from tests.naive import train_both
 
 
@@ -217,3 +218,66 @@ def test_hidden_states_beside_the_logits_and_a_fork_at_an_embedding(fork_at: str
     net = Text()
     model = wrapped(net, fork_at=fork_at, example_input=torch.randint(0, 20, (2, 6)))
     train_both(net, model, [torch.randint(0, 20, (5, 6)) for _ in range(2)])
+
+
+class Ramp(nn.Module):
+    """A layer whose class keeps what a method returned, by module and size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    @functools.lru_cache  # noqa: B019
+    def ramp(self, size: int) -> Tensor:
+        return torch.linspace(0, 1, size) + self.weight.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.ramp(x.shape[-1])
+
+
+class CachesOnTheRoot(Base):
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    @functools.cache  # noqa: B019
+    def ramp(self, size: int) -> Tensor:
+        return torch.linspace(0, 1, size) + self.b.weight.detach()[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        x = x * self.ramp(8) if self.where == "early" else x
+        x = self.b(x).relu()
+        return self.c(x * self.ramp(8) if self.where == "late" else x)
+
+
+def test_what_functools_keeps_for_a_module_is_each_expert_s_own() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), Ramp(), nn.Linear(8, 8), Ramp(), nn.Linear(8, 4))
+    train_both(net, wrapped(net, fork_at="2"), batches())
+    late = CachesOnTheRoot("late")
+    train_both(late, wrapped(late), batches())
+
+
+def test_what_functools_keeps_before_the_fork_belongs_into_an_attribute() -> None:
+    net = CachesOnTheRoot("early")
+    net(torch.randn(2, 6))  # fills the cache of this module, and of none of its copies
+    with pytest.raises(SplitError, match=r"`CachesOnTheRoot.ramp`.*attribute of the module"):
+        wrapped(net)
+
+
+@functools.cache
+def ramp(size: int) -> Tensor:
+    return torch.linspace(0, 1, size)[:, None]
+
+
+class CachesOutside(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu() * ramp(x.shape[1])
+        return self.c(self.b(x).relu().mean(1))
+
+
+def test_a_cache_outside_of_the_modules_that_the_trunk_fills_is_named() -> None:
+    model = wrapped(CachesOutside(), example_input=torch.randn(2, 5, 6), num_classes=4)
+    with pytest.raises(ReplayError, match=r"cache outside of its modules.*keep it in an attribute"):
+        model(torch.randn(2, 7, 6))
+    assert model(torch.randn(2, 7, 6)).shape == (2, 4)
