@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -218,7 +217,7 @@ def _cached_methods(root: nn.Module) -> set[str]:
         for module in root.modules()
         for cls in type(module).__mro__
         for name, method in vars(cls).items()
-        if isinstance(method, functools._lru_cache_wrapper)
+        if hasattr(method, "cache_info")
     }
 
 
