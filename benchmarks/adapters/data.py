@@ -16,16 +16,15 @@ LENGTHS = (9, 11, 13, 16, 64)  # tokens; a group's sentences are padded to the l
 
 @dataclass(frozen=True)
 class Group:
-    """Sentences of similar length: ids and mask ``[N, L]``, labels ``[N]``."""
+    """Samples of one shape: the network's arguments, ``[N, ...]`` each, and labels ``[N]``."""
 
-    ids: Tensor
-    mask: Tensor
+    inputs: dict[str, Tensor]
     labels: Tensor
 
 
 @dataclass(frozen=True)
 class Data:
-    """The long-tailed training sentences, the balanced held-out and test sentences."""
+    """The long-tailed training samples, the balanced held-out (if any) and test samples."""
 
     train: list[Group]
     held_out: list[Group]
@@ -73,5 +72,6 @@ def _groups(pairs: list[tuple[str, int]], tokenizer: Any) -> list[Group]:
             )
             lengths = torch.tensor([len(tokens[i]) for i in rows])
             mask = (torch.arange(padded.shape[1]) < lengths.unsqueeze(1)).long()
-            groups.append(Group(padded, mask, torch.tensor([pairs[i][1] for i in rows])))
+            inputs = {"input_ids": padded, "attention_mask": mask}
+            groups.append(Group(inputs, torch.tensor([pairs[i][1] for i in rows])))
     return groups

@@ -11,7 +11,7 @@ class Method:
     """One row of the table.
 
     Attributes:
-        rank: of the low-rank adapters in the last two layers; 0 trains the classifier only.
+        rank: of the low-rank adapters in the last layers; 0 trains the classifier only.
         num_experts: 1 is the plain network.
         adjustments: multiple of the log prior that each expert's criterion adds to its logits.
         diversity: form of the diversity term, or None.
@@ -39,4 +39,15 @@ METHODS = {
 """Trained parameters, classifiers included: ``three_rank5`` has 0.98 of ``one_rank24``'s.
 
 ``three_rank8`` has as many in its adapters, and two more classifiers.
+"""
+
+IMAGE_METHODS = {
+    "head": Method(0, epochs=3),
+    "one_rank38": Method(38, epochs=3),
+    "three_rank4": Method(4, 3, (1.0, 1.0, 1.0), epochs=3),
+    "one_rank4": Method(4, epochs=3),
+}
+"""``three_rank4`` trains 1.00 times the parameters of ``one_rank38``, classifiers included.
+
+An epoch is of all images and all mirrored images.
 """

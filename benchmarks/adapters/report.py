@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.adapters.methods import METHODS
-
 SHOTS = ("overall", "many", "medium", "few")
 
 
-def write(folder: Path) -> str:
-    """Read ``folder/*.json``, write ``report.md`` there, return its text."""
+def write(folder: Path, methods: Iterable[str]) -> str:
+    """Read ``folder/*.json``, write ``report.md`` there, methods in this order; return its text."""
     runs: dict[float, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for file in sorted(folder.glob("*-seed*.json")):
         result = json.loads(file.read_text())
@@ -26,7 +25,7 @@ def write(folder: Path) -> str:
         of_method = runs[imbalance]
         header = ["method", "seeds", *SHOTS, "trained parameters", "MFLOPs", "CPU s per step"]
         lines = [header, ["---"] * len(header)]
-        for name in (name for name in METHODS if name in of_method):
+        for name in (name for name in methods if name in of_method):
             lines += _rows(name, of_method[name])
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         parts.append(f"Imbalance {imbalance:g}\n\n{table}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,29 @@ from torch import Tensor, nn
 
 from benchmarks.adapters.data import Data, Group
 from benchmarks.adapters.early_exit import measure_exits
-from benchmarks.adapters.methods import METHODS
-from benchmarks.adapters.network import build
+from benchmarks.adapters.methods import Method
 from ride_plugin import DiversityLoss, RIDEWrapper, cost_report, expert_logits, experts_loss
 from ride_plugin.longtail import LogitAdjustedLoss, shot_report
+from ride_plugin.routing import TrunkState
 
 SHOTS = ("overall", "many", "medium", "few")
-MANY, FEW = 50, 10  # more than 50 sentences a class, fewer than 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and by what.
+
+    Attributes:
+        methods: by name, in the order of the report.
+        build: makes the model of a method for a number of classes.
+        many: a class with more training samples than this is many-shot.
+        few: a class with fewer is few-shot.
+    """
+
+    methods: Mapping[str, Method]
+    build: Callable[[Method, int], RIDEWrapper]
+    many: int
+    few: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,7 @@ class Stored:
 
 
 def store(model: RIDEWrapper, data: Data, file: Path) -> Stored:
-    """The trunk's results for all sentences, computed once and kept in ``file``."""
+    """The trunk's results for all samples, computed once and kept in ``file``."""
     if not file.exists():
         parts = {
             name: _states(model, getattr(data, name)) for name in ("train", "held_out", "test")
@@ -55,32 +72,43 @@ def store(model: RIDEWrapper, data: Data, file: Path) -> Stored:
 
 
 def _states(model: RIDEWrapper, groups: list[Group]) -> list[tuple[Any, Tensor]]:
+    def state(inputs: dict[str, Tensor]) -> TrunkState:
+        parts = zip(*(tensor.split(32) for tensor in inputs.values()), strict=True)
+        return TrunkState.cat(
+            [model.run_trunk(**dict(zip(inputs, part, strict=True))).detach() for part in parts]
+        )
+
     with model.evaluating(), torch.no_grad():
-        return [
-            (model.run_trunk(input_ids=g.ids, attention_mask=g.mask).detach(), g.labels)
-            for g in groups
-        ]
+        return [(state(group.inputs), group.labels) for group in groups]
 
 
 def run(
-    name: str, seed: int, imbalance: float, data: Data, recipe: Recipe, out: Path, cache: Path
+    task: Task,
+    name: str,
+    seed: int,
+    imbalance: float,
+    data: Data,
+    recipe: Recipe,
+    out: Path,
+    cache: Path,
 ) -> None:
     """Train and measure one method with one seed, unless its result is there."""
     file = out / f"{name}-imbalance{imbalance:g}-seed{seed}.json"
     if file.exists():
         return
-    method = METHODS[name]
+    method = task.methods[name]
     torch.manual_seed(seed)
-    model = build(method, len(data.class_counts))
-    kind = "adapters" if method.rank else "head"
-    stored = store(model, data, cache / f"{kind}-imbalance{imbalance:g}.pt")
-    steps, seconds = train(model, stored.train, data.class_counts, name, seed, recipe)
+    model = task.build(method, len(data.class_counts))
+    stored = store(model, data, cache / f"{model.fork_at}-imbalance{imbalance:g}.pt")
+    steps, seconds = train(model, stored.train, data.class_counts, method, seed, recipe)
     logits, labels = predict(model, stored.test)
-    example = data.test[1]
-    cost = cost_report(
-        model,
-        example_input={"input_ids": example.ids[:1], "attention_mask": example.mask[:1]},
-    )
+    inputs = data.test[min(1, len(data.test) - 1)].inputs
+    cost = cost_report(model, example_input={key: value[:1] for key, value in inputs.items()})
+
+    def accuracy(logits: Tensor) -> dict[str, float]:
+        report = shot_report(logits, labels, data.class_counts, many=task.many, few=task.few)
+        return {shot: float(getattr(report, shot)) for shot in SHOTS}
+
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result: dict[str, Any] = {
         "method": name,
@@ -94,11 +122,12 @@ def run(
         "flops": {"trunk": cost.trunk_flops, "experts": list(cost.expert_flops)},
         "cpu_seconds": seconds,
         "cpu_seconds_per_step": seconds / steps,
-        "accuracy": accuracy(logits.mean(1), labels, data.class_counts),
-        "experts": [accuracy(e, labels, data.class_counts) for e in logits.unbind(1)],
+        "accuracy": accuracy(logits.mean(1)),
+        "experts": [accuracy(expert) for expert in logits.unbind(1)],
     }
     if method.num_experts > 1:
         result["disagreement"] = disagreement(logits)
+    if method.num_experts > 1 and stored.held_out:  # thresholds are chosen on these
         result["exits"] = measure_exits(model, stored, data.class_counts, cost, seed)
     out.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
@@ -111,12 +140,11 @@ def train(
     model: RIDEWrapper,
     stored: list[tuple[Any, Tensor]],
     class_counts: list[int],
-    name: str,
+    method: Method,
     seed: int,
     recipe: Recipe,
 ) -> tuple[int, float]:
     """The ordinary loop, on stored results of the trunk; returns steps and processor seconds."""
-    method = METHODS[name]
     criterion = nn.ModuleList(LogitAdjustedLoss(class_counts, tau=t) for t in method.adjustments)
     diversity = DiversityLoss(
         class_counts,
@@ -149,7 +177,7 @@ def train(
 def _batches(
     stored: list[tuple[Any, Tensor]], size: int, generator: torch.Generator
 ) -> list[tuple[int, Tensor]]:
-    """Batches of sentences of similar length, in random order: ``(group, rows)``."""
+    """Batches of samples of one group, in random order: ``(group, rows)``."""
     found = [
         (index, rows)
         for index, (_, labels) in enumerate(stored)
@@ -166,12 +194,6 @@ def predict(model: RIDEWrapper, stored: list[tuple[Any, Tensor]]) -> tuple[Tenso
             for rows in torch.arange(len(labels)).split(256):
                 logits.append(expert_logits(model(state.select(rows))))
     return torch.cat(logits), torch.cat([labels for _, labels in stored])
-
-
-def accuracy(logits: Tensor, labels: Tensor, class_counts: list[int]) -> dict[str, float]:
-    """Top-1 accuracy overall and by shot, from 0 to 1."""
-    report = shot_report(logits, labels, class_counts, many=MANY, few=FEW)
-    return {name: float(getattr(report, name)) for name in SHOTS}
 
 
 def disagreement(logits: Tensor) -> float:
