@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ride_plugin._errors import warn_caller
 
 _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
-_FEW_ROWS = 8
+_FEW = 8  # entries or rows that are looked at first
 _ZERO, _ONE = torch.zeros(1), torch.ones(1)
 
 
@@ -150,19 +150,24 @@ def redraw(parameter: Tensor) -> bool:
             matrix = matrix.index_select(dim, order) * sign.view(shape).to(matrix.dtype)
         parameter.copy_(matrix.view_as(parameter))
         return True
-    order = torch.randperm(parameter.numel(), device=parameter.device)
-    parameter.copy_(flat[order].view_as(parameter))
+    # Half the bytes to move, and the same order.
+    dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
+    order = torch.randperm(flat.numel(), dtype=dtype, device=parameter.device)
+    parameter.copy_(flat.index_select(0, order).view_as(parameter))
     return True
 
 
 def is_constant(parameter: Tensor) -> bool:
     """Whether all entries are equal."""
+    first = parameter.flatten()[:_FEW]  # these tell almost always
+    if bool((first != first[0]).any()):
+        return False
     return bool((parameter == parameter.flatten()[0]).all())
 
 
 def is_sparse(parameter: Tensor) -> bool:
     """Whether most entries are zero and have their places: identity, dirac, pruned weights."""
-    return float((parameter == 0).float().mean()) > 0.5
+    return 2 * int(parameter.count_nonzero()) < parameter.numel()
 
 
 def has_orthogonal_rows(parameter: Tensor) -> bool:
@@ -175,7 +180,7 @@ def has_orthogonal_rows(parameter: Tensor) -> bool:
     if matrix.shape[0] > _LARGEST_CHECKED:
         return False
     # A few rows tell almost always, and the product of all would cost more than a forward.
-    return _is_orthogonal(matrix[:_FEW_ROWS]) and _is_orthogonal(matrix)
+    return _is_orthogonal(matrix[:_FEW]) and _is_orthogonal(matrix)
 
 
 def _is_orthogonal(matrix: Tensor) -> bool:

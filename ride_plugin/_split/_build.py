@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
-from ride_plugin._inputs import Inputs, own_inputs
+from ride_plugin._inputs import Inputs, as_inputs, own_inputs, resize_batch
 from ride_plugin._split._analysis import Place, learn, place_of
 from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._copies import (
@@ -24,7 +24,7 @@ from ride_plugin._split._copies import (
     running_copy,
     written_parameters,
 )
-from ride_plugin._split._example import find_example
+from ride_plugin._split._example import guess_example, taken_by_backbone
 from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._logits import (
@@ -59,6 +59,7 @@ class Examined:
         reader: takes the logits out of what the backbone returns; None if that is the logits.
         classifier: name of the module that returns them; None if there is none.
         num_classes: ``C``.
+        by_shapes: whether it runs on tensors without contents.
     """
 
     inputs: Inputs
@@ -67,6 +68,7 @@ class Examined:
     reader: LogitsReader | None
     classifier: str | None
     num_classes: int
+    by_shapes: bool
 
 
 def split_backbone(
@@ -175,14 +177,19 @@ def examine(
             args, kwargs = own_inputs(inputs, tensors=True)
             return module(*args, **kwargs)
 
-    inputs = find_example(copied(False), example_input, reader)
-    root, output = _calls(copied, inputs, False)
+    if example_input is None:
+        inputs = guess_example(copied(False), reader)
+    else:
+        inputs = resize_batch(as_inputs(example_input), 2)
     found: Tensor | None
-    found, head = find_logits(reader, root, output, num_classes, differentiable)
-    if found.is_meta:  # so far the shapes were enough
-        output = run()
-        found = reader.logits_of(output)
-        assert found is not None  # of the shapes it is not
+    with taken_by_backbone():
+        root, output = _calls(copied, inputs, False)
+        found, head = find_logits(reader, root, output, num_classes, differentiable)
+        by_shapes = found.is_meta
+        if by_shapes:  # so far the shapes were enough
+            output = run()
+            found = reader.logits_of(output)
+            assert found is not None  # of the shapes it is not
     check_classifies(root, output, found, head, reader, num_classes)
     training_root: Call | None = None
     training_output: Any = None
@@ -200,6 +207,7 @@ def examine(
         None if plain and logits is None else reader,
         None if head is None else head.name,
         found.shape[1],
+        by_shapes,
     )
 
 
@@ -298,7 +306,7 @@ def learned(
         return split, ahead, late | {place_of(name) for name in writes}
 
     # On the meta device this is almost free; but a backbone may look at values.
-    for meta in (True, False):
+    for meta in (True, False) if seen.by_shapes else (False,):
         try:
             split, ahead, left = lessons(meta)
             if ahead:

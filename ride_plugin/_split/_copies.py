@@ -25,6 +25,7 @@ T = TypeVar("T")
 _ATOMS = frozenset(
     {int, float, bool, str, type(None), type, FunctionType, torch.dtype, torch.device}
 )
+_WITHOUT_TENSORS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}  # submodules, hooks
 _COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 
 
@@ -154,11 +155,12 @@ def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
 
 
 def _kept_on(module: nn.Module) -> list[Tensor]:
-    """Tensors that modules keep as plain attributes."""
-    return [
-        tensor
+    """Tensors that modules keep: parameters, buffers and plain attributes."""
+    kept = {
+        id(value): value  # many modules may hold one value, a configuration say
         for part in module.modules()
-        for value in vars(part).values()
+        for key, value in vars(part).items()
+        if type(value) not in _ATOMS and key not in _WITHOUT_TENSORS
         if not isinstance(value, nn.Module)
-        for tensor in tensors_in(value)
-    ]
+    }
+    return [tensor for value in kept.values() for tensor in tensors_in(value)]

@@ -14,6 +14,7 @@ from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import SplitError
 from ride_plugin._inputs import Inputs
 from ride_plugin._split._analysis import Place, throwaway
+from ride_plugin._split._copies import on_meta
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._sharing import frozen_layers, unchanging
 from ride_plugin._split._state import Layout
@@ -128,7 +129,7 @@ def parts_of(
 
 
 def trial_run(
-    parts: Parts, index: int, inputs: Inputs, rows: Tensor | None = None
+    parts: Parts, index: int, inputs: Inputs, rows: Tensor | None = None, meta: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Logits ``[B, C]`` and features ``[B, D]`` of one expert, computed on throwaway copies.
 
@@ -137,16 +138,18 @@ def trial_run(
         index: the expert.
         inputs: what the trunk receives, in evaluation mode.
         rows: int64 ``[b]``, the rows that go on into the expert; None for all.
+        meta: return tensors without contents; it raises where the backbone looks at values.
     """
     with torch.no_grad(), random_state_kept(parts.trunk):
-        views = throwaway(parts.views(index), training=False)
+        views = throwaway(parts.views(index), training=False, meta=meta)
         start = read_attributes(views.trunk, parts.attributes)
-        args, kwargs = inputs
-        state, _ = record(
-            views.trunk, views.running, parts.layouts, args, kwargs, stop_at_fork=True
-        )
-        write_attributes(views.expert, parts.attributes, start)
-        output = play(views.expert, views.running, state if rows is None else state.select(rows))
+        with on_meta(inputs, meta) as (args, kwargs):
+            state, _ = record(
+                views.trunk, views.running, parts.layouts, args, kwargs, stop_at_fork=True
+            )
+            write_attributes(views.expert, parts.attributes, start)
+            state = state if rows is None else state.select(rows)
+            output = play(views.expert, views.running, state)
     logits = logits_in(output)
     if logits is None:
         raise SplitError("The expert returned no logits [B, C].")
@@ -161,7 +164,10 @@ def feature_dim_of(parts: Parts) -> int:
         SplitError: an expert returns another number of classes than it should.
     """
     try:
-        logits, features = trial_run(parts, 0, parts.inputs)
+        try:
+            logits, features = trial_run(parts, 0, parts.inputs, meta=True)
+        except Exception:
+            logits, features = trial_run(parts, 0, parts.inputs)
     except (RuntimeError, TypeError) as error:
         raise SplitError(
             f"The experts do not run with new classifiers ({error}): the backbone computes its "
