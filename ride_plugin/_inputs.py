@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError, RIDEError
-from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin._tree import map_tensors, own_container, tensors_in
 
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -42,17 +41,18 @@ def own_inputs(inputs: Inputs, tensors: bool = False) -> Inputs:
     With ``tensors`` these are copied as well: a forward may change its input in place.
     """
     args, kwargs = inputs
-    own: Inputs = tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
+    own: Inputs = tuple(map(own_container, args)), {k: own_container(v) for k, v in kwargs.items()}
     return (map_tensors(torch.clone, own[0]), map_tensors(torch.clone, own[1])) if tensors else own
-
-
-def _own(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, dict | list) else value
 
 
 def batch_size_of(inputs: Inputs) -> int:
     """Batch size: the first dimension of the first tensor that has one."""
     for tensor in tensors_in(inputs):
+        if tensor.is_nested:
+            raise ArgumentError(
+                "Expected tensors with a batch dimension, but got a nested tensor, whose rows are "
+                "of different sizes. Pass `torch.nested.to_padded_tensor(x, 0.0)` and a mask."
+            )
         if tensor.dim() > 0:
             return tensor.shape[0]
     raise ArgumentError(
@@ -87,6 +87,9 @@ def taken_by_model(example: Any) -> Iterator[None]:
         ) from error
 
 
+_SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc})
+
+
 def resize_batch(inputs: Inputs, batch_size: int) -> Inputs:
     """Repeat the rows of an example until there are ``batch_size``; repeated rows are varied.
 
@@ -99,6 +102,8 @@ def resize_batch(inputs: Inputs, batch_size: int) -> Inputs:
     def resize(tensor: Tensor) -> Tensor:
         if tensor.dim() == 0 or tensor.shape[0] != given:
             return tensor
+        if tensor.layout in _SPARSE:
+            return resize(tensor.to_dense()).to_sparse(layout=tensor.layout)
         rows = [tensor[i % given] for i in range(batch_size)]
         for i in range(given, batch_size):
             if tensor.is_floating_point():

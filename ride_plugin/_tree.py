@@ -18,13 +18,13 @@ Path: TypeAlias = tuple[int | str, ...]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a value, depth first: tuples, lists, mappings and dataclasses."""
+    """Yield the tensors in a value, depth first: tuples, lists, deques, mappings, dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | deque):
         for item in value:
             yield from tensors_in(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -45,6 +45,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         for key, item in value.items():
             changed[key] = map_tensors(function, item)
         return changed
+    if isinstance(value, deque):
+        return type(value)((map_tensors(function, item) for item in value), value.maxlen)
     if isinstance(value, list | tuple):
         items = [map_tensors(function, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -56,6 +58,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
             if field.init
         },
     )
+
+
+def own_container(value: Any) -> Any:
+    """A copy of a dict, list or deque, which somebody may fill or empty; what else as it is."""
+    return copy.copy(value) if isinstance(value, dict | list | deque) else value
 
 
 def matrices_in(value: Any) -> list[tuple[Path, Tensor]]:

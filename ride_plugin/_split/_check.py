@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._state import TrunkState
 from ride_plugin._split._views import Views
-from ride_plugin._tree import logits_in, map_tensors
+from ride_plugin._tree import logits_in, map_tensors, tensors_in
 
 _BATCH = 3
 
@@ -90,7 +91,7 @@ def check(source: nn.Module, split: Split) -> frozenset[str]:
                 difference = (got - expected).abs().max().item()
                 raise SplitError(
                     f"{_prefix(fork, mode)}: with one expert the logits differ from the backbone's "
-                    f"by up to {difference:.3g}. Pass `fork_at=` another submodule."
+                    f"by up to {difference:.3g}. {_advice(state)}"
                 )
             if behind:
                 raise WrittenBehind(behind, _prefix(fork, mode))
@@ -160,7 +161,7 @@ def _check_rows(
     except Exception as error:
         raise SplitError(
             f"{_prefix(fork, 'evaluation')}: an expert does not run on a subset of the rows, which "
-            f"routing needs ({type(error).__name__}: {error}). Pass `fork_at=` another submodule."
+            f"routing needs ({type(error).__name__}: {error}). {_advice(state)}"
         ) from error
     if agree or _rows_agree_in_double(backbone, views, state):
         return
@@ -185,9 +186,42 @@ def _check_rows(
             "`torch.stack([x, flipped], dim=1).flatten(0, 1)` instead of "
             "`torch.cat([x, flipped])`."
             if several
-            else "Pass `fork_at=` another submodule."
+            else _advice(state)
         )
     )
+
+
+def _advice(state: TrunkState) -> str:
+    """What to do where experts take up something else than the trunk left."""
+    for key, value in zip(state.keys, state.values, strict=True):
+        if kind := _hides_tensors(value):
+            return (
+                f"`{key}` returns {kind}, in which tensors are not found. Let it return them in a "
+                "tuple, list, dict or dataclass, or pass `fork_at=` another submodule."
+            )
+    return "Pass `fork_at=` another submodule."
+
+
+def _hides_tensors(value: Any) -> str | None:
+    """Name what may hold tensors that nobody selects rows of, copies or moves."""
+    if isinstance(value, Iterator):
+        return f"a {type(value).__name__}, which can be read once only"
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_hides_tensors, value)), None)
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return "a function that captured tensors" if _any_in(cells) else None
+    if type(value) is Tensor:
+        return "a tensor with tensors as attributes" if _any_in(vars(value)) else None
+    if isinstance(value, Tensor | nn.Module | type) or _any_in(value):
+        return None
+    return f"a {type(value).__name__}" if _any_in(getattr(value, "__dict__", {})) else None
+
+
+def _any_in(value: Any) -> bool:
+    return next(tensors_in(value), None) is not None
 
 
 def _rows_agree(

@@ -95,7 +95,7 @@ def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
             kind = type(attribute)
             if kind in _ATOMS:
                 attributes[name] = attribute
-            elif kind in (dict, OrderedDict):
+            elif kind in (dict, OrderedDict) and id(attribute) not in memo:
                 attributes[name] = kind(
                     (k, v if type(v) in _ATOMS else copy.deepcopy(v, memo))
                     for k, v in attribute.items()

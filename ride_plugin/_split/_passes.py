@@ -52,7 +52,8 @@ def record(
     if not recorder.reached_fork:
         raise ReplayError(
             "The backbone's forward ended without reaching the fork, so no expert ran. It takes "
-            "another path on this input than on the example; pass `example_input=` of this kind."
+            "another path on this input than on the example: pass `example_input=` of this kind. "
+            "(Or it asks for the class of a submodule, which has a stand-in: ask with `hasattr`.)"
         )
     args, kwargs = own  # the forward may have popped something from what it was given
     keys = tuple(recorder.keys)

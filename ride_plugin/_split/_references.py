@@ -10,10 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ride_plugin._errors import SplitError
+from ride_plugin._tree import CONTAINERS
+
+_INTERNAL = frozenset(vars(nn.Module()))
 
 
 def refuse_captured(backbone: nn.Module) -> None:
-    """Refuse functions, hooks above all, that captured a module or parameter of the backbone.
+    """Refuse functions, hooks above all, that captured a part of the backbone or what it keeps.
 
     ``deepcopy`` copies a method with the object that it belongs to, but leaves a function as it is.
     So a hook such as ``lambda module, args, out: setattr(net, "features", out)`` on a copy would
@@ -25,6 +28,9 @@ def refuse_captured(backbone: nn.Module) -> None:
     names: dict[int, str] = {}
     for name, module in backbone.named_modules():
         names.setdefault(id(module), f"`{name}`" if name else "the backbone itself")
+        for key, value in vars(module).items():
+            if isinstance(value, CONTAINERS) and key not in _INTERNAL:
+                names.setdefault(id(value), f"`{name}.{key}`" if name else f"`{key}`")
     for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
         names.setdefault(id(tensor), f"`{name}`")
     for name, module in backbone.named_modules():
@@ -66,6 +72,8 @@ def _captured(function: Any) -> Iterator[Any]:
         except ValueError:  # a variable that was never set
             continue
     for value in values:
+        if isinstance(value, CONTAINERS):
+            yield value
         if isinstance(value, Mapping):
             inside = list(value.values())
         elif isinstance(value, list | tuple | set):

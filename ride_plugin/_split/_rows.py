@@ -63,6 +63,9 @@ def take_rows(value: Tensor, spec: Rows | None, rows: Tensor, batch_size: int) -
     if per_sample > 1:
         inside = torch.arange(per_sample, device=rows.device)
         rows = (rows.unsqueeze(1) * per_sample + inside).flatten()
+    if value.layout is not torch.strided:  # sparse: only one of the layouts can be indexed
+        some: Tensor = value.to_sparse_coo().index_select(dim, rows)
+        return some.to_sparse(layout=value.layout)
     if value.is_contiguous():
         return value.index_select(dim, rows)
     order = sorted(range(value.dim()), key=value.stride, reverse=True)
@@ -123,4 +126,4 @@ def join_rows(values: Sequence[Tensor], spec: Rows | None, batch_sizes: Sequence
 
 def is_hollow(value: Tensor) -> bool:
     """Whether a value takes no memory, as one that nobody reads."""
-    return value.dim() > 1 and not any(value.stride())
+    return value.dim() > 1 and value.layout is torch.strided and not any(value.stride())

@@ -247,6 +247,10 @@ def _may_join(ours: Any, theirs: Any) -> bool:
 
 def hollow(value: Tensor) -> Tensor:
     """A tensor of the same shape that takes no memory, and NaN, should anybody read it."""
+    if value.layout is not torch.strided:
+        return torch.full((), float("nan"), dtype=value.dtype, device=value.device).expand(
+            value.shape
+        )
     return value.new_full((), float("nan")).expand(value.shape)
 
 

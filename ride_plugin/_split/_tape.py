@@ -22,14 +22,16 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils.hooks import BackwardHook
 from typing_extensions import Self
 
 from ride_plugin._errors import ReplayError
 from ride_plugin._split._state import Layout, hollow
-from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin._tree import map_tensors, own_container, tensors_in
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
 _CHECKPOINT = torch.utils.checkpoint.__file__
+_APPLY_BACKWARD_HOOK = BackwardHook._apply_on_tensors.__code__
 
 
 class ForkReached(Exception):
@@ -114,7 +116,11 @@ class Recorder(_GlueMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if self._depth == 0 and not self.reached_fork and _leaves_a_trace(func, result):
-            self._write(_name(func), result)
+            if _is_of_a_backward_hook(func):  # of the unit that has just ended; experts go through
+                swapped = map_tensors(lambda t: result if t is args[0] else t, self.values[-1])
+                self.values[-1] = swapped
+            else:
+                self._write(_name(func), result)
         return result
 
     def _write(self, key: str, value: Any) -> None:
@@ -125,7 +131,7 @@ class Recorder(_GlueMode):
             if self._layouts and not any(any(layout.live[step]) for layout in self._layouts):
                 value = map_tensors(hollow, value)
                 self.dropped = True
-        self.values.append(value)
+        self.values.append(_own(value))
 
     def unit_begins(self) -> None:
         self._depth += 1
@@ -187,7 +193,7 @@ class Player(_GlueMode):
         self.region = _checkpointed_region()
         value = self.values[self.position]
         self.position += 1
-        return value
+        return _own(value)
 
     def out_of_step(self, name: str) -> ReplayError:
         recorded = self.keys[self.position]
@@ -447,6 +453,26 @@ def _checkpointed_region() -> object:
 
 def _name(func: Callable[..., Any]) -> str:
     return getattr(func, "__name__", None) or type(func).__name__
+
+
+def _own(value: Any) -> Any:
+    """What somebody may pop from; a compiled graph changes none of its values."""
+    return value if torch.compiler.is_compiling() else own_container(value)
+
+
+def _is_of_a_backward_hook(func: Callable[..., Any]) -> bool:
+    """Whether this is the view through which torch hears of the gradient of a unit's output.
+
+    It is made after all forward hooks, ours too.
+    """
+    if func is not Tensor.view_as or torch.compiler.is_compiling():
+        return False
+    frame, looked = sys._getframe(), 0
+    while frame is not None and looked < 5:
+        if frame.f_code is _APPLY_BACKWARD_HOOK:
+            return True
+        frame, looked = cast(FrameType, frame.f_back), looked + 1
+    return False
 
 
 def _leaves_a_trace(func: Callable[..., Any], result: Any) -> bool:

@@ -224,7 +224,6 @@ def _drop_what_does_nothing(graph: fx.Graph) -> None:
         if _does_nothing(node):
             node.replace_all_uses_with(value)
             graph.erase_node(node)
-    graph.eliminate_dead_code()
 
 
 def _does_nothing(node: Any) -> bool:

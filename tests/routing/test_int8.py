@@ -58,12 +58,12 @@ def test_what_lies_outside_of_the_range_is_cut_off() -> None:
     torch.testing.assert_close(found, torch.tensor([0.0, 1.0]))
 
 
-def test_small_weights_keep_their_digits_and_a_channel_of_zeros_stays_zero() -> None:
+def test_small_weights_and_inputs_keep_their_digits_and_a_channel_of_zeros_stays_zero() -> None:
     torch.manual_seed(0)
     weight = 1e-4 * torch.randn(6, 5, 3, 3)
     weight[2] = 0
     whole = FusedConv2d(weight, None, ([1, 1], [0, 0], [1, 1], 1), False, [4, 5, 9, 9])
-    conv, x = Int8Conv2d(whole, 0.0, 1.0), torch.rand(4, 5, 9, 9)
+    conv, x = Int8Conv2d(whole, 0.0, 1e-3), 1e-3 * torch.rand(4, 5, 9, 9)
     found = conv(x, None)
     assert not found[:, 2].any()
     torch.testing.assert_close(found, whole(x), rtol=0, atol=0.02 * float(found.abs().max()))

@@ -1,0 +1,313 @@
+"""Values between modules that are no plain tensors, and hooks: each expert is a copy of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ride_plugin import ArgumentError, ReplayError, RIDEWrapper, SplitError
+from tests.naive import copies_of, train_both
+
+
+class Base(nn.Module):
+    def __init__(self, first: nn.Module | None = None) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 8) if first is None else first
+        self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+def wrapped(net: nn.Module, example: Any = None, **options: Any) -> RIDEWrapper:
+    example = torch.randn(2, 6) if example is None else example
+    options = {"fork_at": "b", "init": "copy", "num_classes": 4, **options}
+    return RIDEWrapper(net, 3, example_input=example, **options)
+
+
+def batches() -> list[Tensor]:
+    return [torch.randn(5, 6) for _ in range(3)]
+
+
+def routes_rows(model: RIDEWrapper, x: Any, rows: list[int]) -> None:
+    """An expert's logits of some rows are those rows of its logits."""
+    chosen = torch.tensor(rows)
+    with model.evaluating(), torch.no_grad():
+        state = model.run_trunk(x)
+        for index in range(model.num_experts):
+            whole, part = (
+                model.run_expert(index, each)[0] for each in (state, state.select(chosen))
+            )
+            torch.testing.assert_close(part, whole[chosen], rtol=1e-5, atol=1e-5)
+
+
+class First(nn.Module):
+    """A layer that returns its result in some container."""
+
+    def __init__(self, put: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.put = nn.Linear(6, 8), put
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x).relu()
+        return self.put(y, y.tanh())
+
+
+class Empties(Base):
+    """Takes the one value out before the fork and the other behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.a(x)
+        first = values.pop("y") if isinstance(values, dict) else values.pop()
+        x = self.b(first).relu()
+        second = values.pop("z") if isinstance(values, dict) else values.pop()
+        assert not values
+        return self.c(x + second)
+
+
+CONTAINERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "list": lambda y, z: [y, z],
+    "dict": lambda y, z: {"y": y, "z": z},
+    "deque": lambda y, z: deque([y, z], maxlen=2),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_each_expert_empties_a_container_of_its_own(kind: str) -> None:
+    net = Empties(First(CONTAINERS[kind]))
+    model = wrapped(net)
+    train_both(net, model, batches())
+    routes_rows(model, torch.randn(5, 6), [3, 0, 0])
+
+
+class Bag:
+    def __init__(self, y: Tensor, z: Tensor) -> None:
+        self.y, self.z = y, z
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.y, self.z))
+
+
+def with_attribute(y: Tensor, z: Tensor) -> Tensor:
+    y.gate = z  # type: ignore[attr-defined]
+    return y
+
+
+class Unpacks(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.a(x)
+        if isinstance(values, Tensor):
+            return self.c(self.b(values).relu() * getattr(values, "gate", 1.0))
+        if callable(values):
+            return self.c(values(self.b(self.other(x))).relu())
+        y, z = values
+        return self.c(self.b(y).relu() * z)
+
+    def other(self, x: Tensor) -> Tensor:
+        return x.repeat(1, 2)[:, :8]
+
+
+class Iterates(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.stack([self.b(value) for value in self.a(x)]).sum(0).relu())
+
+
+@pytest.mark.parametrize(
+    ("net", "named"),
+    [
+        (lambda: Unpacks(First(Bag)), "`a` returns a Bag"),
+        (lambda: Unpacks(First(with_attribute)), "`a` returns a tensor with tensors as attributes"),
+        (lambda: Unpacks(First(lambda y, z: lambda b: b * z)), "`a` returns a function that"),
+        (lambda: Iterates(First(lambda y, z: map(torch.tanh, [y, z]))), "`a` returns a map"),
+        (lambda: Iterates(First(lambda y, z: (v for v in (y, z)))), "`a` returns a generator"),
+    ],
+    ids=["object", "attribute", "function", "map", "generator"],
+)
+def test_tensors_out_of_sight_are_named(net: Callable[[], nn.Module], named: str) -> None:
+    with pytest.raises(SplitError, match=rf"{named}.*tuple, list, dict or dataclass"):
+        wrapped(net())
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int, Tensor]:
+        y = self.linear(x)
+        return y.relu(), 3, y.tanh()
+
+
+class TakesAPair(Base):
+    def __init__(self) -> None:
+        super().__init__(Pair())
+        self.stem = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _, z = self.a(self.stem(x))
+        return self.c(self.b(y).relu() + z)
+
+
+def halve(module: nn.Module, given: Any, taken: Any) -> tuple[Tensor | None, ...]:
+    return tuple(None if gradient is None else 0.5 * gradient for gradient in given)
+
+
+def triple_first(module: nn.Module, gradients: Any) -> tuple[Tensor | None, ...]:
+    return (3 * gradients[0], *gradients[1:])
+
+
+# A hook on a layer whose input requires no gradient makes torch warn.
+ignored = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+
+
+@ignored
+@pytest.mark.parametrize("kind", [Base, TakesAPair])
+@pytest.mark.parametrize("on_root", [False, True])
+def test_full_backward_hooks_act_on_trunk_and_experts(kind: type[Base], on_root: bool) -> None:
+    net = kind()
+    for module in [net] if on_root else [net.a, net.b, net.c]:
+        module.register_full_backward_hook(halve)
+        module.register_full_backward_pre_hook(triple_first)
+    train_both(net, wrapped(net), batches())
+
+
+@ignored
+def test_a_full_backward_hook_of_the_trunk_runs_once_and_gets_the_sum_of_the_experts() -> None:
+    model, seen = wrapped(Base()), []
+    model.trunk.a.register_full_backward_hook(lambda m, given, taken: seen.append(taken[0]))
+    x = torch.randn(5, 6)
+    expected = []
+
+    def expect(module: nn.Module, args: Any, out: Tensor) -> None:
+        out.register_hook(expected.append)
+
+    model.trunk.a.register_forward_hook(expect)
+    model(x).sum().backward()
+    assert len(seen) == len(expected) == 1
+    torch.testing.assert_close(seen[0], expected[0])
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -0.5 * gradient
+
+
+class ReversesAView(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(Reverse.apply(self.b(Reverse.apply(self.a(x))).relu()))
+
+
+@ignored
+def test_a_view_of_itself_that_no_hook_makes_is_glue_as_any_other() -> None:
+    net = ReversesAView()
+    train_both(net, wrapped(net), batches())
+    net.a.register_full_backward_hook(halve)
+    train_both(net, wrapped(net), batches())
+
+
+class Bank(nn.Module):
+    """Layers that hand tensors on in a dict that all of them hold."""
+
+    def __init__(self, bank: dict[str, Tensor], write: bool) -> None:
+        super().__init__()
+        self.bank, self.write = bank, write
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.write:
+            self.bank["skip"] = x
+            return x
+        return x + self.bank["skip"]
+
+
+class SharesADict(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        bank: dict[str, Tensor] = {}
+        self.writes, self.reads = Bank(bank, True), Bank(bank, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.writes(self.a(x).relu())
+        return self.c(self.reads(self.b(x).relu()))
+
+
+def test_copies_for_a_pass_share_the_dict_that_the_modules_share() -> None:
+    net = SharesADict()
+    for fork_at in ("a", "writes"):
+        train_both(net, wrapped(net, fork_at=fork_at), batches())
+    with pytest.raises(SplitError, match="something of its early part that is no tensor"):
+        wrapped(net)
+
+
+class ReadsWhatAHookKept(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        kept: dict[str, Tensor] = {}
+        self.kept = kept
+        self.a.register_forward_hook(lambda module, args, out: kept.update(a=out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu()).relu()
+        return self.c(x + self.kept["a"])
+
+
+def test_a_hook_that_fills_what_the_backbone_keeps_is_named() -> None:
+    with pytest.raises(SplitError, match=r"a forward hook of `a`.*captured `kept`"):
+        wrapped(ReadsWhatAHookKept())
+
+
+class BagOfWords(Base):
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.weight, self.again = nn.Parameter(torch.randn(6, 8)), again
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(torch.sparse.mm(x, self.weight).relu()).relu()
+        return self.c(y + torch.sparse.mm(x, self.weight) if self.again else y)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("again", [False, True])
+def test_sparse_batches_are_split_trained_and_routed(layout: torch.layout, again: bool) -> None:
+    def batch() -> Tensor:
+        return (torch.randn(5, 6) * (torch.rand(5, 6) > 0.5)).to_sparse(layout=layout)
+
+    net = BagOfWords(again)
+    model = wrapped(net, batch())
+    x = batch()
+    expected = torch.stack([each.eval()(x) for each in copies_of(net, model)], 1)
+    torch.testing.assert_close(model.router_inputs(x).expert_logits, expected.detach())
+    routes_rows(model, x, [4, 1])
+    if layout is torch.sparse_coo:  # torch cannot deepcopy the other
+        train_both(net, model, [batch() for _ in range(2)])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_batch_is_to_be_padded(layout: torch.layout) -> None:
+    example = torch.nested.nested_tensor([torch.randn(n, 6) for n in (2, 3)], layout=layout)
+    with pytest.raises(ArgumentError, match=r"nested tensor.*to_padded_tensor"):
+        wrapped(Base(), example)
+
+
+class AsksForTheClass(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                x = module(x).relu()
+        return x
+
+
+def test_a_forward_that_asks_for_the_class_of_a_submodule_is_told() -> None:
+    with pytest.raises(ReplayError, match=r"class of a submodule.*hasattr"):
+        wrapped(AsksForTheClass())
