@@ -20,9 +20,9 @@ from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
+import torch.utils.hooks
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
-from torch.utils.hooks import BackwardHook
 from typing_extensions import Self
 
 from ride_plugin._errors import ReplayError
@@ -31,7 +31,7 @@ from ride_plugin._tree import map_tensors, own_container, tensors_in
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
 _CHECKPOINT = torch.utils.checkpoint.__file__
-_APPLY_BACKWARD_HOOK = BackwardHook._apply_on_tensors.__code__
+_BACKWARD_HOOKS = torch.utils.hooks.__file__
 
 
 class ForkReached(Exception):
@@ -469,7 +469,7 @@ def _is_of_a_backward_hook(func: Callable[..., Any]) -> bool:
         return False
     frame, looked = sys._getframe(), 0
     while frame is not None and looked < 5:
-        if frame.f_code is _APPLY_BACKWARD_HOOK:
+        if frame.f_code.co_filename == _BACKWARD_HOOKS:
             return True
         frame, looked = cast(FrameType, frame.f_back), looked + 1
     return False
