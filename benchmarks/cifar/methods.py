@@ -42,7 +42,8 @@ class Method:
             said.insert(0, "plain")
         else:
             width = "full width" if self.expert_width == 1 else f"{self.expert_width:g} width"
-            said.insert(0, f"{self.num_experts} experts, {width}")
+            experts = "experts" if self.num_experts > 1 else "expert"
+            said.insert(0, f"{self.num_experts} {experts}, {width}")
         if len(set(self.adjustments)) > 1:
             said.append("priors " + ", ".join(f"{tau:g}" for tau in self.adjustments))
         if self.cosine and self.loss != "ldam_drw":
@@ -77,8 +78,8 @@ def _adjusted(
     diversity: Literal["paper", "official"] | None = None,
     **more: object,
 ) -> Method:
-    options = {"cosine": True, "adjustments": adjustments, **more}
-    return Method("adjusted", 3, diversity, **options)  # type: ignore[arg-type]
+    options = {"num_experts": 3, "cosine": True, "adjustments": adjustments, **more}
+    return Method("adjusted", diversity=diversity, **options)  # type: ignore[arg-type]
 
 
 METHODS: dict[str, Method] = {
@@ -86,6 +87,7 @@ METHODS: dict[str, Method] = {
     "ldam_drw": Method("ldam_drw", cosine=True),
     "balanced_softmax": Method("balanced_softmax"),
     "balanced_softmax_cosine": Method("balanced_softmax", cosine=True),
+    "balanced_softmax_narrow": _adjusted((1.0,), num_experts=1),
     "balanced_softmax_mixup": Method("balanced_softmax", cosine=True, mixup=0.4),
     "crt": Method(starts_from="ce", classifiers="crt"),
     "tau_norm": Method(starts_from="ce", classifiers="tau_norm"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from benchmarks.speed.networks import Case, by_hand, images, resnet32
-from benchmarks.speed.straightforward import HandSplit, StraightforwardRouting
+from benchmarks.speed.straightforward import StraightforwardRouting
 from benchmarks.speed.timing import compare
 from ride_plugin import ExpertRouter, RIDEWrapper, RoutingInference
 from ride_plugin.routing import StagedRunner, fuse_stages
@@ -36,20 +36,20 @@ def routing() -> Case:
         for shares in SHARES:
             for batch in BATCHES:
                 x, contiguous = images(batch), images(batch, channels_last=False)
-                gates = _Quota(shares, batch)
+                gates = Quota(shares, batch)
                 ours = RoutingInference(served, gates)
                 theirs = _straightforward(gates)
-                ideal = _ideal(by_hand(served).eval(), x, gates.sizes)
+                parts = ideal(served, x, gates.sizes)
                 every = _all_experts(served, x)
                 with torch.no_grad():
                     yield [
                         f"{shares}, batch {batch}",
-                        compare(lambda: ours(x), ideal),
+                        compare(lambda: ours(x), parts),
                         compare(lambda: ours(x), lambda: theirs(contiguous)),
                         compare(lambda: ours(x), every),
                     ]
                     if batch > SLICE:
-                        sliced = RoutingInference(served, _Quota(shares, SLICE))
+                        sliced = RoutingInference(served, Quota(shares, SLICE))
                         yield [
                             f"{shares}, batch {batch} in slices of {SLICE}",
                             "-",
@@ -64,7 +64,7 @@ def routing() -> Case:
     return "Routed inference, BatchNorm folded, against", header, rows()
 
 
-class _Quota(nn.Module):
+class Quota(nn.Module):
     """A router that lets a fixed number of rows go on, with the cost of the learned one."""
 
     def __init__(self, shares: tuple[float, ...], batch: int) -> None:
@@ -81,13 +81,14 @@ class _Quota(nn.Module):
         return verdict
 
 
-def _straightforward(gates: _Quota) -> StraightforwardRouting:
+def _straightforward(gates: Quota) -> StraightforwardRouting:
     split = by_hand(resnet32(channels_last=False)).eval()
     return StraightforwardRouting(split, gates, torch.zeros(2))
 
 
-def _ideal(split: HandSplit, x: Tensor, sizes: tuple[int, int]) -> Callable[[], None]:
+def ideal(model: RIDEWrapper, x: Tensor, sizes: tuple[int, int]) -> Callable[[], None]:
     """Trunk once, and each expert at its own sub-batch, with nothing between."""
+    split = by_hand(model).eval()
     with torch.no_grad():
         features = split.trunk(x)
     parts = [features[:n].contiguous(memory_format=torch.channels_last) for n in sizes]
@@ -120,15 +121,15 @@ def exported() -> Case:
         stages = {name: _in_onnxruntime(program) for name, program in programs.items()}
         for shares in SHARES:
             for batch in BATCHES:
-                x, quota = images(batch, channels_last=False), _Quota(shares, batch)
-                ideal = _ideal(by_hand(served).eval(), images(batch), quota.sizes)
-                quick, other = (_at_shares(kind, quota) for kind in (fused, stages))
+                x, quota = images(batch, channels_last=False), Quota(shares, batch)
+                parts = ideal(served, images(batch), quota.sizes)
+                quick, other = (at_shares(kind, quota) for kind in (fused, stages))
                 theirs = _straightforward(quota)
                 with torch.no_grad():
                     yield [
                         f"{shares}, batch {batch}",
                         compare(lambda: quick(x), lambda: theirs(x)),
-                        compare(lambda: quick(x), ideal),
+                        compare(lambda: quick(x), parts),
                         compare(lambda: other(x), lambda: theirs(x)),
                     ]
 
@@ -136,7 +137,7 @@ def exported() -> Case:
     return "Exported stages / straightforward", header, rows()
 
 
-def _at_shares(stages: Mapping[str, Stage], quota: _Quota) -> StagedRunner:
+def at_shares(stages: Mapping[str, Stage], quota: Quota) -> StagedRunner:
     gates = {
         f"gate_{i}": _at_fixed_share(stages[f"gate_{i}"], size)
         for i, size in enumerate(quota.sizes)

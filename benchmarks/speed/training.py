@@ -27,7 +27,8 @@ from ride_plugin import (
 from ride_plugin.routing import RouterInputs
 
 
-def _counts(classes: int) -> list[int]:
+def class_counts(classes: int) -> list[int]:
+    """From 500 down to 5, exponentially."""
     return [max(5, int(500 * 0.01 ** (c / (classes - 1)))) for c in range(classes)]
 
 
@@ -43,7 +44,7 @@ def training() -> Case:
         for name, (network, batch, size, classes) in sizes.items():
             model = network(True)
             y = torch.randint(0, classes, (batch,))
-            diversity = DiversityLoss(_counts(classes), weight=0.45)
+            diversity = DiversityLoss(class_counts(classes), weight=0.45)
 
             def ours(out: Any, y: Tensor = y, diversity: nn.Module = diversity) -> Tensor:
                 return experts_loss(nn.functional.cross_entropy, out, y) + diversity(out, y)
@@ -52,15 +53,15 @@ def training() -> Case:
                 return expert_by_expert_loss(out.float(), y, term.schedule.temperature, 0.45)
 
             x, contiguous = images(batch, True, size), images(batch, False, size)
-            mine = _step(model, ours, x, False)
-            plain = _step(by_hand(network(False)), theirs, contiguous, False)
-            laid_out = _step(by_hand(network(True)), theirs, x, False)
+            mine = step(model, ours, x, False)
+            plain = step(by_hand(network(False)), theirs, contiguous, False)
+            laid_out = step(by_hand(network(True)), theirs, x, False)
             yield [
                 name,
-                compare(mine, _step(by_hand(model), ours, x, False)),
+                compare(mine, step(by_hand(model), ours, x, False)),
                 compare(mine, plain),
                 compare(mine, laid_out),
-                compare(_step(copy.deepcopy(model), ours, x, True), plain),
+                compare(step(copy.deepcopy(model), ours, x, True), plain),
             ]
 
     header = [
@@ -73,7 +74,8 @@ def training() -> Case:
     return "Training step, ours / other", header, rows()
 
 
-def _step(model: nn.Module, loss: Callable[[Any], Tensor], x: Tensor, half: bool) -> Any:
+def step(model: nn.Module, loss: Callable[[Any], Tensor], x: Tensor, half: bool) -> Any:
+    """Forward, loss, backward and a step of SGD."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, nesterov=True, fused=True)
 
     def run() -> None:
@@ -127,7 +129,7 @@ def loss() -> Case:
         ]:  # fmt: skip
             experts = torch.randn(batch, num_experts, classes, requires_grad=True)
             y = torch.randint(0, classes, (batch,))
-            counts = _counts(classes)
+            counts = class_counts(classes)
             paper = DiversityLoss(counts, weight=0.2, form="paper")
             official = DiversityLoss(counts, weight=0.2)
             temperature = paper.schedule.temperature[y]

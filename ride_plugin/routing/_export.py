@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ride_plugin._compiler import check_exports
-from ride_plugin._errors import ArgumentError
+from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._inputs import Inputs, as_inputs, resize_batch, taken_by_model
 from ride_plugin._split import Rows, TrunkState, hollow
 from ride_plugin._tree import map_tensors, tensors_in
@@ -44,14 +44,15 @@ def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, 
         shapes = tuple({s.dim: s.per_sample * batch} if s else {} for s in state.layout.rows[0])
         trunk = _Trunk(model, inputs, state)
         # Stopping at the fork unwinds the backbone's forward, which only the strict tracer follows.
-        stages["trunk"] = _export(trunk, given, (shapes,), strict=True)
+        stages["trunk"] = _export("trunk", trunk, given, (shapes,), strict=True)
         crossing = trunk(*given)
         for index in range(model.num_experts):
             expert = _Expert(model, index, state)
-            stages[f"expert_{index}"] = _export(expert, crossing, (({0: batch},) * len(crossing),))
+            name, rows = f"expert_{index}", (({0: batch},) * len(crossing),)
+            stages[name] = _export(name, expert, crossing, rows)
             if index + 1 < model.num_experts:
-                gate, read = _Gate(routed, index), expert(*crossing)
-                stages[f"gate_{index}"] = _export(gate, read, ({0: batch}, {0: batch}))
+                name, gate = f"gate_{index}", _Gate(routed, index)
+                stages[name] = _export(name, gate, expert(*crossing), ({0: batch}, {0: batch}))
     return stages
 
 
@@ -147,9 +148,32 @@ def _rows_back(value: Tensor, spec: Rows | None) -> Tensor:
 
 
 def _export(
-    module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any, strict: bool = False
+    name: str, module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any, strict: bool = False
 ) -> ExportedProgram:
-    with warnings.catch_warnings():
-        # What the wrapper notes while it runs is undone by the end of the pass.
-        warnings.filterwarnings("ignore", message=".*certain side effects", category=UserWarning)
-        return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=strict)
+    """Export a stage for any number of rows, by the strict tracer alone if ``strict``.
+
+    The other tracer is tried first elsewhere: it follows more Python, but takes ``len(x)`` for a
+    constant, which the strict one does not.
+    """
+    refused: Exception | None = None
+    for tracer in (True,) if strict else (False, True):
+        try:
+            with warnings.catch_warnings():
+                # What the wrapper notes while it runs is undone by the end of the pass.
+                warnings.filterwarnings(
+                    "ignore", message=".*certain side effects", category=UserWarning
+                )
+                return torch.export.export(
+                    module.eval(), inputs, dynamic_shapes=shapes, strict=tracer
+                )
+        except RIDEError:
+            raise
+        except Exception as error:  # each obstacle in a forward has a class of its own in torch
+            refused = refused or error
+    reason = (str(refused) or type(refused).__name__).splitlines()[0].rstrip(".!")
+    raise ArgumentError(
+        "Expected every stage to be exportable for any number of rows, but torch.export refuses "
+        f"`{name}`: {reason}. Take the number of rows from `x.shape[0]`, without `int()`, "
+        "`range()` or a loop over the rows, or serve the model with RoutingInference, which needs "
+        "no export."
+    ) from refused

@@ -255,8 +255,8 @@ class RoutingInference(nn.Module):
             ``gate_0``, ...: mean logits ``[b, C]``, features ``[b, D]`` -> bool ``[b]``, goes on.
 
         Raises:
-            ArgumentError: the model is not a ``RIDEWrapper``, or its path for this input is
-                unknown.
+            ArgumentError: the model is not a ``RIDEWrapper``, its path for this input is
+                unknown, or ``torch.export`` refuses a stage for any number of rows.
 
         Example:
             >>> from ride_plugin import ConfidenceRouter, RIDEWrapper

@@ -225,3 +225,43 @@ def test_frames_folded_into_the_batch_are_handed_over_row_by_row():
     for batch in (16, 3):
         assert_equal_row_by_row(runner, serve, x[:batch])
     assert serve(x, return_routing=True).num_experts_used.unique().tolist() == [1, 2]
+
+
+class CountsRows(nn.Module):
+    """A transformer that asks for the number of rows in the part that is forked, too."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.early, self.late = (
+            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(2)
+        )
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.early(self.patches(x).flatten(2).transpose(1, 2))
+        x = self.late(torch.cat([self.token.expand(self.count(x), -1, -1), x], dim=1))
+        return self.head(x[:, 0])
+
+
+def served_that_counts(count):
+    backbone = CountsRows(count)
+    model = RIDEWrapper(backbone, 2, fork_at="late", example_input=torch.randn(2, 3, 16, 16))
+    return RoutingInference(model.eval(), ExpertRouter.for_model(model))
+
+
+@pytest.mark.parametrize("count", [len, lambda x: x.shape[0]], ids=["len(x)", "x.shape[0]"])
+def test_stages_that_ask_for_the_number_of_rows_take_any_number(count):
+    serve = served_that_counts(count)
+    runner = StagedRunner(serve.export_stages())
+    for rows in (1, 2, 5):
+        x = torch.randn(rows, 3, 16, 16)
+        torch.testing.assert_close(runner(x), serve(x))
+
+
+def test_a_stage_that_fixes_its_number_of_rows_is_refused_by_name():
+    serve = served_that_counts(lambda x: int(str(int(x.shape[0]))))
+    with pytest.raises(ArgumentError, match=r"`(trunk|expert_0)`.*x\.shape\[0\].*RoutingInference"):
+        serve.export_stages()
