@@ -104,6 +104,11 @@ class _Together(torch.autograd.Function):
             of_experts = shared if of_experts is None else of_experts + shared
         return (None,) * ctx.num_experts if of_experts is None else of_experts.unbind(1)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        given = next(tangent for tangent in tangents if tangent is not None)
+        return _Together.forward(*(given * 0 if one is None else one for one in tangents))
+
 
 def joined(each: Sequence[Tensor]) -> ExpertOutput:
     """The explicit output of experts whose logits are ``[B, C]`` each, all on one graph."""

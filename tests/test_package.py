@@ -182,6 +182,7 @@ def test_nobody_outside_a_package_imports_its_private_modules(name: str) -> None
 
 
 TORCHS_OWN = {  # private in name, but the only way to what torch keeps there
+    "_backward_hooks",
     "_buffers",
     "_cdata",
     "_forward_hooks",

@@ -326,7 +326,8 @@ def _watch_expert(
         reached = {key for key, grad in zip(keys, found, strict=True) if grad is not None}
         used |= {key for key in leaves if key in reached}
         read_parameters = {name for name in parameters if name in reached}
-    changed = {handed[id(own)] for own, version in given if own._version != version}
+    # A hook that an expert registers on a tensor is for its own share of the gradient.
+    changed = {handed[id(o)] for o, version in given if o._version != version or o._backward_hooks}
     # A tensor that shares its memory with one that is changed in place changes with it.
     memory = {memory_of(tensor) for entry in flat for tensor in entry if id(tensor) in changed}
     bound = {  # to another tensor, and not to one that the trunk has bound them to

@@ -49,7 +49,7 @@ from ride_plugin._split._sharing import (
     unchanging,
 )
 from ride_plugin._split._state import Absent, Layout, TrunkState
-from ride_plugin._split._tape import places_of_units, watch_classifier
+from ride_plugin._split._tape import places_of_forks, places_of_units, watch_classifier
 from ride_plugin._tree import logits_in, map_tensors, tensors_in
 
 
@@ -87,6 +87,7 @@ class SplitModule(nn.Module):
         self.trunk = parts.trunk
         self.experts = nn.ModuleList(parts.experts)
         self._units = places_of_units(self.trunk)
+        self._forks = [places_of_forks(expert) for expert in self.experts]
         self._frozen_layers = [
             layer
             for part in (self.trunk, *self.experts)
@@ -164,6 +165,9 @@ class SplitModule(nn.Module):
         check_compiles()
         expert = self.experts[index]
         self._follow_tensors()
+        if not torch.compiler.is_compiling():
+            for place in self._forks[index]:
+                place.keep_hook()
         watch_classifier(expert, self.classifier_name, self._running)
         # The expert draws what the trunk drew, and goes on drawing where the last one ended.
         at_fork = RandomState.now().restore if self._draws else None

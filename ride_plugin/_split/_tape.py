@@ -261,11 +261,14 @@ class UnitPlace:
         """
         unit = self.parent._modules[self.name]
         assert unit is not None
-        if not any(map(_is_ours, unit._forward_pre_hooks.values())):
-            self.hooks.install(unit)  # somebody replaced the module: SyncBatchNorm, an adapter
+        if next(filter(None, map(_ours, unit._forward_pre_hooks.values())), None) is not self.hooks:
+            # Somebody replaced the module, by SyncBatchNorm or an adapter, or by a changed copy of
+            # it, whose hooks tell nobody.
+            _drop(unit, _ours)
+            self.hooks.install(unit)
         for hooks, last in ((unit._forward_pre_hooks, False), (unit._forward_hooks, True)):
-            if not _is_ours(next((reversed if last else iter)(hooks.values()))):
-                ours = next(key for key, hook in hooks.items() if _is_ours(hook))
+            if not _ours(next((reversed if last else iter)(hooks.values()))):
+                ours = next(key for key, hook in hooks.items() if _ours(hook))
                 cast(OrderedDict[int, Any], hooks).move_to_end(ours, last=last)
 
 
@@ -281,8 +284,16 @@ def places_of_units(trunk: nn.Module) -> list[UnitPlace]:
     return places
 
 
-def _is_ours(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), UnitHooks)
+def _ours(hook: Any) -> UnitHooks | None:
+    owner = getattr(hook, "__self__", None)
+    return owner if isinstance(owner, UnitHooks) else None
+
+
+def _drop(module: nn.Module, chosen: Callable[[Any], object]) -> None:
+    """Remove the hooks of a module that are chosen."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if chosen(hook)]:
+            del cast(OrderedDict[int, Any], hooks)[key]
 
 
 class StartHook:
@@ -309,6 +320,34 @@ class ForkHook:
             player.fork_begins()
 
 
+@dataclass
+class ForkPlace:
+    """Where an expert's own unit stands; somebody may put another module, or a copy, there."""
+
+    parent: nn.Module
+    name: str
+    hook: ForkHook
+
+    def keep_hook(self) -> None:
+        """Let the hook stand on the module that is here now."""
+        unit = self.parent._modules[self.name]
+        assert unit is not None
+        if self.hook not in unit._forward_pre_hooks.values():
+            _drop(unit, lambda hook: isinstance(hook, ForkHook))
+            unit.register_forward_pre_hook(self.hook, prepend=True)
+
+
+def places_of_forks(expert: nn.Module) -> list[ForkPlace]:
+    """Find an expert's own units: the submodules that carry a :class:`ForkHook`."""
+    return [
+        ForkPlace(parent, name, hook)
+        for parent in expert.modules()
+        for name, child in parent.named_children()
+        for hook in child._forward_pre_hooks.values()
+        if isinstance(hook, ForkHook)
+    ]
+
+
 class FeatureHook:
     """Pre-hook of an expert's classifier: keeps what the classifier receives, for the router."""
 
@@ -323,8 +362,11 @@ def watch_classifier(expert: nn.Module, name: str | None, running: Running) -> N
     """Keep what an expert's classifier receives; one that was replaced has lost the hook for it."""
     if name is not None:
         head = expert.get_submodule(name)
-        if not any(isinstance(hook, FeatureHook) for hook in head._forward_pre_hooks.values()):
-            head.register_forward_pre_hook(FeatureHook(running))
+        for hook in head._forward_pre_hooks.values():
+            if isinstance(hook, FeatureHook) and hook.running is running:
+                return
+        _drop(head, lambda hook: isinstance(hook, FeatureHook))  # that of a copy tells nobody
+        head.register_forward_pre_hook(FeatureHook(running))
 
 
 class _Substitute(nn.Module):

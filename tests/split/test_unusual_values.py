@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import ArgumentError, ReplayError, RIDEWrapper, SplitError
+from ride_plugin import ArgumentError, ReplayError, RIDEWrapper, SplitError, expert_logits
 from tests.naive import copies_of, train_both
 
 
@@ -311,3 +312,66 @@ class AsksForTheClass(Base):
 def test_a_forward_that_asks_for_the_class_of_a_submodule_is_told() -> None:
     with pytest.raises(ReplayError, match=r"class of a submodule.*hasattr"):
         wrapped(AsksForTheClass())
+
+
+class HooksOnTensors(Base):
+    """Scales gradients by hooks: of a tensor before the fork, of it or another one behind."""
+
+    def __init__(self, late_on_trunk: bool) -> None:
+        super().__init__()
+        self.late_on_trunk = late_on_trunk
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        if x.requires_grad:
+            x.register_hook(lambda gradient: 0.5 * gradient)
+        y = self.b(x).relu()
+        if y.requires_grad:
+            (x if self.late_on_trunk else y).register_hook(lambda gradient: gradient.clamp(max=0.1))
+        return self.c(y + x)
+
+
+def test_hooks_behind_the_fork_on_a_tensor_of_the_trunk_get_each_expert_s_share() -> None:
+    net = HooksOnTensors(late_on_trunk=True)
+    train_both(net, wrapped(net), batches())
+
+
+@pytest.mark.parametrize("name", ["trunk.a", "experts.1.b", "experts.1.c", "experts.0.b"])
+@pytest.mark.parametrize("how", ["copy", "new"])
+def test_a_module_that_was_replaced_after_wrapping_is_watched_as_before(
+    name: str, how: str
+) -> None:
+    """A copy brings hooks along, which act on nothing; a new module has none."""
+    net = HooksOnTensors(late_on_trunk=False)
+    model = wrapped(net)
+    expected = model.router_inputs(torch.ones(5, 6))
+    old = model.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    new = copy.deepcopy(old) if how == "copy" else nn.Linear(old.in_features, old.out_features)
+    new.load_state_dict(old.state_dict())
+    model.set_submodule(name, new)
+    got = model.router_inputs(torch.ones(5, 6))
+    torch.testing.assert_close(got, expected)
+    train_both(net, model, batches())
+    routes_rows(model, torch.randn(5, 6), [2, 0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode_derivatives_are_those_of_the_copies() -> None:
+    net = Base()
+    model = wrapped(net).eval()
+    copies, x, direction = copies_of(net, model), torch.randn(5, 6), torch.randn(5, 6)
+    for call, plain in (
+        (lambda x: expert_logits(model(x)), lambda x: torch.stack([c(x) for c in copies], 1)),
+        (model, lambda x: torch.stack([c(x) for c in copies], 1).mean(1)),
+    ):
+        got, expected = (torch.func.jvp(f, (x,), (direction,)) for f in (call, plain))
+        torch.testing.assert_close(got, expected)
+    of_one = {"experts.1.c.bias": torch.ones(4)}
+    bias = {"experts.1.c.bias": model.experts[1].c.bias}
+
+    def of_bias(bias: dict[str, Tensor]) -> Tensor:
+        return expert_logits(torch.func.functional_call(model, bias, (x,)))
+
+    _, tangent = torch.func.jvp(of_bias, (bias,), (of_one,))
+    assert torch.equal(tangent, torch.tensor([0.0, 1, 0])[:, None].expand(5, 3, 4))
