@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
-from ride_plugin._inputs import Inputs, as_inputs, own_inputs, resize_batch
+from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._analysis import Place, learn, place_of
 from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._copies import (
@@ -24,7 +24,7 @@ from ride_plugin._split._copies import (
     running_copy,
     written_parameters,
 )
-from ride_plugin._split._example import guess_example, taken_by_backbone
+from ride_plugin._split._example import find_example
 from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._logits import (
@@ -164,11 +164,6 @@ def examine(
     def copied(training: bool, meta: bool = False) -> nn.Module:
         return running_copy(backbone, (backbone,), written, meta).train(training)
 
-    def run() -> Any:
-        with torch.no_grad():
-            args, kwargs = own_inputs(inputs, tensors=True)
-            return copied(False)(*args, **kwargs)
-
     def differentiable() -> Any:
         module = copied(False)
         for parameter in module.parameters():
@@ -177,19 +172,15 @@ def examine(
             args, kwargs = own_inputs(inputs, tensors=True)
             return module(*args, **kwargs)
 
-    if example_input is None:
-        inputs = guess_example(copied(False), reader)
-    else:
-        inputs = resize_batch(as_inputs(example_input), 2)
+    # With values first: what a forward keeps outside of its modules shall have contents.
+    inputs, real = find_example(copied(False), example_input, reader)
+    root, output = _calls(copied, inputs, False)
     found: Tensor | None
-    with taken_by_backbone():
-        root, output = _calls(copied, inputs, False)
-        found, head = find_logits(reader, root, output, num_classes, differentiable)
-        by_shapes = found.is_meta
-        if by_shapes:  # so far the shapes were enough
-            output = run()
-            found = reader.logits_of(output)
-            assert found is not None  # of the shapes it is not
+    found, head = find_logits(reader, root, output, num_classes, differentiable)
+    by_shapes = found.is_meta
+    if by_shapes:
+        output, found = real, reader.logits_of(real)
+        assert found is not None  # of the shapes it is not
     check_classifies(root, output, found, head, reader, num_classes)
     training_root: Call | None = None
     training_output: Any = None

@@ -98,6 +98,7 @@ def check(source: nn.Module, split: Split) -> frozenset[str]:
             _check_buffers(reference, copied, fork, mode, exact)
             if stop_at_fork and not training:
                 _check_rows(backbone, throwaway(views, False), state, expected, fork, moving)
+            del state  # its activations may be large beside the weights
     return frozenset(written)
 
 

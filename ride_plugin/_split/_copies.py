@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ride_plugin._tree import map_tensors, tensors_in
 
@@ -115,8 +117,30 @@ def on_meta(inputs: T, meta: bool) -> Iterator[T]:
     if not meta:
         yield inputs
         return
-    with torch.device("meta"):
+    with torch.device("meta"), _QuickBatchNorm():
         yield map_tensors(lambda tensor: tensor.detach().to("meta"), inputs)
+
+
+class _QuickBatchNorm(TorchFunctionMode):
+    """Batch normalisation of tensors without contents: their shape, and what the layer writes.
+
+    torch works it out by a dozen operations there, which take longer than the layer itself.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not F.batch_norm or kwargs or len(args) < 6:
+            return func(*args, **(kwargs or {}))
+        x, mean, var, weight, bias, training = args[:6]
+        # Where training would refuse a single value in each channel, torch shall say so.
+        if weight is None or bias is None or (training and x.numel() == x.shape[1]):
+            return func(*args)
+        if training and mean is not None:
+            mean.mul_(1)
+            var.mul_(1)
+        shape = (-1, *(1,) * (x.dim() - 2))
+        return torch.addcmul(bias.view(shape), x, weight.view(shape))
 
 
 def written_parameters(backbone: nn.Module, modules: Iterable[nn.Module]) -> frozenset[str]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._errors import ArgumentError, RIDEError, SplitError
-from ride_plugin._inputs import Inputs, own_inputs
+from ride_plugin._errors import ArgumentError, SplitError
+from ride_plugin._inputs import Inputs, as_inputs, own_inputs, resize_batch
 from ride_plugin._split._logits import LogitsReader, describe
 from ride_plugin._tree import matrices_in
 
@@ -19,26 +19,24 @@ _LARGE_FIRST = (224, 32, 256, 299, 384, 240, 288, 192, 160, 128, 96, 64, 28, 331
 _LENGTHS = (64, 256, 1024, 4096, 16000, 16, 512)
 
 
-@contextmanager
-def taken_by_backbone() -> Iterator[None]:
-    """Say that it is about ``example_input`` if the backbone fails on it."""
-    try:
-        yield
-    except RIDEError:
-        raise
-    except Exception as error:
-        raise SplitError(
-            f"The backbone does not run on `example_input`: {type(error).__name__}: {error}. "
-            "Pass a batch as its forward receives it."
-        ) from error
+def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tuple[Inputs, Any]:
+    """Find inputs for two rows that ``backbone`` (a throwaway copy, in eval mode) accepts.
 
-
-def guess_example(backbone: nn.Module, reader: LogitsReader) -> Inputs:
-    """Return inputs for two rows that ``backbone`` (a throwaway copy, in eval mode) accepts.
+    Returns:
+        The inputs, and what the backbone returns for them.
 
     Raises:
-        SplitError: no guess runs; the message holds the cause.
+        SplitError: no guess runs, or the given example does not; the message holds the cause.
     """
+    if example is not None:
+        inputs = resize_batch(as_inputs(example), 2)
+        try:
+            return inputs, _run(backbone, inputs)
+        except Exception as error:
+            raise SplitError(
+                f"The backbone does not run on `example_input`: {type(error).__name__}: {error}. "
+                "Pass a batch as its forward receives it."
+            ) from error
     furthest, best = -1, "it has no layer whose input shape is known"
     with _calls_counted(backbone) as count:
         for inputs in _guesses(backbone):
@@ -46,7 +44,7 @@ def guess_example(backbone: nn.Module, reader: LogitsReader) -> Inputs:
             try:
                 output = _run(backbone, inputs)
                 if _has_rows(reader, output):
-                    return inputs
+                    return inputs, output
                 cause = f"returned {describe(output)} where logits [B, C] were expected"
                 count[0] += 1
             except Exception as error:

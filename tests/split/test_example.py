@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._split._example import guess_example
+from ride_plugin._split._example import find_example
 from ride_plugin._split._logits import LogitsReader
 
 
@@ -31,7 +31,7 @@ from ride_plugin._split._logits import LogitsReader
     ],
 )
 def test_inputs_are_guessed_from_the_first_layer(backbone, shape) -> None:
-    (x,), kwargs = guess_example(backbone.eval(), LogitsReader())
+    ((x,), kwargs), _ = find_example(backbone.eval(), None, LogitsReader())
     assert tuple(x.shape) == shape
     assert not kwargs
 
@@ -77,7 +77,7 @@ class Pixels(nn.Module):
 def test_other_first_layers(backbone: nn.Module, shape: tuple[int, ...]) -> None:
     if isinstance(backbone, nn.Sequential):
         backbone(torch.randn(shape))  # gives the lazy layer its size
-    (x,), kwargs = guess_example(backbone.eval(), LogitsReader())
+    ((x,), kwargs), _ = find_example(backbone.eval(), None, LogitsReader())
     assert tuple(x.shape) == shape
     assert not kwargs
 
@@ -111,7 +111,7 @@ class Configured(nn.Module):
     ids=lambda backbone: f"{backbone.main_input_name}{list(backbone.shape)}",
 )
 def test_a_configuration_says_what_the_input_is(backbone: Configured) -> None:
-    args, kwargs = guess_example(backbone, LogitsReader())
+    (args, kwargs), _ = find_example(backbone, None, LogitsReader())
     assert not args
     assert tuple(kwargs[backbone.main_input_name].shape) == (2, *backbone.shape)
 
@@ -119,7 +119,7 @@ def test_a_configuration_says_what_the_input_is(backbone: Configured) -> None:
 def test_a_pretrained_card_says_what_the_input_is() -> None:
     backbone = Pixels(3)
     backbone.pretrained_cfg = {"input_size": (3, 8, 8)}
-    (x,), _ = guess_example(backbone, LogitsReader())
+    ((x,), _), _ = find_example(backbone, None, LogitsReader())
     assert tuple(x.shape) == (2, 3, 8, 8)
 
 
