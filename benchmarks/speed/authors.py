@@ -13,7 +13,7 @@ import importlib
 import io
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -167,12 +167,38 @@ def routing(authors: Authors) -> Case:
             whole, quick = RoutingInference(served, quota), at_shares(fused, quota)
             theirs, parts = authors.routed(quota.sizes), ideal(served, x, quota.sizes)
             with torch.no_grad():
+                kernels = _convolutions(fused, lambda: quick(contiguous))
                 yield [
                     f"{shares}, batch {batch}",
                     compare(lambda: whole(x), lambda: theirs(contiguous)),
                     compare(lambda: quick(contiguous), lambda: theirs(contiguous)),
+                    compare(kernels, lambda: theirs(contiguous)),
                     compare(lambda: quick(contiguous), parts),
                 ]
 
-    header = ["shares of 1, 2, 3 experts", "ours", "ours, fused", "fused / ideal"]
+    header = ["shares of 1, 2, 3 experts", "ours", "fused", "its convolutions", "fused / ideal"]
     return "Routed inference, ours / the authors' code", header, rows()
+
+
+def _convolutions(stages: Mapping[str, nn.Module], run: Callable[[], object]) -> Callable[[], None]:
+    """The convolutions that a run of fused stages makes, on the same tensors and nothing else."""
+    calls: list[tuple[nn.Module, tuple[Tensor, ...]]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls.append((module, inputs))
+
+    hooks = [
+        module.register_forward_pre_hook(note)
+        for stage in stages.values()
+        for module in stage.modules()
+        if type(module).__name__ == "FusedConv2d"
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+
+    def again() -> None:
+        for module, inputs in calls:
+            module(*inputs)
+
+    return again
