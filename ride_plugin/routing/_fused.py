@@ -62,7 +62,7 @@ def fuse_stages(stages: Mapping[str, ExportedProgram]) -> dict[str, nn.Module]:
         if not isinstance(program, ExportedProgram):
             raise ArgumentError(
                 f"Expected `stages[{name!r}]` to be an ExportedProgram, but got "
-                f"{type(program).__name__}. Pass what ``serve.export_stages()`` returned."
+                f"{type(program).__name__}. Pass what `serve.export_stages()` returned."
             )
         fused[name] = FusedStage(program)
     return fused
@@ -346,7 +346,7 @@ def _sizes(node: fx.Node) -> list[int]:
 
 
 def _compute_constants(module: fx.GraphModule) -> None:
-    """Compute once what depends on parameters alone, a cosine classifier's directions say."""
+    """Compute once what depends on parameters alone, such as a cosine classifier's directions."""
     graph = module.graph
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
