@@ -327,7 +327,7 @@ class HooksOnTensors(Base):
             x.register_hook(lambda gradient: 0.5 * gradient)
         y = self.b(x).relu()
         if y.requires_grad:
-            (x if self.late_on_trunk else y).register_hook(lambda gradient: gradient.clamp(max=0.1))
+            (x if self.late_on_trunk else y).register_hook(lambda gradient: 0.3 * gradient)
         return self.c(y + x)
 
 
