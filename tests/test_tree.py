@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, UserDict, deque
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from ride_plugin._tree import logits_in, map_tensors, tensors_in
+from ride_plugin._tree import at_path, logits_in, map_tensors, matrices_in, tensors_in
 
 
 class Pair(NamedTuple):
@@ -42,6 +43,30 @@ def test_map_keeps_structure_and_leaves_the_original() -> None:
 def test_map_rebuilds_what_torch_functions_return() -> None:
     values, indices = map_tensors(lambda t: t[:1], torch.max(torch.rand(3, 4), dim=1))
     assert values.shape == indices.shape == (1,)
+
+
+def test_map_keeps_the_kinds_of_containers() -> None:
+    value = UserDict(a=torch.ones(1), b=deque([torch.ones(2)], maxlen=3), c=3)
+    mapped = map_tensors(lambda t: t + 1, value)
+    assert type(mapped) is UserDict
+    assert mapped["b"].maxlen == 3
+    assert mapped["c"] == 3
+    assert all((t == 2).all() for t in tensors_in(mapped))
+    assert all((t == 1).all() for t in tensors_in(value))
+
+
+def test_a_matrix_lies_where_it_is_said_to() -> None:
+    a, b, c, d = (torch.rand(2, n) for n in range(2, 6))
+    value = {"x": Pair(a, [b, torch.rand(3)]), "y": Output(None, c), "z": SimpleNamespace(logits=d)}
+    found = matrices_in(value)
+    paths = [("x", "first"), ("x", "second", 0), ("y", "logits"), ("z", "logits")]
+    assert [path for path, _ in found] == paths
+    assert all(at_path(value, path) is tensor for path, tensor in found)
+
+
+@pytest.mark.parametrize("path", [("x", 1), ("x", -2), (0, "x"), ("w",), ("x", 0, "logits")])
+def test_where_nothing_lies(path: tuple[int | str, ...]) -> None:
+    assert at_path({"x": [torch.rand(2, 3)]}, path) is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import RIDEWrapper
+from ride_plugin import ArgumentError, RIDEWrapper, SplitError
 from ride_plugin._split._example import find_example
 from ride_plugin._split._logits import LogitsReader
 
@@ -142,3 +142,59 @@ class TwoEncoders(nn.Module):
 def test_a_part_that_is_not_called_does_not_mislead() -> None:
     model = RIDEWrapper(TwoEncoders(), 2, fork_at="block")
     assert model.example_input(2)[0][0].shape == (2, 3, 32, 32)
+
+
+class Waveform(nn.Module):
+    """Takes samples ``[B, T]`` and adds the channel itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = nn.Conv1d(1, 8, 9, stride=4)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 2
+        return self.head(self.filters(x.unsqueeze(1)).mean(-1))
+
+
+def test_a_waveform_may_come_without_a_channel() -> None:
+    ((x,), _), _ = find_example(Waveform(), None, LogitsReader())
+    assert tuple(x.shape) == (2, 64)
+
+
+class Refuses(nn.Module):
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("not such a one")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        nn.Conv1d(2, 4, 3),
+        nn.Conv2d(3, 4, 3),
+        nn.Conv3d(3, 4, 3),
+        nn.Embedding(9, 4),
+        nn.Linear(7, 4),
+        nn.GRU(6, 4),
+        nn.BatchNorm1d(7),
+        nn.BatchNorm2d(7),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_where_no_guess_runs_the_cause_and_the_remedy_are_named(first: nn.Module) -> None:
+    with pytest.raises(SplitError, match=r"ValueError: not such a one.*`example_input=`"):
+        find_example(Refuses(first), None, LogitsReader())
+
+
+def test_what_is_not_logits_is_described() -> None:
+    with pytest.raises(SplitError, match=r"returned .* where logits \[B, C\] were expected"):
+        find_example(nn.Sequential(nn.Linear(7, 4), nn.Flatten(0)), None, LogitsReader())
+
+
+def test_without_parameters_there_is_nothing_to_guess_from() -> None:
+    with pytest.raises(ArgumentError, match="with parameters, but it has none"):
+        find_example(nn.Flatten(), None, LogitsReader())
