@@ -160,7 +160,11 @@ class RIDELoss(nn.Module):
         """Both, of which one or none has come, taken out of what came by the criterion's names."""
         first = self._each()[0]
         called = first.forward if isinstance(first, nn.Module) else first
-        names = [*inspect.signature(called).parameters, "output", "target"][:2]
+        try:
+            own = list(inspect.signature(called).parameters)
+        except (TypeError, ValueError):  # some functions written in C have no signature
+            own = []
+        names = [*own, "output", "target"][:2]
         if output is None:
             output = kwargs.pop(names[0], None)
         if target is None:
@@ -169,7 +173,7 @@ class RIDELoss(nn.Module):
             raise ArgumentError(
                 f"Expected arguments `output` and `target` (or by the criterion's own names, "
                 f"`{names[0]}` and `{names[1]}`), but `{'output' if output is None else 'target'}` "
-                "is missing or None."
+                "is missing or None. Pass both by position: criterion(output, target)."
             )
         return output, target
 

@@ -394,3 +394,20 @@ def test_a_criterion_that_moves_in_its_own_way_is_moved(several) -> None:
     loss = RIDELoss(criteria if several else criteria[0], COUNTS)
     assert loss.to(torch.float64) is loss
     assert all(one.margins.dtype == torch.float64 for one in criteria[: 3 if several else 1])
+
+
+class _WithoutSignature:
+    """Like some functions written in C, of which Python cannot tell the arguments."""
+
+    __signature__ = "none"
+
+    def __call__(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits, target)
+
+
+def test_keywords_of_a_criterion_without_a_signature_are_refused_with_the_remedy() -> None:
+    criterion = RIDELoss(_WithoutSignature(), [3, 2, 1])
+    output, target = torch.randn(4, 2, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(ArgumentError, match="Pass both by position"):
+        criterion(logits=output, labels=target)
+    assert torch.equal(criterion(output=output, target=target), criterion(output, target))

@@ -103,6 +103,7 @@ def kinds(stages: dict[str, nn.Module]) -> dict[bool, set[type]]:
     }
 
 
+@pytest.mark.exports
 def test_quantized_stages_are_close_and_leave_the_float_ones_alone() -> None:
     serve, x = served()
     stages = fuse_stages(serve.export_stages())
@@ -116,6 +117,7 @@ def test_quantized_stages_are_close_and_leave_the_float_ones_alone() -> None:
     assert torch.equal(StagedRunner(stages)(x), before)
 
 
+@pytest.mark.exports
 def test_quantized_stages_are_copied_stored_and_serve_several_threads() -> None:
     serve, x = served()
     stages = quantize_stages(fuse_stages(serve.export_stages()), [x])
@@ -130,6 +132,7 @@ def test_quantized_stages_are_copied_stored_and_serve_several_threads() -> None:
         assert all(torch.equal(result, expected) for result in pool.map(stored, [x] * 8))
 
 
+@pytest.mark.exports
 def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     serve, x = served()
     programs = serve.export_stages()

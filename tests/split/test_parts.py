@@ -83,6 +83,7 @@ def test_parts_stay_the_callers_own() -> None:
     assert not any(module._forward_hooks for module in body.modules())
 
 
+@pytest.mark.exports
 def test_parts_satisfy_whatever_uses_a_wrapped_model() -> None:
     model, body, experts = made_of_parts()
     model.eval()

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.fsdp
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "stacks"
@@ -28,9 +30,7 @@ NEEDS = {
 AT_MOST = {
     "trainer_images": 3,
     "trainer_text": 3,
-    "with_timm": 3,
-    "torchrun_fsdp2": 5,
-    "with_torchmetrics": 3,
+    "torchrun_fsdp2": 6,
 }
 
 # torchvision's build for accelerators imports beside a CPU torch once two operators are declared.
@@ -59,9 +59,16 @@ def test_few_lines_differ_from_a_plain_training(name: str) -> None:
     assert 3 <= len(marked) <= AT_MOST.get(name, 4)
 
 
+@pytest.mark.parametrize("name", [name for name in NEEDS if not name.startswith("trainer")])
+def test_the_temperatures_follow_the_epoch(name: str) -> None:
+    assert "criterion.step()" in (FOLDER / f"{name}.py").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
 def test_trains_beyond_chance(name: str) -> None:
+    if name == "torchrun_fsdp2" and not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("torch has FSDP2 from 2.6 on")
     absent = missing(*NEEDS[name], "sklearn")
     if absent:
         pytest.skip(f"not installed: {absent}")
