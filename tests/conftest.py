@@ -8,7 +8,6 @@ import torch
 from ride_plugin import _compiler
 from tests.reference import DATA, REFERENCE, arrays_in
 
-
 EXPORTING_DOCTESTS = ("export_stages", "fuse_stages", "quantize_stages")
 
 
