@@ -34,7 +34,6 @@ def main(epochs: int = 10) -> float:
             loss = criterion(model(x), y)
             loss.backward()
             optimizer.step()
-        criterion.step()  # RIDE
     return accuracy(model, test)
 
 

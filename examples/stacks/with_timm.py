@@ -33,7 +33,6 @@ def main(epochs: int = 10) -> float:
             loss.backward()
             optimizer.step()
             average.update(model)
-        criterion.step()  # RIDE
     return accuracy(average.module, test)
 
 

@@ -33,7 +33,6 @@ def main(epochs: int = 10) -> float:
             loss.backward()
             optimizer.step()
             running.update(out, y)
-        criterion.step()  # RIDE
     model.eval()
     with torch.no_grad():
         for x, y in test:
