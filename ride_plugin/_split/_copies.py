@@ -122,25 +122,42 @@ def on_meta(inputs: T, meta: bool) -> Iterator[T]:
 
 
 class _QuickBatchNorm(TorchFunctionMode):
-    """Batch normalisation of tensors without contents: their shape, and what the layer writes.
+    """Batch normalisation of tensors without contents, by one operation.
 
-    torch works it out by a dozen operations there, which take longer than the layer itself.
+    torch works the shape out by a dozen operations, which take longer than the layer itself. (It
+    writes the statistics without counting their versions, so nothing is lost where they stay.)
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is not F.batch_norm or kwargs or len(args) < 6:
-            return func(*args, **(kwargs or {}))
-        x, mean, var, weight, bias, training = args[:6]
-        # Where training would refuse a single value in each channel, torch shall say so.
-        if weight is None or bias is None or (training and x.numel() == x.shape[1]):
-            return func(*args)
-        if training and mean is not None:
-            mean.mul_(1)
-            var.mul_(1)
-        shape = (-1, *(1,) * (x.dim() - 2))
-        return torch.addcmul(bias.view(shape), x, weight.view(shape))
+        quick = _shape_of_batch_norm if func is F.batch_norm else func
+        return quick(*args, **(kwargs or {}))
+
+
+def _shape_of_batch_norm(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    usual = (
+        (weight is not None and bias is not None)
+        and x.is_meta
+        and x.dtype == weight.dtype == bias.dtype
+        and x.shape[1:2] == weight.shape == bias.shape
+        and not (training and x.numel() == x.shape[1])  # a single value in each channel
+    )
+    if not usual:  # torch shall work it out, or say what is wrong
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    assert weight is not None
+    assert bias is not None
+    shape = (-1, *(1,) * (x.dim() - 2))
+    return torch.addcmul(bias.view(shape), x, weight.view(shape))
 
 
 def written_parameters(backbone: nn.Module, modules: Iterable[nn.Module]) -> frozenset[str]:

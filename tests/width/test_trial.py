@@ -1,0 +1,183 @@
+"""Trial forwards of narrowed experts: widths follow what reaches a layer or a function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ride_plugin import RIDEWrapper, WidthError, expert_logits
+
+
+class Net(nn.Module):
+    """A stem that is shared, a body that is forked and narrowed, a classifier."""
+
+    def __init__(self, body: nn.Module, features: int = 24) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 16)
+        self.body = body
+        self.wide, self.fc = nn.Linear(features, 96), nn.Linear(96, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.wide(self.body(self.stem(x).relu())).relu())
+
+
+class Two(nn.Module):
+    """Two layers side by side, joined, then what is under test on ``[B, C, 4]``."""
+
+    def __init__(self, width: int, then: nn.Module) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv1d(4, width, 1), nn.Conv1d(4, width, 1)
+        self.then = then
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left(x.unflatten(1, (4, 4)))
+        right = self.right(x.unflatten(1, (4, 4)).flip(2))
+        return self.then(torch.cat([left, right], 1)).mean(2)
+
+
+class Depthwise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Conv1d(4, 24, 1)
+        self.depthwise = nn.Conv1d(24, 48, 3, padding=1, groups=24)
+        self.out = nn.Conv1d(48, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.depthwise(self.into(x.unflatten(1, (4, 4))))).mean(2)
+
+
+class NormByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 24)
+        self.gain, self.bias = nn.Parameter(torch.ones(24)), nn.Parameter(torch.zeros(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return F.layer_norm(x, normalized_shape=(x.shape[1],), weight=self.gain, bias=self.bias)
+
+
+class WeightOfALayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.first(x).relu(), self.second.weight, self.second.bias)
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.mix = nn.Linear(16, 32), nn.Parameter(torch.randn(32, 24) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(self.linear(x).relu(), self.mix)
+
+
+class FixedPieces(nn.Module):
+    """Cuts into pieces of six channels, as many as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.linear(x).split(6, dim=1)
+        return torch.cat([first.relu(), *others], 1)
+
+
+class FixedRows(nn.Module):
+    """A reshape that would move positions into channels, had it fewer channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.unflatten(1, (4, 4)))
+        return x.permute(0, 2, 1).reshape(-1, 24).relu().view(len(x), -1, 24).mean(1)
+
+
+class ByIndex(nn.Module):
+    """Reads a channel by its number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x * x[:, 23:].sigmoid() + x[:, 20].unsqueeze(1)
+
+
+BODIES = {
+    "depthwise": (Depthwise, 24),
+    "groups": (lambda: Two(12, nn.Conv1d(24, 24, 3, padding=1, groups=3)), 24),
+    "group norm": (lambda: Two(12, nn.GroupNorm(6, 24)), 24),
+    "norm by keyword": (NormByKeyword, 24),
+    "weight of a layer": (WeightOfALayer, 24),
+    "product": (Product, 24),
+    "pieces": (FixedPieces, 24),
+    "rows": (FixedRows, 24),
+    "index": (ByIndex, 24),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_narrowed_expert_computes_what_its_layers_say(name: str) -> None:
+    body, features = BODIES[name]
+    torch.manual_seed(0)
+    net = Net(body(), features)
+    model = RIDEWrapper(net, 2, fork_at="body", expert_width=0.75, example_input=torch.rand(2, 6))
+    x = torch.rand(7, 6)
+    model.eval()
+    with torch.no_grad():
+        both = expert_logits(model(x))
+        assert both.shape == (7, 2, 5)
+        for index in range(2):
+            alone = model.to_module(index)  # the backbone's own forward, without trunk and replay
+            torch.testing.assert_close(alone(x), both[:, index])
+            for row in range(7):  # no sample looks at another one's channels
+                torch.testing.assert_close(alone(x[row : row + 1])[0], both[row, index])
+    whole = sum(p.numel() for p in net.body.parameters())
+    narrowed = sum(p.numel() for n, p in alone.named_parameters() if n.startswith("body."))
+    assert narrowed <= whole
+
+
+def test_groups_follow_what_arrives() -> None:
+    def narrowed(then: nn.Module) -> nn.Module:
+        net, x = Net(Two(12, then)), torch.rand(2, 6)
+        model = RIDEWrapper(net, 2, fork_at="body", expert_width=0.75, example_input=x)
+        return model.to_module(0).body.then
+
+    norm = narrowed(nn.GroupNorm(6, 24))
+    assert norm.num_channels == 16 == len(norm.weight)  # two layers of 12, now of 8 each
+    assert norm.num_groups == 4  # of four channels, as before
+    conv = narrowed(nn.Conv1d(24, 24, 3, padding=1, groups=3))
+    assert (conv.in_channels, conv.out_channels, conv.groups) == (16, 18, 2)
+    assert conv.weight.shape == (18, 8, 3)  # eight channels reach each group, as before
+
+
+def test_groups_that_cannot_follow_are_refused() -> None:
+    net = Net(Two(12, nn.Conv1d(24, 24, 3, padding=1, groups=8)))
+    with pytest.raises(WidthError, match=r"`body\.then`.* in 8 groups"):
+        RIDEWrapper(net, 2, fork_at="body", expert_width=0.75, example_input=torch.rand(2, 6))
+
+
+def test_a_path_that_hangs_on_the_width_is_refused() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.fc = nn.Linear(16, 24), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(x)
+            out = self.fc(x)
+            return out.clone() if x.shape[1] == 24 else out
+
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), Fixed())
+    with pytest.raises(WidthError, match="another path"):
+        RIDEWrapper(net, 2, fork_at="2", expert_width=0.75, example_input=torch.rand(2, 6))
