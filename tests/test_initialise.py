@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._initialise import reinitialise
+from ride_plugin._initialise import has_orthogonal_rows, reinitialise, renew_classifier
 from ride_plugin._split._copies import clone_module
 
 from .backbones import CifarResNet, mlp
@@ -203,3 +203,21 @@ def test_traces_in_the_trunk_are_none_of_the_experts() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RIDEWrapper(net, 2, fork_at="2")
+
+
+def test_a_classifier_without_a_method_of_its_own_gets_its_values_in_another_order() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 8))
+
+    head = Head()
+    before = head.weight.detach().clone()
+    renew_classifier(head)
+    assert not torch.equal(head.weight, before)
+    assert torch.equal(head.weight.detach().flatten().sort()[0], before.flatten().sort()[0])
+
+
+def test_orthogonality_of_very_large_matrices_is_not_looked_for() -> None:
+    assert has_orthogonal_rows(torch.eye(64))
+    assert not has_orthogonal_rows(torch.eye(4097))

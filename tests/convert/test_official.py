@@ -12,6 +12,7 @@ import re
 import sys
 import time
 import types
+import warnings
 import zipfile
 from collections import OrderedDict
 
@@ -491,3 +492,26 @@ def test_an_archive_that_inflates_is_refused_before_it_is_unpacked(
         load_official_checkpoint(small_model(), None, path)
     assert path.stat().st_size < 3 * 10**6
     assert time.monotonic() - began < 5
+
+
+def test_a_router_that_reads_something_else_is_told_what_to_pass() -> None:
+    model = cifar_model(2)
+    with pytest.raises(CheckpointError, match=r"for_model\(model, inputs='paper'\)"):
+        load_official_checkpoint(model, ExpertRouter.for_model(model), cifar_state(2))
+
+
+def test_a_model_without_a_classifier_of_its_own_is_refused() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.layer2 = nn.Linear(8, 16), nn.Linear(16, 16)
+            self.head = nn.Parameter(torch.randn(16, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer2(self.conv1(x)) @ self.head
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = RIDEWrapper(Bare(), 2, fork_at="layer2", example_input=torch.rand(2, 8))
+    with pytest.raises(CheckpointError, match="logits come from a linear layer"):
+        load_official_checkpoint(model, None, small_state())

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from ride_plugin import RIDEError
+from ride_plugin import ArgumentError, RIDEError
 from ride_plugin.longtail import LongTailedSubset, long_tailed_counts, long_tailed_indices
 from tests.reference import DATA
 
@@ -125,3 +125,16 @@ def test_the_rarest_class_has_the_size_that_is_asked_for_and_no_less() -> None:
 def test_bad_input_is_named(call, message: str) -> None:
     with pytest.raises(RIDEError, match=message):
         call()
+
+
+def test_a_stream_of_unknown_length_is_refused() -> None:
+    class Stream(Dataset):
+        def __getitem__(self, index: int) -> int:
+            return index
+
+    with pytest.raises(ArgumentError, match="map-style data set"):
+        LongTailedSubset(Stream(), 2, labels=[0, 1, 1, 0])
+
+
+def test_a_single_class_has_all_its_images() -> None:
+    assert long_tailed_counts(1, 50, 10) == [50]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
-from ride_plugin import RIDEWrapper
+from ride_plugin import RIDEWrapper, SplitError
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._probe import call_tree
 from ride_plugin._split._units import tokens, units_of
@@ -98,3 +99,50 @@ def test_a_fork_that_makes_little_sense_is_warned_of_once_unless_it_was_asked_fo
         frozen = backbone().requires_grad_(False)  # a pretrained trunk, and heads on it
         frozen.fc.requires_grad_(True)
         RIDEWrapper(frozen, 3, fork_at="fc", init="copy", example_input=x)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.outer(self.inner(x).relu())
+
+
+class Pair(nn.Module):
+    """Two numbered blocks, one behind the other or side by side."""
+
+    def __init__(self, chain: bool) -> None:
+        super().__init__()
+        self.chain = chain
+        for index in range(2):
+            self.add_module(str(index), Residual())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.children()
+        return second(first(x)) if self.chain else first(x) + second(x)
+
+
+def test_numbered_blocks_are_units_where_one_runs_behind_the_other() -> None:
+    def units(chain: bool) -> list[str]:
+        names = ("a", "b", "c")
+        stages = nn.Sequential(OrderedDict((name, Pair(chain)) for name in names))
+        root, _ = call_tree(stages, ((torch.rand(2, 8),), {}))
+        return [unit.name for unit in units_of(root)]
+
+    assert units(chain=True) == ["a.0", "a.1", "b.0", "b.1", "c.0", "c.1"]
+    assert units(chain=False) == ["a", "b", "c"]  # no place between them where a batch could wait
+
+
+def test_a_backbone_without_layers_has_nothing_to_fork() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight
+
+    with pytest.raises(SplitError, match="no submodule with parameters"):
+        RIDEWrapper(Bare(), 2, example_input=torch.rand(2, 6), num_classes=4)

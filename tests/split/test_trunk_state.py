@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,13 @@ from ride_plugin import (
     ConfidenceRouter,
     RIDEWrapper,
     RoutingInference,
+    expert_logits,
     experts_loss,
 )
+from ride_plugin._split._passes import pooled
 from ride_plugin.routing import TrunkState
 from tests.adapters import KINDS, low_rank
-from tests.backbones import VisionTransformer
+from tests.backbones import VisionTransformer, mlp
 
 
 class WithGlue(nn.Module):
@@ -241,3 +244,73 @@ def test_states_of_a_backbone_that_keeps_something_are_joined_where_that_is_righ
         torch.save(states[0], tmp_path / "state")
         stored = torch.load(tmp_path / "state", weights_only=True)
         torch.testing.assert_close(model(stored), expected[:3])
+
+
+def test_rows_are_indices_and_no_mask() -> None:
+    model = RIDEWrapper(mlp(), 2).eval()
+    state = model.run_trunk(torch.rand(3, 20))
+    for rows in (torch.tensor([True, False, True]), torch.tensor([[0]]), torch.tensor([0.0])):
+        with pytest.raises(ArgumentError, match="rows"):
+            state.select(rows)
+
+
+@pytest.mark.parametrize("positions", [(), (5,), (5, 5), (2, 3, 4)])
+def test_features_are_the_mean_over_positions(positions: tuple[int, ...]) -> None:
+    channels_last = len(positions) == 1  # tokens; a feature map has its channels first
+    shape = (3, *positions, 7) if channels_last else (3, 7, *positions)
+    features = torch.randn(shape)
+    axes = tuple(d for d in range(1, features.dim()) if d != (2 if channels_last else 1))
+    expected = torch.from_numpy(features.numpy().mean(axes)) if axes else features
+    torch.testing.assert_close(pooled(features), expected)
+
+
+def test_handles_of_hooks_do_not_lead_to_the_original() -> None:
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.fc = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+            self.one = self.body.register_forward_hook(double)
+            self.several = [self.fc.register_forward_hook(double)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.body(self.stem(x)))
+
+    net, x = Hooked(), torch.rand(3, 6)
+    before = net(x)
+    model = RIDEWrapper(net, 1, fork_at="body", example_input=x)
+    torch.testing.assert_close(model(x), before)
+    model.experts[0].one.remove()  # a handle of nothing
+    torch.testing.assert_close(net(x), before)
+    net.one.remove()
+    net.several[0].remove()
+    torch.testing.assert_close(model(x), before)
+
+
+def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+class Scaled(nn.Module):
+    """Reads buffers of its own in front of the fork and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.fc = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.register_buffer("scale", torch.tensor(3.0))
+        self.register_buffer("shift", torch.tensor(2.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.scale * self.stem(x) + self.shift
+        return self.fc(self.scale * self.body(x) + self.shift)
+
+
+def test_an_expert_on_its_own_has_the_buffers_that_it_read_in_the_trunk() -> None:
+    x = torch.rand(3, 6)
+    model = RIDEWrapper(Scaled(), 2, fork_at="body", example_input=x).eval()
+    for index in range(2):
+        alone = model.to_module(index)
+        torch.testing.assert_close(alone(x), expert_logits(model(x))[:, index])
+        names = set(dict(alone.named_buffers()))
+        assert names == {"scale", "shift"}
+        assert "scale" in alone.state_dict()
+        assert "shift" not in alone.state_dict()
