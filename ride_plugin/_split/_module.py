@@ -88,6 +88,7 @@ class SplitModule(nn.Module):
         self.experts = nn.ModuleList(parts.experts)
         self._units = places_of_units(self.trunk)
         self._forks = [places_of_forks(expert) for expert in self.experts]
+        self._goes_on_into = (parts.experts[0],)  # the trunk's pass; a tuple, so not registered
         self._frozen_layers = [
             layer
             for part in (self.trunk, *self.experts)
@@ -271,12 +272,14 @@ class SplitModule(nn.Module):
         # Going on into expert 0 would let it write into what the others read, and would pass by the
         # hooks of the expert itself (FSDP2's gather its parameters); and DataParallel's replica of
         # the trunk leads to the original's expert, on another device. What the code after the fork
-        # leaves on modules belongs to the expert's own.
+        # leaves on modules belongs to the expert's own. The trunk leads to the expert that was the
+        # first when the model was made; somebody may have put another one in its place.
         if (
             changes
             or self._late
             or _is_hooked(self.experts[0])
             or getattr(self, "_is_replica", False)
+            or self.experts[0] is not self._goes_on_into[0]
         ):
             state = self.run_trunk(*args, **kwargs)
             return (state, *self.run_expert(0, state))

@@ -342,3 +342,19 @@ def test_an_expert_that_does_not_exist_is_refused() -> None:
     model = RIDEWrapper(CifarResNet(10, n=1), 2)
     with pytest.raises(ArgumentError, match=r"0 to 1, but got 2"):
         model.to_module(2)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_experts_may_change_places(copied: bool) -> None:
+    torch.manual_seed(0)
+    model, x = RIDEWrapper(CifarResNet(n=1, num_classes=5), 3).eval(), torch.rand(4, 3, 32, 32)
+    model = copy.deepcopy(model) if copied else model
+    before = expert_logits(model(x)).detach()
+    first, last = model.experts[0], model.experts[2]
+    model.experts[0], model.experts[2] = last, first
+    after = expert_logits(model(x))
+    torch.testing.assert_close(after, before.flip(1))
+    torch.testing.assert_close(model.to_module(0)(x), before[:, 2])
+    after[:, 0].sum().backward()
+    trained = [sum(float(p.grad.abs().sum()) for p in e.parameters()) for e in (first, last)]
+    assert trained[0] == 0 < trained[1]
