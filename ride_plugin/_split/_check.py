@@ -17,6 +17,7 @@ from ride_plugin._split._analysis import memory_of, throwaway
 from ride_plugin._split._copies import running_copy, same_values
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
+from ride_plugin._split._references import captured_by
 from ride_plugin._split._state import TrunkState
 from ride_plugin._split._views import Views
 from ride_plugin._tree import logits_in, map_tensors, tensors_in
@@ -212,8 +213,8 @@ def _hides_tensors(value: Any) -> str | None:
     if isinstance(value, list | tuple):
         return next(filter(None, map(_hides_tensors, value)), None)
     if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return "a function that captured tensors" if _any_in(cells) else None
+        kept = list(captured_by(value))
+        return "a function that captured tensors" if _any_in(kept) else None
     if type(value) is Tensor:
         return "a tensor with tensors as attributes" if _any_in(vars(value)) else None
     if isinstance(value, Tensor | nn.Module | type) or _any_in(value):

@@ -35,7 +35,7 @@ def refuse_captured(backbone: nn.Module) -> None:
         names.setdefault(id(tensor), f"`{name}`")
     for name, module in backbone.named_modules():
         for what, function in _functions_of(module):
-            for captured in _captured(function):
+            for captured in captured_by(function):
                 if id(captured) in names:
                     where = f" of `{name}`" if name else ""
                     raise SplitError(
@@ -59,7 +59,7 @@ def _functions_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield what, hook
 
 
-def _captured(function: Any) -> Iterator[Any]:
+def captured_by(function: Any) -> Iterator[Any]:
     """What a function keeps in its closure and defaults, one level into containers."""
     while isinstance(function, partial):
         function = function.func

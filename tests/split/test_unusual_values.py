@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import ArgumentError, ReplayError, RIDEWrapper, SplitError, expert_logits
+from ride_plugin._split._check import _hides_tensors
 from tests.naive import copies_of, train_both
 
 
@@ -375,3 +376,17 @@ def test_forward_mode_derivatives_are_those_of_the_copies() -> None:
 
     _, tangent = torch.func.jvp(of_bias, (bias,), (of_one,))
     assert torch.equal(tangent, torch.tensor([0.0, 1, 0])[:, None].expand(5, 3, 4))
+
+
+def test_what_a_function_captured_is_looked_at_where_a_variable_was_never_set() -> None:
+    def function(tensor: Tensor | None, late: bool) -> Callable[[], object]:
+        if late:
+            unset = 1
+
+        def inner() -> object:
+            return tensor, unset
+
+        return inner
+
+    assert _hides_tensors(function(None, late=False)) is None
+    assert _hides_tensors(function(torch.ones(1), late=False)) is not None
