@@ -176,6 +176,12 @@ def test_images_are_made_long_tailed_mirrored_and_learned(
     assert not torch.equal(mirrored, plain)
     assert labels.bincount().tolist() == [2 * count for count in data.class_counts]
     assert torch.equal(data.test[0].labels, torch.from_numpy(test_labels))
+    shorter = tmp_path / "shorter.npz"  # a tail of imbalance 3
+    kept = np.concatenate([np.flatnonzero(train_labels == c)[: 30 // (1 + c)] for c in range(3)])
+    arrays = {**np.load(file), "train_images": drawn(train_labels[kept])}
+    np.savez(shorter, **{**arrays, "train_labels": train_labels[kept]})
+    with pytest.raises(ValueError, match=r"imbalance 2, but its own is 3"):
+        images.load(shorter, 2)
 
     monkeypatch.setattr(images, "pretrained", lambda: Features().requires_grad_(False).eval())
     monkeypatch.setattr(images, "SIZE", 8)

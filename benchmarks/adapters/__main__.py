@@ -12,6 +12,8 @@ A finished run is not repeated. Nothing is fetched from a network.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,18 +38,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cache = options.cache or options.out / "cache"
+    load: Callable[[Path, float], data.Data]
     if options.data.suffix == ".npz":
-        task = Task(IMAGE_METHODS, images.build, many=100, few=20)
+        load, task = images.load, Task(IMAGE_METHODS, images.build, many=100, few=20)
     else:
+        load = partial(data.load, tokenizer=network.pretrained()[0])
         task = Task(METHODS, network.build, many=50, few=10)
     methods = options.methods or list(task.methods)
     if unknown := set(methods) - set(task.methods):
         parser.error(f"unknown methods {sorted(unknown)}; choose from {list(task.methods)}")
     for imbalance in options.imbalance:
-        if options.data.suffix == ".npz":
-            kept = images.load(options.data, imbalance)
-        else:
-            kept = data.load(options.data, imbalance, network.pretrained()[0])
+        kept = load(options.data, imbalance)
         for seed in options.seeds:
             for name in methods:
                 run(task, name, seed, imbalance, kept, Recipe(), options.out, cache)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ride_plugin.longtail import long_tailed_counts
+
 LENGTHS = (9, 11, 13, 16, 64)  # tokens; a group's sentences are padded to the longest among them
 
 
@@ -33,7 +35,7 @@ class Data:
 
 
 def load(file: Path, imbalance: float, tokenizer: Any) -> Data:
-    """Read ``clinc150.json`` and keep ``int(100 * (1 / imbalance) ** (c / 149))`` of class c.
+    """Read ``clinc150.json`` and keep a long tail of it, 100 sentences of the first class.
 
     Classes are ordered by one seeded shuffle, the same for every run, so the draws for several
     imbalances are nested. Held-out and test sentences are all kept: 20 and 30 a class.
@@ -43,7 +45,7 @@ def load(file: Path, imbalance: float, tokenizer: Any) -> Data:
     order = np.random.default_rng(0).permutation(num_classes)
     rank = np.empty(num_classes, dtype=np.int64)
     rank[order] = np.arange(num_classes)
-    counts = [int(100 * (1 / imbalance) ** (c / (num_classes - 1))) for c in range(num_classes)]
+    counts = long_tailed_counts(num_classes, 100, imbalance)
     kept, seen = [], [0] * num_classes
     for text, label in _pairs(content, "train"):
         c = int(rank[label])

@@ -11,15 +11,15 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.adapters.data import Data, Group
 from benchmarks.adapters.methods import Method
+from benchmarks.cifar import data as cifar
 from ride_plugin import RIDEWrapper
-from ride_plugin.longtail import CosineClassifier
+from ride_plugin.longtail import CosineClassifier, long_tailed_counts
 
 SIZE = 96  # pixels
 SCALE = 25.0  # of the cosine classifiers
@@ -27,26 +27,25 @@ FIRST_BLOCK = 13  # with adapters, of 0..15; the last convolution has one as wel
 
 
 def load(file: Path, imbalance: float) -> Data:
-    """Read images and labels of a ``.npz`` file: of class c the first ``500 / IF ** (c / 99)``.
+    """Read a ``.npz`` file of `benchmarks.cifar` and keep the first images of each class.
 
-    The file holds ``train_images`` and ``test_images`` (``[N, 32, 32, 3]``, uint8) and their
-    labels, at least as many training images of each class as that. There are none held out.
+    It may have a longer tail than it is asked for, not a shorter one. None are held out.
+
+    Raises:
+        ValueError: the file has fewer images of a class than this imbalance asks for.
     """
-    content = np.load(file)
-    images, labels = content["train_images"], content["train_labels"]
-    num_classes = int(labels.max()) + 1
-    most = int(np.bincount(labels)[0])
-    counts = [int(most * (1 / imbalance) ** (c / (num_classes - 1))) for c in range(num_classes)]
-    rows = np.concatenate([np.flatnonzero(labels == c)[:n] for c, n in enumerate(counts)])
-    kept, target = _pixels(images[rows]), torch.from_numpy(labels[rows])
-    train = Group({"images": torch.cat([kept, kept.flip(3)])}, torch.cat([target, target]))
-    test = {"images": _pixels(content["test_images"])}
-    found = target.bincount(minlength=num_classes).tolist()
-    return Data([train], [], [Group(test, torch.from_numpy(content["test_labels"]))], found)
-
-
-def _pixels(images: Any) -> Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    train, test, class_counts = cifar.load(file, imbalance, torch.device("cpu"))
+    counts = long_tailed_counts(len(class_counts), int(class_counts[0]), imbalance)
+    if (class_counts < torch.tensor(counts)).any():
+        raise ValueError(
+            f"Expected {file} to hold a tail of imbalance {imbalance:g}, but its own is "
+            f"{int(class_counts[0]) / int(class_counts[-1]):g}. Pass `--imbalance` of that or more."
+        )
+    chosen = [torch.nonzero(train.labels == c).flatten()[:n] for c, n in enumerate(counts)]
+    rows = torch.cat(chosen)
+    kept, target = train.images[rows], train.labels[rows]
+    both = Group({"images": torch.cat([kept, kept.flip(3)])}, torch.cat([target, target]))
+    return Data([both], [], [Group({"images": test.images}, test.labels)], counts)
 
 
 @functools.cache

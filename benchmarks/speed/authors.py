@@ -30,6 +30,7 @@ from ride_plugin.longtail import LDAMLoss, effective_number_weights
 from ride_plugin.routing import fuse_stages
 
 SIZES = ((100, 128), (1000, 128), (8142, 128))  # classes and batch of the loss alone
+_OPTIONS = {"num_classes": 100, "reduce_dimension": True, "use_norm": True}  # of their networks
 
 
 class Authors:
@@ -48,8 +49,7 @@ class Authors:
     def network(self) -> nn.Module:
         """ResNet-32 with three narrower experts and cosine classifiers."""
         block = self.networks.BasicBlock
-        options = {"num_classes": 100, "reduce_dimension": True, "use_norm": True}
-        return cast("nn.Module", self.networks.ResNet_s(block, [5, 5, 5], 3, **options))
+        return cast("nn.Module", self.networks.ResNet_s(block, [5, 5, 5], 3, **_OPTIONS))
 
     def loss(self, counts: list[int]) -> Callable[[Tensor, list[Tensor], Tensor], Tensor]:
         """Their loss after its deferred re-weighting has begun."""
@@ -68,8 +68,7 @@ class Authors:
 
     def routed(self, sizes: tuple[int, int]) -> Callable[[Tensor], Tensor]:
         """Their early exit, whose gates do their work and then decide by position."""
-        options = {"num_classes": 100, "reduce_dimension": True, "use_norm": True}
-        options["top_choices_num"] = 30
+        options = {**_OPTIONS, "top_choices_num": 30}
         network = self.exits.ResNet_s(self.exits.BasicBlock, [5, 5, 5], 3, **options).eval()
         gate = network.pred_expert_help
 
@@ -196,6 +195,8 @@ def _convolutions(stages: Mapping[str, nn.Module], run: Callable[[], object]) ->
     run()
     for hook in hooks:
         hook.remove()
+    if not calls:
+        raise RuntimeError("No FusedConv2d ran: there is no time of convolutions to compare.")
 
     def again() -> None:
         for module, inputs in calls:

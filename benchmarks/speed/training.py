@@ -24,12 +24,13 @@ from ride_plugin import (
     RoutingLoss,
     experts_loss,
 )
+from ride_plugin.longtail import long_tailed_counts
 from ride_plugin.routing import RouterInputs
 
 
 def class_counts(classes: int) -> list[int]:
     """From 500 down to 5, exponentially."""
-    return [max(5, int(500 * 0.01 ** (c / (classes - 1)))) for c in range(classes)]
+    return long_tailed_counts(classes, 500, 100)
 
 
 def training() -> Case:
