@@ -354,7 +354,7 @@ def _watch_expert(
 
 
 def _marks(root: nn.Module, places: Sequence[Place]) -> list[list[Any]]:
-    """What tells whether the attributes at these places are set or filled by what runs next."""
+    """Marks of the attributes at these places: they differ once something sets or fills one."""
     return [
         [RandomState.now().mark()]
         if (path, key) == RANDOM
@@ -364,7 +364,7 @@ def _marks(root: nn.Module, places: Sequence[Place]) -> list[list[Any]]:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """What tells whether two tensors share their memory."""
+    """A number that is the same for two tensors that share their memory."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, or inside vmap: no storage to share

@@ -196,7 +196,7 @@ def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
 
 
 def _kept_on(module: nn.Module) -> list[Tensor]:
-    """Tensors that modules keep: parameters, buffers and plain attributes."""
+    """The tensors that modules hold: parameters, buffers and plain attributes."""
     kept = {
         id(value): value  # many modules may hold one value, a configuration say
         for part in module.modules()

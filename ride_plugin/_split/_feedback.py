@@ -1,6 +1,6 @@
-"""What would make the trunk depend on an expert: weights read ahead, state that comes back.
+"""Refuses a trunk that depends on an expert: on its weights, or on what it wrote a step before.
 
-Both are tried: an expert with other weights must leave what the trunk computes as it is.
+Both are tried: with other weights in the expert, the trunk must compute the same.
 """
 
 from __future__ import annotations

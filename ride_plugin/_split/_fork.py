@@ -10,7 +10,7 @@ from ride_plugin._errors import SplitError
 from ride_plugin._split._probe import Call
 from ride_plugin._split._units import tokens, units_of
 
-_NEW_LEVEL = 0.6  # a resolution level starts where the positions fall to this share or less
+_NEW_LEVEL = 0.6  # a resolution level starts where the positions fall to this share or below
 _LEAST_TRUNK = 0.1  # of the multiply-adds
 _MOST_TRUNK = 0.97
 

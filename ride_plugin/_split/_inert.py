@@ -1,4 +1,4 @@
-"""Parameters whose values do not reach the output yet: new ones, beside pretrained ones."""
+"""Trainable parameters whose values do not change the output yet, as in a fresh adapter."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from ride_plugin._tree import logits_in
 
 
 def inert_parameters(parts: Parts, redraw: Callable[[Tensor], object]) -> list[str]:
-    """Names, inside an expert, of trainable parameters whose values do not reach the output yet.
+    """Names, inside an expert, of trainable parameters whose values do not change the output yet.
 
     The first matrix of a low-rank adapter is one while the second is zero. Such a parameter can be
     drawn anew for each expert without a change of what the pretrained network computes; any other
-    may hold pretrained values. It is found by its gradient, which is zero, and then tried.
+    may hold pretrained values. It is found by its gradient, which is zero; then other values are
+    tried in its place.
     """
     with random_state_kept(parts.trunk), torch.enable_grad():
         views = throwaway(parts.views(0), training=False)

@@ -1,4 +1,4 @@
-"""Models from a trunk and experts made by hand: the parts are built as they are, nothing is cut."""
+"""Models from a trunk and experts that somebody wrote as modules: nothing has to be cut."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Joined(nn.Module):
         self.head = head
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The expert takes whatever the trunk returns, as one argument."""
+        """Hand what the trunk returns to the expert, as one argument."""
         return self.head(self.body(*args, **kwargs))
 
 

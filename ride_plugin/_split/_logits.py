@@ -23,8 +23,6 @@ _FUNCTION = (
     "Pass `logits=`: an index, a key or attribute, or a function that returns the logits [B, C] "
     "of what the backbone returns"
 )
-
-
 _PAIR = (
     "Where features and classifier are two modules, wrap both: RIDEWrapper.from_pair("
     "feature_extractor, classifier)."
@@ -78,7 +76,7 @@ class LogitsReader:
         return logits
 
     def logits_of(self, output: Any) -> Tensor | None:
-        """The logits if they are certain, else None."""
+        """The logits, or None where it is not certain which they are."""
         chosen = self.entry_of(output)
         return chosen if is_matrix(chosen) else None
 
@@ -181,7 +179,7 @@ def learn_training_output(reader: LogitsReader, root: Call, output: Any, head: H
 
 
 def reader_in(root: nn.Module) -> LogitsReader:
-    """The reader at work in a view; one without knowledge where none is needed."""
+    """What reads the logits of a view; a new reader where the view returns nothing else."""
     hooks = (hook for module in root.modules() for hook in module._forward_hooks.values())
     return next((hook for hook in hooks if isinstance(hook, LogitsReader)), LogitsReader())
 
@@ -236,7 +234,7 @@ def describe(output: Any) -> str:
 def _computed_last(
     root: Call, found: Sequence[tuple[Path, Tensor]], differentiable: Callable[[], Any]
 ) -> Path | None:
-    """The only matrix that a classifier returned, if it comes last of all matrices as well."""
+    """The only matrix that a classifier returned, if no other matrix is computed from it."""
     heads = [
         path for path, t in found if (head := find_classifier(root, t)) is not None and head.exact
     ]
@@ -269,7 +267,7 @@ def _stated(backbone: nn.Module) -> set[object]:
 
 
 def _class_weights(root: Call, num_classes: int) -> bool:
-    """Whether a matrix with a row for each class is used otherwise than by calling its module."""
+    """Whether some matrix has a row for each class, and its module is never called."""
     called = {id(call.module) for call in root.walk() if not call.children}
     return any(
         parameter.dim() == 2

@@ -142,7 +142,7 @@ def own_containers(value: Any) -> Any:
 
 
 class Kept:
-    """What modules keep from one forward to the next, to put back what forwards have changed."""
+    """Remembers what modules keep between forwards, so that it can be put back."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root

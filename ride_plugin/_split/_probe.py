@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import random
 import sys
@@ -116,7 +117,7 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
 
 
 def marks_of(module: nn.Module) -> dict[str, list[Any]]:
-    """What tells, of each plain attribute, whether somebody sets it or fills it."""
+    """A mark of each plain attribute, which differs once somebody sets or fills it."""
     return {key: mark_of(value) for key, value in vars(module).items() if key not in _INTERNAL}
 
 
@@ -147,7 +148,7 @@ def _seen(value: Any) -> list[Seen]:
 
 
 def address_of(tensor: Tensor) -> int:
-    """Where a tensor's data begin, or what tells its data from others' where it has none."""
+    """Where a tensor's data begin; without data, a number that tells it from other tensors."""
     try:
         if tensor.is_meta:
             return hash((tensor.untyped_storage()._cdata, tensor.storage_offset()))
@@ -163,9 +164,7 @@ def _leaf_multiply_adds(leaf: Call) -> int:
     weights = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
     if not weights:
         return 0
-    outputs = 1
-    for size in leaf.shape:
-        outputs *= size
+    outputs = math.prod(leaf.shape)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return outputs * weights[0][0].numel()
     return outputs * weights[0].shape[-1]

@@ -1,4 +1,4 @@
-"""Frozen means shared: what no training changes exists once for all experts."""
+"""Which tensors exist once for all experts: those that no training changes."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class ForkReached(Exception):
 
 
 class Running(threading.local):
-    """The pass in progress in this thread: one object for each wrapper, safe to copy and pickle."""
+    """The pass that runs in this thread; each wrapped model has one, which may be copied."""
 
     def __init__(self) -> None:  # in each thread; a compiled forward must find the names there
         self.recorder: Recorder | None = None
@@ -406,7 +406,7 @@ class _Substitute(nn.Module):
             return self.part(getattr(self.real, name))
 
     def part(self, value: Any) -> Any:
-        """What is handed out of the module that this one stands for."""
+        """An attribute or a part of the module that this one stands for, as callers get it."""
         return value
 
     def __len__(self) -> int:
@@ -448,7 +448,7 @@ class Forked(_Substitute):
             recorder.fork_begins()
 
     def part(self, value: Any) -> Any:
-        """A forward may call what is inside the unit by itself, to checkpoint each block say."""
+        """Wrap what is inside the unit: a forward may call it directly, to checkpoint a block."""
         recorder = self.running.recorder
         if isinstance(value, nn.Module) and recorder is not None and not recorder.reached_fork:
             return _Inside(self, value)
@@ -498,7 +498,7 @@ def _name(func: Callable[..., Any]) -> str:
 
 
 def _own(value: Any) -> Any:
-    """What somebody may pop from; a compiled graph changes none of its values."""
+    """A container that the forward may change; a compiled graph changes none."""
     return value if torch.compiler.is_compiling() else own_container(value)
 
 

@@ -6,6 +6,7 @@ numbered blocks, a submodule holding most of the parameters), but never into the
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -73,9 +74,7 @@ def tokens(unit: Call) -> int | None:
         return None
     if len(shape) <= 2:
         return 1
-    elements = 1
-    for size in shape[1:]:
-        elements *= size
+    elements = math.prod(shape[1:])
     channels = _channels(unit)
     if channels not in shape[1:]:
         channels = shape[1] if len(shape) in (4, 5) else shape[-1]
@@ -116,10 +115,7 @@ def _pools(call: Call) -> bool:
 def _positions(seen: list[tuple[int, tuple[int, ...]]]) -> int | None:
     if not seen or len(seen[0][1]) < 4:
         return None
-    positions = 1
-    for size in seen[0][1][2:]:
-        positions *= size
-    return positions
+    return math.prod(seen[0][1][2:])
 
 
 def _channels(call: Call) -> int | None:

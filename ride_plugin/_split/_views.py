@@ -38,7 +38,7 @@ class Link:
 
 @dataclass
 class Views:
-    """The trunk and one expert that is still an exact copy of the backbone's forked part.
+    """The trunk, and one expert that is still an exact copy of the backbone's forked part.
 
     Attributes:
         trunk: runs the shared part; its forked units lead to the expert it was built with.
