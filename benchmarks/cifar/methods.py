@@ -21,6 +21,7 @@ class Method:
         teacher: method whose run distils into this one.
         starts_from: method whose finished model this one starts from; it trains no first stage.
         classifiers: what happens to that model's classifiers.
+        other: another library's form of the plain backbone, see `benchmarks.cifar.others`.
     """
 
     loss: Literal["ce", "ldam_drw", "balanced_softmax", "adjusted"] = "ce"
@@ -33,6 +34,7 @@ class Method:
     teacher: str | None = None
     starts_from: str | None = None
     classifiers: Literal["crt", "tau_norm"] | None = None
+    other: Literal["earlyon", "packed", "batch"] | None = None
 
     @property
     def words(self) -> str:
@@ -56,9 +58,16 @@ class Method:
             said.append("distilled")
         if self.classifiers is not None:
             said.append({"crt": "cRT", "tau_norm": "tau-normalised"}[self.classifiers])
+        if self.other is not None:
+            said.append(_OTHERS[self.other])
         return ", ".join(said)
 
 
+_OTHERS = {
+    "earlyon": "early exit of earlyon",
+    "packed": "Packed-Ensemble of 4",
+    "batch": "BatchEnsemble of 4",
+}
 _CRITERIA = {
     "ce": "cross entropy",
     "ldam_drw": "LDAM-DRW",
@@ -89,6 +98,9 @@ METHODS: dict[str, Method] = {
     "balanced_softmax_cosine": Method("balanced_softmax", cosine=True),
     "balanced_softmax_narrow": _adjusted((1.0,), num_experts=1),
     "balanced_softmax_mixup": Method("balanced_softmax", cosine=True, mixup=0.4),
+    "balanced_softmax_earlyon": Method("balanced_softmax", other="earlyon"),
+    "balanced_softmax_packed": Method("balanced_softmax", other="packed"),
+    "balanced_softmax_batch": Method("balanced_softmax", other="batch"),
     "crt": Method(starts_from="ce", classifiers="crt"),
     "tau_norm": Method(starts_from="ce", classifiers="tau_norm"),
     "ride2_official": _ride(2, "official"),

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from benchmarks.cifar.data import Split, augment, batches, normalise
 from benchmarks.cifar.evaluate import evaluate
 from benchmarks.cifar.methods import METHODS, Method
+from benchmarks.cifar.others import EarlyExit, Ensemble
 from benchmarks.cifar.routing import route
 from benchmarks.cifar.second_stage import normalise_classifiers, retrain_classifiers
 from benchmarks.machine import machine
@@ -85,7 +86,11 @@ class Run:
     def _build(self) -> nn.Module:
         method, num_classes = self.method, len(self.class_counts)
         model: nn.Module = CifarResNet(num_classes)
-        if method.num_experts:
+        if method.other == "earlyon":
+            model = EarlyExit(num_classes)
+        elif method.other is not None:
+            model = Ensemble(num_classes, packed=method.other == "packed")
+        elif method.num_experts:
             model = RIDEWrapper(
                 model,
                 method.num_experts,
@@ -191,7 +196,8 @@ class Run:
             compared = expert_logits(out) + self.prior if self.method.adjustments else out
             loss = experts_loss(criterion, out, target) + self.diversity(compared, target)
         else:
-            loss = criterion(out.float(), target)
+            # Another library's exits or members, one after the other, have the same targets.
+            loss = criterion(out.float(), torch.cat([target] * (len(out) // len(target))))
         if teacher is not None:
             with torch.no_grad(), self._autocast():
                 taught = teacher(x)
