@@ -4,7 +4,8 @@
 
 Needs a finished run of `benchmarks.cifar`. The exits are calibrated on one half of the test images
 and everything is measured on the other. earlyon and torch-uncertainty are measured where they are
-installed; their networks are not trained, so they have no accuracy.
+installed. The plain backbone and theirs have an accuracy where their runs are in the same folder
+(`--methods balanced_softmax_cosine balanced_softmax_earlyon balanced_softmax_packed`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -22,9 +24,11 @@ from torch.export import Dim, export
 
 from benchmarks.cifar.data import Split, load, normalise
 from benchmarks.cifar.evaluate import SHOTS, accuracy, flops
+from benchmarks.cifar.methods import METHODS
+from benchmarks.cifar.others import EarlyExit
 from benchmarks.cifar.train import Recipe, Run
 from benchmarks.machine import machine
-from benchmarks.resnets import CifarResNet, PadShortcut
+from benchmarks.resnets import CifarResNet
 from benchmarks.speed.networks import NarrowResNet32, to_channels_last
 from benchmarks.speed.routing import _in_onnxruntime
 from ride_plugin import ConfidenceRouter, RIDEWrapper, RoutingInference, cost_report
@@ -60,29 +64,38 @@ def main() -> None:
         result = serve.calibrate(
             ((normalise(x), y) for x, y in batches), max_experts=options.max_experts
         )
-        ways = {**_ours(served, serve, normalise(held_out.images[:256])), **_others()}
-        times = _times(ways, normalise(measured.images))
+        ours = _ours(served, serve, normalise(held_out.images[:256]))
+        ways = {name: (way, True) for name, way in ours.items()}
+        ways |= _others(partial(_network, data=data, runs=options.runs))
+        times = _times({name: way for name, (way, _) in ways.items()}, normalise(measured.images))
         print(machine())
         print(f"{result.curve.mean_experts[result.index]:.2f} experts on average")
         plain = flops(CifarResNet(100))
         print(f"all experts {cost_report(model).flops / plain:.2f} x plain")
-        for name, way in ways.items():
+        for name, (way, trained) in ways.items():
             cells = [
                 f"{1e3 * median(t):.2f} / {1e3 * quantiles(t, n=20)[-1]:.2f}, "
                 f"{batch / median(t):.0f}"
                 for batch, t in times[name].items()
             ]
-            shots = _accuracy(way, measured, counts) if name in _TRAINED else "-"
+            shots = _accuracy(way, measured, counts) if trained else "-"
             print(f"| {name} | {' | '.join(cells)} | {shots} |", flush=True)
 
 
-_TRAINED = (
+_OURS = (
     "all experts",
     "routed",
     "routed, fused",
     "routed, fused, eight bits",
     "routed, onnxruntime",
 )
+
+
+def _network(method: str, data: tuple[Split, Split, Tensor], runs: Path) -> tuple[nn.Module, bool]:
+    """A method's network, and whether a finished run has its weights."""
+    run = Run(method, 0, Recipe(), data, runs)
+    trained = run.result_file.exists()
+    return (run.load_model() if trained else run.model).eval(), trained
 
 
 def _ours(served: RIDEWrapper, serve: RoutingInference, example: Tensor) -> dict[str, Serve]:
@@ -95,66 +108,33 @@ def _ours(served: RIDEWrapper, serve: RoutingInference, example: Tensor) -> dict
         StagedRunner(quantize_stages(fused, [example])),
         StagedRunner({name: _in_onnxruntime(program) for name, program in programs.items()}),
     )
-    return dict(zip(_TRAINED, ways, strict=True))
+    return dict(zip(_OURS, ways, strict=True))
 
 
-def _others() -> dict[str, Serve]:
-    plain, narrow = (to_channels_last(n).eval() for n in (CifarResNet(100), NarrowResNet32(100)))
+def _others(load: Callable[[str], tuple[nn.Module, bool]]) -> dict[str, tuple[Serve, bool]]:
+    """What serves without experts; each with whether it was trained."""
+    plain, trained = load("balanced_softmax_cosine")
+    narrow = to_channels_last(NarrowResNet32(100)).eval()
     shapes = ({0: Dim("batch", min=1)},)
     program = export(plain, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes)
     fused = fuse_stages({"plain": program})["plain"]
-    ways: dict[str, Serve] = {"plain": plain, "plain, fused": fused, "narrower plain": narrow}
-    for name, build in (("earlyon", _earlyon), ("torch-uncertainty", _torch_uncertainty)):
+    ways: dict[str, tuple[Serve, bool]] = {
+        "plain": (plain, trained),
+        "plain, fused": (lambda x: fused(x)[0], trained),
+        "narrower plain": (narrow, False),
+    }
+    for name in ("earlyon", "packed", "batch"):
         try:
-            ways |= build()
+            model, trained = load(f"balanced_softmax_{name}")
         except ImportError as error:
             print(f"{name} is not measured: {error}")
+            continue
+        if isinstance(model, EarlyExit):
+            ways["earlyon, all leave at layer2"] = (partial(model.serve, threshold=0.0), trained)
+            ways["earlyon, none leaves"] = (partial(model.serve, threshold=1.0), trained)
+        else:
+            ways[METHODS[f"balanced_softmax_{name}"].words] = (model, trained)
     return ways
-
-
-def _earlyon() -> dict[str, Serve]:
-    from earlyon import EarlyExitConfig, EarlyExitHead, EarlyExitWrapper, ExitPoint
-
-    def wrapped(threshold: float) -> Serve:
-        points = [ExitPoint("early", "layer2", 32)]
-        config = EarlyExitConfig("custom", 100, points, confidence_thresholds=[threshold])
-        model = EarlyExitWrapper(
-            to_channels_last(CifarResNet(100)),
-            {"early": EarlyExitHead(32, 100)},
-            nn.Identity(),
-            config,
-            (1, 3, 32, 32),
-        ).eval()
-        return lambda x: model.forward_inference_batched(x)
-
-    return {"earlyon, all leave at layer2": wrapped(0.0), "earlyon, none leaves": wrapped(1.0)}
-
-
-def _torch_uncertainty() -> dict[str, Serve]:
-    from torch_uncertainty.layers import BatchConv2d, BatchLinear, PackedConv2d, PackedLinear
-
-    packed, batched = CifarResNet(100), CifarResNet(100)
-    for network in (packed, batched):
-        for name, layer in list(network.named_modules()):
-            if isinstance(layer, nn.Conv2d):
-                options: dict[str, Any] = {"stride": layer.stride[0], "padding": 1, "bias": False}
-                sizes = (layer.in_channels, layer.out_channels, 3)
-                if network is batched:
-                    new = BatchConv2d(*sizes, 4, **options)
-                else:
-                    new = PackedConv2d(*sizes, 2, 4, first=name == "conv1", **options)
-                network.set_submodule(name, new)
-            elif network is packed and isinstance(layer, nn.BatchNorm2d):
-                network.set_submodule(name, nn.BatchNorm2d(2 * layer.num_features))
-            elif network is packed and isinstance(layer, PadShortcut):
-                layer.missing *= 2
-    packed.linear = PackedLinear(64, 100, 2, 4, last=True)
-    batched.linear = BatchLinear(64, 100, 4)
-    of_four = to_channels_last(batched).eval()
-    return {
-        "Packed-Ensemble, alpha 2, of 4": to_channels_last(packed).eval(),
-        "BatchEnsemble of 4": lambda x: of_four(x.repeat(4, 1, 1, 1)),
-    }
 
 
 def _times(ways: dict[str, Serve], images: Tensor) -> dict[str, dict[int, list[float]]]:
