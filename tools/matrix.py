@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TORCH_NEEDS = ["filelock", "fsspec", "jinja2", "networkx", "sympy", "mpmath", "typing-extensions"]
 TESTS_NEED = [
+    "build",
     "hypothesis",
     "numpy",
     "onnx",

@@ -101,6 +101,8 @@ def _averages_rows(criterion: object) -> bool:
     class says so of itself by ``averages_rows = True``; its subclasses may override anything, so
     they have to say it again.
     """
+    if isinstance(criterion, Sequence):  # the compiler cannot look into the class of a list
+        return False
     return (
         criterion is F.cross_entropy
         or (type(criterion) is nn.CrossEntropyLoss and criterion.reduction == "mean")

@@ -101,7 +101,16 @@ def test_custom_subclasses_of_cross_entropy_see_one_expert_at_a_time() -> None:
     assert shapes == [(8, 5)] * 3
 
 
-@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.MultiMarginLoss()])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(),
+        nn.MultiMarginLoss(),
+        [F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.2), F.multi_margin_loss],
+        (nn.CrossEntropyLoss(), nn.MultiMarginLoss(), FocalLoss()),
+        nn.ModuleList([nn.CrossEntropyLoss(), nn.MultiMarginLoss(), FocalLoss()]),
+    ],
+)
 @pytest.mark.compiles
 def test_compiles_whole(criterion) -> None:
     logits, target = batch()
