@@ -27,11 +27,11 @@ def folded_copy(model: Model) -> Model:
             layer, bn = served.get_submodule(name), served.get_submodule(bn_name)
             weight, bias = layer.weight, layer.bias
             _fold(layer, bn)
-            _put(served, bn_name, _identity_in_place_of(bn))
+            served.set_submodule(bn_name, _identity_in_place_of(bn))
             got = served.router_inputs(*args, **kwargs).expert_logits
             if not _equal(got, expected):  # somebody else reads what the layer returns
                 layer.weight, layer.bias = weight, bias
-                _put(served, bn_name, bn)
+                served.set_submodule(bn_name, bn)
     return served
 
 
@@ -82,11 +82,6 @@ def _identity_in_place_of(bn: nn.Module) -> nn.Module:
     identity._forward_hooks = bn._forward_hooks
     identity._forward_pre_hooks = bn._forward_pre_hooks
     return identity
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    path, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(path) if path else model, attribute, module)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

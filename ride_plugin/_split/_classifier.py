@@ -97,8 +97,7 @@ def replace_classifiers(
             )
         parameter = next(old.parameters())
         new = new.to(parameter.device, parameter.dtype).train(old.training)
-        path, _, attribute = str(parts.classifier).rpartition(".")
-        setattr(expert.get_submodule(path), attribute, new)
+        expert.set_submodule(str(parts.classifier), new)
         watch_classifier(expert, parts.classifier, parts.running)
     return replace(parts, num_classes=num_classes)
 

@@ -57,8 +57,7 @@ def _reunite(root: nn.Module, links: Sequence[Link]) -> None:
     """Put the trunk's modules and tensors back to where the backbone had them."""
     for name, module in list(root.named_modules(remove_duplicate=False)):
         if isinstance(module, Recorded):
-            path, _, attribute = name.rpartition(".")
-            setattr(root.get_submodule(path), attribute, module.real)
+            root.set_submodule(name, module.real)
     inside = {id(module) for module in root.modules()}
     for link in links:
         if id(link.view) not in inside:

@@ -12,7 +12,7 @@ from ride_plugin._width._attention import Attention
 from ride_plugin._width._layers import resized
 from ride_plugin._width._ledger import CONVOLUTIONS, JOINS, PRODUCTS, RESHAPES, Ledger
 from ride_plugin._width._map import WidthMap
-from ride_plugin._width._plan import Amended, Plan, Step, Stuck
+from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck
 
 
 class Amender:
@@ -32,7 +32,7 @@ class Amender:
     def __init__(
         self,
         ledger: Ledger,
-        plan: Plan,
+        plan: NarrowingPlan,
         widths: WidthMap,
         attentions: Sequence[Attention],
     ) -> None:

@@ -246,8 +246,7 @@ def replace_multihead_attention(expert: nn.Module) -> list[str]:
         plain = type(module) is nn.MultiheadAttention
         if plain and module.bias_k is None and not module.add_zero_attn:
             new = HeadwiseAttention(module).requires_grad_(module.out_proj.weight.requires_grad)
-            parent, _, attribute = name.rpartition(".")
-            setattr(expert.get_submodule(parent), attribute, new)
+            expert.set_submodule(name, new)
             replaced.append(name)
     return replaced
 

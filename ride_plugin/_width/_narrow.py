@@ -33,7 +33,7 @@ from ride_plugin._width._attention import attention_of, replace_multihead_attent
 from ride_plugin._width._layers import pads_in, redrawn
 from ride_plugin._width._ledger import Change
 from ride_plugin._width._map import WidthMap, groupings_of
-from ride_plugin._width._plan import Amended, Plan, Step, Stuck, Trace
+from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck, Trace
 from ride_plugin._width._trial import Trial
 
 _TRIALS = 60
@@ -173,8 +173,7 @@ def _replace_fixed_modules(split: Split, state: TrunkState) -> None:
         for handle in handles:
             handle.remove()
     for name, pad in pads_in(seen.values()):
-        parent, _, attribute = name.rpartition(".")
-        setattr(expert.get_submodule(parent) if parent else expert, attribute, pad)
+        expert.set_submodule(name, pad)
 
 
 def _reference(split: Split, training: int, state: TrunkState) -> _Reference:
@@ -196,7 +195,7 @@ def _narrowed(
         if (found := attention_of(name, module)) is not None
     ]
     widths = WidthMap(width, groupings_of(expert))
-    plan = Plan()
+    plan = NarrowingPlan()
     for _ in range(_TRIALS):
         trial = Trial(expert, frozen, plan, widths, attentions)
         try:

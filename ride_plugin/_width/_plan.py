@@ -20,7 +20,7 @@ class Stuck(Exception):
 
 
 @dataclass
-class Plan:
+class NarrowingPlan:
     """Decisions that hold over all trials.
 
     Attributes:

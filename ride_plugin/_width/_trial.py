@@ -28,7 +28,7 @@ from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Change, Le
 from ride_plugin._width._map import WidthMap
 from ride_plugin._width._plan import (
     Amended,
-    Plan,
+    NarrowingPlan,
     Step,
     Stuck,
     operation_name,
@@ -51,7 +51,7 @@ class Trial(TorchFunctionMode):
         self,
         expert: nn.Module,
         frozen: set[int],
-        plan: Plan,
+        plan: NarrowingPlan,
         widths: WidthMap,
         attentions: Sequence[Attention],
     ) -> None:
