@@ -16,21 +16,22 @@ COMPILES, EXPORTS = _HERE >= COMPILES_FROM, _HERE >= EXPORTS_FROM
 def check_exports(what: str) -> None:
     """Raise VersionError if this torch is too old to export a model's stages."""
     if not EXPORTS:
-        _refuse(what, EXPORTS_FROM)
+        _needs_newer_torch(what, EXPORTS_FROM)
 
 
 def check_compiles() -> None:
     """Raise VersionError if this is being compiled by a torch that would fail somewhere inside."""
     if not COMPILES and torch.compiler.is_compiling():
-        _untraced("Compiling or exporting a wrapped model", COMPILES_FROM)
+        _needs_newer_torch("Compiling or exporting a wrapped model", COMPILES_FROM)
 
 
-def _refuse(what: str, oldest: tuple[int, int]) -> None:
+def _needs_newer_torch(what: str, oldest: tuple[int, int]) -> None:
     raise VersionError(
         f"{what} needs torch {oldest[0]}.{oldest[1]} or newer, but this is torch "
         f"{torch.__version__}. Training, evaluation and routing work with it."
     )
 
 
-# Not traced, so that the error is this one and none of the compiler's, whose import takes long.
-_untraced = _refuse if COMPILES else torch.compiler.disable(_refuse)
+# Not traced, so that the error is this one and none of the compiler's. torch.compiler.disable would
+# mark it so too, and import the compiler, which takes longer than all the rest.
+_needs_newer_torch._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -18,7 +18,6 @@ from ride_plugin import (
 def model(monkeypatch: pytest.MonkeyPatch) -> RIDEWrapper:
     monkeypatch.setattr(_compiler, "COMPILES", False)
     monkeypatch.setattr(_compiler, "EXPORTS", False)
-    monkeypatch.setattr(_compiler, "_untraced", torch.compiler.disable(_compiler._refuse))
     backbone = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 5))
     return RIDEWrapper(backbone, 2, fork_at="2", example_input=torch.zeros(2, 6))
 
@@ -33,6 +32,13 @@ def test_an_old_torch_does_not_compile_a_wrapped_model(model: RIDEWrapper, metho
     with pytest.raises(VersionError, match=MESSAGE):
         compiled(torch.zeros(2, 6))
     assert expert_logits(model(torch.zeros(2, 6))).shape == (2, 2, 5)  # nothing was left behind
+
+
+def test_with_fullgraph_the_compiler_s_own_error_names_the_reason(model: RIDEWrapper) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="_needs_newer_torch"):
+        compiled(torch.zeros(2, 6))
 
 
 def test_an_old_torch_does_not_export(model: RIDEWrapper) -> None:

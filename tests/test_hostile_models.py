@@ -289,7 +289,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Kinds]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+NEEDS = {"export_stages": pytest.mark.exports}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=NEEDS.get(n, ())) for n in CALLS])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_an_argument_cannot_be_is_refused(name: str) -> None:
     hostile.check_refusals(*CALLS[name])
