@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from _data import FEW, MANY, long_tailed_digits
 from quickstart import train_experts, train_plain
 
-GROUPS = ("overall", "many", "medium", "few")
+GROUPS = ("few", "medium", "many", "overall")
 
 
 def main() -> None:

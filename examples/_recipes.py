@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ride_plugin.longtail import ClassBalancedSampler, ShotReport, shot_report
 
-GROUPS = ("overall", "many", "medium", "few")
+GROUPS = ("few", "medium", "many", "overall")
 Run = Callable[[Digits, argparse.Namespace], dict[str, ShotReport]]
 
 

@@ -13,7 +13,7 @@ from ride_plugin.longtail import shot_groups, shot_report
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-GROUPS = ("overall", "many", "medium", "few")
+GROUPS = ("few", "medium", "many", "overall")
 NUM_EXPERTS = 3
 # Okabe and Ito's colours, which people who see fewer colours can tell apart.
 OKABE_ITO = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00")
@@ -38,7 +38,10 @@ def evaluate(
         return Result(accuracy, flops, None)
     one_hot = torch.nn.functional.one_hot(used - 1, NUM_EXPERTS).double()
     group_of = torch.from_numpy(shot_groups(class_counts, MANY, FEW))[target]
-    shares = {group: one_hot[group_of == i].mean(dim=0) for i, group in enumerate(GROUPS[1:])}
+    shares = {
+        group: one_hot[group_of == i].mean(dim=0)
+        for i, group in enumerate(("many", "medium", "few"))
+    }
     shares["overall"] = one_hot.mean(dim=0)
     return Result(accuracy, flops, {group: share.tolist() for group, share in shares.items()})
 
@@ -114,10 +117,10 @@ def plot(results: dict[str, list[Result]], path: str) -> None:
         title="Accuracy by number of training images",
         xticks=range(len(GROUPS)),
         xticklabels=[
-            "overall",
-            f"many\n(> {MANY})",
-            f"medium\n({FEW} to {MANY})",
             f"few\n(< {FEW})",
+            f"medium\n({FEW} to {MANY})",
+            f"many\n(> {MANY})",
+            "overall",
         ],
         ylim=(max(0, low - 5), 101),
         ylabel="test accuracy (%)",

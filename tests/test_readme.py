@@ -27,6 +27,15 @@ def test_anchors_lead_to_headings(path: Path) -> None:
         assert anchor in slugs, f"{name}#{anchor}"
 
 
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_few_shot_accuracy_stands_beside_the_method(path: Path) -> None:
+    """Where a phone cuts a wide table, the column that matters most is the last to go."""
+    for heading in re.findall(r"^\|.*\|$(?=\n\|[ :|-]+\|$)", path.read_text(), flags=re.MULTILINE):
+        columns = [column.strip() for column in heading[1:-1].split("|")]
+        if {"few", "medium", "many"} <= set(columns):
+            assert columns[1:4] == ["few", "medium", "many"]
+
+
 def test_the_navigation_lists_every_page() -> None:
     settings = (ROOT / "mkdocs.yml").read_text()
     listed = re.findall(r"- (?:\w+: )?(\S+\.md)$", settings, flags=re.MULTILINE)

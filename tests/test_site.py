@@ -33,6 +33,8 @@ return {
   equations: equations.length,
   rendered: document.querySelectorAll(".arithmatex > .katex, .arithmatex > .katex-display").length,
   cut: [...equations].filter(e => e.tagName == "DIV" && e.scrollWidth > e.clientWidth + 1).length,
+  cut_tables: [...document.querySelectorAll(".md-typeset__scrollwrap")]
+    .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 40)),
   tallest: Math.max(0, ...[...equations].map(e => e.getBoundingClientRect().height)),
   links: [...document.querySelectorAll("a[href]")].map(a => a.href),
   ids: [...document.querySelectorAll("[id]")].map(e => e.id),
@@ -47,6 +49,7 @@ class Page:
     equations: int
     rendered: int
     cut: int
+    cut_tables: list[str]
     tallest: float
     links: list[str]
     ids: list[str]
@@ -141,6 +144,10 @@ def test_equations_are_rendered(pages: dict[str, Page]) -> None:
 
 def test_no_equation_is_cut_on_a_phone(pages: dict[str, Page]) -> None:
     assert {url: p.cut for url, p in pages.items() if p.cut} == {}
+
+
+def test_no_table_is_cut_on_a_phone(pages: dict[str, Page]) -> None:
+    assert {url: p.cut_tables for url, p in pages.items() if p.cut_tables} == {}
 
 
 def test_nothing_comes_from_elsewhere(base: str, pages: dict[str, Page]) -> None:

@@ -26,14 +26,17 @@ function squeezed(table, columns) {
   return columns > 3 && sentences && document.documentElement.clientWidth < 600;
 }
 
-// A table of a few columns that does not fit shows each row as a list, each entry under its heading.
-function stack(table) {
-  const headings = [...table.querySelectorAll("th")].map((heading) => heading.textContent);
+// A table of many columns gets smaller letters on a phone. If it does not fit even so, each row becomes a list of its
+// entries, each behind its heading; sentences do so at once.
+function fitTable(table) {
+  const headings = [...table.querySelectorAll("th")].map((heading) => heading.textContent.trim());
   const around = table.closest(".md-typeset__scrollwrap") ?? document.documentElement;
-  if (headings.length > 6 || !(tooWide(around) || squeezed(table, headings.length))) return;
+  table.toggleAttribute("data-small", headings.length > 5 || tooWide(around));
+  if (!tooWide(around) && !squeezed(table, headings.length)) return;
   table.classList.add("stacked");
   for (const row of table.tBodies[0].rows) {
-    [...row.cells].forEach((cell, i) => { cell.dataset.heading = i ? headings[i] : ""; });
+    const number = /^[\d.,]+$/.test(row.cells[0].textContent); // says nothing without its heading
+    [...row.cells].forEach((cell, i) => { cell.dataset.heading = i || number ? headings[i] : ""; });
   }
 }
 
@@ -58,6 +61,6 @@ document.addEventListener("DOMContentLoaded", () => {
   document.fonts.ready.then(() => document.querySelectorAll("div.arithmatex").forEach(fitEquation));
 });
 window.addEventListener("load", () => {
-  document.querySelectorAll(".md-typeset table").forEach(stack);
+  document.querySelectorAll(".md-typeset table").forEach(fitTable);
   document.querySelectorAll(".md-typeset .sortable table").forEach(makeSortable);
 });
