@@ -15,6 +15,7 @@ from ride_plugin._errors import warn_caller
 
 _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
 _FEW = 8  # entries or rows that are looked at first
+_BLOCK = 2**16  # entries; so many, and their order, stay near the processor while they are shuffled
 _ZERO, _ONE = torch.zeros(1), torch.ones(1)
 
 
@@ -150,10 +151,15 @@ def redraw(parameter: Tensor) -> bool:
             matrix = matrix.index_select(dim, order) * sign.view(shape).to(matrix.dtype)
         parameter.copy_(matrix.view_as(parameter))
         return True
-    # Half the bytes to move, and the same order.
-    dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
-    order = torch.randperm(flat.numel(), dtype=dtype, device=parameter.device)
-    parameter.copy_(flat.index_select(0, order).view_as(parameter))
+    # One order for all blocks will do: what stands in one is independent of the others already.
+    size = min(flat.numel(), _BLOCK)
+    blocks, rest = flat.split([flat.numel() // size * size, flat.numel() % size])
+    shuffled = []
+    for entries in (blocks.view(-1, size), rest.view(1, -1)):
+        if entries.numel():
+            order = torch.randperm(entries.shape[1], dtype=torch.int32, device=parameter.device)
+            shuffled.append(entries.index_select(1, order).flatten())
+    parameter.copy_(torch.cat(shuffled).view_as(parameter))
     return True
 
 

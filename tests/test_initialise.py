@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._initialise import has_orthogonal_rows, reinitialise, renew_classifier
+from ride_plugin._initialise import has_orthogonal_rows, redraw, reinitialise, renew_classifier
 from ride_plugin._split._copies import clone_module
 
 from .backbones import CifarResNet, mlp
@@ -127,6 +127,19 @@ def test_entries_are_shuffled_constants_stay_statistics_are_reset() -> None:
     assert torch.equal(flat.sort().values, old.sort().values)
     assert (expert[0].bias == 0.25).all()
     assert (expert[1].running_mean == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(512, 384), (257, 256), (3, 256, 256), (65535,), (65537,)])
+def test_large_parameters_are_shuffled_entry_by_entry(shape: tuple[int, ...]) -> None:
+    old = torch.randn(shape)
+    first, second = old.clone(), old.clone()
+    assert redraw(first)
+    assert redraw(second)
+    for new in (first, second):
+        assert torch.equal(new.flatten().sort().values, old.flatten().sort().values)
+    for a, b in ((first, old), (second, old), (first, second)):
+        assert float((a == b).float().mean()) < 1e-3
+        assert abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.03
 
 
 def test_tied_tensors_are_kept() -> None:

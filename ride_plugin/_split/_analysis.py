@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from ride_plugin._contexts import RandomState, seed_everything
 from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import Inputs, resize_batch
-from ride_plugin._split._copies import on_meta, running_copy
+from ride_plugin._split._copies import running_copy
+from ride_plugin._split._meta import on_meta
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._probe import RANDOM, differ, mark_of
 from ride_plugin._split._rows import Rows, find_rows

@@ -20,7 +20,6 @@ from ride_plugin._split._analysis import Place, learn, place_of
 from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._copies import (
     detached_activations,
-    on_meta,
     running_copy,
     written_parameters,
 )
@@ -34,6 +33,7 @@ from ride_plugin._split._logits import (
     find_logits,
     learn_training_output,
 )
+from ride_plugin._split._meta import on_meta
 from ride_plugin._split._parts import Split
 from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._references import refuse_captured

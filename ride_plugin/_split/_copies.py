@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin._tree import tensors_in
 
 T = TypeVar("T")
 _ATOMS = frozenset(
@@ -109,55 +106,6 @@ def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
 
 def _inherits(cls: type, name: str) -> bool:
     return getattr(cls, name, None) is getattr(nn.Module, name, None)
-
-
-@contextmanager
-def on_meta(inputs: T, meta: bool) -> Iterator[T]:
-    """Inputs for a pass on the meta device, where tensors are also made while the block runs."""
-    if not meta:
-        yield inputs
-        return
-    with torch.device("meta"), _QuickBatchNorm():
-        yield map_tensors(lambda tensor: tensor.detach().to("meta"), inputs)
-
-
-class _QuickBatchNorm(TorchFunctionMode):
-    """Batch normalisation of tensors without contents, by one operation.
-
-    torch works the shape out by a dozen operations, which take longer than the layer itself. (It
-    writes the statistics without counting their versions, so nothing is lost where they stay.)
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        quick = _shape_of_batch_norm if func is F.batch_norm else func
-        return quick(*args, **(kwargs or {}))
-
-
-def _shape_of_batch_norm(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    usual = (
-        (weight is not None and bias is not None)
-        and x.is_meta
-        and x.dtype == weight.dtype == bias.dtype
-        and x.shape[1:2] == weight.shape == bias.shape
-        and not (training and x.numel() == x.shape[1])  # a single value in each channel
-    )
-    if not usual:  # torch shall work it out, or say what is wrong
-        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    assert weight is not None
-    assert bias is not None
-    shape = (-1, *(1,) * (x.dim() - 2))
-    return torch.addcmul(bias.view(shape), x, weight.view(shape))
 
 
 def written_parameters(backbone: nn.Module, modules: Iterable[nn.Module]) -> frozenset[str]:

@@ -1,0 +1,172 @@
+"""Passes on the meta device, where tensors have shapes and no contents.
+
+Most of what a build learns are shapes, and these cost hardly any time or memory there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ride_plugin._tree import map_tensors, tensors_in
+
+T = TypeVar("T")
+_META = torch.device("meta")
+
+
+@contextmanager
+def on_meta(inputs: T, meta: bool) -> Iterator[T]:
+    """Inputs for a pass on the meta device, where tensors are also made while the block runs.
+
+    Whole numbers keep their contents, since a forward may decide by them: whether a mask hides
+    anything, say.
+    """
+    if not meta:
+        yield inputs
+        return
+
+    def emptied(tensor: Tensor) -> Tensor:
+        return tensor if _keeps_contents(tensor) else tensor.detach().to(_META)
+
+    with _META, _QuickShapes(), _MixedDevices():
+        yield map_tensors(emptied, inputs)
+
+
+def _keeps_contents(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+class _MixedDevices(TorchFunctionMode):
+    """Lets whole numbers keep their contents beside tensors that have none.
+
+    What is computed from both has none. Nothing may be written into a tensor whose contents were
+    left out for an operation, and nothing may share its memory: that would be lost.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.to and not args[0].is_meta:
+            return _moved(*args, **kwargs)
+        given = list(tensors_in((args, kwargs)))
+        if len(given) < 2 or len({tensor.is_meta for tensor in given}) < 2:
+            return func(*args, **kwargs)
+        emptied = {id(tensor): tensor.to(_META) for tensor in given if not tensor.is_meta}
+        args, kwargs = map_tensors(lambda tensor: emptied.get(id(tensor), tensor), (args, kwargs))
+        result = func(*args, **kwargs)
+        memory = {tensor.untyped_storage()._cdata for tensor in emptied.values()}
+        if any(tensor._version for tensor in emptied.values()) or any(
+            tensor.untyped_storage()._cdata in memory for tensor in tensors_in(result)
+        ):
+            name = getattr(func, "__name__", "an operation")
+            raise NotImplementedError(f"{name} writes a tensor with contents, or returns a view.")
+        return result
+
+
+def _moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``tensor.to(...)``, but whole numbers that go to the others keep their contents."""
+
+    def here(value: Any) -> Any:
+        return tensor.device if isinstance(value, torch.device) and value == _META else value
+
+    moved = tensor.to(*map(here, args), **{key: here(value) for key, value in kwargs.items()})
+    return moved if _keeps_contents(moved) else moved.to(_META)
+
+
+class _QuickShapes(TorchFunctionMode):
+    """Layers of tensors without contents, by one or two operations.
+
+    torch works the shape out by a dozen operations, which take longer than the layer itself. The
+    result depends on the same tensors. (Batch normalisation writes its statistics without counting
+    their versions, so nothing is lost where they stay.)
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        quick = _QUICK.get(func)
+        if quick is not None and all(tensor.is_meta for tensor in tensors_in((args, kwargs))):
+            result = quick(*args, **kwargs)
+            if result is not None:
+                return result
+        return func(*args, **kwargs)  # torch shall work it out, or say what is wrong
+
+
+def _batch_norm(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if training and x.numel() == x.shape[1]:  # a single value in each channel
+        return None
+    if weight is None or bias is None or not x.shape[1:2] == weight.shape == bias.shape:
+        return None
+    shape = (-1, *(1,) * (x.dim() - 2))
+    return _scaled(x, weight.view(shape), bias.view(shape))
+
+
+def _layer_norm(
+    x: Tensor,
+    shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if weight is None or bias is None:
+        return None
+    if not x.shape[-len(shape) :] == weight.shape == bias.shape == torch.Size(shape):
+        return None
+    return _scaled(x, weight, bias)
+
+
+def _scaled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
+    if x.dtype == weight.dtype == bias.dtype:
+        return torch.addcmul(bias, x, weight)
+    return None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    if bias is None or bias.shape != weight.shape[:1] or x.dtype != bias.dtype:
+        return None
+    return F.linear(x, weight) + bias
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    return F.silu(x)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    if enable_gqa or attn_mask is not None:
+        return None
+    return (query @ key.transpose(-2, -1)).softmax(-1) @ value
+
+
+_QUICK: dict[Any, Callable[..., Tensor | None]] = {
+    F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
+    F.linear: _linear,
+    F.gelu: _gelu,
+    F.scaled_dot_product_attention: _attention,
+}
