@@ -45,6 +45,14 @@ def own_inputs(inputs: Inputs, tensors: bool = False) -> Inputs:
     return (map_tensors(torch.clone, own[0]), map_tensors(torch.clone, own[1])) if tensors else own
 
 
+def in_order_of(example: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments in the example's order, whose first tensor tells the batch size."""
+    if len(kwargs) < 2 or list(kwargs) == list(example):
+        return kwargs
+    first = {name: kwargs[name] for name in example if name in kwargs}
+    return first | kwargs
+
+
 def batch_size_of(inputs: Inputs) -> int:
     """Batch size: the first dimension of the first tensor that has one."""
     for tensor in tensors_in(inputs):

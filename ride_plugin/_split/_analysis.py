@@ -15,6 +15,7 @@ from ride_plugin._contexts import RandomState, seed_everything
 from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._copies import running_copy
+from ride_plugin._split._form import form_of, form_of_inputs, single_in
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._probe import RANDOM, differ, mark_of
@@ -82,7 +83,7 @@ def learn(
     *,
     outside: Iterable[str] = (),
     warm: bool = False,
-    known: Collection[tuple[str, ...]] = (),
+    known: Collection[tuple[Any, ...]] = (),
     meta: bool = False,
 ) -> Lesson | None:
     """Run the views on two small batches, on throwaway copies.
@@ -126,7 +127,7 @@ def _learn(
     attributes: Sequence[Place],
     outside: set[str],
     warm: bool,
-    known: Collection[tuple[str, ...]],
+    known: Collection[tuple[Any, ...]],
 ) -> Lesson | None:
     cold = read_attributes(views.trunk, attributes)
 
@@ -156,7 +157,10 @@ def _learn(
             "the fork, and what is computed inside of it cannot be handed to experts. Move it into "
             "the forward of a submodule, which then runs as a whole, or behind the fork."
         )
-    if small.keys in known:
+    inputs = small.values[0]
+    forms = (form_of_inputs(inputs), *map(form_of, small.values[1:]))
+    single = single_in(inputs)
+    if (small.keys, forms, single) in known:
         return None
     now = _marks(views.trunk, attributes)
     early = {p for p, a, b in zip(attributes, marks, now, strict=True) if differ(a, b)}
@@ -200,7 +204,7 @@ def _learn(
         )
         for key, x, y, flags in zip(small.keys, small.values, large.values, use.live, strict=True)
     ]
-    layout = Layout(small.keys, tuple(rows), tuple(use.live), tuple(use.clone))
+    layout = Layout(small.keys, tuple(rows), tuple(use.live), tuple(use.clone), forms, single)
     return Lesson(
         layout,
         frozenset(use.reads - read_by_trunk),

@@ -246,7 +246,7 @@ def learned(
         Returns:
             The split, whether the trunk reads what experts own, and what experts leave.
         """
-        layouts: dict[tuple[str, ...], Layout] = {}
+        layouts: dict[tuple[Any, ...], Layout] = {}
         reads: list[frozenset[str]] = []
         writes: set[str] = set(behind)
         early: set[Place] = set()
@@ -270,7 +270,7 @@ def learned(
                 early |= lesson.early
                 late |= lesson.late
                 ahead |= lesson.ahead
-                layouts.setdefault(lesson.layout.keys, lesson.layout)
+                layouts.setdefault(lesson.layout.path, lesson.layout)
         streams = {p for p in early if isinstance(_attribute(views.trunk, p), torch.Generator)}
         if streams & late:
             raise SplitError(

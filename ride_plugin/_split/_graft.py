@@ -106,11 +106,11 @@ def _check_alike(other: Split, split: Split) -> None:
 
 
 def _joined(ours: list[Layout], theirs: list[Layout]) -> list[Layout]:
-    paths = {layout.keys: layout for layout in theirs}
-    if ours[0].keys not in paths:  # the first is that of evaluation
+    paths = {layout.path: layout for layout in theirs}
+    if ours[0].path not in paths:  # the first is that of evaluation
         raise SplitError("before the fork it runs other operations than the backbone.")
     return [
-        layout.joined(paths[layout.keys]) if layout.keys in paths else layout for layout in ours
+        layout.joined(paths[layout.path]) if layout.path in paths else layout for layout in ours
     ]
 
 

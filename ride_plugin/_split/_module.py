@@ -20,12 +20,13 @@ from ride_plugin._errors import (
     ArgumentError,
     CheckpointError,
     ReplayError,
-    RIDEError,
+    listed,
     warn_caller,
 )
-from ride_plugin._inputs import Inputs, resize_batch
+from ride_plugin._inputs import Inputs, in_order_of, resize_batch
 from ride_plugin._split._analysis import learn_at_run_time
 from ride_plugin._split._copies import detached_activations
+from ride_plugin._split._form import versions_in
 from ride_plugin._split._logits import LogitsReader, describe
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import (
@@ -51,6 +52,8 @@ from ride_plugin._split._sharing import (
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import places_of_forks, places_of_units, watch_classifier
 from ride_plugin._tree import logits_in, map_tensors, tensors_in
+
+_MOST_LOOKS = 16  # each takes as long as a few passes; where paths are random they find nothing
 
 
 class SplitModule(nn.Module):
@@ -100,6 +103,7 @@ class SplitModule(nn.Module):
             if not tensors[key].requires_grad
         }
         self._held_together: list[Group] = []  # between a change of tensors and `relink`
+        self._num_looks = 0  # at paths that training took and the build did not
         self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
 
     def parts(self) -> Parts:
@@ -137,6 +141,7 @@ class SplitModule(nn.Module):
         if stored is not None:
             return stored
         check_compiles()
+        kwargs = in_order_of(self._inputs[1], kwargs)
         self._take_up()
         before = read_attributes(self.trunk, self._attributes)
         self._keep_hooks()
@@ -174,8 +179,12 @@ class SplitModule(nn.Module):
         at_fork = RandomState.now().restore if self._draws else None
         write_attributes(expert, self._attributes, state.attributes)
         self._running.features = None
+        alone = self.num_experts == 1 or torch.compiler.is_compiling()
+        versions = [] if alone else versions_in(state.values)
         try:
             output = play(expert, self._running, state, at_fork)
+            if not alone:
+                _refuse_changed(state, versions)
             return self._read(output)
         finally:
             self._running.features = None
@@ -284,16 +293,41 @@ class SplitModule(nn.Module):
             state = self.run_trunk(*args, **kwargs)
             return (state, *self.run_expert(0, state))
         check_compiles()
+        kwargs = in_order_of(self._inputs[1], kwargs)
         before = read_attributes(self.trunk, self._attributes)
         watch_classifier(self.experts[0], self.classifier_name, self._running)
         self._keep_hooks()
         self._running.features = None
+        versions: list[int | None] = []
+
+        def stops(values: Sequence[Any], layout: Layout | None) -> bool:
+            """Whether it must be found out first what an expert changes on this path."""
+            if torch.compiler.is_compiling():
+                return layout is None
+            versions.extend(versions_in(values))
+            if layout is not None or self._num_looks == _MOST_LOOKS:
+                return False
+            self._num_looks += 1
+            return True
+
+        alone = self.num_experts == 1
         try:
             # The recording goes on into expert 0: one pass fewer over the backbone's own code.
             state, output = record(
-                self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=False
+                self.trunk,
+                self._running,
+                self._layouts,
+                args,
+                kwargs,
+                stop_at_fork=False if alone else stops,
             )
-            return (replace(state, attributes=before), *self._read(output))
+            state = replace(state, attributes=before)
+            if output is None and not alone:  # it stopped
+                state = self._settled(state, args, kwargs)
+                return (state, *self.run_expert(0, state))
+            if versions:
+                _refuse_changed(state, versions)
+            return (state, *self._read(output))
         finally:
             self._running.features = None
 
@@ -360,7 +394,8 @@ class SplitModule(nn.Module):
         if state.layout is None and not torch.compiler.is_compiling():
             # A path not seen at the build, for example padding at another input size.
             layout = self._learn_layout(*state.values[0])
-            if layout is not None and layout.keys == state.keys:  # not where paths are random
+            tape = state.keys, state.values, state.batch_size
+            if layout is not None and layout.fits(*tape):  # not where paths are random
                 state = replace(state, layout=layout)
         return state.hollowed()
 
@@ -421,12 +456,12 @@ class SplitModule(nn.Module):
                     views = parts.views(index)
                     layout = learn_at_run_time(views, (args, kwargs), training, self._attributes)
                     layouts.append(layout)
-            except RIDEError:
+            except Exception:  # as a small batch of this kind does not run, say
                 return None  # every row can still go on; only `select` needs the layout
-        if any(other.keys != layouts[0].keys for other in layouts):
+        if any(other.path != layouts[0].path for other in layouts):
             return None  # a random path
         layout = reduce(Layout.joined, layouts)
-        if all(known.keys != layout.keys for known in self._layouts):
+        if all(known.path != layout.path for known in self._layouts):
             self._layouts.append(layout)
         return layout
 
@@ -482,6 +517,25 @@ class SplitModule(nn.Module):
 def _following(example: Tensor, moved: Tensor) -> Tensor:
     """The example input where the parameters are now, with its values: `to_empty` keeps none."""
     return example if moved.is_meta else example.to(moved.device, moved.dtype)
+
+
+def _refuse_changed(state: TrunkState, versions: list[int | None]) -> None:
+    """Raise if an expert has changed a value of the trunk that the other experts go on reading.
+
+    What experts were seen to change is cloned for each; this is what they did not do then.
+    """
+    now = versions_in(state.values)
+    if now == versions:
+        return
+    names = [k for k, v in zip(state.keys, state.values, strict=True) for _ in tensors_in(v)]
+    changed = {k for k, a, b in zip(names, versions, now, strict=True) if a != b}
+    raise ReplayError(
+        f"An expert has changed in place what {listed(changed)} returned before the fork, which "
+        "the other experts read as well. It did not when the model was wrapped, or each would have "
+        "got a copy: something decides it that was different then. Wrap the backbone as it is in "
+        "use, with an `example_input=` of this kind, or let its forward make a new tensor "
+        "(`h = h + 1` instead of `h += 1`)."
+    )
 
 
 def _is_hooked(expert: nn.Module) -> bool:

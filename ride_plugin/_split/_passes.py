@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import ForkReached, Player, Recorder, Running, StartHook
 from ride_plugin._tree import CONTAINERS
 
+AtFork: TypeAlias = Callable[[Sequence[Any], Layout | None], bool]
+
 
 def record(
     trunk: nn.Module,
@@ -26,19 +28,38 @@ def record(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    stop_at_fork: bool,
+    stop_at_fork: bool | AtFork,
 ) -> tuple[TrunkState, Any]:
     """Run the trunk once.
 
+    Args:
+        trunk: what runs.
+        running: the pass of the model that it belongs to.
+        layouts: paths that are known.
+        args: of the forward, and ``kwargs``.
+        kwargs: see ``args``.
+        stop_at_fork: whether to stop at the fork; going on into expert 0 saves one traversal of the
+            backbone's forward. A function is asked there, given the tape and its layout if known.
+
     Returns:
-        The trunk's state, and expert 0's output unless ``stop_at_fork``: going on into expert 0
-        saves one traversal of the backbone's forward.
+        The trunk's state, and expert 0's output unless it stopped at the fork.
     """
     # An evaluation pass can be repeated should it leave the known paths after something was
     # dropped. What a frozen trunk computes is then held by nobody, as autograd keeps none of it.
-    known = () if trunk.training else layouts
     own = _own_inputs((args, kwargs))
-    recorder = Recorder(own, stop_at_fork, known)
+    batch_size = batch_size_of(own)
+    known = [] if trunk.training else [k for k in layouts if k.takes(own, batch_size)]
+    layout: Layout | None = None
+
+    def stops() -> bool:
+        nonlocal layout
+        keys, values = tuple(recorder.keys), recorder.values
+        layout = next((k for k in layouts if k.fits(keys, values, batch_size)), None)
+        if layout is None and recorder.dropped:
+            return True
+        return stop_at_fork if isinstance(stop_at_fork, bool) else stop_at_fork(values, layout)
+
+    recorder = Recorder(own, stops, known)
     running.recorder = recorder
     output = None
     _begin(recorder, trunk, running)
@@ -55,12 +76,10 @@ def record(
             "another path on this input than on the example: pass `example_input=` of this kind. "
             "(Or it asks for the class of a submodule, which has a stand-in: ask with `hasattr`.)"
         )
-    args, kwargs = own  # the forward may have popped something from what it was given
-    keys = tuple(recorder.keys)
-    layout = next((known for known in layouts if known.keys == keys), None)
     if layout is None and recorder.dropped:
+        args, kwargs = own  # the forward may have popped something from what it was given
         return record(trunk, running, (), args, kwargs, stop_at_fork=stop_at_fork)
-    return TrunkState(batch_size_of((args, kwargs)), keys, recorder.values, layout), output
+    return TrunkState(batch_size, tuple(recorder.keys), recorder.values, layout), output
 
 
 def play(

@@ -13,6 +13,8 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ArgumentError, ReplayError
+from ride_plugin._inputs import Inputs
+from ride_plugin._split._form import Form, form_of, form_of_inputs, single_in
 from ride_plugin._split._rows import Rows, is_hollow, join_rows, take_rows
 from ride_plugin._tree import CONTAINERS, map_tensors, tensors_in
 
@@ -31,17 +33,47 @@ class Absent:
 class Layout:
     """What the probe learned of a tape; one tuple per entry, one item per tensor in it.
 
+    It holds for the tapes that it :meth:`fits`; what else comes along needs another layout.
+
     Attributes:
-        keys: what ran, in order; a tape with other keys needs another layout.
+        keys: what ran, in order.
         rows: the batch dimension of each tensor.
         live: whether an expert's result depends on the tensor.
         clone: whether an expert changes the tensor in place, so that each needs its own.
+        forms: where tensors lie in each entry.
+        single: which tensors of the inputs have one slice for all rows.
     """
 
     keys: tuple[str, ...]
     rows: tuple[tuple[Rows | None, ...], ...]
     live: tuple[tuple[bool, ...], ...]
     clone: tuple[tuple[bool, ...], ...]
+    forms: tuple[Form, ...]
+    single: tuple[bool, ...]
+
+    @property
+    def path(self) -> tuple[Any, ...]:
+        """What two layouts of one path have in common."""
+        return self.keys, self.forms, self.single
+
+    def fits(self, keys: tuple[str, ...], values: Sequence[Any], batch_size: int) -> bool:
+        """Whether a tape took this path: the same steps, with tensors in the same places.
+
+        In a batch of one row every tensor has one slice, which says nothing.
+        """
+        return (
+            self.keys == keys
+            and self.takes(values[0], batch_size)
+            and self.forms[1:] == tuple(map(form_of, values[1:]))
+        )
+
+    def takes(self, inputs: Inputs, batch_size: int) -> bool:
+        """Whether these arguments are of the kind that it holds for."""
+        if self.forms[0] != form_of_inputs(inputs):
+            return False
+        if torch.compiler.is_compiling():  # sizes are symbols there, not to be asked for
+            return True
+        return batch_size == 1 or self.single == single_in(inputs)
 
     def joined(self, other: Layout) -> Layout:
         """For experts of two kinds: what any reads stays, what any changes is cloned for each."""
@@ -55,6 +87,8 @@ class Layout:
             either(self.rows, other.rows),
             either(self.live, other.live),
             either(self.clone, other.clone),
+            self.forms,
+            self.single,
         )
 
     @cached_property
@@ -175,7 +209,7 @@ class TrunkState:
         if first.layout is None:
             raise ReplayError(_UNKNOWN_PATH)
         for other in others:
-            if other.keys != first.keys:
+            if not first.layout.fits(other.keys, other.values, other.batch_size):
                 raise ArgumentError(
                     "Expected argument `states` to come from one path through the backbone, but "
                     "they differ. Keep inputs of different kinds apart."
@@ -220,7 +254,13 @@ class TrunkState:
         return replace(self, values=values, attributes=map_tensors(apply, self.attributes))
 
     def own_values(self) -> list[Any]:
-        """The values for one expert: what it changes in place is cloned, once per tensor."""
+        """The values for one expert: what it changes in place is cloned, once per tensor.
+
+        While a path that is not known is compiled, everything is: nobody sees afterwards whether
+        an expert has changed something.
+        """
+        if self.layout is None and torch.compiler.is_compiling():
+            return [map_tensors(torch.clone, value) for value in self.values]
         if self.layout is None or not self.layout.changes_in_place:
             return self.values
         done: dict[int, Tensor] = {}

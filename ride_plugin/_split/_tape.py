@@ -86,7 +86,7 @@ class Recorder(_GlueMode):
 
     Args:
         inputs: the backbone's arguments, entry 0 of the tape.
-        stop_at_fork: unwind the forward at the fork.
+        stops: tells, at the fork, whether to unwind the forward there.
         layouts: paths known from the build. While the tape follows one of them, values that no
             expert reads are dropped at once, so their memory is used again.
     """
@@ -94,14 +94,14 @@ class Recorder(_GlueMode):
     def __init__(
         self,
         inputs: tuple[tuple[Any, ...], dict[str, Any]],
-        stop_at_fork: bool,
+        stops: Callable[[], bool],
         layouts: Sequence[Layout],
     ) -> None:
         super().__init__()
         self.keys: list[str] = ["inputs"]
         self.values: list[Any] = [inputs]
         self.dropped = False
-        self.stop_at_fork = stop_at_fork
+        self.stops = stops
         self._layouts = list(layouts)
         self.reached_fork = False
         self._depth = 0
@@ -152,7 +152,7 @@ class Recorder(_GlueMode):
         self.reached_fork = True
         if _get_current_function_mode() is self:
             self.leave()
-        if self.stop_at_fork:
+        if self.stops():
             raise ForkReached
 
 

@@ -12,7 +12,7 @@ from ride_plugin._split._tape import Player, Recorder, Running
 
 
 def record() -> tuple[tuple[str, ...], list[object]]:
-    recorder = Recorder(((), {}), stop_at_fork=False, layouts=())
+    recorder = Recorder(((), {}), stops=lambda: False, layouts=())
     x = torch.ones(2)
     recorder.enter()
     y = torch.relu(x) * 2

@@ -1,0 +1,53 @@
+"""The form of a value: where its tensors lie. What is known of one holds for others of its form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from ride_plugin._checks import version_of
+from ride_plugin._inputs import Inputs
+from ride_plugin._tree import tensors_in
+
+Form: TypeAlias = Any
+"""The number of dimensions of a tensor; tuples of forms for what holds several values."""
+
+
+def form_of(value: Any) -> Form:
+    """Where the tensors in a value lie, and how many dimensions each has."""
+    if isinstance(value, Tensor):
+        return value.dim()
+    if isinstance(value, Mapping):
+        return tuple((str(key), form_of(item)) for key, item in value.items())
+    if isinstance(value, list | tuple | deque):
+        return tuple(map(form_of, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tuple(form_of(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return None
+
+
+def form_of_inputs(inputs: Inputs) -> Form:
+    """The form of arguments. What is true or false, or a word, decides what a forward does."""
+    args, kwargs = inputs
+    return (
+        tuple(map(_form_of_argument, args)),
+        tuple((key, _form_of_argument(value)) for key, value in kwargs.items()),
+    )
+
+
+def single_in(inputs: Inputs) -> tuple[bool, ...]:
+    """Which tensors of the arguments have one slice, whatever the batch: they are for all rows."""
+    return tuple(t.dim() > 0 and t.shape[0] == 1 for t in tensors_in(inputs))
+
+
+def versions_in(values: Sequence[Any]) -> list[int | None]:
+    """How often each tensor of a tape was changed in place."""
+    return [version_of(tensor) for value in values for tensor in tensors_in(value)]
+
+
+def _form_of_argument(value: Any) -> Form:
+    return str(value) if isinstance(value, bool | str) else form_of(value)
