@@ -31,6 +31,7 @@ METHODS = {
     "one_rank24": Method(24),
     "three_rank8": Method(8, 3, (1.0, 1.0, 1.0)),
     "three_rank5": Method(5, 3, (1.0, 1.0, 1.0)),
+    "three_rank5_official": Method(5, 3, (1.0, 1.0, 1.0), "official"),
     "three_rank2": Method(2, 3, (1.0, 1.0, 1.0)),
     "three_rank8_official": Method(8, 3, (1.0, 1.0, 1.0), "official"),
     "three_rank8_paper": Method(8, 3, (1.0, 1.0, 1.0), "paper"),
