@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.adapters import images, report
-from benchmarks.adapters.data import load
+from benchmarks.adapters.data import Data, Group, load
 from benchmarks.adapters.methods import METHODS, Method
-from benchmarks.adapters.train import Recipe, Task, run
+from benchmarks.adapters.train import Recipe, Task, run, store
 from ride_plugin import RIDEWrapper
 from tests.adapters import LowRank
 
@@ -90,6 +90,28 @@ def test_the_tail_is_that_of_the_formula_and_sentences_keep_their_words(file: Pa
         for ids, mask, label in zip(*group.inputs.values(), group.labels, strict=True):
             assert (tuple(ids[: int(mask.sum())].tolist()), int(label)) in kept
     assert [len(g.labels) for g in data.test] == [len(g.labels) for g in nested.test]
+
+
+class HidesOnDemand(Words):
+    """As transformers have it: a mask that hides nothing is not used."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        if not attention_mask.all():
+            x = x * attention_mask.unsqueeze(-1)
+        return self.head(self.layers(x.sum(1)))
+
+
+def test_a_few_last_sentences_of_one_length_are_stored_with_others(tmp_path: Path) -> None:
+    ids, mask = torch.randint(0, 30, (33, 6)), torch.ones(33, 6, dtype=torch.int64)
+    mask[:32:2, 4:] = 0  # the last sentence hides nothing
+    network = HidesOnDemand().requires_grad_(False)
+    network.head.requires_grad_(True)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    model = RIDEWrapper(network, 1, fork_at="layers.2", example_input=inputs).eval()
+    group = Group(inputs, torch.zeros(33, dtype=torch.int64))
+    stored = store(model, Data([group], [], [], [33]), tmp_path / "states.pt")
+    torch.testing.assert_close(model(stored.train[0][0]), model(**inputs))
 
 
 def test_runs_are_measured_reported_and_not_repeated(file: Path, tmp_path: Path) -> None:
