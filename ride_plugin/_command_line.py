@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -33,6 +35,14 @@ _PREDICTIONS = """\
 The file holds arrays as numpy.savez writes them: `target` [N], `class_counts` [C], and one of
 `expert_logits` [N, E, C], `logits` [N, C] or `predictions` [N]; with `expert_logits` also
 `num_experts_used` [N] if the model was routed."""
+_OPTIONS = {  # what the library's errors call them, and what the command line does
+    "`num_experts`": "--num-experts",
+    "`expert_width`": "--expert-width",
+    "`expert_widths`": "--expert-width",
+    "`max_flops_ratio`": "--budget",
+    "`fork_at`": "--fork-at",
+    "`example_input`": "--input",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,9 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         text, values = options.run(options)
     except (RIDEError, OSError) as error:
-        print(f"python -m ride_plugin {options.command}: {error}", file=sys.stderr)
+        message = re.sub(r"`\w+`", lambda name: _OPTIONS.get(name[0], name[0]), str(error))
+        print(f"python -m ride_plugin {options.command}: {message}", file=sys.stderr)
         return 2
-    print(json.dumps(values, indent=2) if options.json else text)
+    try:
+        print(json.dumps(values, indent=2) if options.json else text, flush=True)
+    except BrokenPipeError:  # whoever reads, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -235,6 +249,8 @@ def _example(sizes: str | None) -> Tensor | None:
 
 def _arrays(path: Path) -> dict[str, Tensor]:
     try:
+        if path.exists() and not is_zipfile(path):  # numpy would advise to unpickle it
+            raise ValueError("it is not an archive")
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
     except (ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:

@@ -105,10 +105,16 @@ def test_report_takes_one_models_logits_or_predicted_classes(capsys, tmp_path, a
         (["inspect", "tests.backbones:Lambda"], "takes no arguments"),
         (["inspect", "builtins:dict"], "to return a torch.nn.Module, but got dict"),
         (["inspect", CONVNET, "--input", "3,x"], "such as 3,224,224, but got '3,x'"),
-        (["inspect", CONVNET, "--fork-at", "layer9"], "`fork_at`"),
-        (["plan", CONVNET, "--num-experts", "0"], "`num_experts`"),
+        (["inspect", CONVNET, "--fork-at", "layer9"], "argument --fork-at"),
+        (["plan", CONVNET, "--num-experts", "0"], "argument --num-experts"),
+        (["plan", CONVNET, "--expert-width", "2"], "argument --expert-width to be"),
+        (["plan", CONVNET, "--budget", "0"], "argument --budget"),
+        (["inspect", CONVNET, "--input", "7,8,8"], "does not run on --input"),
         (["report", "nowhere.npz"], "No such file"),
-        (["report", "README.md"], "Cannot read README.md as an .npz file"),
+        (
+            ["report", "README.md"],
+            "Cannot read README.md as an .npz file of numbers (it is not an archive)",
+        ),
     ],
 )
 def test_errors_say_what_to_do(capsys, arguments, said):
@@ -148,6 +154,17 @@ def test_pickled_objects_are_not_loaded(capsys, tmp_path):
     np.savez(tmp_path / "p.npz", target=np.array([object()], dtype=object))
     assert main(["report", str(tmp_path / "p.npz")]) == 2
     assert "allow_pickle=False" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, arrays):
+    """As in ``python -m ride_plugin report ... | head``."""
+    np.savez(tmp_path / "p.npz", **arrays)
+    command = [sys.executable, "-m", "ride_plugin", "report", str(tmp_path / "p.npz"), "--json"]
+    root = Path(__file__).resolve().parents[1]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=root, **pipes) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 0)
 
 
 def test_it_runs_as_a_module():

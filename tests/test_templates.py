@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,22 @@ def test_fields_are_named_once_and_labelled_once(form: dict[str, Any]) -> None:
 
 def test_the_workflow_runs_what_a_developer_runs() -> None:
     workflow = yaml.safe_load((GITHUB / "workflows" / "ci.yml").read_text())
-    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"][2:]]
-    assert commands == [".ci/run"]
+    jobs = workflow["jobs"]
+    assert [step["run"] for step in jobs["ci"]["steps"][2:]] == [".ci/run"]
     assert (GITHUB.parent / ".ci" / "run").stat().st_mode & 0o111
+    for job in jobs.values():
+        assert [step["uses"].split("@")[0] for step in job["steps"][:2]] == [
+            "actions/checkout",
+            "actions/setup-python",
+        ]
+
+
+def test_the_workflow_runs_the_oldest_versions_that_are_supported() -> None:
+    """constraints.txt needs Python 3.11, so tools/matrix.py makes that environment."""
+    settings = configparser.ConfigParser()
+    settings.read(GITHUB.parent / "setup.cfg")
+    python = settings["options"]["python_requires"].removeprefix(">=")
+    (torch,) = re.findall(r"torch>=(\S+)", settings["options"]["install_requires"])
+    oldest = yaml.safe_load((GITHUB / "workflows" / "ci.yml").read_text())["jobs"]["oldest"]
+    assert oldest["steps"][1]["with"]["python-version"] == python
+    assert oldest["steps"][2]["run"].startswith(f"python tools/matrix.py {python}:{torch}.")
