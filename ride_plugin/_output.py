@@ -152,7 +152,7 @@ def expert_logits(output: Output) -> Tensor:
     experts: object = None
     if isinstance(output, Tensor):
         experts = output if output.dim() == 3 else _carried(output)
-    elif isinstance(output, tuple | list) and len(output) == 2:
+    elif isinstance(output, (tuple, list)) and len(output) == 2:
         experts = _of_pair(*output)
     if not isinstance(experts, Tensor) or experts.dim() != 3 or not experts.is_floating_point():
         refuse(
@@ -175,7 +175,7 @@ def plain_logits(output: object, name: str) -> Tensor:
         ArgumentError: ``output`` is none of these; the message calls it ``name``.
     """
     logits = output
-    if isinstance(output, tuple | list) and len(output) == 2:
+    if isinstance(output, (tuple, list)) and len(output) == 2:
         logits = None if _of_pair(*output) is None else output[0]
     if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() in (2, 3):
         logits = float32_or_better(logits)

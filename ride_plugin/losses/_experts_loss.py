@@ -106,14 +106,14 @@ def _averages_rows(criterion: object) -> bool:
     return (
         criterion is F.cross_entropy
         or (type(criterion) is nn.CrossEntropyLoss and criterion.reduction == "mean")
-        or vars(type(criterion)).get("averages_rows") is True
+        or type(criterion).__dict__.get("averages_rows") is True
     )
 
 
 def _one_per_expert(
     criterion: Criterion | Sequence[Criterion] | nn.ModuleList, num_experts: int
 ) -> list[Criterion]:
-    if not isinstance(criterion, Sequence | nn.ModuleList):
+    if not isinstance(criterion, (Sequence, nn.ModuleList)):
         return [criterion] * num_experts
     if len(criterion) != num_experts:
         raise ArgumentError(

@@ -153,7 +153,7 @@ class RIDELoss(nn.Module):
 
     def _each(self) -> list[Any]:
         """The criterion, or those of the experts."""
-        several = isinstance(self.criterion, list | nn.ModuleList)
+        several = isinstance(self.criterion, (list, nn.ModuleList))
         return list(self.criterion) if several else [self.criterion]
 
     def _under_own_names(self, output: Any, target: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -185,7 +185,7 @@ class RIDELoss(nn.Module):
         def bound(criterion: Any) -> Any:
             return lambda logits, target: criterion(logits, target, *args, **kwargs)
 
-        if isinstance(self.criterion, list | nn.ModuleList):
+        if isinstance(self.criterion, (list, nn.ModuleList)):
             return [bound(one) for one in self.criterion]
         return bound(self.criterion)
 
@@ -193,7 +193,7 @@ class RIDELoss(nn.Module):
         self, logits: Tensor, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         criteria = self._with(args, kwargs)
-        if not isinstance(criteria, list | nn.ModuleList):
+        if not isinstance(criteria, (list, nn.ModuleList)):
             loss: Tensor = criteria(logits, target)
             return loss
         return torch.stack([one(logits, target) for one in criteria]).mean()

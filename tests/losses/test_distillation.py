@@ -142,3 +142,14 @@ def test_a_teacher_whose_first_tensor_may_be_features_is_refused() -> None:
     for pair in ((teacher, teacher), (torch.zeros(6, 5, 2), teacher), (teacher, None)):
         with pytest.raises(ArgumentError, match="`teacher_output`"):
             DistillationLoss()(student, pair)
+
+
+# The compiler itself makes an instance of every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("form", ["per_expert", "official"])
+def test_compiles_whole(form) -> None:
+    student, teacher = batch()
+    loss = DistillationLoss(form=form)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    for output in (student, ExpertOutput(student.detach().mean(1), student)):
+        assert_same(compiled(output, teacher), loss(output, teacher), student)

@@ -111,7 +111,6 @@ def test_custom_subclasses_of_cross_entropy_see_one_expert_at_a_time() -> None:
         nn.ModuleList([nn.CrossEntropyLoss(), nn.MultiMarginLoss(), FocalLoss()]),
     ],
 )
-@pytest.mark.compiles
 def test_compiles_whole(criterion) -> None:
     logits, target = batch()
     compiled = torch.compile(

@@ -232,6 +232,15 @@ def test_the_loop_of_a_plain_model_stays_as_it_is() -> None:
         assert model(x).shape == expert_logits(model(x)).shape[::2]
 
 
+def test_validation_compiles_whole_with_a_criterion_for_each_expert() -> None:
+    torch._dynamo.reset()
+    loss = RIDELoss([F.cross_entropy] * 3, COUNTS)
+    logits = output().logits.detach()
+    with torch.no_grad():
+        compiled = torch.compile(loss, backend="eager", fullgraph=True)(logits, TARGET)
+        torch.testing.assert_close(compiled, F.cross_entropy(logits, TARGET))
+
+
 # The compiler itself makes an instance of every autograd function that it traces.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_whole_and_without_recompiling() -> None:
