@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/ride-plugin-matrix"))
     parser.add_argument("--keep", action="store_true", help="leave the environments there")
     parser.add_argument("--without-accelerator", action="store_true")
-    parser.add_argument("--tests", nargs="+", default=["tests", "ride_plugin"])
+    parser.add_argument("--tests", nargs="+", default=["tests", "ride_plugin", "docs", "README.md"])
     arguments = parser.parse_args()
     print("| Python | torch | passed | failed | skipped |\n|---|---|---|---|---|")
     failed = False
