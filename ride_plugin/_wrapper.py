@@ -376,6 +376,8 @@ class RIDEWrapper(SplitModule):
             for instead.
         """
         check_compiles()
+        if type(args) is not tuple or any(type(value).__name__ == "Proxy" for value in args):
+            _refuse_tracing("torch.fx.symbolic_trace")
         # Another thread may be evaluating the model, which sets the modes of its modules.
         free = torch.compiler.is_compiling() or not torch.is_grad_enabled()
         with nullcontext() if free else training_pass(self):
@@ -422,6 +424,10 @@ class RIDEWrapper(SplitModule):
             logits, features = zip(*self._all_experts(args, kwargs), strict=True)
             return RouterInputs(torch.stack(logits, dim=1), torch.stack(features, dim=1))
 
+    def __prepare_scriptable__(self) -> None:
+        """Refuse TorchScript, which asks for this."""
+        _refuse_tracing("torch.jit.script")
+
     def __repr__(self) -> str:
         """What is shared, forked and narrowed, and what that costs, in five lines."""
         shared, forked = parameters_by_child(self.trunk), parameters_by_child(self.experts[0])
@@ -457,6 +463,14 @@ class RIDEWrapper(SplitModule):
         return [
             checkpointed(partial(logits_of, k), self.experts[k]) for k in range(len(self.experts))
         ]
+
+
+def _refuse_tracing(what: str) -> None:
+    raise ArgumentError(
+        f"Expected the wrapped model to be compiled or exported, but {what} cannot follow how its "
+        "experts run. Use `torch.compile(model)`, `torch.export.export(model.eval(), (x,))`, or "
+        f"`{what}` of one expert as a plain module, `model.to_module(k)`."
+    )
 
 
 def parameters_by_child(module: nn.Module) -> dict[str, int]:

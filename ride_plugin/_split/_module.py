@@ -50,7 +50,12 @@ from ride_plugin._split._sharing import (
     unchanging,
 )
 from ride_plugin._split._state import Absent, Layout, TrunkState
-from ride_plugin._split._tape import places_of_forks, places_of_units, watch_classifier
+from ride_plugin._split._tape import (
+    belongs_to,
+    places_of_forks,
+    places_of_units,
+    watch_classifier,
+)
 from ride_plugin._tree import logits_in, map_tensors, tensors_in
 
 _MOST_LOOKS = 16  # each takes as long as a few passes; where paths are random they find nothing
@@ -169,12 +174,12 @@ class SplitModule(nn.Module):
             Its logits ``[B, C]``, and what its classifier received, pooled to ``[B, D]``.
         """
         check_compiles()
+        self._check_number()
         expert = self.experts[index]
         self._follow_tensors()
         if not torch.compiler.is_compiling():
             for place in self._forks[index]:
                 place.keep_hook()
-        watch_classifier(expert, self.classifier_name, self._running)
         # The expert draws what the trunk drew, and goes on drawing where the last one ended.
         at_fork = RandomState.now().restore if self._draws else None
         write_attributes(expert, self._attributes, state.attributes)
@@ -182,10 +187,15 @@ class SplitModule(nn.Module):
         alone = self.num_experts == 1 or torch.compiler.is_compiling()
         versions = [] if alone else versions_in(state.values)
         try:
+            watch_classifier(expert, self.classifier_name, self._running)
             output = play(expert, self._running, state, at_fork)
             if not alone:
                 _refuse_changed(state, versions)
             return self._read(output)
+        except Exception as error:
+            if not torch.compiler.is_compiling() and not belongs_to(expert, self._running):
+                raise self._stranger(index) from error
+            raise
         finally:
             self._running.features = None
 
@@ -273,6 +283,7 @@ class SplitModule(nn.Module):
     def _first_expert(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[TrunkState, Tensor, Tensor]:
+        self._check_number()
         stored = self._stored(args, kwargs)
         if stored is not None:
             return (stored, *self.run_expert(0, stored))
@@ -330,6 +341,26 @@ class SplitModule(nn.Module):
             return (state, *self._read(output))
         finally:
             self._running.features = None
+
+    def _check_number(self) -> None:
+        if len(self.experts) != self.num_experts:
+            raise ReplayError(
+                f"`model.experts` holds {len(self.experts)} experts, but the model was made with "
+                f"{self.num_experts}, as were its router and thresholds. Wrap the backbone with "
+                f"`num_experts={len(self.experts)}`, then load what shall stay: "
+                "`new.trunk.load_state_dict(model.trunk.state_dict())`, and "
+                "`new.experts[j].load_state_dict(model.experts[k].state_dict())` for each."
+            )
+
+    def _stranger(self, index: int) -> ReplayError:
+        """The error for an expert that was put there, and was not made for this trunk."""
+        return ReplayError(
+            f"`model.experts[{index}]` is none of the experts that the model was made with, but a "
+            "copy of one, one of another model or another module, which does not read what this "
+            "trunk computes. Load its weights into the expert that stood there: "
+            f"`model.experts[{index}].load_state_dict(other.state_dict())`. (Experts of a model "
+            "may change places, and parts of them may be replaced.)"
+        )
 
     def _refuse_written(
         self, fixed: Sequence[tuple[str, Tensor]], versions: Sequence[int | None]

@@ -348,6 +348,12 @@ def places_of_forks(expert: nn.Module) -> list[ForkPlace]:
     ]
 
 
+def belongs_to(expert: nn.Module, running: Running) -> bool:
+    """Whether an expert takes part in this pass; a copy of one has a pass of its own."""
+    hooks = (hook for part in expert.modules() for hook in part._forward_pre_hooks.values())
+    return any(isinstance(hook, ForkHook) and hook.running is running for hook in hooks)
+
+
 class FeatureHook:
     """Pre-hook of an expert's classifier: keeps what the classifier receives, for the router."""
 

@@ -56,6 +56,8 @@ class Block(nn.Module):
             return F.relu(out + 1.0)
         if kind == "no_relu":
             return out + x
+        if kind == "other_first":
+            return F.relu(x + out)
         if kind == "addition_used_twice":
             total = out + x
             return F.relu(total) + total
@@ -79,6 +81,7 @@ KINDS = [
     "weighted",
     "number",
     "no_relu",
+    "other_first",
     "addition_used_twice",
 ]
 
@@ -125,7 +128,9 @@ def test_a_fused_stage_is_the_program(kind: str) -> None:
             assert torch.equal(laid_out, before)
 
 
-@pytest.mark.parametrize("kind", ["plain", "in_place", "two_convolutions", "no_relu", "depthwise"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "in_place", "two_convolutions", "no_relu", "other_first", "depthwise"]
+)
 def test_no_normalisation_addition_or_activation_is_left(kind: str) -> None:
     stage = FusedStage(exported(Network(kind), torch.randn(2, 3, 17, 17)))
     left = " ".join(kinds_of_operations(stage))

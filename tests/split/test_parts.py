@@ -15,6 +15,7 @@ from ride_plugin import (
     ArgumentError,
     ConfidenceRouter,
     ExpertRouter,
+    ReplayError,
     RIDEWrapper,
     RoutingInference,
     SplitError,
@@ -22,7 +23,7 @@ from ride_plugin import (
     expert_logits,
 )
 from ride_plugin.routing import RoutingQueue
-from tests.backbones import BACKBONES, CifarResNet
+from tests.backbones import BACKBONES, CifarResNet, mlp
 
 
 def trunk() -> nn.Module:
@@ -358,3 +359,55 @@ def test_experts_may_change_places(copied: bool) -> None:
     after[:, 0].sum().backward()
     trained = [sum(float(p.grad.abs().sum()) for p in e.parameters()) for e in (first, last)]
     assert trained[0] == 0 < trained[1]
+
+
+def three() -> RIDEWrapper:
+    return RIDEWrapper(mlp(), 3, example_input=torch.randn(2, 20))
+
+
+@pytest.mark.parametrize("stranger", ["copy", "of another model", "plain"])
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_expert_that_was_not_made_for_the_trunk_is_refused(stranger, index, training) -> None:
+    model, x = three().train(training), torch.randn(4, 20)
+    ours, state = model.experts[index], model.run_trunk(x)
+    made = {"copy": copy.deepcopy(model.experts[2]), "of another model": three().experts[2]}
+    model.experts[index] = made.get(stranger, nn.Linear(32, 7))
+    for call in (lambda: model(x), lambda: model.run_expert(index, state)):
+        with pytest.raises(ReplayError, match=rf"experts\[{index}\]` is none of .*load_state_dict"):
+            call()
+    if stranger != "plain":  # the remedy
+        ours.load_state_dict(model.experts[index].state_dict())
+        model.experts[index] = ours
+        torch.testing.assert_close(model.to_module(index)(x), expert_logits(model(x))[:, index])
+
+
+def test_another_number_of_experts_is_refused_with_a_remedy_that_works() -> None:
+    model, x = three().eval(), torch.randn(4, 20)
+    wanted = expert_logits(model(x))[:, [0, 2]]
+    router = RoutingInference(model, ConfidenceRouter())
+    for change in (lambda: model.experts.append(model.experts[0]), lambda: model.experts.pop(3)):
+        change()
+    assert expert_logits(model(x)).shape == (4, 3, 7)
+    model.experts.append(three().experts[0])
+    with pytest.raises(ReplayError, match="holds 4 experts, but the model was made with 3"):
+        model(x)
+    del model.experts[3], model.experts[1]
+    for call in (lambda: model(x), lambda: router(x), lambda: model.router_inputs(x)):
+        with pytest.raises(ReplayError, match=r"holds 2 experts.*`num_experts=2`"):
+            call()
+    new = RIDEWrapper(mlp(), 2, example_input=x).eval()
+    new.trunk.load_state_dict(model.trunk.state_dict())
+    for ours, theirs in zip(new.experts, model.experts, strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(expert_logits(new(x)), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("trace", [torch.jit.script, torch.fx.symbolic_trace])
+def test_what_cannot_follow_the_experts_is_refused_with_remedies_that_work(trace, inside) -> None:
+    model, x = three().eval(), torch.randn(4, 20)
+    with pytest.raises(ArgumentError, match=r"torch\.compile\(model\).*to_module\(k\)"):
+        trace(nn.Sequential(nn.Identity(), model) if inside else model)
+    torch.testing.assert_close(trace(model.to_module(1))(x), model.to_module(1)(x))
