@@ -31,7 +31,7 @@ def form_of(value: Any) -> Form:
 
 
 def form_of_inputs(inputs: Inputs) -> Form:
-    """The form of arguments. What is true or false, or a word, decides what a forward does."""
+    """The form of arguments. What is true or false, a word or a number decides what is done."""
     args, kwargs = inputs
     return (
         tuple(map(_form_of_argument, args)),
@@ -50,4 +50,4 @@ def versions_in(values: Sequence[Any]) -> list[int | None]:
 
 
 def _form_of_argument(value: Any) -> Form:
-    return str(value) if isinstance(value, bool | str) else form_of(value)
+    return str(value) if isinstance(value, bool | str | int | float) else form_of(value)

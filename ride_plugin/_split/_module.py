@@ -58,6 +58,7 @@ from ride_plugin._split._tape import (
 )
 from ride_plugin._tree import logits_in, map_tensors, tensors_in
 
+_MOST_LAYOUTS = 64  # a number among the arguments may be another at each call
 _MOST_LOOKS = 16  # each takes as long as a few passes; where paths are random they find nothing
 
 
@@ -492,7 +493,8 @@ class SplitModule(nn.Module):
         if any(other.path != layouts[0].path for other in layouts):
             return None  # a random path
         layout = reduce(Layout.joined, layouts)
-        if all(known.path != layout.path for known in self._layouts):
+        new = all(known.path != layout.path for known in self._layouts)
+        if new and len(self._layouts) < _MOST_LAYOUTS:
             self._layouts.append(layout)
         return layout
 
