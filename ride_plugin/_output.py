@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ride_plugin._checks import refuse, version_of
-from ride_plugin._errors import MissingExpertLogitsError
+from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin.functional import mean_logits
 
@@ -58,6 +58,19 @@ class ExpertOutput(NamedTuple):
 
     logits: Tensor
     expert_logits: Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Torch asks here when it is given the pair in place of a tensor, by a criterion say."""
+        name = getattr(function, "__name__", function)
+        raise ArgumentError(
+            f"Expected a tensor in `{name}`, but got ExpertOutput(logits, expert_logits), which a "
+            "wrapped model returns with `return_experts`. As the criterion use "
+            "`RIDELoss(criterion, class_counts)`, which takes it as it is; elsewhere pass "
+            "`output.logits`."
+        )
 
 
 @_rebuilt_from_one_iterable
@@ -192,7 +205,8 @@ def _carried(output: Tensor) -> Tensor | None:
             'Set `return_experts = "training"` on the RIDEWrapper, before DistributedDataParallel, '
             "FSDP or accelerator.prepare wraps it (afterwards: `RIDEWrapper.inside(model)."
             'return_experts = "training"`): in training it then returns ExpertOutput(logits, '
-            "expert_logits), in evaluation plain logits as before. Expected argument `output` to "
+            "expert_logits), in evaluation plain logits as before. A model that is not wrapped has "
+            "no experts: `RIDEWrapper(model, num_experts=3)`. Expected argument `output` to "
             f"carry expert logits [B, E, C], but got bare logits of shape {list(output.shape)}. "
             "They are lost when an engine rebuilds or casts the output (DataParallel; "
             "DistributedDataParallel with static_graph or find_unused_parameters; FSDP, "

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._output import ExpertOutput
-from ride_plugin._split import Pair, Recorded, SplitModule, plain_modules, reader_in
+from ride_plugin._split import (
+    Pair,
+    Recorded,
+    SplitModule,
+    plain_modules,
+    reader_in,
+    refuse_plain_state,
+)
 from ride_plugin._tree import Path, at_path
 
 Combine = Callable[[Sequence[Tensor]], "Tensor | ExpertOutput"]
@@ -50,6 +57,10 @@ class _Half(nn.Module):
         super().train(mode)
         self.__dict__["model"].training = mode
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        refuse_plain_state(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Half:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -1,18 +1,24 @@
-"""Notices a training in which nothing learns: the optimizer was made before wrapping."""
+"""Notices a training in which nothing learns, or only the mean of the experts does."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ride_plugin._distributed import running
 from ride_plugin._errors import warn_caller
+from ride_plugin._output import ExpertOutput
 
 _PASSES = 128  # training passes without a change that are too many, gradients accumulated or not
+_EPOCH = 4  # passes that make an epoch, if evaluation comes after them
+_SAMPLED = 64  # values of each parameter
 
 
 class TrainingWatch:
-    """Compares the parameters' version counters after 1, 2, 4, ... training passes.
+    """Compares the parameters after 1, 2, 4, ... training passes, and when evaluation begins.
 
     As soon as one has changed it is done, which in an ordinary loop is at the second pass. A copy
     or an unpickled one begins anew.
@@ -24,9 +30,9 @@ class TrainingWatch:
     def __init__(self) -> None:
         self.done = False
         self._passes = 0
-        self._went_back = False
+        self._reached: set[str] = set()  # outputs to which gradients have come back
+        self._values: list[Tensor] = []
         self._versions: list[tuple[int, int]] = []
-        self._sample: tuple[nn.Parameter, Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainingWatch:
         return TrainingWatch()
@@ -34,45 +40,76 @@ class TrainingWatch:
     def __reduce__(self) -> tuple[type[TrainingWatch], tuple[()]]:
         return TrainingWatch, ()
 
-    def note(self, module: nn.Module, output: Tensor) -> None:
-        """Take note of one training pass with gradients, and warn once where none has an effect."""
+    def trains(self, module: nn.Module, output: ExpertOutput) -> None:
+        """Take note of one training pass with gradients, and warn once where it is in vain."""
         self._passes += 1
         if self._passes == 1:
-            self._begin(module, output)
+            self._versions, self._values = _versions_in(module), _values_in(module)
+            self.done = not self._values or not output.logits.requires_grad
         elif self._passes & (self._passes - 1) == 0:  # a power of two
-            if self._versions != _versions(module):
-                self.done = True
-            elif self._passes >= _PASSES:
-                self.done = True
-                if self._went_back and self._is_unchanged():
-                    warn_caller(
-                        f"In {_PASSES} training passes no parameter of the wrapped model has "
-                        "changed. An optimizer made from the backbone's parameters trains the "
-                        "backbone, which the model does not use: make it after wrapping, from "
-                        "`model.parameters()`. (If gradients are accumulated over more passes, or "
-                        "the model shall not learn, nothing is wrong.)"
-                    )
+            self._judge(module, output.expert_logits.shape[1], last=self._passes >= _PASSES)
+        if not self.done and output.logits.requires_grad:
+            for name, tensor in zip(("logits", "expert_logits"), output, strict=True):
+                tensor.register_hook(partial(self._reach, name))
 
-    def _begin(self, module: nn.Module, output: Tensor) -> None:
-        # Sharded and functional parameters are of other types; their counters tell nothing.
-        trained = [p for p in module.parameters() if p.requires_grad and type(p) is nn.Parameter]
-        if not trained or not output.requires_grad:
-            self.done = True
-            return
-        self._versions = _versions(module)
-        # Some optimizers write to `parameter.data`, which no counter shows.
-        self._sample = trained[-1], trained[-1].detach().flatten()[:64].clone()
-        output.register_hook(self._went)
+    def evaluates(self, module: nn.Module, output: ExpertOutput) -> None:
+        """Take note of one pass in evaluation mode: after an epoch something has to be changed."""
+        if self._passes >= _EPOCH:
+            self._judge(module, output.expert_logits.shape[1], last=True)
 
-    def _went(self, gradient: Tensor) -> None:
-        self._went_back = True
+    def _reach(self, name: str, gradient: Tensor | None) -> None:
+        if gradient is not None:  # the other output of the same operation alone has one
+            self._reached.add(name)
 
-    def _is_unchanged(self) -> bool:
-        if self._sample is None:
-            return False
-        parameter, values = self._sample
-        return bool((parameter.detach().flatten()[:64] == values).all())
+    def _judge(self, module: nn.Module, experts: int, *, last: bool) -> None:
+        mean_alone = experts > 1 and self._reached == {"logits"}
+        changed = self._has_changed(module, last)
+        self.done = mean_alone or changed or last
+        if mean_alone:
+            warn_caller(
+                "The loss has reached nothing but the mean of the experts' logits, so the experts "
+                "train as one network and lean on each other. Replace the criterion, "
+                "`criterion = RIDELoss(criterion, class_counts)`, and call it with what the model "
+                "returned. (If a loss of the mean is meant, nothing is wrong.)"
+            )
+        elif self.done and not changed and self._reached:
+            warn_caller(
+                f"In {self._passes} training passes no parameter of the wrapped model has changed. "
+                "An optimizer made from the backbone's parameters trains the backbone, which the "
+                "model does not use: make it after wrapping, from `model.parameters()`, and after "
+                "an engine that replaces parameters (FSDP; with FSDP1 in accelerate pass "
+                "`use_orig_params=True`). (If gradients are accumulated over more passes, the "
+                "learning rate is 0 or the model shall not learn, nothing is wrong.)"
+            )
+
+    def _has_changed(self, module: nn.Module, last: bool) -> bool:
+        # Optimizers count what they write, but for those that write to `parameter.data`. Engines
+        # that gather sharded parameters count as well, so that among ranks only values tell.
+        if not running():
+            if self._versions != _versions_in(module):
+                return True
+            if not last:  # reading values makes an accelerator wait
+                return False
+        now = _values_in(module)
+        return len(now) != len(self._values) or not all(map(torch.equal, now, self._values))
 
 
-def _versions(module: nn.Module) -> list[tuple[int, int]]:
+def _versions_in(module: nn.Module) -> list[tuple[int, int]]:
     return [(id(p), p._version) for p in module.parameters() if p.requires_grad]
+
+
+def _values_in(module: nn.Module) -> list[Tensor]:
+    """Some values of each parameter that trains, or of this rank's part of it."""
+    values = []
+    for parameter in module.parameters():
+        if parameter.requires_grad and _has_values(parameter):
+            part = parameter.detach()
+            part = (part.to_local() if hasattr(part, "to_local") else part).flatten()
+            values.append(part[:: max(1, part.numel() // _SAMPLED)].clone())
+    return values
+
+
+def _has_values(parameter: Tensor) -> bool:
+    """Whether it is an ordinary parameter or one that FSDP has sharded; not meta, fake or lazy."""
+    kinds = ("Parameter", "FlatParameter", "DTensor")
+    return type(parameter).__name__ in kinds and not parameter.is_meta

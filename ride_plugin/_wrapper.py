@@ -53,7 +53,8 @@ class RIDEWrapper(SplitModule):
     The early submodules run once; the late ones and the classifier exist once for each expert.
     The ensemble's logits are the mean of the experts' logits. Make the optimizer after wrapping,
     from ``model.parameters()``: one of the backbone's parameters trains the backbone, which the
-    model does not use. (A training in which nothing changes is warned of.)
+    model does not use. (A training in which nothing changes is warned of, as is one whose loss
+    reaches the mean of the experts' logits alone.)
 
     Args:
         backbone: any module that maps a batch to logits ``[B, C]``; it is not modified. A
@@ -400,9 +401,11 @@ class RIDEWrapper(SplitModule):
     def _output(self, each: Sequence[Tensor]) -> Tensor | ExpertOutput:
         """What the model returns, of its experts' logits."""
         output = joined(list(each))
-        watched = self.training and not self._watch.done and torch.is_grad_enabled()
-        if watched and not torch.compiler.is_compiling():
-            self._watch.note(self, output.expert_logits)
+        if not self._watch.done and not torch.compiler.is_compiling():
+            if not self.training:
+                self._watch.evaluates(self, output)
+            elif torch.is_grad_enabled():
+                self._watch.trains(self, output)
         explicit = self.return_experts is True or (
             self.return_experts == "training" and self.training
         )

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo.images import conv_bn
-from ride_plugin import ExpertRouter, RIDEError, RIDEWrapper, RoutingInference, _contexts
+from ride_plugin import (
+    ExpertRouter,
+    RIDEError,
+    RIDEWrapper,
+    RoutingInference,
+    _contexts,
+    expert_logits,
+)
 from ride_plugin._contexts import evaluating
 
 
@@ -67,7 +74,7 @@ def test_evaluation_beside_training_leaves_the_training_as_it_is() -> None:
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for _ in range(10):
             optimizer.zero_grad()
-            model(x).square().sum().backward()
+            expert_logits(model(x)).square().sum().backward()
             optimizer.step()
         stop.set()
         for thread in threads:

@@ -70,7 +70,16 @@ def test_bare_logits_name_the_remedy_first_and_then_the_likely_causes() -> None:
         expert_logits(torch.randn(4, 5))
     message = str(error.value)
     assert message.startswith('Set `return_experts = "training"` on the RIDEWrapper, before ')
-    for word in ("[4, 5]", "DataParallel", "FSDP", "accelerate", "Fabric", "Trainer", "sliced"):
+    for word in (
+        "[4, 5]",
+        "RIDEWrapper(model, num_experts=3)",
+        "DataParallel",
+        "FSDP",
+        "accelerate",
+        "Fabric",
+        "Trainer",
+        "sliced",
+    ):
         assert word in message
 
 
@@ -215,6 +224,13 @@ def test_autocast_of_the_forward_casts_an_explicit_output() -> None:
     assert type(out) is ExpertOutput
 
 
+@pytest.mark.parametrize("use", [nn.CrossEntropyLoss(), nn.functional.nll_loss, torch.add])
+def test_a_pair_in_place_of_a_tensor_names_the_criterion_and_the_logits(use: Any) -> None:
+    pair = ExpertOutput(torch.zeros(2, 5), torch.zeros(2, 3, 5))
+    with pytest.raises(ArgumentError, match=r"RIDELoss\(criterion, class_counts\).*output\.logits"):
+        use(pair, torch.tensor([0, 1]))
+
+
 # ------------------------------------------------------------- when it is returned
 
 
@@ -329,6 +345,22 @@ def test_a_loss_of_more_than_logits_gets_what_each_expert_returns(
     assert all(gradient is not None for gradient in gradients)
     mean = torch.stack([logits for _, logits, _ in each], 1).mean(1)
     torch.testing.assert_close(outer.eval()(x), mean)
+
+
+def test_a_call_of_another_kind_returns_one_output_for_each_expert() -> None:
+    """The model rehearses such a call first; what the rehearsal returns belongs to no expert."""
+
+    class Flagged(Contrastive):
+        def forward(self, x: Tensor, scaled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+            return super().forward(2 * x if scaled else x)
+
+    model = RIDEWrapper(Flagged(), 3, fork_at="encoder.2", logits=1, return_experts="outputs")
+    x = torch.randn(7, 6)
+    for args, kwargs in (((x,), {}), ((x, True), {}), ((x,), {"scaled": True}), ((), {"x": x})):
+        each = model(*args, **kwargs)
+        assert len(each) == 3
+        for index, output in enumerate(each):
+            torch.testing.assert_close(output, model.to_module(index)(*args, **kwargs))
 
 
 def test_a_backbone_of_nothing_but_logits_returns_those_of_each_expert() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import RIDEWrapper, expert_logits
+from ride_plugin import RIDELoss, RIDEWrapper, expert_logits
 
 from .backbones import mlp
 
@@ -56,7 +57,7 @@ def test_an_optimizer_that_no_counter_shows_is_left_in_peace() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(PASSES):
-            model(torch.randn(4, 20)).square().sum().backward()
+            expert_logits(model(torch.randn(4, 20))).square().sum().backward()
             for parameter in model.parameters():
                 parameter.data.sub_(0.001 * parameter.grad)
                 parameter.grad = None
@@ -75,6 +76,9 @@ def test_passes_that_are_no_training_do_not_count() -> None:
         frozen = RIDEWrapper(mlp(), 2).train().requires_grad_(False)
         for _ in range(PASSES):
             frozen(x.requires_grad_(True)).sum().backward()
+        compared = RIDEWrapper(mlp(), 2)
+        train(compared, [torch.zeros(1, requires_grad=True)], passes=3)  # a look at the gradients
+        compared.eval()(x)
 
 
 def test_copies_begin_anew_and_need_no_graph() -> None:
@@ -83,3 +87,63 @@ def test_copies_begin_anew_and_need_no_graph() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.warns(UserWarning, match="In 128 training passes"):
             train(other, model.parameters(), passes=128)
+
+
+@pytest.mark.parametrize("through", ["optimizer", "data"])
+def test_an_epoch_that_changes_nothing_is_noticed_when_evaluation_begins(through: str) -> None:
+    backbone = mlp()
+    model = RIDEWrapper(backbone, 2)
+    train(model, backbone.parameters(), passes=5)
+    with pytest.warns(UserWarning, match="In 5 training passes no parameter"):
+        model.eval()(torch.randn(2, 20))
+    other = RIDEWrapper(backbone, 2)
+    parameter = next(iter(other.classifiers[1].parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(other, [parameter], passes=5, every=5 if through == "optimizer" else 6)
+        if through == "data":
+            parameter.data.add_(1)
+        other.eval()(torch.randn(2, 20))
+
+
+def test_an_optimizer_whose_learning_rate_is_zero_at_first_is_left_in_peace() -> None:
+    model = RIDEWrapper(mlp(), 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            expert_logits(model(torch.randn(4, 20))).sum().backward()
+            optimizer.step()
+        model.eval()(torch.randn(2, 20))
+
+
+def fit(model: nn.Module, criterion: Callable[[Any, Tensor], Tensor], passes: int = 4) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(passes):
+        optimizer.zero_grad()
+        criterion(model(torch.randn(4, 20)), torch.randint(0, 7, (4,))).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("return_experts", [False, "training"])
+def test_a_criterion_that_was_not_replaced_is_noticed_once(return_experts: Any) -> None:
+    model = RIDEWrapper(mlp(), 2, return_experts=return_experts)
+
+    def plain(out: Any, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(out.logits if return_experts else out, target)
+
+    with pytest.warns(UserWarning, match=r"`criterion = RIDELoss\(criterion, class_counts\)`") as w:
+        fit(model, plain)
+    assert len(w) == 1
+    assert w[0].filename == __file__
+
+
+def test_a_loss_of_experts_or_of_one_expert_is_left_in_peace() -> None:
+    both = RIDELoss(nn.CrossEntropyLoss(), [9, 8, 7, 6, 5, 4, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(RIDEWrapper(mlp(), 2), both)
+        fit(RIDEWrapper(mlp(), 1), nn.functional.cross_entropy)
+        fit(
+            RIDEWrapper(mlp(), 2), lambda out, y: both(out, y) + nn.functional.cross_entropy(out, y)
+        )

@@ -12,6 +12,7 @@ from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
 from ride_plugin._split._passes import Kept, play, read_attributes, record, write_attributes
 from ride_plugin._split._plain import plain_modules
+from ride_plugin._split._plain_state import refuse_plain_state
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._sharing import held_by_all
 from ride_plugin._split._state import TrunkState, hollow
@@ -40,6 +41,7 @@ __all__ = [
     "reader_in",
     "reason_of_fork",
     "record",
+    "refuse_plain_state",
     "replace_classifiers",
     "replicate",
     "split_backbone",

@@ -27,7 +27,7 @@ from ride_plugin._inputs import Inputs, in_order_of, resize_batch
 from ride_plugin._split._analysis import learn_at_run_time
 from ride_plugin._split._copies import detached_activations
 from ride_plugin._split._form import versions_in
-from ride_plugin._split._logits import LogitsReader, describe
+from ride_plugin._split._logits import LogitsReader, describe, whole_outputs
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import (
     own_containers,
@@ -37,6 +37,7 @@ from ride_plugin._split._passes import (
     record,
     write_attributes,
 )
+from ride_plugin._split._plain_state import refuse_plain_state
 from ride_plugin._split._probe import RANDOM
 from ride_plugin._split._sharing import (
     Group,
@@ -481,7 +482,7 @@ class SplitModule(nn.Module):
 
     def _learn_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
         layouts = []
-        with random_state_kept(self):
+        with random_state_kept(self), whole_outputs():  # these outputs are of no expert's own pass
             try:
                 parts, training = self.parts(), self.trunk.training
                 for index in range(self._num_probed):
@@ -527,7 +528,8 @@ class SplitModule(nn.Module):
         weights.
 
         Raises:
-            CheckpointError: it holds different values for experts that share a tensor here.
+            CheckpointError: it holds different values for experts that share a tensor here, or is
+                one of the plain backbone.
         """
         if strict:
             state_dict = copy.copy(state_dict)
@@ -535,6 +537,7 @@ class SplitModule(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        refuse_plain_state(state_dict, prefix, self)
         complete_shared(state_dict, prefix, self.experts, fill=False)
         self._held_together = held_together(self.experts)  # `assign=True` replaces each by itself
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -34,6 +34,8 @@ def refuse_captured(backbone: nn.Module) -> None:
     for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
         names.setdefault(id(tensor), f"`{name}`")
     for name, module in backbone.named_modules():
+        if type(module).__name__ == "OptimizedModule":  # taken as it was before it was compiled
+            continue
         for what, function in _functions_of(module):
             for captured in captured_by(function):
                 if id(captured) in names:

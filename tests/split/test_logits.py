@@ -345,6 +345,14 @@ def test_a_compiled_backbone_is_taken_as_it_was_before() -> None:
     torch.testing.assert_close(expert_logits(model(x))[:, 1], net(x))
 
 
+def test_a_compiled_backbone_with_a_forward_of_its_own_is_taken_as_it_was_before() -> None:
+    """Its compiled forward holds on to the module, which is no reason to refuse it."""
+    net = Net(lambda features, logits: logits)
+    with pytest.warns(UserWarning, match="compile the wrapped model instead"):
+        model = RIDEWrapper(torch.compile(net, backend="eager"), 2)
+    assert list(model.state_dict()) == list(RIDEWrapper(net, 2).state_dict())
+
+
 def test_a_compiled_part_is_taken_as_it_was_before() -> None:
     net = nn.Sequential(linear_net()[:2], linear_net()[2:])
     names = list(net.state_dict())

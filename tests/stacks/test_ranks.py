@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.coverage.environment import let_torchvision_import
@@ -114,9 +115,9 @@ def test_lightning_leaves_the_sampler_as_it_is_and_tells_it_the_epoch(ranks: Ran
     assert first[0] != first[1]
 
 
-def _accelerate_fsdp(version: int, return_experts: Any) -> None:
+def _accelerator(version: int, **options: Any) -> Any:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     AcceleratorState._reset_state(True)
@@ -124,26 +125,81 @@ def _accelerate_fsdp(version: int, return_experts: Any) -> None:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version, auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Block"], state_dict_type="FULL_STATE_DICT",
-        cpu_ram_efficient_loading=False,
+        cpu_ram_efficient_loading=False, **options,
     )  # fmt: skip
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    # Without an accelerator it stays with plain data parallelism; its FSDP runs on the CPU as well.
+    # Without an accelerator it stays with plain data parallelism; its FSDP runs on the CPU as well,
+    # the first one if the device has no number.
     AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
-    model = build(return_experts=return_experts)
-    model, optimizer = accelerator.prepare(model, optimizer_for(model))
-    assert any(type(p).__name__ == "DTensor" for p in model.parameters())
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["device"] = torch.device("cpu")
+    return accelerator
+
+
+def _fit(accelerator: Any, model: Any, optimizer: Any, steps: int) -> None:
     diversity = DiversityLoss(COUNTS)
-    for step in range(2):
+    for step in range(steps):
         x, y = my_half(step)
         output = model(x)
         loss = experts_loss(nn.functional.cross_entropy, output, y) + diversity(output, y)
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
+
+
+def _accelerate_fsdp2(return_experts: Any) -> None:
+    accelerator = _accelerator(2)
+    model = build(return_experts=return_experts)
+    model, optimizer = accelerator.prepare(model, optimizer_for(model))
+    assert any(type(p).__name__ == "DTensor" for p in model.parameters())
+    _fit(accelerator, model, optimizer, 2)
     assert_equal_to_alone(model.state_dict())
 
 
 @needs("accelerate")
 @pytest.mark.parametrize("return_experts", [False, "training"])
 def test_accelerates_fsdp2_trains_as_one_process(ranks: Ranks, return_experts: Any) -> None:
-    ranks(_accelerate_fsdp, 2, return_experts)
+    ranks(_accelerate_fsdp2, return_experts)
+
+
+def _accelerate_fsdp1(use_orig_params: bool, together: bool) -> list[str]:
+    accelerator = _accelerator(1, use_orig_params=use_orig_params)
+    model: Any = build(return_experts="training")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    if together:
+        model, optimizer = accelerator.prepare(model, optimizer_for(model))
+    else:
+        model = accelerator.prepare(model)
+        optimizer = accelerator.prepare(optimizer_for(model))
+    trains = use_orig_params or not together
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _fit(accelerator, model.train(), optimizer, 2 if trains else 4)
+        with FullyShardedDataParallel.summon_full_params(model):
+            state = {
+                name.replace("_fsdp_wrapped_module.", ""): value.detach().clone()
+                for name, value in model.named_parameters()
+            }
+        model.eval()(my_half(0)[0])
+    if trains:
+        assert_equal_to_alone(state)
+    else:
+        assert all(torch.equal(state[name], value) for name, value in start.items())
+    return [str(w.message) for w in caught if "training passes" in str(w.message)]
+
+
+@needs("accelerate")
+@pytest.mark.parametrize(
+    ("use_orig_params", "together"), [(True, True), (True, False), (False, False)]
+)
+def test_accelerates_fsdp1_trains_as_one_process(
+    ranks: Ranks, use_orig_params: bool, together: bool
+) -> None:
+    assert ranks(_accelerate_fsdp1, use_orig_params, together) == [[], []]
+
+
+@needs("accelerate")
+def test_accelerates_fsdp1_that_trains_nothing_is_noticed(ranks: Ranks) -> None:
+    """By default the prepared optimizer holds what FSDP1 has replaced, with any model."""
+    for (said,) in ranks(_accelerate_fsdp1, False, True):
+        assert "`use_orig_params=True`" in said
