@@ -26,11 +26,22 @@ function squeezed(table, columns) {
   return columns > 3 && sentences && document.documentElement.clientWidth < 600;
 }
 
+// The browser gives a column of long sentences no more room than one of names, which cannot break. With the room that
+// it needs, a table that is too wide becomes a list below.
+function widenSentences(table, columns) {
+  if (document.documentElement.clientWidth < 600) return;
+  for (let i = 0; i < columns; i++) {
+    const long = [...table.querySelectorAll(`td:nth-child(${i + 1})`)].some((cell) => cell.textContent.length > 200);
+    if (long) table.rows[0].cells[i].style.minWidth = "17em";
+  }
+}
+
 // A table of many columns gets smaller letters on a phone. If it does not fit even so, each row becomes a list of its
 // entries, each behind its heading; sentences do so at once.
 function fitTable(table) {
   const headings = [...table.querySelectorAll("th")].map((heading) => heading.textContent.trim());
   const around = table.closest(".md-typeset__scrollwrap") ?? document.documentElement;
+  widenSentences(table, headings.length);
   table.toggleAttribute("data-small", headings.length > 5 || tooWide(around));
   if (!tooWide(around) && !squeezed(table, headings.length)) return;
   table.classList.add("stacked");
