@@ -17,26 +17,30 @@ Form: TypeAlias = Any
 """The number of dimensions of a tensor; tuples of forms for what holds several values."""
 
 
-def form_of(value: Any) -> Form:
-    """Where the tensors in a value lie, and how many dimensions each has."""
+def form_of(value: Any, options: bool = False) -> Form:
+    """Where the tensors in a value lie, and how many dimensions each has.
+
+    Args:
+        value: anything.
+        options: note words, numbers and what is true or false as well, in dicts and dataclasses
+            too. Those in a list are left out: it may have one for each row.
+    """
     if isinstance(value, Tensor):
         return value.dim()
     if isinstance(value, Mapping):
-        return tuple((str(key), form_of(item)) for key, item in value.items())
+        return tuple((str(key), form_of(item, options)) for key, item in value.items())
     if isinstance(value, list | tuple | deque):
         return tuple(map(form_of, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return tuple(form_of(getattr(value, field.name)) for field in dataclasses.fields(value))
-    return None
+        fields = dataclasses.fields(value)
+        return tuple(form_of(getattr(value, field.name), options) for field in fields)
+    return str(value) if options and isinstance(value, bool | str | int | float) else None
 
 
 def form_of_inputs(inputs: Inputs) -> Form:
     """The form of arguments. What is true or false, a word or a number decides what is done."""
     args, kwargs = inputs
-    return (
-        tuple(map(_form_of_argument, args)),
-        tuple((key, _form_of_argument(value)) for key, value in kwargs.items()),
-    )
+    return tuple(form_of(value, options=True) for value in args), form_of(kwargs, options=True)
 
 
 def single_in(inputs: Inputs) -> tuple[bool, ...]:
@@ -47,7 +51,3 @@ def single_in(inputs: Inputs) -> tuple[bool, ...]:
 def versions_in(values: Sequence[Any]) -> list[int | None]:
     """How often each tensor of a tape was changed in place."""
     return [version_of(tensor) for value in values for tensor in tensors_in(value)]
-
-
-def _form_of_argument(value: Any) -> Form:
-    return str(value) if isinstance(value, bool | str | int | float) else form_of(value)

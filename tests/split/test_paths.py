@@ -138,3 +138,16 @@ def test_an_expert_that_begins_to_change_what_others_read_is_told(training: bool
         part.adds = True
     with pytest.raises(ReplayError, match=r"in place what `relu` returned.*example_input="):
         model(X)
+
+
+def test_a_flag_in_a_dict_of_inputs_is_a_part_of_the_path() -> None:
+    class Batches(WithOptions):
+        def forward(self, batch: dict[str, Any]) -> Tensor:  # type: ignore[override]
+            return super().forward(**batch)
+
+    example = {"x": X[:2], "skip": False}
+    model = RIDEWrapper(Batches(), 2, fork_at="b", example_input=(example,)).eval()
+    batch = {"x": X, "skip": True}
+    with torch.no_grad():
+        each = [model.to_module(k)(batch) for k in range(2)]
+        torch.testing.assert_close(model(batch), torch.stack(each).mean(0))
