@@ -6,10 +6,14 @@ from typing import Any
 import griffe
 
 _FACES = ("", ".losses", ".routing", ".longtail", ".functional")  # later ones are not preferred
+_SECTION = re.compile(r"^[A-Z]\w+:$", flags=re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
-    """Shows an ``Example:`` section as code, and `Name` as a link to what it names."""
+    """Shows an ``Example:`` section as code, and `Name` as a link to what it names.
+
+    Of a constructor only the sections are shown: they stand below its class, which says more.
+    """
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Rewrite every docstring of the package before it is parsed."""
@@ -26,7 +30,10 @@ class Docstrings(griffe.Extension):
 
 def _rewrite(parent: griffe.Object, links: dict[str, str]) -> None:
     if parent.docstring is not None:
-        parent.docstring.value = _shown(parent.docstring.value, links)
+        text = parent.docstring.value
+        if parent.name == "__init__":
+            text = text[match.start() :] if (match := _SECTION.search(text)) else ""
+        parent.docstring.value = _shown(text, links)
     for member in parent.members.values():
         if not member.is_alias:
             _rewrite(member, links)

@@ -80,6 +80,10 @@ def _in_bfloat16(output_dtype: torch.dtype | None, options: dict[str, Any]) -> N
     assert model(my_half(0, torch.float32)[0])[0].dtype == (output_dtype or torch.bfloat16)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13),  # 2.9 to 2.12 were not tried
+    reason="torch 2.8 sums the ranks' gradients under `reduce_dtype`, a plain Linear's as well",
+)
 @pytest.mark.parametrize(
     ("output_dtype", "options"), [(None, {}), (torch.float32, {"return_experts": True})]
 )

@@ -69,6 +69,7 @@ def test_small_weights_and_inputs_keep_their_digits_and_a_channel_of_zeros_stays
     torch.testing.assert_close(found, whole(x), rtol=0, atol=0.02 * float(found.abs().max()))
 
 
+@pytest.mark.exports
 def test_ranges_are_those_of_all_batches_in_any_order() -> None:
     serve, x = served()
     stages = fuse_stages(serve.export_stages())
