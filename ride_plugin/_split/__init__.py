@@ -4,6 +4,7 @@ from ride_plugin._split._analysis import throwaway
 from ride_plugin._split._build import reason_of_fork, split_backbone
 from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._graft import graft_experts
+from ride_plugin._split._hollow import hollow
 from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
 from ride_plugin._split._logits import Choice, check_logits_choice, reader_in, whole_outputs
@@ -15,7 +16,7 @@ from ride_plugin._split._plain import plain_modules
 from ride_plugin._split._plain_state import refuse_plain_state
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._sharing import held_by_all
-from ride_plugin._split._state import TrunkState, hollow
+from ride_plugin._split._state import TrunkState
 from ride_plugin._split._tape import Recorded
 
 __all__ = [

@@ -16,6 +16,7 @@ from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._copies import running_copy
 from ride_plugin._split._form import form_of, form_of_inputs, single_in
+from ride_plugin._split._hollow import reads
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._probe import RANDOM, differ, mark_of
@@ -27,11 +28,6 @@ from ride_plugin._tree import logits_in, map_tensors, tensors_in
 Place: TypeAlias = tuple[str, str]  # a module's name, and an attribute or buffer of it
 
 _BATCHES = (2, 3)
-# Operations that look at a tensor's values, although they return no tensor.
-_READS = frozenset(
-    {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__contains__"}
-    | {"__bool__", "__int__", "__float__", "__complex__", "__index__"}
-)
 
 
 class _Reads(TorchFunctionMode):
@@ -49,7 +45,7 @@ class _Reads(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in _READS or next(tensors_in(result), None) is not None:
+        if reads(func, result):
             self.seen.update((id(t), t) for t in tensors_in((args, kwargs)))
         return result
 
@@ -148,8 +144,8 @@ def _learn(
 
     with torch.no_grad():
         start_of(batches[0])
-        marks, reads = _marks(views.trunk, attributes), _Reads()
-        with reads:
+        marks, trunk_reads = _marks(views.trunk, attributes), _Reads()
+        with trunk_reads:
             small = record(views.trunk, views.running, (), *batches[0], stop_at_fork=True)[0]
     if any(map(is_functorch_wrapped_tensor, tensors_in(small.values))):
         raise SplitError(
@@ -211,7 +207,7 @@ def _learn(
         frozenset(use.writes),
         frozenset(early),
         frozenset(use.late),
-        not of_expert.isdisjoint(reads.seen),
+        not of_expert.isdisjoint(trunk_reads.seen),
     )
 
 
@@ -312,17 +308,17 @@ def _watch_expert(
     def look() -> None:
         at_fork.extend(_marks(views.expert, places))
 
-    reads = _Reads()
+    watch = _Reads()
     with torch.set_grad_enabled(gradients):
         values = [map_tensors(hand, value) for value in state.values]
         watched = TrunkState(state.batch_size, state.keys, values, None)
-        with reads:  # below the player's mode: what is replayed reads nothing
+        with watch:  # below the player's mode: what is replayed reads nothing
             logits = logits_in(play(views.expert, views.running, watched, look))
     flat = [list(tensors_in(value)) for value in state.values]
-    used = {handed[key] for key in reads.seen if key in handed}
+    used = {handed[key] for key in watch.seen if key in handed}
     read_parameters: set[str] = set()
     if not gradients or logits is None:
-        read_parameters = {name for name, p in parameters.items() if id(p) in reads.seen}
+        read_parameters = {name for name, p in parameters.items() if id(p) in watch.seen}
         used = {id(tensor) for entry in flat for tensor in entry}
     elif logits.requires_grad:
         asked = [*leaves.values(), *parameters.values()]

@@ -48,7 +48,8 @@ def record(
     # dropped. What a frozen trunk computes is then held by nobody, as autograd keeps none of it.
     own = _own_inputs((args, kwargs))
     batch_size = batch_size_of(own)
-    known = [] if trunk.training else [k for k in layouts if k.takes(own, batch_size)]
+    whole = trunk.training or torch.compiler.is_compiling()  # a compiler drops by itself
+    known = [] if whole else [k for k in layouts if k.takes(own, batch_size)]
     layout: Layout | None = None
 
     def stops() -> bool:
@@ -79,7 +80,8 @@ def record(
     if layout is None and recorder.dropped:
         args, kwargs = own  # the forward may have popped something from what it was given
         return record(trunk, running, (), args, kwargs, stop_at_fork=stop_at_fork)
-    return TrunkState(batch_size, tuple(recorder.keys), recorder.values, layout), output
+    keys, dropped = tuple(recorder.keys), recorder.dropped
+    return TrunkState(batch_size, keys, recorder.values, layout, hollow=dropped), output
 
 
 def play(
@@ -92,7 +94,8 @@ def play(
 
     ``at_fork`` is called where the expert's own modules begin.
     """
-    player = Player(state.keys, state.own_values(), at_fork)
+    player = Player(state.keys, [], at_fork)
+    player.values = state.own_values(lambda: player.reached_fork)
     args, kwargs = _own_inputs(player.values[0])
     running.player = player
     _begin(player, expert, running)

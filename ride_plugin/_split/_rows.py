@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError, ReplayError, SplitError
+from ride_plugin._split._hollow import is_hollow
 
 
 class Rows(NamedTuple):
@@ -122,8 +123,3 @@ def join_rows(values: Sequence[Tensor], spec: Rows | None, batch_sizes: Sequence
         shape[dim] = sum(value.shape[dim] for value in values)
         return first[(0,) * first.dim()].expand(shape)
     return torch.cat(list(values), dim)
-
-
-def is_hollow(value: Tensor) -> bool:
-    """Whether a value takes no memory, as one that nobody reads."""
-    return value.dim() > 1 and value.layout is torch.strided and not any(value.stride())

@@ -15,7 +15,8 @@ from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ArgumentError, ReplayError
 from ride_plugin._inputs import Inputs
 from ride_plugin._split._form import Form, form_of, form_of_inputs, single_in
-from ride_plugin._split._rows import Rows, is_hollow, join_rows, take_rows
+from ride_plugin._split._hollow import Unread, hollow, is_hollow
+from ride_plugin._split._rows import Rows, join_rows, take_rows
 from ride_plugin._tree import CONTAINERS, map_tensors, tensors_in
 
 _UNKNOWN_PATH = (
@@ -96,6 +97,11 @@ class Layout:
         """Whether an expert changes anything in place."""
         return any(any(flags) for flags in self.clone)
 
+    @cached_property
+    def reads_all(self) -> bool:
+        """Whether experts read everything."""
+        return all(map(all, self.live))
+
 
 @dataclass(frozen=True)
 class TrunkState:
@@ -129,6 +135,7 @@ class TrunkState:
     values: list[Any] = field(repr=False)
     layout: Layout | None = field(repr=False)
     attributes: tuple[Any, ...] = field(default=(), repr=False)
+    hollow: bool = field(default=False, repr=False)  # whether something was dropped
 
     def __len__(self) -> int:
         return self.batch_size
@@ -232,11 +239,15 @@ class TrunkState:
         return replace(first, batch_size=sum(sizes), values=values)
 
     def hollowed(self) -> TrunkState:
-        """Replace what no expert reads by NaNs of the same shape that take no memory."""
-        if self.layout is None:
+        """Replace what no expert reads by NaNs of the same shape that take no memory.
+
+        A compiler frees by itself what nobody reads.
+        """
+        if self.layout is None or torch.compiler.is_compiling():
             return self
         pairs = zip(self.values, self.layout.live, strict=True)
-        return replace(self, values=[_map_with(_keep_or_hollow, v, live) for v, live in pairs])
+        values = [_map_with(_keep_or_hollow, value, live) for value, live in pairs]
+        return replace(self, values=values, hollow=True)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> TrunkState:
         """Apply a function to every tensor once; what takes no memory goes on taking none."""
@@ -253,27 +264,35 @@ class TrunkState:
         values = map_tensors(apply, self.values)
         return replace(self, values=values, attributes=map_tensors(apply, self.attributes))
 
-    def own_values(self) -> list[Any]:
+    def own_values(self, forked: Callable[[], bool]) -> list[Any]:
         """The values for one expert: what it changes in place is cloned, once per tensor.
 
         While a path that is not known is compiled, everything is: nobody sees afterwards whether
-        an expert has changed something.
+        an expert has changed something. What was dropped comes as values that cannot be read,
+        once `forked()`.
         """
-        if self.layout is None and torch.compiler.is_compiling():
-            return [map_tensors(torch.clone, value) for value in self.values]
-        if self.layout is None or not self.layout.changes_in_place:
-            return self.values
-        done: dict[int, Tensor] = {}
+        layout, compiling = self.layout, torch.compiler.is_compiling()
+        if layout is None:
+            return [map_tensors(torch.clone, v) for v in self.values] if compiling else self.values
+        values = self.values
+        if layout.changes_in_place:
+            done: dict[int, Tensor] = {}
 
-        def own(value: Tensor, clone: bool) -> Tensor:
-            if not clone:
-                return value
-            if id(value) not in done:
-                done[id(value)] = value.clone()
-            return done[id(value)]
+            def own(value: Tensor, clone: bool) -> Tensor:
+                if not clone:
+                    return value
+                if id(value) not in done:
+                    done[id(value)] = value.clone()
+                return done[id(value)]
 
-        pairs = zip(self.values, self.layout.clone, strict=True)
-        return [_map_with(own, value, flags) for value, flags in pairs]
+            pairs = zip(values, layout.clone, strict=True)
+            values = [_map_with(own, value, flags) for value, flags in pairs]
+        if self.hollow and not layout.reads_all:
+            entries = zip(self.keys, values, layout.live, strict=True)
+            values = [
+                v if all(live) else _guarded(v, live, key, forked) for key, v, live in entries
+            ]
+        return values
 
 
 def _may_join(ours: Any, theirs: Any) -> bool:
@@ -285,13 +304,12 @@ def _may_join(ours: Any, theirs: Any) -> bool:
     return (isinstance(ours, kept) and isinstance(theirs, kept)) or ours == theirs
 
 
-def hollow(value: Tensor) -> Tensor:
-    """A tensor of the same shape that takes no memory, and NaN, should anybody read it."""
-    if value.layout is not torch.strided:
-        return torch.full((), float("nan"), dtype=value.dtype, device=value.device).expand(
-            value.shape
-        )
-    return value.new_full((), float("nan")).expand(value.shape)
+def _guarded(value: Any, live: tuple[bool, ...], key: str, forked: Callable[[], bool]) -> Any:
+    def guarded(tensor: Tensor, kept: bool) -> Tensor:
+        kept = kept or tensor.layout is not torch.strided  # the input, say: what is hollow is
+        return tensor if kept else Unread.of(tensor, key, forked)
+
+    return _map_with(guarded, value, live)
 
 
 def _keep_or_hollow(value: Tensor, live: bool) -> Tensor:

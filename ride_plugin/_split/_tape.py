@@ -26,7 +26,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from typing_extensions import Self
 
 from ride_plugin._errors import ReplayError
-from ride_plugin._split._state import Layout, hollow
+from ride_plugin._split._hollow import hollow
+from ride_plugin._split._state import Layout
 from ride_plugin._tree import map_tensors, own_container, tensors_in
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
@@ -164,8 +165,9 @@ class Player(_GlueMode):
     ) -> None:
         super().__init__()
         self.keys = keys
-        self.at_fork = at_fork
         self.values = values
+        self.at_fork = at_fork
+        self.reached_fork = False
         self.position = 1  # entry 0 holds the inputs
         self.region: object = None  # the checkpointed region of the last value, if any
         self.around = _checkpointed_region()  # that of the whole pass: `checkpoint_experts`
@@ -217,6 +219,7 @@ class Player(_GlueMode):
                 "for one of them. Checkpoint its submodules one by one; or switch the backbone's "
                 "checkpointing off and pass `checkpoint_experts=True`."
             )
+        self.reached_fork = True
         if _get_current_function_mode() is self:
             self.leave()
         if self.at_fork is not None:

@@ -49,6 +49,7 @@ def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, 
         for index in range(model.num_experts):
             expert = _Expert(model, index, state)
             name, rows = f"expert_{index}", (({0: batch},) * len(crossing),)
+            model.run_expert(index, state)  # raises where it reads what the trunk has dropped
             stages[name] = _export(name, expert, crossing, rows)
             if index + 1 < model.num_experts:
                 name, gate = f"gate_{index}", _Gate(routed, index)
@@ -101,9 +102,8 @@ class _Expert(nn.Module):
             return hollow(crossing[0].new_empty((), dtype=old.dtype).expand(shape))
 
         values = [map_tensors(rebuilt, value) for value in state.values]
-        return self.model[0].run_expert(
-            self.index, replace(state, batch_size=batch_size, values=values)
-        )
+        state = replace(state, batch_size=batch_size, values=values, hollow=False)
+        return self.model[0].run_expert(self.index, state)
 
 
 class _Gate(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -151,3 +152,125 @@ def test_a_flag_in_a_dict_of_inputs_is_a_part_of_the_path() -> None:
     with torch.no_grad():
         each = [model.to_module(k)(batch) for k in range(2)]
         torch.testing.assert_close(model(batch), torch.stack(each).mean(0))
+
+
+def set_flag(model: RIDEWrapper, value: bool) -> None:
+    for part in (model.trunk, *model.experts):
+        part.always = value
+
+
+class Reads(WithOptions):
+    """An attribute decides whether what was computed before the fork is read behind it."""
+
+    always = False
+
+    def forward(self, x: Tensor, skip: bool = False) -> Tensor:  # type: ignore[override]
+        return super().forward(x, skip=self.always or skip)
+
+
+def read_by_attribute() -> tuple[RIDEWrapper, list[nn.Module]]:
+    """A model of which an attribute was set after wrapping, and its copies."""
+    backbone = Reads()
+    model = RIDEWrapper(backbone, 3, fork_at="b", example_input=X[:2])
+    copies = copies_of(backbone, model)
+    set_flag(model, True)
+    for each in copies:
+        each.always = True
+    return model, copies
+
+
+UNREAD = r"what `mul` returned before the fork.*Set it before wrapping"
+
+
+def test_a_value_that_an_attribute_lets_experts_read_later_is_told_in_evaluation() -> None:
+    model, _ = read_by_attribute()
+    model.eval()
+    state = model.run_trunk(X)
+    with pytest.raises(ReplayError, match=UNREAD):
+        model(X)
+    for each in (state, state.select(torch.tensor([1, 4])), pickle.loads(pickle.dumps(state))):
+        with pytest.raises(ReplayError, match=UNREAD):
+            model.run_expert(0, each)
+    with pytest.raises(ReplayError, match=UNREAD):
+        RoutingInference(model, ConfidenceRouter(), 0.3)(X)
+    set_flag(model, False)
+    assert model.run_expert(0, state)[0].isfinite().all()
+
+
+@pytest.mark.exports
+def test_stages_are_not_exported_of_values_that_were_dropped() -> None:
+    model, _ = read_by_attribute()
+    with pytest.raises(ReplayError, match=UNREAD):
+        RoutingInference(model, ConfidenceRouter(), 0.3).export_stages()
+
+
+def test_a_value_that_an_attribute_lets_experts_read_later_is_there_in_training() -> None:
+    model, copies = read_by_attribute()
+    wanted = torch.stack([each(X) for each in copies], dim=1)
+    torch.testing.assert_close(expert_logits(model(X)), wanted)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_model_keeps_what_it_reads(training: bool) -> None:
+    model, copies = read_by_attribute()
+    model.train(training)
+    wanted = torch.stack([each.train(training)(X) for each in copies], dim=1)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(expert_logits(compiled(X)), wanted)
+
+
+@pytest.mark.compiles
+def test_a_compiled_model_is_told_that_a_state_lacks_what_it_reads() -> None:
+    model, _ = read_by_attribute()
+    model.eval()
+    set_flag(model, False)
+    with torch.no_grad():
+        state = model.run_trunk(X)
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(whole(state), model(X))
+        set_flag(model, True)
+        with pytest.raises(RuntimeError, match=UNREAD):  # the compiler's, which quotes ours
+            torch.compile(model, backend="eager")(state)
+
+
+def test_an_attribute_set_before_wrapping_or_an_argument_works_as_the_error_says() -> None:
+    model, copies = read_by_attribute()
+    model.eval()
+    wanted = torch.stack([each(X) for each in copies], dim=1)
+    backbone = Reads()
+    backbone.always = True
+    anew = RIDEWrapper(backbone, 3, fork_at="b", example_input=X[:2]).eval()
+    anew.load_state_dict(model.state_dict())
+    torch.testing.assert_close(expert_logits(anew(X)), wanted)
+    set_flag(model, False)
+    torch.testing.assert_close(expert_logits(model(X, skip=True)), wanted)
+
+
+class AsksForShapes(WithOptions):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        early = self.a(x).relu()
+        early, other = early * 2, early
+        out = self.b(other)
+        assert isinstance(early, Tensor)
+        assert (early.dtype, early.dim()) == (out.dtype, 2)
+        assert len(early) == early.size(0)
+        return self.fc(out.view(early.shape)) / early.shape[1]
+
+
+def test_the_shape_of_a_value_that_was_dropped_may_be_asked_for() -> None:
+    backbone = AsksForShapes()
+    model = RIDEWrapper(backbone, 3, fork_at="b", example_input=X[:2], num_classes=5).eval()
+    wanted = torch.stack([each(X) for each in copies_of(backbone, model)], dim=1)
+    torch.testing.assert_close(expert_logits(model(X)), wanted)
+
+
+def test_a_hook_of_an_expert_may_change_what_was_dropped_but_not_look_at_it() -> None:
+    backbone = WithOptions()
+    model = RIDEWrapper(backbone, 3, fork_at="b", example_input=X[:2]).eval()
+    wanted = expert_logits(model(X))
+    model.experts[1].register_forward_pre_hook(lambda module, args: (args[0] + 0, *args[1:]))
+    torch.testing.assert_close(expert_logits(model(X)), wanted)
+    model.experts[2].register_forward_pre_hook(lambda module, args: print(args[0].sum().item()))
+    with pytest.raises(ReplayError, match="reads an argument"):
+        model(X)

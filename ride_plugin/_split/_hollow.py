@@ -1,0 +1,79 @@
+"""Values of the trunk that no expert reads: they take no memory, and whoever reads one is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ride_plugin._errors import ReplayError
+from ride_plugin._tree import map_tensors, tensors_in
+
+# Operations that look at a tensor's values, although they return no tensor.
+_READS = frozenset(
+    {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__contains__"}
+    | {"__bool__", "__int__", "__float__", "__complex__", "__index__"}
+)
+
+
+def reads(func: Callable[..., Any], result: Any) -> bool:
+    """Whether an operation that returned ``result`` has read values; a shape is none."""
+    return getattr(func, "__name__", "") in _READS or next(tensors_in(result), None) is not None
+
+
+def hollow(value: Tensor) -> Tensor:
+    """A tensor of the same shape that takes no memory, and NaN, should anybody read it."""
+    if value.layout is not torch.strided:
+        return torch.full((), float("nan"), dtype=value.dtype, device=value.device).expand(
+            value.shape
+        )
+    return value.new_full((), float("nan")).expand(value.shape)
+
+
+def is_hollow(value: Tensor) -> bool:
+    """Whether a value takes no memory, as one that nobody reads."""
+    return value.dim() > 1 and value.layout is torch.strided and not any(value.stride())
+
+
+class Unread(Tensor):
+    """A hollow value as an expert gets it: it may be handed on and asked for its shape.
+
+    What the build takes for reading is refused here, so nothing that it saw can fail. Before the
+    fork (a hook of the expert may change its arguments) what is computed with it is unread as well.
+    """
+
+    key: str
+    forked: Callable[[], bool]
+
+    @staticmethod
+    def of(value: Tensor, key: str, forked: Callable[[], bool]) -> Unread:
+        """What step ``key`` of the trunk returned, or an argument of the forward.
+
+        ``forked`` tells whether the expert has come to the fork.
+        """
+        unread: Unread = Tensor._make_subclass(Unread, value)
+        unread.key, unread.forked = key, forked
+        return unread
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if not reads(func, result):
+            return result
+        unread = next(t for t in tensors_in((args, kwargs)) if isinstance(t, Unread))
+        key, forked = unread.key, unread.forked
+        if not forked() and next(tensors_in(result), None) is not None:
+            return map_tensors(lambda tensor: Unread.of(tensor, key, forked), result)
+        returned = "an argument" if key == "inputs" else f"what `{key}` returned before the fork"
+        raise ReplayError(
+            f"An expert reads {returned}, which no expert read when the model was wrapped, so that "
+            "it was not kept. Something decides it that was different then, an attribute that was "
+            "set since, say. Set it before wrapping, and load this model's `state_dict()` into the "
+            "new one; or let the forward take it as an argument, which may differ between calls."
+        )
