@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from ride_plugin._closeness import close
+
 if TYPE_CHECKING:
     from ride_plugin._wrapper import RIDEWrapper
 
@@ -29,7 +31,8 @@ def folded_copy(model: Model) -> Model:
             _fold(layer, bn)
             served.set_submodule(bn_name, _identity_in_place_of(bn))
             got = served.router_inputs(*args, **kwargs).expert_logits
-            if not _equal(got, expected):  # somebody else reads what the layer returns
+            units = max(_TOLERANCE / torch.finfo(got.dtype).eps, 8)  # half: a layer's own rounding
+            if not close(got, expected, units):  # somebody else reads what the layer returns
                 layer.weight, layer.bias = weight, bias
                 served.set_submodule(bn_name, bn)
     return served
@@ -82,8 +85,3 @@ def _identity_in_place_of(bn: nn.Module) -> nn.Module:
     identity._forward_hooks = bn._forward_hooks
     identity._forward_pre_hooks = bn._forward_pre_hooks
     return identity
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    rounding = max(_TOLERANCE, 8 * torch.finfo(a.dtype).eps)  # in half precision a layer's own
-    return bool((a - b).abs().max() <= rounding * b.abs().max().clamp_min(1.0))

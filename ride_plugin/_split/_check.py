@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._closeness import close
 from ride_plugin._contexts import RandomState, seed_everything
 from ride_plugin._errors import RIDEError, SplitError, listed
 from ride_plugin._inputs import Inputs, own_inputs, resize_batch
@@ -23,6 +24,7 @@ from ride_plugin._split._views import Views
 from ride_plugin._tree import logits_in, map_tensors, tensors_in
 
 _BATCH = 3
+_UNITS = 200  # in the last place: other kernels may run
 
 
 class WrittenBehind(Exception):
@@ -236,7 +238,7 @@ def _rows_agree(
         got = _logits(play(views.expert, views.running, some.hollowed()))
     if got.shape != expected[rows].shape:
         return False
-    if _close(got, expected[rows]):
+    if close(got, expected[rows], _UNITS, scale=0.0):
         return True
     # Kernels differ with the batch size, and a deep network amplifies their rounding: what the
     # backbone itself shows of it is allowed, as long as it can be rounding.
@@ -244,7 +246,7 @@ def _rows_agree(
     noise = min(
         10 * float((alone - expected[rows]).abs().max()), 1e-3 * float(expected.abs().max())
     )
-    return _close(got, expected[rows], noise)
+    return close(got, expected[rows], _UNITS, scale=0.0, allowed=noise)
 
 
 def _rows_agree_in_double(
@@ -300,7 +302,7 @@ def _unfused(hooked: nn.Module, inputs: Inputs, expected: Tensor) -> Tensor:
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_pre_hook(lambda *_: None)
     logits = _seeded(hooked, inputs)
-    return logits if _close(logits, expected) else expected
+    return logits if close(logits, expected, _UNITS, scale=0.0) else expected
 
 
 def _logits(output: Any) -> Tensor:
@@ -313,17 +315,7 @@ def _logits(output: Any) -> Tensor:
 def _same(a: Tensor, b: Tensor, exact: Callable[[], bool]) -> bool:
     if same_values(a, b):
         return True
-    return a.shape == b.shape and a.dtype == b.dtype and _close(a, b) and not exact()
-
-
-def _close(a: Tensor, b: Tensor, allowed: float = 0.0) -> bool:
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    # The bound scales with the logits.
-    tolerance = 100 * torch.finfo(a.dtype).eps
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    atol = max(tolerance * scale, allowed, 1e-30)
-    return torch.allclose(a, b, rtol=tolerance, atol=atol, equal_nan=True)
+    return close(a, b, _UNITS, scale=0.0) and not exact()
 
 
 def _prefix(fork: str, mode: str) -> str:

@@ -6,8 +6,9 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ride_plugin._closeness import close
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._copies import detached_activations
@@ -92,13 +93,8 @@ def _check(parts: Parts, index: int, module: nn.Module, reader: LogitsReader) ->
                 f"Expert {index} does not run as a module of its own ({type(error).__name__}: "
                 f"{error}). With a trunk of several inputs, call trunk and expert yourself."
             ) from error
-    if got is None or not _close(got, expected):
+    if not close(got, expected, units=1e3):
         raise RIDEError(
             f"The plain module of expert {index} computes other logits than the expert. Its "
             "backbone keeps references to submodules outside `named_modules()`."
         )
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e3 * torch.finfo(b.dtype).eps * max(1.0, float(b.abs().max()))
-    return torch.allclose(a, b, rtol=0.0, atol=tolerance)
