@@ -164,7 +164,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, arrays):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=root, **pipes) as process:
         process.stdout.close()
-        assert (process.stderr.read(), process.wait()) == ("", 0)
+        said = process.stderr.read()  # torch may log there what its build lacks
+        assert "BrokenPipe" not in said
+        assert "Traceback" not in said
+        assert process.wait() == 0
 
 
 def test_it_runs_as_a_module():
