@@ -189,8 +189,20 @@ def _learn(
             )
         raise SplitError(
             "The backbone's forward takes another path for another batch size, so its trunk cannot "
-            "be shared between experts. Pass `fork_at=` an earlier submodule."
+            "be shared between experts. Move what depends on the number of rows (a loop over them, "
+            "say) into the forward of a submodule, which then runs as a whole, or behind the fork: "
+            "pass `fork_at=` an earlier submodule."
         )
+    for key, few, more in zip(small.keys, small.values, large.values, strict=True):
+        numbers = [len(list(tensors_in(value))) for value in (few, more)]
+        if numbers[0] != numbers[1]:
+            raise SplitError(
+                f"What `{key}` returns before the fork holds {numbers[0]} tensors for a batch of "
+                f"{_BATCHES[0]} and {numbers[1]} for a batch of {_BATCHES[1]}, so that rows of it "
+                "cannot be chosen. Take a batch apart in the forward of a submodule that returns "
+                "one tensor (`torch.stack`), or behind the fork: pass `fork_at=` an earlier "
+                "submodule."
+            )
     read_by_trunk = _influences(tensors_in(large.values), parameters)
     use = _use_by_expert(views, large, attributes, parameters, outside)
     rows = [

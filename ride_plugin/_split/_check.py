@@ -167,7 +167,10 @@ def _check_rows(
             f"{_prefix(fork, 'evaluation')}: an expert does not run on a subset of the rows, which "
             f"routing needs ({type(error).__name__}: {error}). {_advice(state)}"
         ) from error
-    if agree or _rows_agree_in_double(backbone, views, state):
+    if agree:
+        return
+    relates = _relates_rows(backbone, state, expected)  # before anything is another precision
+    if _rows_agree_in_double(backbone, views, state):
         return
     if moving:
         raise SplitError(
@@ -177,6 +180,13 @@ def _check_rows(
             "that is prepared for quantization-aware training, "
             "`net.apply(torch.ao.quantization.disable_observer)` does. Or wrap the plain network, "
             "and prepare the wrapped one."
+        )
+    if relates:
+        raise SplitError(
+            f"{_prefix(fork, 'evaluation')}: what the backbone returns for a row depends on the "
+            "rows that come with it, which routing cannot allow behind the fork. Pass `fork_at=` "
+            "a later submodule, behind what looks at several rows (a mean, a mask or an order of "
+            "the batch), or let the forward do that in training only (`if self.training:`)."
         )
     several = state.layout is not None and any(
         rows is not None and rows.per_sample > 1 for entry in state.layout.rows for rows in entry
@@ -247,6 +257,18 @@ def _rows_agree(
         10 * float((alone - expected[rows]).abs().max()), 1e-3 * float(expected.abs().max())
     )
     return close(got, expected[rows], _UNITS, scale=0.0, allowed=noise)
+
+
+def _relates_rows(
+    backbone: Callable[[bool], nn.Module], state: TrunkState, expected: Tensor
+) -> bool:
+    """Whether the backbone itself returns something else for some rows alone."""
+    rows = torch.tensor([2, 0], device=expected.device)
+    alone = _seeded(backbone(False), state.select(rows).values[0])
+    rounding = 1e-3 * float(expected.abs().max())
+    return alone.shape == expected[rows].shape and not close(
+        alone, expected[rows], _UNITS, scale=0.0, allowed=rounding
+    )
 
 
 def _rows_agree_in_double(

@@ -15,7 +15,14 @@ from ride_plugin._errors import ReplayError
 from ride_plugin._inputs import Inputs, batch_size_of, own_inputs
 from ride_plugin._split._probe import RANDOM, differ, is_stream, marks_of
 from ride_plugin._split._state import Absent, Layout, TrunkState
-from ride_plugin._split._tape import ForkReached, Player, Recorder, Running, StartHook
+from ride_plugin._split._tape import (
+    ForkReached,
+    Player,
+    Recorder,
+    Running,
+    StartHook,
+    leads_to_experts,
+)
 from ride_plugin._tree import CONTAINERS
 
 AtFork: TypeAlias = Callable[[Sequence[Any], Layout | None], bool]
@@ -72,6 +79,13 @@ def record(
         recorder.leave()
         running.recorder = None
     if not recorder.reached_fork:
+        if not leads_to_experts(trunk, running):
+            raise ReplayError(
+                "`model.trunk` is not the one that the model was made with, but a copy, that of "
+                "another model or another module, which does not lead to these experts. Load its "
+                "weights into the trunk that stood there: "
+                "`model.trunk.load_state_dict(other.state_dict())`. (Parts of it may be replaced.)"
+            )
         raise ReplayError(
             "The backbone's forward ended without reaching the fork, so no expert ran. It takes "
             "another path on this input than on the example: pass `example_input=` of this kind. "

@@ -40,8 +40,14 @@ def find_rows(key: str, small: Tensor, large: Tensor, batches: tuple[int, int]) 
     raise SplitError(
         f"The value that `{key}` hands to the experts has shape {list(small.shape)} for a batch of "
         f"{batches[0]} and {list(large.shape)} for a batch of {batches[1]}; expected exactly one "
-        "dimension to scale with the batch. Pass `fork_at=` another submodule. (A packed sequence "
-        "has no such dimension: fork where it is padded again, or pack it inside of a submodule.)"
+        "dimension to scale with the batch. "
+        + (
+            "It relates rows to one another. Pass `fork_at=` a later submodule, behind the place "
+            "where it is used."
+            if len(scaling) > 1
+            else "Pass `fork_at=` another submodule. (A packed sequence has no such dimension: "
+            "fork where it is padded again, or pack it inside of a submodule.)"
+        )
     )
 
 

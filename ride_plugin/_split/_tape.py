@@ -485,6 +485,11 @@ class _Inside(nn.Module):
         return self.forked.part(self.module[index])
 
 
+def leads_to_experts(trunk: nn.Module, running: Running) -> bool:
+    """Whether a trunk takes part in this pass; a copy of one has a pass of its own."""
+    return any(isinstance(m, Forked) and m.running is running for m in trunk.modules())
+
+
 def _checkpointed_region() -> object:
     """The non-reentrant checkpoint that is computing here, or None."""
     if torch.compiler.is_compiling():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 from ride_plugin import ReplayError, RIDEWrapper, SplitError
 from tests.naive import train_both
@@ -281,3 +283,150 @@ def test_a_cache_outside_of_the_modules_that_the_trunk_fills_is_named() -> None:
     with pytest.raises(ReplayError, match=r"cache outside of its modules.*keep it in an attribute"):
         model(torch.randn(2, 7, 6))
     assert model(torch.randn(2, 7, 6)).shape == (2, 4)
+
+
+class RelatesRows(Base):
+    """What it does to several rows of the batch together ends behind the fork."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        similar, chosen, early = h @ h.T, h[h.sum(1) > 0.5], h
+        h = self.b(h).relu()
+        if self.how == "similarity":
+            h = h + similar.softmax(1) @ early
+        if self.how == "mask":
+            h = h + chosen.mean(0)
+        if self.how == "mean" or (self.how == "mean in training" and self.training):
+            h = h - h.mean(0)
+        return self.c(h)
+
+
+@pytest.mark.parametrize("how", ["similarity", "mask", "mean"])
+def test_what_relates_rows_to_one_another_belongs_before_the_fork(how: str) -> None:
+    with pytest.raises(SplitError, match=r"rows.*a later submodule, behind"):
+        wrapped(RelatesRows(how))
+    net = RelatesRows(how)
+    train_both(net, wrapped(net, fork_at="c"), batches())
+
+
+def test_what_relates_rows_to_one_another_may_stand_behind_the_fork_in_training() -> None:
+    with pytest.raises(SplitError, match=r"in training only \(`if self.training:`\)"):
+        wrapped(RelatesRows("mean"))
+    net = RelatesRows("mean in training")
+    train_both(net, wrapped(net), batches())
+
+
+class Loops(nn.Module):
+    def __init__(self, linear: nn.Module, one_path: bool) -> None:
+        super().__init__()
+        self.linear, self.one_path = linear, one_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.one_path:  # but for the number of rows
+            return self.linear(x).relu() * (1.5 if len(x) > 2 else 1.0)
+        return torch.stack([self.linear(row).relu() for row in x])
+
+
+class CountsRows(Base):
+    """Does what :class:`Loops` does in its own forward."""
+
+    def __init__(self, one_path: bool) -> None:
+        super().__init__()
+        self.one_path = one_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.one_path:
+            return self.c(self.b(torch.stack([self.a(row).relu() for row in x])).relu())
+        h = self.a(x).relu()
+        if len(x) > 2:
+            h = h * 1.5
+        return self.c(self.b(h).relu())
+
+
+@pytest.mark.parametrize("one_path", [True, False])
+def test_what_depends_on_the_number_of_rows_belongs_into_a_submodule(one_path: bool) -> None:
+    with pytest.raises(SplitError, match=r"another batch size.*into the forward of a submodule"):
+        wrapped(CountsRows(one_path))
+    layers = Loops(nn.Linear(6, 8), one_path), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)
+    net = nn.Sequential(*layers)
+    train_both(net, wrapped(net, fork_at="1"), batches())
+
+
+class TakesApart(Base):
+    def __init__(self, inside: bool = False) -> None:
+        super().__init__()
+        self.inside = inside
+        self.loops = Loops(self.b, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        if self.inside:
+            return self.c(self.loops(h))
+        return self.c(torch.cat([self.b(row).relu() for row in h.split(1)]))
+
+
+def test_a_batch_is_taken_apart_in_a_submodule_or_behind_the_fork() -> None:
+    advice = r"`split` returns before the fork holds 2 tensors.*`torch.stack`.*an earlier submodule"
+    with pytest.raises(SplitError, match=advice):
+        wrapped(TakesApart())
+    net = TakesApart()
+    train_both(net, wrapped(net, fork_at="a"), batches())
+    net = TakesApart(inside=True)
+    train_both(net, wrapped(net, fork_at="c"), batches())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_trunk_of_another_model_is_loaded_and_not_put_there(training: bool, copied: bool) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    model, other = (wrapped(net(), fork_at="2").train(training) for _ in range(2))
+    own, x = model.trunk, torch.randn(5, 6)
+    model.trunk = copy.deepcopy(other.trunk) if copied else other.trunk
+    for call in (model, model.run_trunk, model.router_inputs):
+        with pytest.raises(ReplayError, match=r"`model.trunk` is not the one.*load_state_dict"):
+            call(x)
+    model.trunk = own
+    model.trunk.load_state_dict(other.trunk.state_dict())
+    expected = torch.stack([model.experts[k][2](other.trunk[0](x).relu()) for k in range(3)], 1)
+    torch.testing.assert_close(model.router_inputs(x).expert_logits, expected)
+
+
+def test_augmentation_along_the_batch_is_told_in_two_steps_where_no_classifier_is_found() -> None:
+    with pytest.raises(SplitError, match=r"If these are logits, pass `num_classes=4`"):
+        wrapped(TestTimeAugmentation(interleaved=True))
+    net = TestTimeAugmentation(interleaved=True)
+    train_both(net, wrapped(net, num_classes=4), batches())
+
+
+class Reentrant(Base):
+    """The older checkpointing, which needs an input with a gradient."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        def early(x: Tensor) -> Tensor:
+            return self.a(x).relu()
+
+        def both(x: Tensor) -> Tensor:
+            return self.b(self.a(x).relu())
+
+        x = x.requires_grad_()
+        if self.where == "across":
+            return self.c(checkpoint(both, x, use_reentrant=True).relu())
+        return self.c(checkpoint(self.b, checkpoint(early, x, use_reentrant=True)).relu())
+
+
+@pytest.mark.parametrize("where", ["apart", "across"])
+@pytest.mark.parametrize("fork_at", ["a", "b", "c"])
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint", "ignore:None of the inputs have")
+def test_reentrant_checkpoints_are_trained_as_the_copies_are(where: str, fork_at: str) -> None:
+    net = Reentrant(where)
+    train_both(net, wrapped(net, fork_at=fork_at), batches())

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import ArgumentError, ReplayError, RIDEWrapper, SplitError, expert_logits
+from ride_plugin._split._hollow import hollow
 from ride_plugin._split._rows import Rows, find_rows, take_rows
-from ride_plugin._split._state import hollow
 
 
 def test_the_dimension_that_scales_is_the_batch() -> None:
