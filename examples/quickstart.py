@@ -20,11 +20,11 @@ from ride_plugin import (
     ConfidenceRouter,
     DiversityLoss,
     ExpertRouter,
+    RIDELoss,
     RIDEWrapper,
     RoutingInference,
     RoutingLoss,
     cost_report,
-    experts_loss,
 )
 from ride_plugin.longtail import BalancedSoftmaxLoss
 
@@ -55,23 +55,22 @@ def train_experts(
 ) -> RIDEWrapper:
     """Stage one: the same loop with RIDE's lines in it."""
     model = RIDEWrapper(SmallResNet(), num_experts=3, expert_width=0.75)  # RIDE
-    diversity = DiversityLoss(  # RIDE
-        class_counts, weight=weight, start_epoch=round(0.8 * epochs)
+    criterion = RIDELoss(  # RIDE
+        BalancedSoftmaxLoss(class_counts),
+        DiversityLoss(class_counts, weight=weight, start_epoch=round(0.8 * epochs)),
     )
-    criterion = BalancedSoftmaxLoss(class_counts)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
         for x, y in loader:
-            out = model(augment(x))
-            loss = experts_loss(criterion, out, y) + diversity(out, y)  # RIDE
+            loss = criterion(model(augment(x)), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         scheduler.step()
-        diversity.step()  # RIDE
+        criterion.step()  # RIDE
         bar.update()
     return model.eval()
 

@@ -15,6 +15,7 @@ class Method:
         num_experts: 1 is the plain network.
         adjustments: multiple of the log prior that each expert's criterion adds to its logits.
         diversity: form of the diversity term, or None.
+        compares_raw: the diversity term reads the logits without the adjustment.
         epochs: a classifier alone trains a little longer.
     """
 
@@ -22,6 +23,7 @@ class Method:
     num_experts: int = 1
     adjustments: tuple[float, ...] = (1.0,)
     diversity: Literal["paper", "official"] | None = None
+    compares_raw: bool = False
     epochs: int = 12
 
 
@@ -32,6 +34,7 @@ METHODS = {
     "three_rank8": Method(8, 3, (1.0, 1.0, 1.0)),
     "three_rank5": Method(5, 3, (1.0, 1.0, 1.0)),
     "three_rank5_official": Method(5, 3, (1.0, 1.0, 1.0), "official"),
+    "three_rank5_official_raw": Method(5, 3, (1.0, 1.0, 1.0), "official", compares_raw=True),
     "three_rank2": Method(2, 3, (1.0, 1.0, 1.0)),
     "three_rank8_official": Method(8, 3, (1.0, 1.0, 1.0), "official"),
     "three_rank8_paper": Method(8, 3, (1.0, 1.0, 1.0), "paper"),

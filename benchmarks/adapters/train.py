@@ -148,12 +148,14 @@ def train(
     recipe: Recipe,
 ) -> tuple[int, float]:
     """The ordinary loop, on stored results of the trunk; returns steps and processor seconds."""
-    criterion = nn.ModuleList(LogitAdjustedLoss(class_counts, tau=t) for t in method.adjustments)
+    adjusted = [LogitAdjustedLoss(class_counts, tau=t) for t in method.adjustments]
+    criterion = nn.ModuleList(adjusted)
     diversity = DiversityLoss(
         class_counts,
         weight=recipe.diversity_weight if method.diversity else 0.0,
         form=method.diversity or "official",
     )
+    prior = torch.stack([one.adjustment for one in adjusted])  # [E, C]
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, recipe.lr, weight_decay=recipe.weight_decay)
     generator = torch.Generator().manual_seed(seed)
@@ -168,7 +170,8 @@ def train(
             out, target = model(state.select(rows)), labels[rows]
             loss = experts_loss(criterion, out, target)
             if method.diversity:
-                loss = loss + diversity(out, target)
+                experts = expert_logits(out)
+                loss = loss + diversity(experts if method.compares_raw else experts + prior, target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

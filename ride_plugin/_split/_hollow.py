@@ -53,7 +53,7 @@ class Unread(Tensor):
 
         ``forked`` tells whether the expert has come to the fork.
         """
-        unread: Unread = Tensor._make_subclass(Unread, value)
+        unread: Unread = torch.Tensor._make_subclass(Unread, value)
         unread.key, unread.forked = key, forked
         return unread
 

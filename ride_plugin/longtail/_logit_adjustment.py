@@ -139,6 +139,23 @@ class LogitAdjustedLoss(nn.Module):
         target = check_logits_target(logits, target, len(self.adjustment))
         return logit_adjusted_loss(logits, target, self.adjustment)
 
+    def with_prior(self, logits: Tensor) -> Tensor:
+        """The logits that the softmax of this loss sees, which is what experts are compared by.
+
+        Args:
+            logits: ``[..., C]``, for example ``expert_logits(out)``.
+
+        Returns:
+            ``logits + adjustment``, float32 or better.
+
+        Example:
+            >>> import torch
+            >>> LogitAdjustedLoss([75, 25]).with_prior(torch.zeros(1, 2)).exp()
+            tensor([[0.7500, 0.2500]])
+        """
+        logits = float32_or_better(logits)
+        return logits + self.adjustment.to(logits.dtype)
+
     def extra_repr(self) -> str:
         """Return what ``print`` shows."""
         return f"num_classes={len(self.adjustment)}, tau={self.tau}"

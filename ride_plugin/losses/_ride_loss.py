@@ -17,11 +17,12 @@ from ride_plugin._checks import (
     check_class_counts,
     refuse,
 )
-from ride_plugin._errors import ArgumentError
+from ride_plugin._errors import ArgumentError, warn_caller
 from ride_plugin._output import Output, expert_logits, plain_logits
 from ride_plugin._schedule import Schedule
 from ride_plugin.losses._diversity import DiversityLoss
 from ride_plugin.losses._experts_loss import Criterion, experts_loss
+from ride_plugin.losses._seen_logits import adds_a_prior, seen_logits
 
 
 class RIDELoss(nn.Module):
@@ -33,6 +34,11 @@ class RIDELoss(nn.Module):
 
     and without gradients, as in validation, the criterion of the plain logits, $\ell(\bar z, y)$.
     So the loop stays as it is, and the numbers of its validation stay comparable.
+
+    If the criterion has a method ``with_prior(logits)``, as `LogitAdjustedLoss` and
+    `BalancedSoftmaxLoss` have, the diversity term compares what it returns. (Not in the paper: on
+    the plain logits, which such a criterion does not see, experts would part by favouring rare
+    classes on every image; see the results page.)
 
     Args:
         criterion: any module or function of ``(logits [B, C], target)`` that returns a scalar, or a
@@ -53,6 +59,9 @@ class RIDELoss(nn.Module):
 
     Raises:
         ArgumentError: an argument is of another kind.
+
+    Warns:
+        UserWarning: at the first call, the criterion adds a prior and has no ``with_prior``.
 
     Example:
         >>> criterion = RIDELoss(nn.CrossEntropyLoss(), [300, 100, 20])
@@ -91,6 +100,7 @@ class RIDELoss(nn.Module):
             refuse("schedules", "a list of schedules, such as DeferredReweighting", schedules)
         self.schedules = nn.ModuleList(schedules)
         self.mean_loss: Tensor | None = None
+        self._looked = diversity.weight == 0
 
     def forward(
         self, output: Output | None = None, target: Tensor | None = None, *args: Any, **kwargs: Any
@@ -118,7 +128,8 @@ class RIDELoss(nn.Module):
         loss = experts_loss(self._with(args, kwargs), experts, target)
         if not torch.compiler.is_compiling():
             self.mean_loss = loss.detach() / num_experts
-        total: Tensor = loss + self.diversity(experts, target)
+            self._look_at_the_prior(experts, target, args, kwargs)
+        total: Tensor = loss + self.diversity(seen_logits(self._each(), experts), target)
         return total if self.reduction == "sum" else total / num_experts
 
     def __getattr__(self, name: str) -> Any:
@@ -188,6 +199,26 @@ class RIDELoss(nn.Module):
         if isinstance(self.criterion, (list, nn.ModuleList)):
             return [bound(one) for one in self.criterion]
         return bound(self.criterion)
+
+    def _look_at_the_prior(
+        self, experts: Tensor, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Warn, once, if experts can part where a criterion of another library does not look."""
+        if self._looked:
+            return
+        self._looked = True
+        for criterion in self._each():
+            known = hasattr(criterion, "with_prior")
+            if not known and adds_a_prior(criterion, experts[:, 0], target, args, kwargs):
+                warn_caller(
+                    f"The criterion {criterion!r} adds a prior to the logits: at equal logits it "
+                    "prefers some classes. The diversity term compares the plain logits, on which "
+                    "experts then part at no cost to the criterion, and each becomes useless by "
+                    "itself. Give the criterion a method `with_prior(logits)` that returns the "
+                    "logits which its softmax sees, take ride_plugin.longtail.LogitAdjustedLoss in "
+                    "its place, or leave the term out with DiversityLoss(class_counts, weight=0)."
+                )
+                return
 
     def _of_mean(
         self, logits: Tensor, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

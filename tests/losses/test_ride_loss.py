@@ -53,7 +53,9 @@ def test_with_gradients_it_is_the_loss_of_every_expert_and_the_diversity(criteri
     out = output()
     loss = RIDELoss(criterion, COUNTS)(out, TARGET)
     one_by_one = [criterion(out.expert_logits[:, i], TARGET) for i in range(3)]
-    expected = sum(one_by_one) + DiversityLoss(COUNTS)(out, TARGET)
+    prior = (torch.tensor(COUNTS) / sum(COUNTS)).log()
+    seen = out.expert_logits + prior * isinstance(criterion, BalancedSoftmaxLoss)
+    expected = sum(one_by_one) + DiversityLoss(COUNTS)(seen, TARGET)
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad(x, out.expert_logits)[0] for x in (loss, expected))
     torch.testing.assert_close(ours, theirs)
@@ -105,7 +107,7 @@ def test_further_arguments_reach_the_criterion() -> None:
         return F.cross_entropy(logits, target)
 
     for one in (criterion, [criterion] * 3):
-        loss = RIDELoss(one, COUNTS)
+        loss = RIDELoss(one, DiversityLoss(COUNTS, weight=0))  # nothing is tried out
         loss(output(), TARGET, 7, epoch=2)
         with torch.no_grad():
             loss(output(), TARGET, 7, epoch=2)
@@ -116,7 +118,9 @@ def test_further_arguments_reach_the_criterion() -> None:
 def test_a_criterion_for_each_expert(container) -> None:
     criteria = [LogitAdjustedLoss(COUNTS, tau) for tau in (0.0, 1.0, 2.0)]
     loss, out = RIDELoss(container(criteria), COUNTS), output()
-    expected = experts_loss(criteria, out, TARGET) + DiversityLoss(COUNTS)(out, TARGET)
+    prior = (torch.tensor(COUNTS) / sum(COUNTS)).log()
+    seen = expert_logits(out) + torch.tensor([0.0, 1.0, 2.0])[:, None] * prior
+    expected = experts_loss(criteria, out, TARGET) + DiversityLoss(COUNTS)(seen, TARGET)
     torch.testing.assert_close(loss(out, TARGET), expected)
     with torch.no_grad():
         of_mean = torch.stack([one(out.logits, TARGET) for one in criteria]).mean()

@@ -1,0 +1,134 @@
+"""The diversity term compares the logits that the criteria see, or says that it cannot."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ride_plugin import DiversityLoss, RIDELoss
+from ride_plugin.longtail import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
+
+COUNTS = [50, 20, 5, 2]
+PRIOR = torch.tensor([50, 20, 5, 2.0]).div(77).log()
+TARGET = torch.tensor([0, 1, 2, 3, 0, 2])
+
+
+class Foreign(nn.Module):
+    """Balanced softmax as others write it; it counts its calls and draws random numbers."""
+
+    def __init__(self, tau: float = 1.0) -> None:
+        super().__init__()
+        self.tau = tau
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, logits: Tensor, target: Tensor, *args: Any) -> Tensor:
+        self.calls += 1
+        noise = 1e-6 * torch.randn(())
+        return F.cross_entropy(logits + self.tau * PRIOR + noise, target)
+
+
+class Told(Foreign):
+    def with_prior(self, logits: Tensor) -> Tensor:
+        return logits + self.tau * PRIOR
+
+
+def experts() -> Tensor:
+    return torch.randn(6, 3, 4, requires_grad=True)
+
+
+def as_function(logits: Tensor, target: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(logits + PRIOR, dim=1), target)
+
+
+@pytest.mark.parametrize(
+    "criterion", [Foreign(), as_function, [nn.CrossEntropyLoss()] * 2 + [Foreign()]]
+)
+def test_a_prior_that_the_term_cannot_see_is_told_once(criterion: Any) -> None:
+    loss, out = RIDELoss(criterion, COUNTS), experts()
+    with pytest.warns(UserWarning, match=r"adds a prior.*with_prior\(logits\).*weight=0"):
+        loss(out, TARGET)
+    loss(out, TARGET)
+
+
+def test_what_is_handed_on_reaches_the_trial_too() -> None:
+    with pytest.warns(UserWarning, match="adds a prior"):
+        RIDELoss(Foreign(), COUNTS)(experts(), TARGET, "an epoch, say")
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 5.0, 9.0])),
+        nn.CrossEntropyLoss(ignore_index=2),
+        nn.MultiMarginLoss(),
+        LDAMLoss(COUNTS),
+        FocalLoss(),
+        BalancedSoftmaxLoss(COUNTS),
+        LogitAdjustedLoss(COUNTS, tau=-1.0),
+        Told(),
+        Foreign(tau=0.0),
+    ],
+)
+def test_others_are_taken_without_a_word(criterion: nn.Module) -> None:
+    RIDELoss(criterion, COUNTS)(experts(), TARGET)
+
+
+def test_what_cannot_be_tried_out_is_taken_without_a_word() -> None:
+    soft = F.one_hot(TARGET, 4).float()
+    RIDELoss(Foreign(), COUNTS)(experts(), soft)
+    RIDELoss(Foreign().__call__, COUNTS)(experts(), TARGET)  # a method, whose object has a state
+
+
+def test_without_a_diversity_term_nothing_is_asked() -> None:
+    RIDELoss(Foreign(), DiversityLoss(COUNTS, weight=0))(experts(), TARGET)
+
+
+def test_trying_out_leaves_no_trace() -> None:
+    criterion, out = Foreign(), experts()
+    loss = RIDELoss(criterion, COUNTS)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="adds a prior"):
+        loss(out, TARGET)
+    drawn = torch.rand(())
+    assert criterion.calls == 3  # one for each expert
+    torch.manual_seed(0)
+    loss(out, TARGET)
+    assert torch.equal(torch.rand(()), drawn)
+
+
+@pytest.mark.parametrize("taus", [(1.0,), (1.0, 0.0, 2.0)])
+def test_a_criterion_of_ones_own_says_what_it_sees(taus: tuple[float, ...]) -> None:
+    criteria = [Told(tau) for tau in taus]
+    out = experts()
+    loss = RIDELoss(copy.copy(criteria) if len(taus) > 1 else criteria[0], COUNTS)
+    torch.manual_seed(0)
+    got = loss(out, TARGET)
+    each = criteria if len(taus) > 1 else criteria * 3
+    torch.manual_seed(0)
+    alone = sum(one(out[:, i], TARGET) for i, one in enumerate(each))
+    seen = torch.stack([out[:, i] + one.tau * PRIOR for i, one in enumerate(each)], dim=1)
+    torch.testing.assert_close(got, alone + DiversityLoss(COUNTS)(seen, TARGET))
+
+
+def test_only_some_criteria_add_a_prior() -> None:
+    out = experts()
+    loss = RIDELoss([nn.CrossEntropyLoss(), BalancedSoftmaxLoss(COUNTS), Told(2.0)], COUNTS)
+    seen = out + torch.tensor([0.0, 1.0, 2.0])[:, None] * PRIOR
+    alone = sum(F.cross_entropy(seen[:, i], TARGET) for i in range(3))
+    expected = alone + DiversityLoss(COUNTS)(seen, TARGET)
+    torch.testing.assert_close(loss(out, TARGET), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_compared_in_float32() -> None:
+    out = experts().detach().bfloat16().requires_grad_()
+    loss = RIDELoss(BalancedSoftmaxLoss(COUNTS), COUNTS)(out, TARGET)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(
+        loss, RIDELoss(BalancedSoftmaxLoss(COUNTS), COUNTS)(out.float(), TARGET)
+    )
