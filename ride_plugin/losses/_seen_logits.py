@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._numerics import float32_or_better
+
 _RATIO = 1.5  # of two probabilities that should be the same
 _LARGEST = 2**26  # bytes
 
@@ -33,13 +35,9 @@ def seen_logits(criteria: Sequence[Any], experts: Tensor) -> Tensor:
     if len(criteria) == 1:
         seen: Tensor = criteria[0].with_prior(experts)
         return seen
-    each = zip(criteria, experts.unbind(1), strict=True)
+    each = zip(criteria, float32_or_better(experts).unbind(1), strict=True)
     return torch.stack(
-        [
-            c.with_prior(logits) if hasattr(c, "with_prior") else logits.float()
-            for c, logits in each
-        ],
-        dim=1,
+        [c.with_prior(logits) if hasattr(c, "with_prior") else logits for c, logits in each], dim=1
     )
 
 

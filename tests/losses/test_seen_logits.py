@@ -125,6 +125,16 @@ def test_only_some_criteria_add_a_prior() -> None:
     torch.testing.assert_close(loss(out, TARGET), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_float64_stays_so() -> None:
+    out = experts().double().detach().requires_grad_()
+    each = [nn.CrossEntropyLoss(), BalancedSoftmaxLoss(COUNTS), BalancedSoftmaxLoss(COUNTS)]
+    loss = RIDELoss(each, COUNTS).double()
+    assert loss(out, TARGET).dtype == torch.float64
+    # The ensemble is held constant, which a difference quotient is not: with nearly no weight.
+    criterion = RIDELoss(each, DiversityLoss(COUNTS, weight=1e-9)).double()
+    assert torch.autograd.gradcheck(lambda z: criterion(z, TARGET), (out,))
+
+
 def test_half_precision_is_compared_in_float32() -> None:
     out = experts().detach().bfloat16().requires_grad_()
     loss = RIDELoss(BalancedSoftmaxLoss(COUNTS), COUNTS)(out, TARGET)
