@@ -39,6 +39,7 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "diversity, paper": lambda: DiversityLoss(COUNTS, form="paper"),
     "distillation": DistillationLoss,
     "ride": lambda: RIDELoss(nn.CrossEntropyLoss(), COUNTS),
+    "ride, prior": lambda: RIDELoss(longtail.BalancedSoftmaxLoss(COUNTS), COUNTS),
     "ldam": lambda: longtail.LDAMLoss(COUNTS),
     "focal": lambda: longtail.FocalLoss(weight=[1.0, 2.0, 3.0]),
     "balanced softmax": lambda: longtail.BalancedSoftmaxLoss(COUNTS),
@@ -56,23 +57,26 @@ TARGETS = {
 }
 
 
+@pytest.mark.parametrize("moved", [True, False])  # a criterion without tensors need not be moved
 @pytest.mark.parametrize(
     ("name", "target"),
     [pair for pair in product(LOSSES, TARGETS) if pair != ("ldam", "probabilities")],
 )
-def test_losses_stay_on_the_device_of_the_logits_and_read_nothing_back(
-    name, target, monkeypatch
+def test_losses_go_to_the_device_of_the_logits_and_read_nothing_back(
+    name, target, moved, monkeypatch
 ) -> None:
     if name == "ldam":
         monkeypatch.setattr(longtail.LDAMLoss, "_check_cosine", lambda self, logits: None)
-    loss = LOSSES[name]().to("meta")
+    loss = LOSSES[name]()
+    if moved:
+        loss.to("meta")
     logits, labels = experts(torch.float16), TARGETS[target]()
     if name == "routing":
         gates = torch.zeros(4, 1, device="meta", requires_grad=True)
         value, leaf = loss(gates, logits, labels), gates
     elif name == "distillation":
         value, leaf = loss(logits, torch.zeros(4, 3, device="meta")), logits
-    elif name in ("diversity", "diversity, paper", "ride"):
+    elif name in ("diversity", "diversity, paper", "ride", "ride, prior"):
         value, leaf = loss(logits, labels), logits
     else:
         value, leaf = experts_loss(loss, logits, labels), logits

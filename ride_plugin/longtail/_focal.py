@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ride_plugin._checks import Numbers, as_weight, check_logits_target, check_number
+from ride_plugin._devices import follow
 from ride_plugin._numerics import float32_or_better
 
 
@@ -94,6 +95,8 @@ class FocalLoss(nn.Module):
         Raises:
             ArgumentError: shapes or labels do not fit.
         """
+        if self.weight is not None:
+            follow(self, self.weight, logits)
         target = check_logits_target(
             logits, target, None if self.weight is None else len(self.weight)
         )

@@ -14,6 +14,7 @@ from ride_plugin._checks import (
     check_logits_target,
     check_number,
 )
+from ride_plugin._devices import follow
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 
@@ -128,6 +129,7 @@ class LDAMLoss(nn.Module):
             ArgumentError: shapes or labels do not fit, or the logits are no cosines times
                 ``scale``.
         """
+        follow(self, self.margins, logits)
         target = check_logits_target(logits, target, len(self.margins), soft=False)
         if not torch.compiler.is_compiling() and (logits.is_cpu or not self._checked):
             self._check_cosine(logits)

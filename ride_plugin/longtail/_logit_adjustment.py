@@ -12,6 +12,7 @@ from ride_plugin._checks import (
     check_logits_target,
     check_number,
 )
+from ride_plugin._devices import follow
 from ride_plugin._numerics import float32_or_better
 
 
@@ -136,6 +137,7 @@ class LogitAdjustedLoss(nn.Module):
         Raises:
             ArgumentError: shapes or labels do not fit.
         """
+        follow(self, self.adjustment, logits)
         target = check_logits_target(logits, target, len(self.adjustment))
         return logit_adjusted_loss(logits, target, self.adjustment)
 
@@ -153,6 +155,7 @@ class LogitAdjustedLoss(nn.Module):
             >>> LogitAdjustedLoss([75, 25]).with_prior(torch.zeros(1, 2)).exp()
             tensor([[0.7500, 0.2500]])
         """
+        follow(self, self.adjustment, logits)
         logits = float32_or_better(logits)
         return logits + self.adjustment.to(logits.dtype)
 

@@ -17,6 +17,7 @@ from ride_plugin._checks import (
     check_target,
     refuse,
 )
+from ride_plugin._devices import follow
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import Output, expert_logits
@@ -132,6 +133,7 @@ class DiversityLoss(nn.Module):
                 experts,
             )
         logits = float32_or_better(experts)
+        follow(self, self.schedule.temperature, logits)
         class_temperature = self.schedule.temperature.to(logits.dtype)
         if self.form == "official":
             divergence = functional.kl_from_mean(logits, class_temperature)

@@ -73,11 +73,11 @@ def adds_a_prior(
             loss = apart(equal, target, *args, **(kwargs or {}))
         (gradient,) = torch.autograd.grad(loss.sum(), equal)
         others = gradient.scatter(1, target.long()[:, None], torch.nan)
+        largest = others.nan_to_num(-torch.inf).amax(1)
+        smallest = others.nan_to_num(torch.inf).amin(1)
+        return bool(((smallest > 0) & (largest > _RATIO * smallest)).any())
     except Exception:  # whatever it cannot do is told where it is called in earnest
         return False
-    largest = others.nan_to_num(-torch.inf).amax(1)
-    smallest = others.nan_to_num(torch.inf).amin(1)
-    return bool(((smallest > 0) & (largest > _RATIO * smallest)).any())
 
 
 def _apart(criterion: Callable[..., Any]) -> Callable[..., Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ride_plugin._checks import ClassCounts, check_class_counts, check_number
+from ride_plugin._devices import follow
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import Output, expert_logits
 from ride_plugin.functional import routing_loss, routing_targets
@@ -66,6 +67,7 @@ class RoutingLoss(nn.Module):
         targets = routing_targets(logits, target)
         weight = None
         if self.class_weights is not None:
+            follow(self, self.class_weights, gate_logits)
             weight = _of_samples(self.class_weights, target, logits.shape[2])
         return routing_loss(gate_logits, targets, self.pos_weight, self.neg_weight, weight=weight)
 
