@@ -1,8 +1,9 @@
-"""Notices a training in which nothing learns, or only the mean of the experts does."""
+"""Notices a training in which nothing learns, or only the experts' mean, or all experts alike."""
 
 from __future__ import annotations
 
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -81,6 +82,13 @@ class TrainingWatch:
                 "`use_orig_params=True`). (If gradients are accumulated over more passes, the "
                 "learning rate is 0 or the model shall not learn, nothing is wrong.)"
             )
+        elif changed and (twins := _equal_experts(module)):
+            warn_caller(
+                f"Experts {twins[0]} and {twins[1]} have equal weights, also after a step: they "
+                "receive equal gradients and stay one expert. Whatever gave them the same values "
+                "after wrapping (a checkpoint loaded into each, a constant initialisation) has to "
+                "leave their classifiers different."
+            )
 
     def _has_changed(self, module: nn.Module, last: bool) -> bool:
         # Optimizers count what they write, but for those that write to `parameter.data`. Engines
@@ -107,6 +115,17 @@ def _values_in(module: nn.Module) -> list[Tensor]:
             part = (part.to_local() if hasattr(part, "to_local") else part).flatten()
             values.append(part[:: max(1, part.numel() // _SAMPLED)].clone())
     return values
+
+
+def _equal_experts(module: nn.Module) -> tuple[int, int] | None:
+    """The first two experts whose parameters have the same values, as far as those were sampled."""
+    experts: Any = module.get_submodule("experts")
+    values = [_values_in(expert) for expert in experts]
+    for i, j in combinations(range(len(values)), 2):
+        pairs = list(zip(values[i], values[j], strict=False))
+        if pairs and all(torch.equal(a, b) for a, b in pairs):
+            return i, j
+    return None
 
 
 def _has_values(parameter: Tensor) -> bool:

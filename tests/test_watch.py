@@ -52,6 +52,40 @@ def test_a_training_is_left_in_peace() -> None:
         train(head_only, head_only.classifiers[1].parameters())
 
 
+def _equal_experts() -> RIDEWrapper:
+    model = RIDEWrapper(mlp(), 3)
+    for k in (1, 2):
+        model.experts[k].load_state_dict(model.experts[k - 1].state_dict())
+    return model
+
+
+def test_experts_that_were_made_equal_are_noticed_once() -> None:
+    model = _equal_experts()
+    with pytest.warns(UserWarning, match="Experts 0 and 1 have equal weights") as w:
+        train(model, model.parameters())
+    assert len(w) == 1
+    assert w[0].filename == __file__
+
+
+def test_equal_experts_that_part_at_once_are_left_in_peace() -> None:
+    x, y = torch.randn(4, 20), torch.randint(0, 7, (4,))
+    for told_apart in ("targets", "classifiers"):
+        model = _equal_experts()
+        if told_apart == "classifiers":
+            for classifier in model.classifiers:
+                nn.init.normal_(classifier.weight)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(8):
+                logits = expert_logits(model(x))
+                targets = [(y + k * (told_apart == "targets")) % 7 for k in range(3)]
+                losses = map(nn.functional.cross_entropy, logits.unbind(1), targets)
+                optimizer.zero_grad()
+                torch.stack(list(losses)).sum().backward()
+                optimizer.step()
+
+
 def test_an_optimizer_that_no_counter_shows_is_left_in_peace() -> None:
     model = RIDEWrapper(mlp(), 2)
     with warnings.catch_warnings():
