@@ -48,6 +48,23 @@ def from_backbone(model: SplitModule, name: str) -> Any:
     return value
 
 
+def refuse_replacing(model: SplitModule, name: str) -> None:
+    """Refuse a module under a name of the backbone's, which the wrapped model would not run.
+
+    Raises:
+        AttributeError: the backbone has a submodule of this name.
+    """
+    if name in model._modules or not isinstance(getattr(model.trunk, name, None), nn.Module):
+        return
+    raise AttributeError(
+        f"Expected the backbone's `{name}` to be replaced before wrapping, but got a module for it "
+        "afterwards, which the model would not run: the backbone's exists once in the trunk or "
+        "once for each expert. Replace it in the backbone and wrap that; for another number of "
+        "classes pass `num_classes=` when wrapping; or set `model.experts[k]."
+        f"{name}` for each expert."
+    )
+
+
 def _holds_parts(value: Any) -> bool:
     items = value.values() if isinstance(value, dict) else value
     inside = isinstance(value, list | tuple | set | dict) and any(

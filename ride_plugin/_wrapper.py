@@ -23,8 +23,8 @@ from ride_plugin._checks import (
 from ride_plugin._compiler import check_compiles
 from ride_plugin._construct import construct
 from ride_plugin._contexts import training_pass
-from ride_plugin._delegate import from_backbone
-from ride_plugin._errors import ArgumentError
+from ride_plugin._delegate import from_backbone, refuse_replacing
+from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._fold_batchnorm import folded_copy
 from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, joined
 from ride_plugin._pair import halves_of
@@ -295,7 +295,11 @@ class RIDEWrapper(SplitModule):
             >>> tuple(head(net(torch.randn(4, 8))).shape)
             (4, 5)
         """
-        return cls(Pair(feature_extractor, classifier, features), num_experts, **options)
+        try:
+            return cls(Pair(feature_extractor, classifier, features), num_experts, **options)
+        except SplitError as error:
+            _tell_swap(cls, feature_extractor, classifier, num_experts, options, error)
+            raise
 
     def as_pair(self) -> tuple[nn.Module, nn.Module]:
         """The model as the two modules of :meth:`from_pair`, with the model's own parameters.
@@ -447,6 +451,12 @@ class RIDEWrapper(SplitModule):
             "`cost_report` counts FLOPs"
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module, but for the backbone's own submodules, which lie in the parts."""
+        if isinstance(value, nn.Module) and "experts" in self._modules:
+            refuse_replacing(self, name)
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         """What the backbone says of itself: its `config`, say; see :mod:`ride_plugin._delegate`."""
         try:
@@ -466,6 +476,26 @@ class RIDEWrapper(SplitModule):
         return [
             checkpointed(partial(logits_of, k), self.experts[k]) for k in range(len(self.experts))
         ]
+
+
+def _tell_swap(
+    kind: type[RIDEWrapper],
+    extractor: nn.Module,
+    classifier: nn.Module,
+    num_experts: int,
+    options: dict[str, Any],
+    error: SplitError,
+) -> None:
+    """Raise if a pair that cannot be wrapped can be in the other order."""
+    try:
+        kind(Pair(classifier, extractor), num_experts, **options)
+    except Exception:  # whatever the reason, the order is not what is wrong, or not alone
+        return
+    raise SplitError(
+        "Expected arguments `feature_extractor` and `classifier` in this order, but got a "
+        f"{type(extractor).__name__} and a {type(classifier).__name__}, which run in the other "
+        "order only. Swap them: `from_pair(feature_extractor, classifier)`."
+    ) from error
 
 
 def _refuse_tracing(what: str) -> None:

@@ -158,3 +158,14 @@ def test_a_compiled_model_still_finds_its_own() -> None:
     model = wrapped().eval()
     x = torch.randn(3, 8)
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["head", "stem", "blocks"])
+def test_a_module_that_would_not_run_is_refused(name: str) -> None:
+    model = RIDEWrapper(Backbone(), 2, fork_at="blocks.1")
+    with pytest.raises(AttributeError, match=f"`{name}` to be replaced before wrapping"):
+        setattr(model, name, nn.Linear(16, 9))
+    assert name not in dict(model.named_children())
+    model.teacher = nn.Linear(8, 5)  # a name that the backbone does not have
+    model.experts = model.experts
+    assert model(torch.randn(2, 8)).shape == (2, 5)

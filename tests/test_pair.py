@@ -204,3 +204,12 @@ def test_one_process_runs_the_two_modules_on_one_device() -> None:
     x = torch.randn(2, 3, 32, 32)
     parallel = nn.DataParallel(net), nn.DataParallel(head)  # without a GPU: one device
     assert torch.equal(parallel[1](parallel[0](x)[0])[0], head(net(x)[0])[0])
+
+
+def test_a_swapped_pair_is_named() -> None:
+    extractor = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+    with pytest.raises(SplitError, match=r"a Linear and a Sequential.* Swap them: `from_pair"):
+        RIDEWrapper.from_pair(nn.Linear(16, 7), extractor, 2)
+    with pytest.raises(SplitError, match="accepts") as caught:  # wrong in either order
+        RIDEWrapper.from_pair(extractor, nn.Linear(17, 7), 2)
+    assert "Swap" not in str(caught.value)
