@@ -86,8 +86,8 @@ class TrainingWatch:
             warn_caller(
                 f"Experts {twins[0]} and {twins[1]} have equal weights, also after a step: they "
                 "receive equal gradients and stay one expert. Whatever gave them the same values "
-                "after wrapping (a checkpoint loaded into each, a constant initialisation) has to "
-                "leave their classifiers different."
+                '(a checkpoint loaded into each, a constant initialisation, `init="copy"` of a '
+                "classifier that shares its weight with the trunk) has to leave them different."
             )
 
     def _has_changed(self, module: nn.Module, last: bool) -> bool:

@@ -26,8 +26,8 @@ from ride_plugin._contexts import training_pass
 from ride_plugin._delegate import from_backbone, refuse_replacing
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._fold_batchnorm import folded_copy
+from ride_plugin._halves import halves_of
 from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, joined
-from ride_plugin._pair import halves_of
 from ride_plugin._recompute import checkpointed
 from ride_plugin._split import (
     Pair,

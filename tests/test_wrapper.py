@@ -406,7 +406,9 @@ def test_backbone_whose_rows_depend_on_each_other_is_refused() -> None:
             x = self.b(torch.relu(self.a(x)))
             return self.c(x - x.mean(dim=0))
 
-    with pytest.raises(SplitError, match=r"at 'b'.*some rows differ.*`fork_at="):
+    with pytest.raises(
+        SplitError, match=r"at 'b'.*depends on the rows that come with it.*`fork_at="
+    ):
         RIDEWrapper(Coupled(), 2, fork_at="b")
 
 

@@ -1,12 +1,12 @@
 """How a backbone becomes trunk and experts: record and replay, fork, views, self-check."""
 
-from ride_plugin._split._analysis import throwaway
 from ride_plugin._split._build import reason_of_fork, split_backbone
 from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._graft import graft_experts
 from ride_plugin._split._hollow import hollow
 from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
+from ride_plugin._split._learn import throwaway
 from ride_plugin._split._logits import Choice, check_logits_choice, reader_in, whole_outputs
 from ride_plugin._split._module import SplitModule
 from ride_plugin._split._pair import Pair

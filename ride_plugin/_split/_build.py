@@ -16,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
 from ride_plugin._inputs import Inputs, own_inputs
-from ride_plugin._split._analysis import Place, learn, place_of
 from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._copies import (
     detached_activations,
@@ -26,6 +25,7 @@ from ride_plugin._split._copies import (
 from ride_plugin._split._example import find_example
 from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
+from ride_plugin._split._learn import Place, learn, place_of
 from ride_plugin._split._logits import (
     Choice,
     LogitsReader,

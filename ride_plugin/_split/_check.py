@@ -14,8 +14,8 @@ from ride_plugin._closeness import close
 from ride_plugin._contexts import RandomState, seed_everything
 from ride_plugin._errors import RIDEError, SplitError, listed
 from ride_plugin._inputs import Inputs, own_inputs, resize_batch
-from ride_plugin._split._analysis import memory_of, throwaway
 from ride_plugin._split._copies import running_copy, same_values
+from ride_plugin._split._learn import memory_of, throwaway
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._references import captured_by

@@ -15,8 +15,8 @@ from torch import Tensor
 from ride_plugin._contexts import seed_everything
 from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import resize_batch
-from ride_plugin._split._analysis import Place, throwaway
 from ride_plugin._split._copies import same_values
+from ride_plugin._split._learn import Place, throwaway
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import (
     own_containers,

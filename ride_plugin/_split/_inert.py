@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ride_plugin._contexts import random_state_kept
-from ride_plugin._split._analysis import throwaway
+from ride_plugin._split._learn import throwaway
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._views import Views

@@ -25,9 +25,9 @@ from ride_plugin._errors import (
     warn_caller,
 )
 from ride_plugin._inputs import Inputs, in_order_of, resize_batch
-from ride_plugin._split._analysis import learn_at_run_time
 from ride_plugin._split._copies import detached_activations
 from ride_plugin._split._form import versions_in
+from ride_plugin._split._learn import learn_at_run_time
 from ride_plugin._split._logits import LogitsReader, describe, whole_outputs
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import (

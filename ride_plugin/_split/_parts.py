@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import SplitError
 from ride_plugin._inputs import Inputs
-from ride_plugin._split._analysis import Place, throwaway
+from ride_plugin._split._learn import Place, throwaway
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._sharing import frozen_layers, unchanging

@@ -345,6 +345,7 @@ CASES: dict[type[nn.Module], tuple[str, Callable[[], Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Experts 0 and 1 have equal weights")  # those of TiedEmbedding
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
 def test_each_expert_trains_as_a_copy_of_its_own(kind: type[nn.Module]) -> None:
     fork_at, batch = CASES[kind]
