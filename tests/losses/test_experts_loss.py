@@ -232,3 +232,12 @@ def test_an_empty_batch_is_refused(criterion) -> None:
     empty = torch.zeros(0, dtype=torch.int64)
     with pytest.raises(ArgumentError, match="`output` to be of at least one sample"):
         experts_loss(criterion, torch.zeros(0, 3, 5), empty)
+
+
+@pytest.mark.parametrize("kind", [BalancedSoftmaxLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss])
+def test_losses_for_long_tails_run_once_for_all_experts(kind: type[nn.Module]) -> None:
+    criterion = FocalLoss() if kind is FocalLoss else kind([50, 20, 5])
+    rows: list[int] = []
+    criterion.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    experts_loss(criterion, torch.rand(4, 3, 3), torch.tensor([0, 1, 2, 0]))
+    assert rows == [12]

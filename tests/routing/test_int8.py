@@ -49,6 +49,16 @@ def test_a_convolution_is_that_of_the_rounded_numbers(
         assert torch.equal(other, before)
 
 
+def test_in_another_precision_it_is_the_plain_convolution() -> None:
+    torch.manual_seed(0)
+    whole = FusedConv2d(
+        torch.randn(6, 5, 3, 3), None, ([1, 1], [0, 0], [1, 1], 1), True, [4, 5, 9, 9]
+    )
+    x = torch.rand(4, 5, 9, 9, dtype=torch.float64)
+    conv = Int8Conv2d(whole, 0.0, 1.0).double()
+    torch.testing.assert_close(conv(x, None), F.conv2d(x, conv.weight).relu())
+
+
 def test_what_lies_outside_of_the_range_is_cut_off() -> None:
     whole = FusedConv2d(
         torch.ones(1, 1, 1, 1), None, ([1, 1], [0, 0], [1, 1], 1), False, [2, 1, 1, 1]
