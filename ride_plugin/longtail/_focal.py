@@ -95,11 +95,11 @@ class FocalLoss(nn.Module):
         Raises:
             ArgumentError: shapes or labels do not fit.
         """
-        if self.weight is not None:
-            follow(self, self.weight, logits)
         target = check_logits_target(
             logits, target, None if self.weight is None else len(self.weight)
         )
+        if self.weight is not None:
+            follow(self, self.weight, logits)
         return focal_loss(logits, target, gamma=self.gamma, weight=self.weight)
 
     def extra_repr(self) -> str:

@@ -129,8 +129,8 @@ class LDAMLoss(nn.Module):
             ArgumentError: shapes or labels do not fit, or the logits are no cosines times
                 ``scale``.
         """
-        follow(self, self.margins, logits)
         target = check_logits_target(logits, target, len(self.margins), soft=False)
+        follow(self, self.margins, logits)
         if not torch.compiler.is_compiling() and (logits.is_cpu or not self._checked):
             self._check_cosine(logits)
             self._checked = True

@@ -137,8 +137,8 @@ class LogitAdjustedLoss(nn.Module):
         Raises:
             ArgumentError: shapes or labels do not fit.
         """
-        follow(self, self.adjustment, logits)
         target = check_logits_target(logits, target, len(self.adjustment))
+        follow(self, self.adjustment, logits)
         return logit_adjusted_loss(logits, target, self.adjustment)
 
     def with_prior(self, logits: Tensor) -> Tensor:
@@ -150,11 +150,15 @@ class LogitAdjustedLoss(nn.Module):
         Returns:
             ``logits + adjustment``, float32 or better.
 
+        Raises:
+            ArgumentError: ``logits`` are not floating point with one value for each class.
+
         Example:
             >>> import torch
             >>> LogitAdjustedLoss([75, 25]).with_prior(torch.zeros(1, 2)).exp()
             tensor([[0.7500, 0.2500]])
         """
+        check_floating(logits, "logits", "...", len(self.adjustment))
         follow(self, self.adjustment, logits)
         logits = float32_or_better(logits)
         return logits + self.adjustment.to(logits.dtype)

@@ -67,7 +67,7 @@ class RoutingLoss(nn.Module):
         targets = routing_targets(logits, target)
         weight = None
         if self.class_weights is not None:
-            follow(self, self.class_weights, gate_logits)
+            follow(self, self.class_weights, logits)
             weight = _of_samples(self.class_weights, target, logits.shape[2])
         return routing_loss(gate_logits, targets, self.pos_weight, self.neg_weight, weight=weight)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin import DiversityLoss, RIDELoss
+from ride_plugin import ArgumentError, DiversityLoss, RIDELoss
 from ride_plugin.longtail import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
 
 COUNTS = [50, 20, 5, 2]
@@ -123,6 +123,12 @@ def test_only_some_criteria_add_a_prior() -> None:
     alone = sum(F.cross_entropy(seen[:, i], TARGET) for i in range(3))
     expected = alone + DiversityLoss(COUNTS)(seen, TARGET)
     torch.testing.assert_close(loss(out, TARGET), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("logits", [None, "x", torch.zeros(2, 3), torch.zeros(2, 4).long()])
+def test_what_are_no_logits_of_these_classes_is_refused(logits: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"`logits`"):
+        BalancedSoftmaxLoss(COUNTS).with_prior(logits)
 
 
 def test_float64_stays_so() -> None:
