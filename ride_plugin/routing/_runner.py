@@ -20,7 +20,7 @@ _FIRST_DIM = Rows(0, 1)
 
 
 @dataclass(frozen=True)
-class _Crossing:
+class Crossing:
     """What crosses the cut, rows in the first dimension."""
 
     tensors: tuple[Tensor, ...]
@@ -29,8 +29,8 @@ class _Crossing:
     def batch_size(self) -> int:
         return len(self.tensors[0])
 
-    def select(self, rows: Tensor) -> _Crossing:
-        return _Crossing(
+    def select(self, rows: Tensor) -> Crossing:
+        return Crossing(
             tuple(take_rows(value, _FIRST_DIM, rows, self.batch_size) for value in self.tensors)
         )
 
@@ -89,13 +89,13 @@ class StagedRunner:
         output = walk(self, *args, **kwargs)
         return output if return_routing else output.logits
 
-    def start(self, *args: Any, **kwargs: Any) -> tuple[_Crossing, Tensor, Tensor]:
+    def start(self, *args: Any, **kwargs: Any) -> tuple[Crossing, Tensor, Tensor]:
         """Run trunk and expert 0."""
         crossing = tuple(tensors_in(self._trunk(*tensors_in((args, kwargs)))))
-        state = _Crossing(crossing)
+        state = Crossing(crossing)
         return (state, *self.run_expert(0, state))
 
-    def run_expert(self, index: int, state: _Crossing) -> tuple[Tensor, Tensor]:
+    def run_expert(self, index: int, state: Crossing) -> tuple[Tensor, Tensor]:
         """Run one expert."""
         logits, features = self._experts[index](*state.tensors)
         return logits, features
