@@ -6,6 +6,9 @@ from the top. Only the seed is fixed, so that a run can be repeated.
 What an old torch cannot do is skipped: tests by their marks, pages and docstrings by their names.
 """
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 from sybil import Sybil
@@ -41,6 +44,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew() -> Iterator[None]:
+    """What is compiled eight times in one process is compiled no more, only what it calls."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 pytest_collect_file = Sybil(
