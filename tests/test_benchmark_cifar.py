@@ -18,6 +18,7 @@ from benchmarks.cifar.data import Split, load  # noqa: E402
 from benchmarks.cifar.evaluate import TAUS, by_tau  # noqa: E402
 from benchmarks.cifar.methods import METHODS  # noqa: E402
 from benchmarks.cifar.train import Recipe, Run  # noqa: E402
+from ride_plugin import DiversityLoss, expert_logits  # noqa: E402
 
 COUNTS = (12, 9, 7, 6, 5, 4, 3, 3, 2, 2)
 RECIPE = Recipe(epochs=2, batch_size=16)
@@ -132,12 +133,24 @@ def test_methods_with_a_second_stage_share_the_first_and_change_classifiers_only
     assert as_trained == [{"tau": 0.0, **done["accuracy"]}]
 
 
-def test_adjusted_experts_compare_what_their_criteria_see(data, tmp_path) -> None:
+def test_adjusted_experts_compare_what_their_criteria_see(data, tmp_path, monkeypatch) -> None:
+    compared = []
+
+    def keeping(self, logits, target):
+        compared.append(logits.detach())
+        return plain(self, logits, target)
+
+    plain = DiversityLoss.forward
+    monkeypatch.setattr(DiversityLoss, "forward", keeping)
     run = Run("ride3_adjusted_paper", 0, RECIPE, data, tmp_path)
+    given = []
+    run.model.register_forward_hook(lambda _, __, out: given.append(expert_logits(out).detach()))
+    assert run.execute()["mean_experts"] == 3
     counts = torch.tensor(COUNTS, dtype=torch.float32)
     prior = (counts / counts.sum()).log()
-    torch.testing.assert_close(run.prior, torch.stack([prior, 0 * prior, 2 * prior]))
-    assert run.execute()["mean_experts"] == 3
+    added = torch.stack([prior, 0 * prior, 2 * prior])
+    assert compared
+    torch.testing.assert_close(compared[0], given[0] + added)
 
 
 def test_adjusting_after_training_trades_few_shot_for_many_shot_accuracy(tmp_path) -> None:

@@ -12,6 +12,9 @@ def test_the_bound_is_in_units_of_the_largest_number(dtype: torch.dtype, largest
     unit = torch.finfo(dtype).eps
     b = torch.tensor([largest, 0.0], dtype=torch.float64).to(dtype)
     near, far = (b + torch.tensor([0.0, k * unit * largest]).to(dtype) for k in (3, 5))
+    high = b + torch.tensor([6 * unit * largest, 0.0]).to(dtype)  # once for itself, once beside it
+    assert close(high, b, 4, scale=0.0)
+    assert not close(b + torch.tensor([10 * unit * largest, 0.0]).to(dtype), b, 4, scale=0.0)
     assert close(near, b, 4, scale=0.0)
     assert not close(far, b, 4, scale=0.0)
     assert close(far, b, 4, scale=2 * largest)
@@ -38,7 +41,16 @@ def test_integers_are_equal_or_not() -> None:
     assert not close(b + 1, b, 1e6)
 
 
-def test_a_nan_is_close_to_a_nan_only() -> None:
+def test_a_nan_is_close_to_a_nan_at_most() -> None:
     b = torch.tensor([1.0, torch.nan])
-    assert close(b.clone(), b, 1)
-    assert not close(torch.ones(2), b, 1)
+    assert not close(b.clone(), b, 1)
+    assert close(b.clone(), b, 1, equal_nan=True)
+    assert not close(torch.ones(2), b, 1, equal_nan=True)
+
+
+def test_without_a_number_of_units_half_of_the_digits_may_differ() -> None:
+    for dtype, relative in ((torch.float32, 3.4e-4), (torch.float64, 1.49e-8)):
+        b = torch.tensor([0.0, 8.0], dtype=dtype)
+        step = torch.tensor([8 * relative, 0.0], dtype=dtype)
+        assert close(b + step, b)
+        assert not close(b + 1.1 * step, b)

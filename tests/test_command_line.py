@@ -164,9 +164,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, arrays):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=root, **pipes) as process:
         process.stdout.close()
-        said = process.stderr.read()  # torch may log there what its build lacks
-        assert "BrokenPipe" not in said
-        assert "Traceback" not in said
+        said = process.stderr.read().splitlines()
+        # torch with an accelerator logs that a package is missing, which is not ours to say.
+        assert [line for line in said if "triton not found" not in line] == []
         assert process.wait() == 0
 
 

@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.adapters.data import Data, Group
 from benchmarks.adapters.early_exit import measure_exits
 from benchmarks.adapters.methods import Method
-from ride_plugin import DiversityLoss, RIDEWrapper, cost_report, expert_logits, experts_loss
+from ride_plugin import (
+    DiversityLoss,
+    RIDELoss,
+    RIDEWrapper,
+    cost_report,
+    expert_logits,
+    experts_loss,
+)
 from ride_plugin.longtail import LogitAdjustedLoss, shot_report
 from ride_plugin.routing import TrunkState
 
@@ -148,14 +155,13 @@ def train(
     recipe: Recipe,
 ) -> tuple[int, float]:
     """The ordinary loop, on stored results of the trunk; returns steps and processor seconds."""
-    adjusted = [LogitAdjustedLoss(class_counts, tau=t) for t in method.adjustments]
-    criterion = nn.ModuleList(adjusted)
+    criteria = [LogitAdjustedLoss(class_counts, tau=t) for t in method.adjustments]
     diversity = DiversityLoss(
         class_counts,
         weight=recipe.diversity_weight if method.diversity else 0.0,
         form=method.diversity or "official",
     )
-    prior = torch.stack([one.adjustment for one in adjusted])  # [E, C]
+    ride = RIDELoss(criteria, diversity)  # compares what the criteria see
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, recipe.lr, weight_decay=recipe.weight_decay)
     generator = torch.Generator().manual_seed(seed)
@@ -168,10 +174,12 @@ def train(
         for group, rows in _batches(stored, recipe.batch_size, generator):
             state, labels = stored[group]
             out, target = model(state.select(rows)), labels[rows]
-            loss = experts_loss(criterion, out, target)
-            if method.diversity:
-                experts = expert_logits(out)
-                loss = loss + diversity(experts if method.compares_raw else experts + prior, target)
+            if method.diversity and not method.compares_raw:
+                loss = ride(out, target)
+            else:
+                loss = experts_loss(criteria, out, target)
+                if method.diversity:
+                    loss = loss + diversity(out, target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

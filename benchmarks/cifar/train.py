@@ -21,7 +21,7 @@ from benchmarks.cifar.routing import route
 from benchmarks.cifar.second_stage import normalise_classifiers, retrain_classifiers
 from benchmarks.machine import machine
 from benchmarks.resnets import CifarResNet
-from ride_plugin import DistillationLoss, DiversityLoss, RIDEWrapper, expert_logits, experts_loss
+from ride_plugin import DistillationLoss, DiversityLoss, RIDELoss, RIDEWrapper
 from ride_plugin.longtail import (
     CosineClassifier,
     LDAMLoss,
@@ -78,10 +78,6 @@ class Run:
             start_epoch=round(recipe.reweight_from * recipe.epochs),
             form=self.method.diversity or "paper",
         ).to(self.device)
-        # What each expert's criterion adds to its logits: the log prior, tau times, [E, C].
-        log_prior = (self.class_counts / self.class_counts.sum()).log()
-        taus = torch.tensor(self.method.adjustments).unsqueeze(1)
-        self.prior = (taus * log_prior).to(self.device)
 
     def _build(self) -> nn.Module:
         method, num_classes = self.method, len(self.class_counts)
@@ -172,6 +168,8 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch)
             criterion = self._criterion(epoch)
+            if self.method.num_experts:
+                criterion = RIDELoss(criterion, self.diversity)  # compares what the criterion sees
             self.model.train()
             losses = []
             for indices in batches(self.train_split, recipe.batch_size, self.generator):
@@ -193,8 +191,7 @@ class Run:
         with self._autocast():
             out = self.model(x)
         if self.method.num_experts:
-            compared = expert_logits(out) + self.prior if self.method.adjustments else out
-            loss = experts_loss(criterion, out, target) + self.diversity(compared, target)
+            loss = criterion(out, target)
         else:
             # Another library's exits or members, one after the other, have the same targets.
             loss = criterion(out.float(), torch.cat([target] * (len(out) // len(target))))

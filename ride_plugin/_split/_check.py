@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -24,7 +24,7 @@ from ride_plugin._split._views import Views
 from ride_plugin._tree import logits_in, map_tensors, tensors_in
 
 _BATCH = 3
-_UNITS = 200  # in the last place: other kernels may run
+_close = partial(close, units=100, scale=0.0, equal_nan=True)  # other kernels may run
 
 
 class WrittenBehind(Exception):
@@ -248,7 +248,7 @@ def _rows_agree(
         got = _logits(play(views.expert, views.running, some.hollowed()))
     if got.shape != expected[rows].shape:
         return False
-    if close(got, expected[rows], _UNITS, scale=0.0):
+    if _close(got, expected[rows]):
         return True
     # Kernels differ with the batch size, and a deep network amplifies their rounding: what the
     # backbone itself shows of it is allowed, as long as it can be rounding.
@@ -256,7 +256,7 @@ def _rows_agree(
     noise = min(
         10 * float((alone - expected[rows]).abs().max()), 1e-3 * float(expected.abs().max())
     )
-    return close(got, expected[rows], _UNITS, scale=0.0, allowed=noise)
+    return _close(got, expected[rows], allowed=noise)
 
 
 def _relates_rows(
@@ -266,8 +266,8 @@ def _relates_rows(
     rows = torch.tensor([2, 0], device=expected.device)
     alone = _seeded(backbone(False), state.select(rows).values[0])
     rounding = 1e-3 * float(expected.abs().max())
-    return alone.shape == expected[rows].shape and not close(
-        alone, expected[rows], _UNITS, scale=0.0, allowed=rounding
+    return alone.shape == expected[rows].shape and not _close(
+        alone, expected[rows], allowed=rounding
     )
 
 
@@ -324,7 +324,7 @@ def _unfused(hooked: nn.Module, inputs: Inputs, expected: Tensor) -> Tensor:
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_pre_hook(lambda *_: None)
     logits = _seeded(hooked, inputs)
-    return logits if close(logits, expected, _UNITS, scale=0.0) else expected
+    return logits if _close(logits, expected) else expected
 
 
 def _logits(output: Any) -> Tensor:
@@ -337,7 +337,7 @@ def _logits(output: Any) -> Tensor:
 def _same(a: Tensor, b: Tensor, exact: Callable[[], bool]) -> bool:
     if same_values(a, b):
         return True
-    return close(a, b, _UNITS, scale=0.0) and not exact()
+    return _close(a, b) and not exact()
 
 
 def _prefix(fork: str, mode: str) -> str:

@@ -93,7 +93,7 @@ def _check(parts: Parts, index: int, module: nn.Module, reader: LogitsReader) ->
                 f"Expert {index} does not run as a module of its own ({type(error).__name__}: "
                 f"{error}). With a trunk of several inputs, call trunk and expert yourself."
             ) from error
-    if not close(got, expected, units=1e3):
+    if not close(got, expected, units=500):
         raise RIDEError(
             f"The plain module of expert {index} computes other logits than the expert. Its "
             "backbone keeps references to submodules outside `named_modules()`."
