@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import without_autocast
 
 
 class CosineClassifier(nn.Module):
@@ -45,7 +46,7 @@ class CosineClassifier(nn.Module):
 
         Times 30, a cosine rounded to bfloat16 would move logits by a tenth.
         """
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             if features.dtype != self.weight.dtype:  # what autocast made of them
                 features = features.to(self.weight.dtype)
             directions = F.normalize(features, dim=-1), F.normalize(self.weight, dim=1)

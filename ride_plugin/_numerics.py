@@ -17,6 +17,7 @@ probabilities are ever subtracted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -131,6 +132,11 @@ def with_gradient(
 def float32_or_better(logits: Tensor) -> Tensor:
     """Upcast half precision, also what autocast made; float64 stays as it is."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Let no operation on this tensor's device be lowered; the meta device knows no autocast."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def inverse_of(temperature: Tensor | float, logits: Tensor) -> Tensor:

@@ -34,3 +34,10 @@ def test_features_that_autocast_rounded_give_logits_in_float32() -> None:
 def test_a_scale_that_is_not_positive_is_refused(scale: float) -> None:
     with pytest.raises(ValueError, match="`scale` to be positive"):
         CosineClassifier(3, 4, scale=scale)
+
+
+def test_it_runs_without_contents_as_the_probe_of_a_build_does() -> None:
+    with torch.device("meta"):
+        logits = CosineClassifier(16, 4)(torch.empty(2, 16))
+    assert logits.is_meta
+    assert logits.shape == (2, 4)

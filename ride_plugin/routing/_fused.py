@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import without_autocast
 
 _ATEN = torch.ops.aten
 _POINTWISE: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
@@ -79,7 +80,7 @@ class FusedStage(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the stage; images are taken in either memory format."""
         if torch.is_autocast_enabled(tensors[0].device.type):
-            with torch.autocast(tensors[0].device.type, enabled=False):
+            with without_autocast(tensors[0]):
                 return cast("tuple[Tensor, ...]", self.graph_module.forward(*tensors))
         return cast("tuple[Tensor, ...]", self.graph_module.forward(*tensors))
 

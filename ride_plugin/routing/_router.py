@@ -18,7 +18,7 @@ from ride_plugin._checks import (
     refuse,
 )
 from ride_plugin._errors import ArgumentError
-from ride_plugin._numerics import float32_or_better
+from ride_plugin._numerics import float32_or_better, without_autocast
 from ride_plugin._output import RouterInputs
 from ride_plugin.functional import running_means
 
@@ -185,7 +185,7 @@ class ExpertRouter(nn.Module):
         check_floating(mean_logits, "mean_logits", "b", self.num_classes, advice=_ADVICE)
         if self.inputs == "paper":  # the other does not read them
             check_floating(features, "features", len(mean_logits), self.feature_dim, advice=_ADVICE)
-        with torch.autocast(mean_logits.device.type, enabled=False):
+        with without_autocast(mean_logits):
             read = self._paper if self.inputs == "paper" else self._predictions
             direct, indirect = read(index, float32_or_better(mean_logits), features)
             dtype = self.output.weight.dtype

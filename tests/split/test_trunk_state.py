@@ -23,7 +23,9 @@ from ride_plugin import (
     expert_logits,
     experts_loss,
 )
+from ride_plugin._split._hollow import is_hollow
 from ride_plugin._split._passes import pooled
+from ride_plugin._tree import tensors_in
 from ride_plugin.routing import TrunkState
 from tests.adapters import KINDS, low_rank
 from tests.backbones import VisionTransformer, mlp
@@ -125,6 +127,24 @@ def test_a_state_takes_no_memory_for_what_no_expert_reads() -> None:
     torch.save(state.to("cpu", torch.float16), file)
     tokens = max(v.numel() for v in state.values if isinstance(v, Tensor))
     assert len(file.getvalue()) < 2 * tokens + 20_000 < 2 * 8 * 3 * 32 * 32 + 20_000
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_path_learned_at_run_time_drops_what_no_expert_reads(mode: Any) -> None:
+    model = RIDEWrapper(VisionTransformer(5), 2).eval()
+    batch = torch.randn(8, 3, 32, 32)
+    with mode():
+        known, learned = model.run_trunk(batch), model.run_trunk(x=batch)
+        torch.testing.assert_close(model(learned), model(batch))
+    kept = [[is_hollow(t) for t in tensors_in(s.values)] for s in (known, learned)]
+    assert any(kept[0])
+    assert kept[0] == kept[1]
+
+
+def test_a_model_made_without_gradients_drops_what_no_expert_reads() -> None:
+    with torch.no_grad():
+        model = RIDEWrapper(VisionTransformer(5), 2).eval()
+    assert any(map(is_hollow, tensors_in(model.run_trunk(torch.randn(8, 3, 32, 32)).values)))
 
 
 def test_a_loader_batches_states_with_targets() -> None:
