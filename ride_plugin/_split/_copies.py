@@ -147,9 +147,21 @@ def _kept_on(module: nn.Module) -> list[Tensor]:
     """The tensors that modules hold: parameters, buffers and plain attributes."""
     kept = {
         id(value): value  # many modules may hold one value, a configuration say
-        for part in module.modules()
+        for part in _reached_from(module)
         for key, value in vars(part).items()
         if type(value) not in _ATOMS and key not in _WITHOUT_TENSORS
         if not isinstance(value, nn.Module)
     }
     return [tensor for value in kept.values() for tensor in tensors_in(value)]
+
+
+def _reached_from(module: nn.Module) -> list[nn.Module]:
+    """Its modules, and those that are held as plain attributes, as stand-ins hold an expert."""
+    found: dict[int, nn.Module] = {}
+    waiting = [module]
+    while waiting:
+        for part in waiting.pop().modules():
+            if id(part) not in found:
+                found[id(part)] = part
+                waiting += [held for held in vars(part).values() if isinstance(held, nn.Module)]
+    return list(found.values())

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ride_plugin._contexts import RandomState
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._tree import CONTAINERS, tensors_in
 
 _INTERNAL = frozenset(vars(nn.Module()))
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RANDOM = ("", "numpy.random and random")  # draws leave their mark as attributes do
 
 Seen = tuple[int, tuple[int, ...]]  # (address, shape) of a tensor
@@ -92,9 +95,13 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
 
     before_all = {name: (part, marks_of(part)) for name, part in model.named_modules()}
     random_before = RandomState.now().mark()
+    unseen = {id(part) for part in model.modules() if isinstance(part, torch.jit.ScriptModule)}
+    for part in model.modules():
+        if isinstance(part, ParametrizationList):  # computes weights: no step of the forward
+            unseen |= set(map(id, part.modules()))
     handles = []
     for module in model.modules():
-        if module is not model and not isinstance(module, torch.jit.ScriptModule):
+        if module is not model and id(module) not in unseen:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
@@ -161,10 +168,14 @@ def _leaf_multiply_adds(leaf: Call) -> int:
     module = leaf.module
     if leaf.shape is None or isinstance(module, nn.Embedding):
         return 0
-    weights = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
-    if not weights:
-        return 0
     outputs = math.prod(leaf.shape)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return outputs * weights[0][0].numel()
-    return outputs * weights[0].shape[-1]
+    # Not by the weight, which need not be a parameter: it may be pruned or normalised.
+    if isinstance(module, _CONVOLUTIONS):
+        return outputs * module.in_channels // module.groups * math.prod(module.kernel_size)
+    if isinstance(module, _TRANSPOSED):
+        inputs = math.prod(leaf.inputs[0][1]) if leaf.inputs else 0
+        return inputs * module.out_channels // module.groups * math.prod(module.kernel_size)
+    if isinstance(module, nn.Linear):
+        return outputs * module.in_features
+    weights = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
+    return outputs * max(weights, key=Tensor.numel).shape[-1] if weights else 0

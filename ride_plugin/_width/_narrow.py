@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ride_plugin._closeness import close
 from ride_plugin._contexts import random_state_kept, seed_everything
-from ride_plugin._errors import RIDEError, WidthError
+from ride_plugin._errors import RIDEError, WidthError, listed
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split import (
     Kept,
@@ -63,6 +64,7 @@ def narrow_expert(split: Split, width: float) -> Split:
     _refuse_quantised(split.views.expert, width)
     expert, views = split.views.expert, split.views
     frozen = {id(t) for t in (*views.trunk.parameters(), *views.trunk.buffers())}
+    _refuse_computed(expert, width, frozen)
     before = _size(expert, frozen)
     modes = {name: module.training for name, module in expert.named_modules()}
     kept = Kept(expert)  # trials run on the expert itself, and a forward may count or average
@@ -107,6 +109,25 @@ def _refuse_quantised(expert: nn.Module, width: float) -> None:
                     "then prepare the result",
                 )
             )
+
+
+def _refuse_computed(expert: nn.Module, width: float, frozen: set[int]) -> None:
+    """A weight that is no parameter cannot be cut; torch may abort where what it is made of is."""
+    names = [
+        name
+        for name, module in expert.named_modules()
+        if (is_parametrized(module) or isinstance(vars(module).get("weight"), Tensor))
+        and any(id(parameter) not in frozen for parameter in module.parameters())
+    ]
+    if names:
+        raise WidthError(
+            _message(
+                width,
+                f"the weights of {listed(names)} are computed from other tensors (normalised or "
+                "pruned, say). Wrap and narrow the backbone as it was before, then do that to "
+                "trunk and experts",
+            )
+        )
 
 
 def _message(width: float, reason: str) -> str:

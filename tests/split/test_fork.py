@@ -8,10 +8,12 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from ride_plugin import RIDEWrapper, SplitError
 from ride_plugin._split._fork import choose_fork
-from ride_plugin._split._probe import call_tree
+from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._units import tokens, units_of
 from tests.backbones import CifarResNet, ImageNetResNet, VisionTransformer, mlp
 
@@ -40,6 +42,47 @@ def test_multiply_adds_of_resnet_32_are_the_known_number() -> None:
 def test_reason_for_the_default_fork(backbone, size: int, reason: str) -> None:
     root, _ = call_tree(backbone.eval(), ((torch.rand(2, 3, size, size),), {}))
     assert choose_fork(root, None).reason == reason
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    ],
+)
+def test_a_weight_that_is_computed_is_counted_as_one_that_is_learned(change) -> None:
+    def root_of(backbone: nn.Module) -> Call:
+        return call_tree(backbone.eval(), ((torch.rand(2, 3, 32, 32),), {}))[0]
+
+    plain, backbone = root_of(CifarResNet(n=1)), CifarResNet(n=1)
+    for layer in [m for m in backbone.modules() if isinstance(m, nn.Conv2d)]:
+        change(layer)
+    root = root_of(backbone)
+    assert root.multiply_adds == plain.multiply_adds
+    assert [unit.name for unit in units_of(root)] == [unit.name for unit in units_of(plain)]
+    assert choose_fork(root, None).index == choose_fork(plain, None).index
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, stride=2, groups=2),
+        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, bias=False),
+        nn.Conv1d(4, 6, 5),
+        nn.Linear(7, 6),
+    ],
+)
+def test_multiply_adds_are_half_of_what_torch_counts(layer: nn.Module) -> None:
+    x = torch.randn(2, 4, 9) if isinstance(layer, nn.Conv1d) else torch.randn(2, 4, 9, 7)
+    root, _ = call_tree(nn.Sequential(layer), ((x,), {}))
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert root.multiply_adds == counter.get_total_flops() // 2
 
 
 def test_probing_leaves_no_hook_behind() -> None:

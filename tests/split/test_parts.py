@@ -307,6 +307,21 @@ def test_narrow_experts_come_back_and_train_alone() -> None:
     assert torch.equal(model.trunk.conv1.weight, kept)  # a copy
 
 
+def test_what_one_expert_has_kept_in_training_does_not_hinder_another() -> None:
+    class Keeping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = super().forward(x)  # with its gradient history, which cannot be copied
+            return self.kept
+
+    layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5)]
+    model = RIDEWrapper(nn.Sequential(*layers), 2, fork_at="2")
+    model.experts[0][2] = Keeping(8, 8)  # after wrapping, as pruning replaces a weight
+    x = torch.randn(3, 6)
+    expected = expert_logits(model(x))
+    for index in range(2):
+        torch.testing.assert_close(model.to_module(index)(x), expected[:, index])
+
+
 def test_the_whole_comes_back_as_modules_that_share_the_trunk() -> None:
     model = RIDEWrapper(CifarResNet(10, n=1), 3).eval()
     plain = model.to_modules()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from benchmarks.zoo.stateful import FrozenStem
 from ride_plugin import (
@@ -184,6 +185,30 @@ def test_a_layer_that_cannot_be_narrowed_is_named() -> None:
     backbone = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), Fixed(), nn.ReLU(), nn.Linear(16, 4))
     with pytest.raises(WidthError, match=r"Cannot narrow.*`expert_width=1\.0`"):
         RIDEWrapper(backbone, 2, fork_at="2", expert_width=0.75)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.orthogonal,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    ],
+)
+def test_weights_that_are_computed_are_refused_and_made_so_after_wrapping(change) -> None:
+    backbone = mlp()
+    model = RIDEWrapper(mlp(), 2, fork_at="2", expert_width=0.5)
+    change(backbone[4])  # where torch aborted: its weight norm looks at no size
+    with pytest.raises(WidthError, match=r"weights of `4` are computed.*narrow the backbone as it"):
+        RIDEWrapper(backbone, 2, fork_at="2", expert_width=0.5)
+    for expert in model.experts:
+        change(expert[4])
+    x = torch.randn(6, 20)
+    out = expert_logits(model(x))
+    out.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    for index in range(2):
+        torch.testing.assert_close(model.to_module(index)(x), out[:, index])
 
 
 def test_attention_that_runs_in_the_trunk_keeps_its_number_of_heads() -> None:
