@@ -106,7 +106,9 @@ class _KnownGradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             # once_differentiable would let it pass, as a constant, where grad_value is one.
             raise NotImplementedError(
-                "The divergences have no second derivative: call backward without create_graph."
+                "The divergences have no second derivative. Differentiate a loss twice without the "
+                "diversity or distillation term (`experts_loss(criterion, output, target)`), and "
+                "call backward on the terms without `create_graph=True`."
             )
         (gradient,) = ctx.saved_tensors
         return gradient * grad_value[:, None, None], None, None

@@ -383,6 +383,8 @@ class RIDEWrapper(SplitModule):
         check_compiles()
         if type(args) is not tuple or any(type(value).__name__ == "Proxy" for value in args):
             _refuse_tracing("torch.fx.symbolic_trace")
+        if torch.jit.is_tracing():
+            _refuse_tracing("torch.jit.trace")
         # Another thread may be evaluating the model, which sets the modes of its modules.
         free = torch.compiler.is_compiling() or not torch.is_grad_enabled()
         with nullcontext() if free else training_pass(self):
@@ -501,7 +503,8 @@ def _tell_swap(
 def _refuse_tracing(what: str) -> None:
     raise ArgumentError(
         f"Expected the wrapped model to be compiled or exported, but {what} cannot follow how its "
-        "experts run. Use `torch.compile(model)`, `torch.export.export(model.eval(), (x,))`, or "
+        "experts run. Use `torch.compile(model)`, `torch.export.export(model.eval(), (x,))`, "
+        "`torch.onnx.export(model.eval(), (x,), dynamo=True)`, or "
         f"`{what}` of one expert as a plain module, `model.to_module(k)`."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import warnings
 
@@ -418,11 +419,22 @@ def test_another_number_of_experts_is_refused_with_a_remedy_that_works() -> None
     torch.testing.assert_close(expert_logits(new(x)), wanted)
 
 
+def by_example(module: nn.Module) -> nn.Module:
+    return torch.jit.trace(module, torch.randn(3, 20))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("trace", [torch.jit.script, torch.fx.symbolic_trace])
+@pytest.mark.parametrize("trace", [torch.jit.script, by_example, torch.fx.symbolic_trace])
 def test_what_cannot_follow_the_experts_is_refused_with_remedies_that_work(trace, inside) -> None:
     model, x = three().eval(), torch.randn(4, 20)
     with pytest.raises(ArgumentError, match=r"torch\.compile\(model\).*to_module\(k\)"):
         trace(nn.Sequential(nn.Identity(), model) if inside else model)
     torch.testing.assert_close(trace(model.to_module(1))(x), model.to_module(1)(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter that is refused
+def test_the_onnx_exporter_that_traces_is_refused_with_the_one_that_does_not() -> None:
+    pytest.importorskip("onnx")
+    with pytest.raises(ArgumentError, match=r"torch\.onnx\.export\(.*dynamo=True\)"):
+        torch.onnx.export(three().eval(), (torch.randn(4, 20),), io.BytesIO(), dynamo=False)
