@@ -383,7 +383,7 @@ class RIDEWrapper(SplitModule):
         check_compiles()
         if type(args) is not tuple or any(type(value).__name__ == "Proxy" for value in args):
             _refuse_tracing("torch.fx.symbolic_trace")
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             _refuse_tracing("torch.jit.trace")
         # Another thread may be evaluating the model, which sets the modes of its modules.
         free = torch.compiler.is_compiling() or not torch.is_grad_enabled()
