@@ -42,9 +42,13 @@ def from_backbone(model: SplitModule, name: str) -> Any:
         raise AttributeError(
             f"'{kind}' object has no attribute '{name}', and the backbone's own would reach one "
             f"part of the model only. Call `{name}` on the backbone before wrapping it, or on "
-            "`model.to_module(k)`, a copy of expert k as a plain network. Weights of a wrapped "
-            "model are saved with `model.state_dict()` and loaded with `model.load_state_dict()`."
+            "`model.to_module(k)`, a copy of expert k as a plain network; where it sets something "
+            "in each of its modules, on every part: `for part in (model.trunk, *model.experts): "
+            f"part.{name}(...)`. Weights of a wrapped model are saved with `model.state_dict()` "
+            "and loaded with `model.load_state_dict()`."
         )
+    if name.startswith("_"):  # engines ask for such: names of parts, say, which are others now
+        raise AttributeError(f"'{kind}' object has no attribute '{name}'")
     return value
 
 

@@ -464,7 +464,7 @@ class RIDEWrapper(SplitModule):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "trunk" not in self.__dict__.get("_modules", ()):
+            if name.startswith("__") or "trunk" not in self.__dict__.get("_modules", ()):
                 raise
             return from_backbone(self, name)
 

@@ -324,8 +324,9 @@ def learned(
                 f"Cannot split the backbone at {fork_at!r}: its forward runs as a whole, but fails "
                 f"when an expert takes up what the trunk left ({type(error).__name__}: {error}). "
                 "Its late part seems to need something of its early part that is no tensor, a "
-                "cache say (Hugging Face's is switched off by `config.use_cache = False`). Pass "
-                "another `fork_at=`, or write trunk and experts as modules of their own and use "
+                "cache say (Hugging Face's is switched off by `config.use_cache = False`), or that "
+                "a hook leaves on the model (hand it on in the forward instead). Pass another "
+                "`fork_at=`, or write trunk and experts as modules of their own and use "
                 "`RIDEWrapper.from_parts`."
             ) from error
         else:

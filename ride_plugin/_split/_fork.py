@@ -29,8 +29,8 @@ class Fork:
         """Why this fork makes little sense, in words; None where it does."""
         if not any(unit.num_parameters for unit in self.units[: self.index]):
             return (
-                "no layer with weights runs before it, so that the experts share nothing and each "
-                "costs as much as the backbone. Pass `fork_at=` a later submodule"
+                "no layer with weights runs before it, so that the experts share no computation "
+                "and each costs as much as the backbone. Pass `fork_at=` a later submodule"
             )
         share = _trunk_share(self.units, self.index)
         if share >= _MOST_TRUNK:

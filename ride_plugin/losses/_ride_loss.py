@@ -214,9 +214,11 @@ class RIDELoss(nn.Module):
                     f"The criterion {criterion!r} adds a prior to the logits: at equal logits it "
                     "prefers some classes. The diversity term compares the plain logits, on which "
                     "experts then part at no cost to the criterion, and each becomes useless by "
-                    "itself. Give the criterion a method `with_prior(logits)` that returns the "
-                    "logits which its softmax sees, take ride_plugin.longtail.LogitAdjustedLoss in "
-                    "its place, or leave the term out with DiversityLoss(class_counts, weight=0)."
+                    "itself. If it is logit adjustment or balanced softmax, put "
+                    "ride_plugin.longtail.LogitAdjustedLoss(class_counts) in its place; if it is "
+                    "another, give it a method `with_prior(logits)` that returns the logits which "
+                    "its softmax sees, or leave the term out: RIDELoss(criterion, "
+                    "DiversityLoss(class_counts, weight=0))."
                 )
                 return
 

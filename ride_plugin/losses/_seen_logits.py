@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -84,6 +85,9 @@ def _apart(criterion: Callable[..., Any]) -> Callable[..., Any] | None:
     """A criterion to try out; None if trying might change something or copy a whole network."""
     if isinstance(criterion, FunctionType):
         return criterion
+    if isinstance(criterion, partial):
+        inside = _apart(criterion.func)
+        return inside and partial(inside, *criterion.args, **criterion.keywords)
     if not isinstance(criterion, nn.Module):
         return None
     held = sum(tensor.nbytes for tensor in (*criterion.parameters(), *criterion.buffers()))

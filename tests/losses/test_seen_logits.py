@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,12 +46,24 @@ def as_function(logits: Tensor, target: Tensor) -> Tensor:
     return F.nll_loss(F.log_softmax(logits + PRIOR, dim=1), target)
 
 
+def with_counts(logits: Tensor, target: Tensor, counts: list[int]) -> Tensor:
+    return F.cross_entropy(logits + torch.tensor(counts).log(), target)
+
+
 @pytest.mark.parametrize(
-    "criterion", [Foreign(), as_function, [nn.CrossEntropyLoss()] * 2 + [Foreign()]]
+    "criterion",
+    [
+        Foreign(),
+        as_function,
+        partial(with_counts, counts=COUNTS),
+        partial(Foreign()),
+        [nn.CrossEntropyLoss()] * 2 + [Foreign()],
+    ],
 )
 def test_a_prior_that_the_term_cannot_see_is_told_once(criterion: Any) -> None:
     loss, out = RIDELoss(criterion, COUNTS), experts()
-    with pytest.warns(UserWarning, match=r"adds a prior.*with_prior\(logits\).*weight=0"):
+    remedies = r"adds a prior.*LogitAdjustedLoss.*with_prior\(logits\).*weight=0"
+    with pytest.warns(UserWarning, match=remedies):
         loss(out, TARGET)
     loss(out, TARGET)
 
@@ -82,7 +95,8 @@ def test_others_are_taken_without_a_word(criterion: nn.Module) -> None:
 def test_what_cannot_be_tried_out_is_taken_without_a_word() -> None:
     soft = F.one_hot(TARGET, 4).float()
     RIDELoss(Foreign(), COUNTS)(experts(), soft)
-    RIDELoss(Foreign().__call__, COUNTS)(experts(), TARGET)  # a method, whose object has a state
+    for method in (Foreign().__call__, partial(Foreign().__call__)):  # its object has a state
+        RIDELoss(method, COUNTS)(experts(), TARGET)
 
 
 def test_without_a_diversity_term_nothing_is_asked() -> None:

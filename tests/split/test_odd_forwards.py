@@ -200,6 +200,28 @@ def test_a_cache_that_layers_of_the_trunk_fill_is_switched_off() -> None:
     train_both(net, wrapped(net, fork_at="layers.2"), batches())
 
 
+class Hooked(nn.Module):
+    """Reads what a hook on one of its layers left on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2))
+        self.fc, self.feature = nn.Linear(6, 5), None
+        self.encoder[2].register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        self.feature = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.encoder(x)
+        return self.fc(self.feature)
+
+
+def test_what_a_hook_leaves_on_the_model_is_told_where_an_expert_misses_it() -> None:
+    with pytest.raises(SplitError, match=r"a hook leaves on the model \(hand it on in the forward"):
+        wrapped(Hooked(), fork_at="fc")
+
+
 class Text(nn.Module):
     """Returns what each layer computed beside the logits, as with `output_hidden_states`."""
 
