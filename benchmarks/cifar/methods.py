@@ -118,6 +118,7 @@ METHODS: dict[str, Method] = {
     "ride3_tau_norm": Method("ce", 3, starts_from="ride3_ce_no_diversity", classifiers="tau_norm"),
     "ride3_balanced": _adjusted((1.0, 1.0, 1.0)),
     "ride3_balanced_linear": _adjusted((1.0, 1.0, 1.0), cosine=False),
+    "ride3_balanced_linear_official": _adjusted((1.0, 1.0, 1.0), "official", cosine=False),
     "ride3_balanced_official": _adjusted((1.0, 1.0, 1.0), "official"),
     "ride3_adjusted": _adjusted(),
     "ride3_adjusted_mixup": _adjusted(mixup=0.3),

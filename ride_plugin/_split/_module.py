@@ -68,8 +68,10 @@ class SplitModule(nn.Module):
     """Trunk and experts; knows nothing of losses, routing or initialisation.
 
     Attributes:
-        trunk: the shared part, under the backbone's names.
-        experts: one forked part for each expert, under the backbone's names.
+        trunk: the shared part, under the backbone's names. Called by itself it goes on into the
+            first expert, as the backbone's forward does; `run_trunk` returns what is shared.
+        experts: one forked part for each expert, under the backbone's names. Called by itself, one
+            runs the trunk first.
         num_experts: ``E``.
         num_classes: ``C``.
         fork_at: name of the first forked submodule.
