@@ -81,6 +81,8 @@ class SplitModule(nn.Module):
             do not act yet, such as the first matrix of a low-rank adapter.
     """
 
+    _is_replica = False  # which DataParallel sets on its copies
+
     def __init__(self, parts: Parts) -> None:
         super().__init__()
         self.num_experts = len(parts.experts)
@@ -303,7 +305,7 @@ class SplitModule(nn.Module):
             changes
             or self._late
             or _is_hooked(self.experts[0])
-            or getattr(self, "_is_replica", False)
+            or self._is_replica
             or self.experts[0] is not self._goes_on_into[0]
         ):
             state = self.run_trunk(*args, **kwargs)
