@@ -1,10 +1,10 @@
-"""Compiling and exporting, which an old torch cannot do."""
+"""Compiling and exporting, which an old torch cannot do, and tracing, which none can."""
 
 from __future__ import annotations
 
 import torch
 
-from ride_plugin._errors import VersionError
+from ride_plugin._errors import ArgumentError, VersionError
 
 # The oldest torch with which the tests of each pass; see docs/evidence/environments.md.
 COMPILES_FROM, EXPORTS_FROM = (2, 10), (2, 13)
@@ -20,9 +20,26 @@ def check_exports(what: str) -> None:
 
 
 def check_compiles() -> None:
-    """Raise VersionError if this is being compiled by a torch that would fail somewhere inside."""
+    """Refuse what would fail somewhere inside: an old torch's compiler, and tracing by any.
+
+    Raises:
+        VersionError: this is being compiled by a torch that is too old.
+        ArgumentError: this is being traced.
+    """
     if not COMPILES and torch.compiler.is_compiling():
         _needs_newer_torch("Compiling or exporting a wrapped model", COMPILES_FROM)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        refuse_tracing("torch.jit.trace")
+
+
+def refuse_tracing(what: str) -> None:
+    """Raise because ``what`` takes a forward for a list of operations."""
+    raise ArgumentError(
+        f"Expected the wrapped model to be compiled or exported, but {what} cannot follow how its "
+        "experts run. Use `torch.compile(model)`, `torch.export.export(model.eval(), (x,))`, "
+        "`torch.onnx.export(model.eval(), (x,), dynamo=True)`, or "
+        f"`{what}` of one expert as a plain module, `model.to_module(k)`."
+    )
 
 
 def _needs_newer_torch(what: str, oldest: tuple[int, int]) -> None:

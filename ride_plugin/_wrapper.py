@@ -20,7 +20,7 @@ from ride_plugin._checks import (
     check_number,
     refuse,
 )
-from ride_plugin._compiler import check_compiles
+from ride_plugin._compiler import check_compiles, refuse_tracing
 from ride_plugin._construct import construct
 from ride_plugin._contexts import training_pass
 from ride_plugin._delegate import from_backbone, refuse_replacing
@@ -382,9 +382,7 @@ class RIDEWrapper(SplitModule):
         """
         check_compiles()
         if type(args) is not tuple or any(type(value).__name__ == "Proxy" for value in args):
-            _refuse_tracing("torch.fx.symbolic_trace")
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            _refuse_tracing("torch.jit.trace")
+            refuse_tracing("torch.fx.symbolic_trace")
         # Another thread may be evaluating the model, which sets the modes of its modules.
         free = torch.compiler.is_compiling() or not torch.is_grad_enabled()
         with nullcontext() if free else training_pass(self):
@@ -435,7 +433,7 @@ class RIDEWrapper(SplitModule):
 
     def __prepare_scriptable__(self) -> None:
         """Refuse TorchScript, which asks for this."""
-        _refuse_tracing("torch.jit.script")
+        refuse_tracing("torch.jit.script")
 
     def __repr__(self) -> str:
         """What is shared, forked and narrowed, and what that costs, in five lines."""
@@ -498,15 +496,6 @@ def _tell_swap(
         f"{type(extractor).__name__} and a {type(classifier).__name__}, which run in the other "
         "order only. Swap them: `from_pair(feature_extractor, classifier)`."
     ) from error
-
-
-def _refuse_tracing(what: str) -> None:
-    raise ArgumentError(
-        f"Expected the wrapped model to be compiled or exported, but {what} cannot follow how its "
-        "experts run. Use `torch.compile(model)`, `torch.export.export(model.eval(), (x,))`, "
-        "`torch.onnx.export(model.eval(), (x,), dynamo=True)`, or "
-        f"`{what}` of one expert as a plain module, `model.to_module(k)`."
-    )
 
 
 def parameters_by_child(module: nn.Module) -> dict[str, int]:

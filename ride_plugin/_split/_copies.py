@@ -160,8 +160,9 @@ def _reached_from(module: nn.Module) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
     waiting = [module]
     while waiting:
-        for part in waiting.pop().modules():
-            if id(part) not in found:
-                found[id(part)] = part
-                waiting += [held for held in vars(part).values() if isinstance(held, nn.Module)]
+        part = waiting.pop()
+        if id(part) not in found:
+            found[id(part)] = part
+            waiting += part.children()
+            waiting += [held for held in vars(part).values() if isinstance(held, nn.Module)]
     return list(found.values())

@@ -97,7 +97,8 @@ def learn(
     Raises:
         SplitError: the batch dimension of a value that crosses the cut is ambiguous.
     """
-    with torch.inference_mode(False):  # gradients tell what experts read, wherever this is called
+    # Gradients tell what experts read: they are on in here, wherever this is called.
+    with torch.inference_mode(False), torch.enable_grad():
         views = throwaway(views, training, meta)
         for parameter in (*views.trunk.parameters(), *views.expert.parameters()):
             parameter.requires_grad_(False)
@@ -322,24 +323,24 @@ def _watch_expert(
         at_fork.extend(_marks(views.expert, places))
 
     watch = _Reads()
-    read_parameters: set[str] = set()
     with torch.set_grad_enabled(gradients):
         values = [map_tensors(hand, value) for value in state.values]
         watched = TrunkState(state.batch_size, state.keys, values, None)
         with watch:  # below the player's mode: what is replayed reads nothing
             logits = logits_in(play(views.expert, views.running, watched, look))
-        flat = [list(tensors_in(value)) for value in state.values]
-        used = {handed[key] for key in watch.seen if key in handed}
-        if not gradients or logits is None:
-            read_parameters = {name for name, p in parameters.items() if id(p) in watch.seen}
-            used = {id(tensor) for entry in flat for tensor in entry}
-        elif logits.requires_grad:
-            asked = [*leaves.values(), *parameters.values()]
-            found = torch.autograd.grad(logits.sum(), asked, allow_unused=True)
-            keys = [*leaves, *parameters]
-            reached = {key for key, grad in zip(keys, found, strict=True) if grad is not None}
-            used |= {key for key in leaves if key in reached}
-            read_parameters = {name for name in parameters if name in reached}
+    flat = [list(tensors_in(value)) for value in state.values]
+    used = {handed[key] for key in watch.seen if key in handed}
+    read_parameters: set[str] = set()
+    if not gradients or logits is None:
+        read_parameters = {name for name, p in parameters.items() if id(p) in watch.seen}
+        used = {id(tensor) for entry in flat for tensor in entry}
+    elif logits.requires_grad:
+        asked = [*leaves.values(), *parameters.values()]
+        found = torch.autograd.grad(logits.sum(), asked, allow_unused=True)
+        keys = [*leaves, *parameters]
+        reached = {key for key, grad in zip(keys, found, strict=True) if grad is not None}
+        used |= {key for key in leaves if key in reached}
+        read_parameters = {name for name in parameters if name in reached}
     # A hook that an expert registers on a tensor is for its own share of the gradient.
     changed = {handed[id(o)] for o, version in given if o._version != version or o._backward_hooks}
     # A tensor that shares its memory with one that is changed in place changes with it.

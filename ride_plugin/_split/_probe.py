@@ -19,8 +19,6 @@ from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._tree import CONTAINERS, tensors_in
 
 _INTERNAL = frozenset(vars(nn.Module()))
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RANDOM = ("", "numpy.random and random")  # draws leave their mark as attributes do
 
 Seen = tuple[int, tuple[int, ...]]  # (address, shape) of a tensor
@@ -170,11 +168,12 @@ def _leaf_multiply_adds(leaf: Call) -> int:
         return 0
     outputs = math.prod(leaf.shape)
     # Not by the weight, which need not be a parameter: it may be pruned or normalised.
-    if isinstance(module, _CONVOLUTIONS):
-        return outputs * module.in_channels // module.groups * math.prod(module.kernel_size)
-    if isinstance(module, _TRANSPOSED):
-        inputs = math.prod(leaf.inputs[0][1]) if leaf.inputs else 0
-        return inputs * module.out_channels // module.groups * math.prod(module.kernel_size)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        # Each input, or each output, meets every channel of the other side in its group.
+        one, others = outputs, module.in_channels
+        if module.transposed:
+            one, others = math.prod(leaf.inputs[0][1]), module.out_channels
+        return one * (others // module.groups) * math.prod(module.kernel_size)
     if isinstance(module, nn.Linear):
         return outputs * module.in_features
     weights = [p for p in module.parameters(recurse=False) if p.dim() >= 2]

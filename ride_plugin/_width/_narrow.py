@@ -116,7 +116,7 @@ def _refuse_computed(expert: nn.Module, width: float, frozen: set[int]) -> None:
     names = [
         name
         for name, module in expert.named_modules()
-        if (is_parametrized(module) or isinstance(vars(module).get("weight"), Tensor))
+        if (is_parametrized(module) or any(_is_computed(module, key) for key in vars(module)))
         and any(id(parameter) not in frozen for parameter in module.parameters())
     ]
     if names:
@@ -128,6 +128,15 @@ def _refuse_computed(expert: nn.Module, width: float, frozen: set[int]) -> None:
                 "trunk and experts",
             )
         )
+
+
+def _is_computed(module: nn.Module, key: str) -> bool:
+    """Whether an attribute is a weight that a hook computes, as torch's older functions do."""
+    value = vars(module)[key]
+    if not isinstance(value, Tensor):
+        return False
+    made_of = (f"{key}_orig", f"{key}_g")  # spectral norm and pruning; weight norm
+    return key == "weight" or (value.dim() > 1 and any(n in module._parameters for n in made_of))
 
 
 def _message(width: float, reason: str) -> str:

@@ -433,6 +433,15 @@ def test_what_cannot_follow_the_experts_is_refused_with_remedies_that_work(trace
     torch.testing.assert_close(trace(model.to_module(1))(x), model.to_module(1)(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_every_pass_is_refused_to_tracing() -> None:
+    model, x = three().eval(), torch.randn(4, 20)
+    routed = RoutingInference(model, ConfidenceRouter())
+    for call in (routed, lambda x: model.run_trunk(x), lambda x: model.router_inputs(x)):
+        with pytest.raises(ArgumentError, match=r"torch\.jit\.trace cannot follow"):
+            torch.jit.trace(call, x, check_trace=False)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter that is refused
 def test_the_onnx_exporter_that_traces_is_refused_with_the_one_that_does_not() -> None:
     pytest.importorskip("onnx")

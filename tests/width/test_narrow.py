@@ -211,6 +211,25 @@ def test_weights_that_are_computed_are_refused_and_made_so_after_wrapping(change
         torch.testing.assert_close(model.to_module(index)(x), out[:, index])
 
 
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_a_computed_weight_is_refused_under_whatever_name() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.mix = nn.Linear(6, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.wide, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.early(x)
+            return self.head(self.wide(x + self.mix(x, x, x)[0]).relu().mean(1))
+
+    backbone, x = Attending(), torch.randn(2, 3, 6)
+    RIDEWrapper(backbone, 2, fork_at="mix", expert_width=0.5, example_input=x)
+    nn.utils.weight_norm(backbone.mix, "in_proj_weight")  # was built, without its norm
+    with pytest.raises(WidthError, match=r"weights of `mix` are computed"):
+        RIDEWrapper(backbone, 2, fork_at="mix", expert_width=0.5, example_input=x)
+
+
 def test_attention_that_runs_in_the_trunk_keeps_its_number_of_heads() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
