@@ -18,6 +18,7 @@ from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_calle
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._copies import (
+    copy_with_hooks,
     detached_activations,
     running_copy,
     written_parameters,
@@ -36,7 +37,7 @@ from ride_plugin._split._logits import (
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._parts import Split
 from ride_plugin._split._probe import Call, call_tree
-from ride_plugin._split._references import refuse_captured
+from ride_plugin._split._references import hook_owners, refuse_captured, warn_of_outside_hooks
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import Forked, NoHandle, Recorded, watch_classifier
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
@@ -96,6 +97,7 @@ def split_backbone(
             f"[B, C], but got {type(backbone).__name__}."
         )
     refuse_unfit(backbone)
+    warn_of_outside_hooks(backbone)
     with random_state_kept(backbone):
         written: frozenset[str] = frozenset()
         while True:
@@ -350,14 +352,23 @@ def _source_of(backbone: nn.Module) -> nn.Module:
             "The backbone, or a part of it, is compiled. The experts are made of what was there "
             "before: compile the wrapped model instead, `torch.compile(model)`."
         )
-    source: nn.Module = copy.deepcopy(backbone, memo)
+    source = copy_with_hooks(backbone, backbone.modules(), memo)
     for module in source.modules():
-        for key, value in list(vars(module).items()):  # a handle would lead to the original
-            if isinstance(value, RemovableHandle):
-                setattr(module, key, NoHandle())
-            elif isinstance(value, list) and any(isinstance(v, RemovableHandle) for v in value):
-                setattr(module, key, [NoHandle() for _ in value])
+        for owner in (module, *hook_owners(module)):
+            kept = getattr(owner, "__dict__", {})
+            kept.update({key: _without_handles(value) for key, value in kept.items()})
     return source
+
+
+def _without_handles(value: Any) -> Any:
+    """The same without handles, which would lead to hooks of the original, or of nobody."""
+    if isinstance(value, RemovableHandle):
+        return NoHandle()
+    if type(value) is list and any(isinstance(entry, RemovableHandle) for entry in value):
+        return [_without_handles(entry) for entry in value]
+    if type(value) is dict and any(isinstance(entry, RemovableHandle) for entry in value.values()):
+        return {key: _without_handles(entry) for key, entry in value.items()}
+    return value
 
 
 def _attribute(root: nn.Module, place: Place) -> Any:

@@ -25,6 +25,7 @@ _ATOMS = frozenset(
     {int, float, bool, str, type(None), type, FunctionType, torch.dtype, torch.device}
 )
 _WITHOUT_TENSORS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}  # submodules, hooks
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 _COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 
 
@@ -35,7 +36,7 @@ def clone_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mo
     """
     memo = {} if memo is None else memo
     memo.update(detached_activations(module))
-    return copy.deepcopy(module, memo)
+    return copy_with_hooks(module, module.modules(), memo)
 
 
 def detached_activations(module: nn.Module) -> dict[int, Any]:
@@ -71,8 +72,26 @@ def running_copy(
                     memo[id(tensor)] = tensor.detach().to("meta")
         else:
             memo.update(detached_activations(module))
-    _copy_modules([part for module in modules for part in module.modules()], memo)
-    return copy.deepcopy(value, memo)
+    parts = [part for module in modules for part in module.modules()]
+    _copy_modules(parts, memo)
+    return copy_with_hooks(value, parts, memo)
+
+
+def copy_with_hooks(value: T, modules: Iterable[nn.Module], memo: dict[int, Any]) -> T:
+    """``copy.deepcopy(value, memo)`` where every copy of ``modules`` has the hooks of its original.
+
+    A module that says itself how it is copied may be made anew from a few settings, as einops'
+    layers are. Without its hooks a pass would not know where a unit of the trunk ends.
+    """
+    result = copy.deepcopy(value, memo)
+    for module in modules:
+        copied = memo.get(id(module))
+        if type(copied) is not type(module):  # not copied, or something stands in its place
+            continue
+        for name in _HOOKS:
+            if vars(module).get(name) and not vars(copied).get(name):
+                vars(copied)[name] = copy.deepcopy(vars(module)[name], memo)
+    return result
 
 
 def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
@@ -95,11 +114,12 @@ def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
             if kind in _ATOMS:
                 attributes[name] = attribute
             elif kind in (dict, OrderedDict) and id(attribute) not in memo:
-                attributes[name] = kind(
+                # Known before it is filled: a hook's owner may hold a handle of this dictionary.
+                attributes[name] = memo[id(attribute)] = kind()
+                attributes[name].update(
                     (k, v if type(v) in _ATOMS else copy.deepcopy(v, memo))
                     for k, v in attribute.items()
                 )
-                memo[id(attribute)] = attributes[name]
             else:
                 attributes[name] = copy.deepcopy(attribute, memo)
 

@@ -6,7 +6,6 @@ that whatever led to its own trunk leads to the common one.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._build import split_backbone
+from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._parts import Parts, Split, parts_of, trial_run
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import Forked
@@ -128,7 +128,7 @@ def _transplanted(split: Split, other: Split) -> Split:
         memo[id(tensor)] = getattr(trunk.get_submodule(path), attribute)
     inside = {id(module) for module in views.expert.modules()}
     links = [link for link in views.links if id(link.view) in inside]
-    expert, links = copy.deepcopy((views.expert, links), memo)
+    expert, links = copy_with_hooks((views.expert, links), views.expert.modules(), memo)
     expert.to(next(trunk.parameters(), torch.empty(0)).device)
     views = Views(trunk, expert, split.views.running, links, [], other.views.written)
     return replace(other, views=views)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import SplitError
 from ride_plugin._inputs import Inputs
+from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._learn import Place, throwaway
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
@@ -194,5 +194,5 @@ def _another_expert(views: Views) -> tuple[nn.Module, list[Link]]:
     memo.update(unchanging(views.expert, frozen, views.written))
     inside = {id(module) for module in views.expert.modules()}
     links = [link for link in views.links if id(link.view) in inside]
-    expert, links = copy.deepcopy((views.expert, links), memo)
+    expert, links = copy_with_hooks((views.expert, links), views.expert.modules(), memo)
     return expert, links

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from ride_plugin._closeness import close
+from ride_plugin._contexts import random_state_kept, seed_everything
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import resize_batch
-from ride_plugin._split._copies import detached_activations
+from ride_plugin._split._copies import clone_module, copy_with_hooks, detached_activations
 from ride_plugin._split._join import Joined
 from ride_plugin._split._logits import LogitsReader, reader_in
 from ride_plugin._split._pair import Pair
@@ -33,7 +33,8 @@ def plain_modules(parts: Parts, indices: Sequence[int]) -> nn.ModuleList:
     memo = detached_activations(parts.trunk)
     for expert in parts.experts:
         memo |= detached_activations(expert)
-    copied = copy.deepcopy(parts, memo)
+    everything = [part for root in (parts.trunk, *parts.experts) for part in root.modules()]
+    copied = copy_with_hooks(parts, everything, memo)
     roots = [copied.experts[index] for index in indices]
     for root in roots:
         _reunite(root, copied.links)
@@ -82,10 +83,11 @@ def _strip_hooks(root: nn.Module) -> None:
 
 def _check(parts: Parts, index: int, module: nn.Module, reader: LogitsReader) -> None:
     inputs = resize_batch(parts.inputs, 2)
-    probe = copy.deepcopy(module).eval()  # a forward may leave caches behind
-    expected, _ = trial_run(parts, index, inputs)
+    probe = clone_module(module).eval()  # a forward may leave caches behind
     args, kwargs = inputs
-    with torch.no_grad():
+    with torch.no_grad(), random_state_kept(probe):
+        seed_everything()  # a forward may choose its path at random
+        expected, _ = trial_run(parts, index, inputs)
         try:
             got = reader.logits_of(probe(*args, **kwargs))
         except Exception as error:

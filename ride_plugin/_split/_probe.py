@@ -149,7 +149,11 @@ def differ(a: list[Any], b: list[Any]) -> bool:
 
 
 def _seen(value: Any) -> list[Seen]:
-    return [(address_of(t), tuple(t.shape)) for t in tensors_in(value)]
+    # Of a nested tensor one size is no number, and nothing can be counted by it.
+    return [
+        (address_of(t), tuple(size if type(size) is int else 0 for size in t.shape))
+        for t in tensors_in(value)
+    ]
 
 
 def address_of(tensor: Tensor) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._errors import SplitError
+from ride_plugin._errors import SplitError, warn_caller
 from ride_plugin._tree import CONTAINERS
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -47,6 +47,33 @@ def refuse_captured(backbone: nn.Module) -> None:
                         "original. Make it a method of the module that it belongs to, or register "
                         "it after wrapping, on `model.trunk` or `model.experts[k]`."
                     )
+
+
+def warn_of_outside_hooks(backbone: nn.Module) -> None:
+    """Say that an object outside the backbone, a feature extractor say, will hear nothing more."""
+    inside = {id(module) for module in backbone.modules()}
+    for name, module in backbone.named_modules():
+        for owner in hook_owners(module):
+            if id(owner) not in inside:
+                warn_caller(
+                    f"A hook of `{name}` is a method of a {type(owner).__name__} outside of the "
+                    "backbone. Trunk and experts call copies of it, so what the original collects "
+                    "is not theirs. Register it after wrapping, on a submodule of `model.trunk` or "
+                    "`model.experts[k]`, or remove it before."
+                )
+                return
+
+
+def hook_owners(module: nn.Module) -> Iterator[Any]:
+    """The objects, not torch's own, whose methods are forward hooks of a module."""
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        function: Any = hook
+        while isinstance(function, partial):
+            function = function.func
+        if isinstance(function, MethodType):
+            owner = function.__self__
+            if not type(owner).__module__.startswith("torch."):
+                yield owner
 
 
 def _functions_of(module: nn.Module) -> Iterator[tuple[str, Any]]:

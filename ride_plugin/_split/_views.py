@@ -7,13 +7,13 @@ stand-ins without parameters, so names stay those of the backbone (``trunk.conv1
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._fork import Fork
 from ride_plugin._split._probe import Call
 from ride_plugin._split._tape import Forked, ForkHook, Recorded, Running, UnitHooks
@@ -141,13 +141,13 @@ def build_views(
         if (module._parameters.get(key) is not None or module._buffers.get(key) is not None)
     ]
     forked_outside = [o for o in outside if ".".join(filter(None, (o[0], o[2]))) in forked_tensors]
-    expert = copy.deepcopy(source, {**stand_ins, **shared})
+    expert = copy_with_hooks(source, source.modules(), {**stand_ins, **shared})
     expert_modules = dict(expert.named_modules(remove_duplicate=False))
     for name in forked_units:
         expert_modules[name].register_forward_pre_hook(ForkHook(running), prepend=True)
 
     replaced: dict[int, Any] = {key: Forked(running, name) for key, name in in_expert.items()}
-    trunk = copy.deepcopy(source, {**replaced, **shared})
+    trunk = copy_with_hooks(source, source.modules(), {**replaced, **shared})
     trunk_modules = dict(trunk.named_modules(remove_duplicate=False))
     for name in trunk_units:
         UnitHooks(running, name).install(trunk_modules[name])

@@ -302,6 +302,26 @@ def test_a_nested_batch_is_to_be_padded(layout: torch.layout) -> None:
         wrapped(Base(), example)
 
 
+class Ragged(nn.Module):
+    """Sequences of several lengths in a nested tensor, which does not leave the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [row[: 1 + number % 3] for number, row in enumerate(x)]
+        nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        return torch.stack([row.mean(0) for row in self.layer(nested).unbind()])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*prototype:UserWarning")
+def test_nested_tensors_may_be_used_inside_a_submodule() -> None:
+    net = nn.Sequential(Ragged(), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4))
+    model = wrapped(net, torch.randn(2, 3, 6), fork_at="2")
+    train_both(net, model, [torch.randn(5, 3, 6) for _ in range(2)])
+
+
 class AsksForTheClass(Base):
     def forward(self, x: Tensor) -> Tensor:
         for module in self.children():

@@ -1,0 +1,110 @@
+"""Backbones of which a deep copy is not what was copied: layers made anew, hooks with handles."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ride_plugin import RIDEWrapper
+from tests.naive import train_both
+
+
+class Scale(nn.Module):
+    """Copied as einops' layers are: from its settings, without hooks."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"by": self.by}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+def network() -> nn.Sequential:
+    layers = [nn.Linear(6, 8), Scale(2.0), nn.Linear(8, 8), Scale(0.5), nn.ReLU(), nn.Linear(8, 4)]
+    return nn.Sequential(*layers)
+
+
+def wrapped(net: nn.Module, fork_at: str, num_experts: int = 3) -> RIDEWrapper:
+    x = torch.randn(2, 6)
+    return RIDEWrapper(net, num_experts, fork_at=fork_at, init="copy", example_input=x)
+
+
+@pytest.mark.parametrize("fork_at", ["1", "2", "3", "5"])
+def test_layers_that_are_copied_without_their_hooks(fork_at: str) -> None:
+    net = network()
+    train_both(net, wrapped(net, fork_at), [torch.randn(5, 6) for _ in range(3)])
+
+
+@pytest.mark.parametrize("fork_at", ["2", "5"])
+def test_hooks_of_others_on_such_layers_are_kept(fork_at: str) -> None:
+    net = network()
+    for layer in (net[1], net[3]):
+        layer.register_forward_hook(lambda module, args, output: output + 1)
+    model = wrapped(net, fork_at, num_experts=1).eval()
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(model(x), net.eval()(x), rtol=0, atol=0)
+    torch.testing.assert_close(model.to_module(0)(x), net(x), rtol=0, atol=0)
+
+
+class Extractor:
+    """Collects features by hooks that are its methods, and keeps the handles."""
+
+    def __init__(self, net: nn.Sequential, kept_in: str) -> None:
+        self.seen: dict[int, Tensor] = {}
+        handles = {
+            str(k): net[k].register_forward_hook(partial(self.see, k) if k == 1 else self.see_three)
+            for k in (1, 3)
+        }
+        self.handles = {"dict": handles, "list": list(handles.values()), "one": handles["3"]}[
+            kept_in
+        ]
+
+    def see(self, number: int, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.seen[number] = output.detach()
+
+    def see_three(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.see(3, module, args, output)
+
+
+@pytest.mark.parametrize("kept_in", ["dict", "list", "one"])
+def test_the_methods_of_an_extractor_outside_are_copied_and_that_is_told(kept_in: str) -> None:
+    net = nn.Sequential(*(nn.ReLU() if isinstance(part, Scale) else part for part in network()))
+    extractor = Extractor(net, kept_in)
+    with pytest.warns(UserWarning, match="A hook of `1` is a method of a Extractor outside of the"):
+        model = wrapped(net, "2")
+    assert extractor.seen == {}  # a build leaves it alone
+    train_both(net, model, [torch.randn(5, 6) for _ in range(3)])
+
+
+class TossesACoin(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.choices = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return random.choice(self.choices)(x)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_module_on_its_own_is_compared_with_the_same_chances(seed: int) -> None:
+    net = nn.Sequential(TossesACoin(), nn.ReLU(), TossesACoin(), nn.ReLU(), nn.Linear(6, 4))
+    model = wrapped(net, "2").eval()
+    random.seed(seed)
+    alone = model.to_module(1)
+    x = torch.randn(3, 6)
+    before = random.getstate()
+    expected = model.run_expert(1, model.run_trunk(x))[0]
+    random.setstate(before)
+    torch.testing.assert_close(alone(x), expected, rtol=0, atol=0)
