@@ -86,7 +86,7 @@ def narrow_expert(split: Split, width: float) -> Split:
     after = _size(expert, frozen)
     if after > before * (1 + width) / 2:
         raise WidthError(
-            _message(width, f"only {before - after:,} of {before:,} parameters could go")
+            _message(width, f"only {max(0, before - after):,} of {before:,} parameters could go")
         )
     _redraw(changes)
     kept.restore(by_forwards)
