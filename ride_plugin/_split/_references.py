@@ -50,8 +50,10 @@ def refuse_captured(backbone: nn.Module) -> None:
 
 
 def warn_of_outside_hooks(backbone: nn.Module) -> None:
-    """Say that an object outside the backbone, a feature extractor say, will hear nothing more."""
-    inside = {id(module) for module in backbone.modules()}
+    """Say that an object which no module holds, a feature extractor say, will hear nothing more."""
+    inside = {
+        id(part) for module in backbone.modules() for part in (module, *vars(module).values())
+    }
     for name, module in backbone.named_modules():
         for owner in hook_owners(module):
             if id(owner) not in inside:

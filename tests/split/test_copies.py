@@ -88,6 +88,12 @@ def test_the_methods_of_an_extractor_outside_are_copied_and_that_is_told(kept_in
     train_both(net, model, [torch.randn(5, 6) for _ in range(3)])
 
 
+def test_an_extractor_that_the_backbone_holds_is_copied_with_it_in_silence() -> None:
+    net = nn.Sequential(*(nn.ReLU() if isinstance(part, Scale) else part for part in network()))
+    net.extractor = Extractor(net, "list")  # type: ignore[assignment]
+    train_both(net, wrapped(net, "2"), [torch.randn(5, 6) for _ in range(3)])
+
+
 class TossesACoin(nn.Module):
     def __init__(self) -> None:
         super().__init__()
