@@ -25,7 +25,7 @@ from ride_plugin._errors import (
     warn_caller,
 )
 from ride_plugin._inputs import Inputs, in_order_of, resize_batch
-from ride_plugin._split._copies import detached_activations
+from ride_plugin._split._copies import copy_with_hooks, detached_activations
 from ride_plugin._split._form import versions_in
 from ride_plugin._split._learn import learn_at_run_time
 from ride_plugin._split._logits import LogitsReader, describe, whole_outputs
@@ -510,7 +510,8 @@ class SplitModule(nn.Module):
         memo.update(detached_activations(self))
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        inside = (*self.trunk.modules(), *self.experts.modules())
+        copied.__dict__ = copy_with_hooks(self.__dict__, inside, memo)
         return copied
 
     def train(self, mode: bool = True) -> Self:

@@ -58,24 +58,29 @@ def warn_of_outside_hooks(backbone: nn.Module) -> None:
         for owner in hook_owners(module):
             if id(owner) not in inside:
                 warn_caller(
-                    f"A hook of `{name}` is a method of a {type(owner).__name__} outside of the "
-                    "backbone. Trunk and experts call copies of it, so what the original collects "
-                    "is not theirs. Register it after wrapping, on a submodule of `model.trunk` or "
-                    "`model.experts[k]`, or remove it before."
+                    f"A hook of `{name}` is a method of an object outside of the backbone "
+                    f"({type(owner).__name__}). Trunk and experts call copies of it, so what the "
+                    "original collects is not theirs. Register it after wrapping, on a submodule "
+                    "of `model.trunk` or `model.experts[k]`, or remove it before."
                 )
                 return
 
 
 def hook_owners(module: nn.Module) -> Iterator[Any]:
-    """The objects, not torch's own, whose methods are forward hooks of a module."""
-    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        function: Any = hook
-        while isinstance(function, partial):
-            function = function.func
-        if isinstance(function, MethodType):
-            owner = function.__self__
-            if not type(owner).__module__.startswith("torch."):
-                yield owner
+    """The objects, not torch's own, whose methods are hooks of a module's passes."""
+    for kind in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+        for hook in vars(module).get(kind, {}).values():
+            function = _unwrapped(hook)
+            if isinstance(function, MethodType):
+                owner = function.__self__
+                if not type(owner).__module__.startswith("torch."):
+                    yield owner
+
+
+def _unwrapped(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return function
 
 
 def _functions_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -92,8 +97,7 @@ def _functions_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def captured_by(function: Any) -> Iterator[Any]:
     """What a function keeps in its closure and defaults, one level into containers."""
-    while isinstance(function, partial):
-        function = function.func
+    function = _unwrapped(function)
     if not isinstance(function, FunctionType):
         return
     values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from functools import partial
 from typing import Any
@@ -55,7 +56,8 @@ def test_hooks_of_others_on_such_layers_are_kept(fork_at: str) -> None:
     model = wrapped(net, fork_at, num_experts=1).eval()
     x = torch.randn(3, 6)
     torch.testing.assert_close(model(x), net.eval()(x), rtol=0, atol=0)
-    torch.testing.assert_close(model.to_module(0)(x), net(x), rtol=0, atol=0)
+    for again in (model.to_module(0), copy.deepcopy(model), model.optimize_for_inference()):
+        torch.testing.assert_close(again(x), net(x), rtol=0, atol=0)
 
 
 class Extractor:
@@ -74,6 +76,9 @@ class Extractor:
     def see(self, number: int, module: nn.Module, args: Any, output: Tensor) -> None:
         self.seen[number] = output.detach()
 
+    def see_gradient(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        self.seen[2] = outputs[0].detach()
+
     def see_three(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.see(3, module, args, output)
 
@@ -82,10 +87,18 @@ class Extractor:
 def test_the_methods_of_an_extractor_outside_are_copied_and_that_is_told(kept_in: str) -> None:
     net = nn.Sequential(*(nn.ReLU() if isinstance(part, Scale) else part for part in network()))
     extractor = Extractor(net, kept_in)
-    with pytest.warns(UserWarning, match="A hook of `1` is a method of a Extractor outside of the"):
+    with pytest.warns(UserWarning, match=r"A hook of `1` is a method .* \(Extractor\)"):
         model = wrapped(net, "2")
     assert extractor.seen == {}  # a build leaves it alone
     train_both(net, model, [torch.randn(5, 6) for _ in range(3)])
+
+
+def test_a_method_that_hears_gradients_only_is_told_as_well() -> None:
+    net, extractor = network(), Extractor(network(), "one")
+    extractor.handles = net[2].register_full_backward_hook(extractor.see_gradient)
+    with pytest.warns(UserWarning, match="A hook of `2` is a method of an object outside of"):
+        model = wrapped(net, "5")
+    train_both(net, model, [torch.randn(5, 6)])
 
 
 def test_an_extractor_that_the_backbone_holds_is_copied_with_it_in_silence() -> None:
