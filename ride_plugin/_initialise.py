@@ -15,7 +15,7 @@ from ride_plugin._errors import warn_caller
 
 _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
 _FEW = 8  # entries or rows that are looked at first
-_BLOCK = 2**16  # entries; so many, and their order, stay near the processor while they are shuffled
+_BLOCK = 2**14  # entries; so many, and their order, stay near the processor while they are shuffled
 _ZERO, _ONE = torch.zeros(1), torch.ones(1)
 
 
@@ -137,7 +137,6 @@ def warn_if_frozen(module: nn.Module, keep: set[int], why: str) -> None:
 def redraw(parameter: Tensor) -> bool:
     if not parameter.is_floating_point() or parameter.numel() < 2 or is_constant(parameter):
         return True
-    flat = parameter.flatten()
     if is_sparse(parameter):
         return False
     if has_orthogonal_rows(parameter):
@@ -151,16 +150,26 @@ def redraw(parameter: Tensor) -> bool:
             matrix = matrix.index_select(dim, order) * sign.view(shape).to(matrix.dtype)
         parameter.copy_(matrix.view_as(parameter))
         return True
+    parameter.copy_(shuffled(parameter, parameter.numel()).view_as(parameter))
+    return True
+
+
+def shuffled(values: Tensor, count: int) -> Tensor:
+    """``count`` entries of ``values`` in random order, all of them used before one is repeated."""
+    flat = values.flatten()
+    if count > flat.numel():
+        parts = [shuffled(flat, flat.numel()) for _ in range(count // flat.numel())]
+        return torch.cat([*parts, shuffled(flat, count % flat.numel())])
     # One order for all blocks will do: what stands in one is independent of the others already.
     size = min(flat.numel(), _BLOCK)
     blocks, rest = flat.split([flat.numel() // size * size, flat.numel() % size])
-    shuffled = []
-    for entries in (blocks.view(-1, size), rest.view(1, -1)):
-        if entries.numel():
-            order = torch.randperm(entries.shape[1], dtype=torch.int32, device=parameter.device)
-            shuffled.append(entries.index_select(1, order).flatten())
-    parameter.copy_(torch.cat(shuffled).view_as(parameter))
-    return True
+    some, more = (-(-entries * count // flat.numel()) for entries in (size, len(rest)))
+    drawn = flat.new_empty(more + blocks.numel() // size * some)
+    for entries, into in ((rest, drawn[:more]), (blocks.view(-1, size), drawn[more:])):
+        length, taken = (len(rest), more) if entries is rest else (size, some)
+        order = torch.randperm(length, dtype=torch.int32, device=flat.device)[:taken]
+        torch.index_select(entries, -1, order, out=into.view(*entries.shape[:-1], taken))
+    return drawn[:count]
 
 
 def is_constant(parameter: Tensor) -> bool:

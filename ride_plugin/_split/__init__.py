@@ -8,20 +8,21 @@ from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
 from ride_plugin._split._learn import throwaway
 from ride_plugin._split._logits import Choice, check_logits_choice, reader_in, whole_outputs
+from ride_plugin._split._meta import on_meta
 from ride_plugin._split._module import SplitModule
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
-from ride_plugin._split._passes import Kept, play, read_attributes, record, write_attributes
+from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._plain import plain_modules
 from ride_plugin._split._plain_state import refuse_plain_state
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._sharing import held_by_all
 from ride_plugin._split._state import TrunkState
 from ride_plugin._split._tape import Recorded
+from ride_plugin._split._views import Views
 
 __all__ = [
     "Choice",
-    "Kept",
     "Pair",
     "Parts",
     "Recorded",
@@ -29,6 +30,7 @@ __all__ = [
     "Split",
     "SplitModule",
     "TrunkState",
+    "Views",
     "check_logits_choice",
     "feature_dim_of",
     "graft_experts",
@@ -36,6 +38,7 @@ __all__ = [
     "hollow",
     "inert_parameters",
     "join_parts",
+    "on_meta",
     "plain_modules",
     "play",
     "read_attributes",

@@ -111,21 +111,49 @@ def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
         attributes = shell.__dict__
         for name, attribute in vars(plain[key]).items():
             kind = type(attribute)
-            if kind in _ATOMS:
-                attributes[name] = attribute
-            elif kind in (dict, OrderedDict) and id(attribute) not in memo:
+            if kind in (dict, OrderedDict) and id(attribute) not in memo:
                 # Known before it is filled: a hook's owner may hold a handle of this dictionary.
                 attributes[name] = memo[id(attribute)] = kind()
-                attributes[name].update(
-                    (k, v if type(v) in _ATOMS else copy.deepcopy(v, memo))
-                    for k, v in attribute.items()
-                )
+                attributes[name].update((k, _copied(v, memo)) for k, v in attribute.items())
             else:
-                attributes[name] = copy.deepcopy(attribute, memo)
+                attributes[name] = _copied(attribute, memo)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """``copy.deepcopy(value, memo)``, without its detours for what most modules hold."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind is set and not value:  # names of buffers that are not saved
+        memo[id(value)] = result = set[Any]()
+        return result
+    if kind is Tensor and not value.requires_grad and _owns_its_memory(value):
+        storage = value.untyped_storage()._cdata
+        known = memo.setdefault("torch", {})  # type: ignore[call-overload]  # where deepcopy looks
+        if storage not in known and not vars(value):
+            memo[id(value)] = copied = value.clone()
+            known[storage] = copied.untyped_storage()
+            return copied
+    return copy.deepcopy(value, memo)
+
+
+def _owns_its_memory(tensor: Tensor) -> bool:
+    """Whether its numbers fill a memory in order, so that others see all of it that they share."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    )
 
 
 def _inherits(cls: type, name: str) -> bool:
-    return getattr(cls, name, None) is getattr(nn.Module, name, None)
+    method = getattr(cls, name, None)
+    if method is getattr(nn.Module, name, None):
+        return True
+    # Those of torch's own layers fill in what older versions did not save.
+    return name == "__setstate__" and method.__module__.startswith("torch.nn.modules.")
 
 
 def written_parameters(backbone: nn.Module, modules: Iterable[nn.Module]) -> frozenset[str]:
@@ -172,7 +200,16 @@ def _kept_on(module: nn.Module) -> list[Tensor]:
         if type(value) not in _ATOMS and key not in _WITHOUT_TENSORS
         if not isinstance(value, nn.Module)
     }
-    return [tensor for value in kept.values() for tensor in tensors_in(value)]
+    values = [value for value in kept.values() if not _is_small(value)]
+    return [tensor for value in values for tensor in tensors_in(value)]
+
+
+def _is_small(value: Any) -> bool:
+    """Whether it is empty or a tuple of numbers, as most attributes of layers are."""
+    kind = type(value)
+    if kind in (dict, OrderedDict, set, list):
+        return not value
+    return kind is tuple and all(type(entry) in _ATOMS for entry in value)
 
 
 def _reached_from(module: nn.Module) -> list[nn.Module]:
@@ -183,6 +220,6 @@ def _reached_from(module: nn.Module) -> list[nn.Module]:
         part = waiting.pop()
         if id(part) not in found:
             found[id(part)] = part
-            waiting += part.children()
+            waiting += [child for child in part._modules.values() if child is not None]
             waiting += [held for held in vars(part).values() if isinstance(held, nn.Module)]
     return list(found.values())

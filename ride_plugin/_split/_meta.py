@@ -81,11 +81,12 @@ def _moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class _QuickShapes(TorchFunctionMode):
-    """Layers of tensors without contents, by one or two operations.
+    """Operations on tensors without contents, by others of the same result's shape.
 
-    torch works the shape out by a dozen operations, which take longer than the layer itself. The
-    result depends on the same tensors. (Batch normalisation writes its statistics without counting
-    their versions, so nothing is lost where they stay.)
+    Of most operations torch works the shape out in Python, which takes longer than a small layer
+    itself; of convolutions it does not. The result depends on the same tensors. (Batch
+    normalisation writes its statistics without counting their versions, so nothing is lost where
+    they stay.)
     """
 
     def __torch_function__(
@@ -93,10 +94,13 @@ class _QuickShapes(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         quick = _QUICK.get(func)
-        if quick is not None and all(tensor.is_meta for tensor in tensors_in((args, kwargs))):
-            result = quick(*args, **kwargs)
-            if result is not None:
-                return result
+        if quick is not None and args and "out" not in kwargs:
+            given = tensors_in((args, kwargs))
+            if all(tensor.is_meta and tensor.is_floating_point() for tensor in given):
+                with torch._C.DisableTorchFunction():
+                    result = quick(*args, **kwargs)
+                if result is not None:
+                    return result
         return func(*args, **kwargs)  # torch shall work it out, or say what is wrong
 
 
@@ -114,8 +118,7 @@ def _batch_norm(
         return None
     if weight is None or bias is None or not x.shape[1:2] == weight.shape == bias.shape:
         return None
-    shape = (-1, *(1,) * (x.dim() - 2))
-    return _scaled(x, weight.view(shape), bias.view(shape))
+    return _scaled(x, weight, bias, x.shape)
 
 
 def _layer_norm(
@@ -129,23 +132,52 @@ def _layer_norm(
         return None
     if not x.shape[-len(shape) :] == weight.shape == bias.shape == torch.Size(shape):
         return None
-    return _scaled(x, weight, bias)
+    return _scaled(x.reshape(-1, weight.numel()), weight.flatten(), bias.flatten(), x.shape)
 
 
-def _scaled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
-    if x.dtype == weight.dtype == bias.dtype:
-        return torch.addcmul(bias, x, weight)
-    return None
+def _group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if x.shape[1] % num_groups:
+        return None
+    return _batch_norm(x, None, None, weight, bias)
+
+
+def _scaled(x: Tensor, weight: Tensor, bias: Tensor, shape: torch.Size) -> Tensor | None:
+    if not x.dtype == weight.dtype == bias.dtype or not x.numel():
+        return None
+    groups = len(weight)
+    x = x.reshape(len(x), groups, -1)
+    return F.conv1d(x, weight.view(-1, 1, 1), bias, groups=groups).view(shape)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    if bias is None or bias.shape != weight.shape[:1] or x.dtype != bias.dtype:
+    if bias is None or bias.shape != weight.shape[:1] or x.shape[-1:] != weight.shape[1:]:
         return None
-    return F.linear(x, weight) + bias
+    if not x.dtype == weight.dtype == bias.dtype or not x.numel():
+        return None
+    rows = x.reshape(-1, x.shape[-1], 1)
+    return F.conv1d(rows, weight.unsqueeze(2), bias).view(*x.shape[:-1], len(weight))
 
 
-def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    return F.silu(x)
+def _add(x: Tensor, other: Any, *, alpha: float = 1) -> Tensor | None:
+    if isinstance(other, Tensor) and (other.shape != x.shape or other.dtype != x.dtype):
+        return None
+    return x.clone().add_(other) if isinstance(x, Tensor) else None
+
+
+def _activation(x: Tensor, *settings: Any, inplace: bool = False, **others: Any) -> Tensor | None:
+    return None if inplace or True in settings else F.silu(x)
+
+
+def _dropout(
+    x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor | None:
+    return F.silu(x) if training and 0 < p < 1 and not inplace else None
 
 
 def _attention(
@@ -166,7 +198,12 @@ def _attention(
 _QUICK: dict[Any, Callable[..., Tensor | None]] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
     F.linear: _linear,
-    F.gelu: _gelu,
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu, F.relu6, F.gelu, F.elu), _activation),
+    **dict.fromkeys((F.leaky_relu, F.hardtanh, F.hardswish, F.hardsigmoid), _activation),
+    F.dropout: _dropout,
+    Tensor.add: _add,
+    torch.add: _add,
     F.scaled_dot_product_attention: _attention,
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ReplayError
 from ride_plugin._inputs import Inputs, batch_size_of, own_inputs
-from ride_plugin._split._probe import RANDOM, differ, is_stream, marks_of
+from ride_plugin._split._probe import RANDOM, is_stream
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import (
     ForkReached,
@@ -175,42 +175,6 @@ def own_containers(value: Any) -> Any:
     elif isinstance(copied, list):
         copied[:] = map(own_containers, copied)
     return copied
-
-
-class Kept:
-    """Remembers what modules keep between forwards, so that it can be put back."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-        self.modules: dict[str, nn.Module] = dict(root.named_modules())
-        self.marks = {name: marks_of(module) for name, module in self.modules.items()}
-        self.values = {
-            (name, key): own_containers(mark[0])
-            for name, marks in self.marks.items()
-            for key, mark in marks.items()
-        }
-        self.buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
-
-    def changed(self) -> list[tuple[str, str]]:
-        """Modules and attributes that were set or filled since, of modules that are still there."""
-        modules = dict(self.root.named_modules())
-        there = [name for name, module in self.modules.items() if modules.get(name) is module]
-        now = {name: marks_of(modules[name]) for name in there}
-        return [
-            (name, key)
-            for name, marks in now.items()
-            for key in {*marks, *self.marks[name]}
-            if differ(marks.get(key, []), self.marks[name].get(key, []))
-        ]
-
-    def restore(self, places: Sequence[tuple[str, str]]) -> None:
-        """Put back attributes at these places, and every buffer that has its size still."""
-        write_attributes(self.root, places, tuple(self.values.get(p, Absent) for p in places))
-        with torch.no_grad():
-            for name, buffer in self.root.named_buffers():
-                old = self.buffers.get(name)
-                if old is not None and old.shape == buffer.shape:
-                    buffer.copy_(old)
 
 
 def pooled(features: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ride_plugin._initialise import has_orthogonal_rows, is_constant, is_sparse
+from ride_plugin._initialise import has_orthogonal_rows, is_constant, is_sparse, shuffled
 
 
 class Kind(NamedTuple):
@@ -101,15 +101,13 @@ def redrawn(new: Tensor, old: Tensor, fan_ratio: float) -> Tensor:
         return new
     scale = fan_ratio**0.5
     if has_orthogonal_rows(old):
-        drawn = torch.empty_like(new, dtype=torch.float32)
-        nn.init.orthogonal_(drawn)
-        root_mean_square = old.float().square().mean().sqrt() / drawn.square().mean().sqrt()
-        orthogonal: Tensor = (drawn * root_mean_square * scale).to(new.dtype)
+        rows = torch.empty_like(new, dtype=torch.float32)
+        nn.init.orthogonal_(rows)
+        root_mean_square = old.float().square().mean().sqrt() / rows.square().mean().sqrt()
+        orthogonal: Tensor = (rows * root_mean_square * scale).to(new.dtype)
         return orthogonal
-    order = torch.randperm(old.numel(), device=old.device)
-    order = order.repeat(-(-new.numel() // old.numel()))[: new.numel()]
-    shuffled: Tensor = old.flatten()[order].view_as(new) * scale
-    return shuffled
+    drawn: Tensor = shuffled(old, new.numel()).view_as(new) * scale
+    return drawn
 
 
 def pads_in(seen: Iterable[tuple[str, nn.Module, Any, Any]]) -> list[tuple[str, ChannelPad]]:
@@ -120,16 +118,21 @@ def pads_in(seen: Iterable[tuple[str, nn.Module, Any, Any]]) -> list[tuple[str, 
     """
     found = []
     for name, module, x, out in seen:
-        pad = None if any(True for _ in module.parameters()) else _pad_of(x, out)
+        pad = _pad_of(x, out) if may_be_pad(module, x, out) else None
         if pad is not None:
-            found.append((name, pad.train(module.training)))
+            found.append((name, pad))
     return found
 
 
-def _pad_of(x: Any, out: Any) -> ChannelPad | None:
+def may_be_pad(module: nn.Module, x: Any, out: Any) -> bool:
+    """Whether a module without parameters returned images of more channels than it was given."""
+    if any(True for _ in module.parameters()):
+        return False
     tensors = isinstance(x, Tensor) and isinstance(out, Tensor)
-    if not tensors or not x.dim() == 4 == out.dim() or out.shape[1] <= x.shape[1]:
-        return None
+    return tensors and x.dim() == 4 == out.dim() and out.shape[1] > x.shape[1]
+
+
+def _pad_of(x: Tensor, out: Tensor) -> ChannelPad | None:
     stride = max(1, round(x.shape[2] / out.shape[2]))
     for centred, pool in product((True, False), (False, True)):
         pad = ChannelPad(out.shape[1], stride, centred, pool)

@@ -27,6 +27,7 @@ class Change:
     module: nn.Module
     name: str
     old: Tensor
+    sizes: dict[int, int]
     fan_ratio: float
 
 
@@ -39,6 +40,7 @@ class Ledger:
 
     Attributes:
         changes: every resized parameter and buffer, in order.
+        settings: every plain attribute that was set, in order.
         layers: old and new output width of each layer that was resized, by name.
         new_widths: the new output widths alone, also of layers that kept theirs.
         modules: the expert's modules by name; ``names`` is the way back, from ids.
@@ -47,6 +49,7 @@ class Ledger:
 
     def __init__(self, expert: nn.Module, frozen: set[int]) -> None:
         self.changes: list[Change] = []
+        self.settings: list[tuple[nn.Module, str, Any]] = []
         self.layers: dict[str, tuple[int, int]] = {}  # name -> (old, new) output width
         self.names = {id(module): name for name, module in expert.named_modules()}
         self.modules = dict(expert.named_modules())
@@ -65,6 +68,25 @@ class Ledger:
         """Put everything back."""
         for restore in reversed(self._undo):
             restore()
+
+    def repeat_on(self, other: Ledger) -> None:
+        """Do the same to another expert, of which this one's is a copy."""
+        other.empty_caches()
+        for change in self.changes:
+            module = other.modules[self.names[id(change.module)]]
+            other.resize(module, change.name, change.sizes, change.fan_ratio)
+        for module, name, value in self.settings:
+            other.set_attribute(other.modules[self.names[id(module)]], name, value)
+
+    def empty_caches(self) -> None:
+        """Take away what modules keep in dictionaries: tensors computed at the full width."""
+        for module in self.modules.values():
+            attributes = module.__dict__
+            for key, value in attributes.items():
+                holds_tensors = type(value) is dict and any(True for _ in tensors_in(value))
+                if holds_tensors and not key.startswith("_"):
+                    self._undo.append(partial(attributes.__setitem__, key, value))
+                    attributes[key] = {}
 
     def resize(
         self, module: nn.Module, name: str, sizes: dict[int, int], fan_ratio: float = 1.0
@@ -85,7 +107,7 @@ class Ledger:
         self.owners[id(value)] = owners
         self._swapped[id(old)] = value
         self._alive.append((old, value))
-        self.changes.append(Change(module, name, old, fan_ratio))
+        self.changes.append(Change(module, name, old, sizes, fan_ratio))
 
     def current(self, tensor: Tensor) -> Tensor:
         """What stands in the place of a tensor that was resized."""
@@ -98,7 +120,8 @@ class Ledger:
         attributes = module.__dict__
         if name in attributes:
             old = attributes[name]
-            self._undo.append(lambda: attributes.__setitem__(name, old))
+            self._undo.append(partial(attributes.__setitem__, name, old))
+            self.settings.append((module, name, value))
             attributes[name] = value
 
     def keep_alive(self, tensor: Tensor) -> None:

@@ -1,13 +1,14 @@
 """Narrower experts: the forked part rebuilt with a share of its channels (paper, section 3).
 
 The paper gives experts 3/4 of the backbone's width. Here any backbone's expert is narrowed by trial
-forwards (see `_trial`), then its resized parameters are drawn anew.
+forwards of a copy (see `_trial`), on tensors without contents where the backbone allows it. What
+they found is then done to the expert itself, and its resized parameters are drawn anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,26 +16,24 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ride_plugin._closeness import close
-from ride_plugin._contexts import random_state_kept, seed_everything
+from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import RIDEError, WidthError, listed
-from ride_plugin._inputs import resize_batch
+from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split import (
-    Kept,
-    Recorded,
     Split,
     TrunkState,
-    play,
-    read_attributes,
-    record,
+    Views,
+    on_meta,
     throwaway,
-    write_attributes,
 )
 from ride_plugin._tree import logits_in, tensors_in
-from ride_plugin._width._attention import attention_of, replace_multihead_attention
-from ride_plugin._width._layers import pads_in, redrawn
-from ride_plugin._width._ledger import Change
+from ride_plugin._width._attention import attention_of
+from ride_plugin._width._fixed import replace_fixed_modules
+from ride_plugin._width._layers import redrawn
+from ride_plugin._width._ledger import Change, Ledger
 from ride_plugin._width._map import WidthMap, groupings_of
 from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck, Trace
+from ride_plugin._width._runs import player_of, trunk_state
 from ride_plugin._width._trial import Trial
 
 _TRIALS = 60
@@ -63,36 +62,26 @@ def narrow_expert(split: Split, width: float) -> Split:
     """
     _refuse_quantised(split.views.expert, width)
     expert, views = split.views.expert, split.views
-    frozen = {id(t) for t in (*views.trunk.parameters(), *views.trunk.buffers())}
+    frozen = _tensors_of(views.trunk)
     _refuse_computed(expert, width, frozen)
     before = _size(expert, frozen)
-    modes = {name: module.training for name, module in expert.named_modules()}
-    kept = Kept(expert)  # trials run on the expert itself, and a forward may count or average
     try:
-        with random_state_kept(expert):
-            states = _trunk_states(split)
-            _replace_fixed_modules(split, states[0])
-            references = [_reference(split, training, s) for training, s in enumerate(states)]
-            by_forwards = kept.changed()  # and not by narrowing
-            changes = _narrowed(split, width, references, frozen)
-            _check_rows(split, references[0])
+        with random_state_kept(expert), torch.no_grad():
+            batch = resize_batch(split.inputs, _BATCH)
+            state = trunk_state(split, False, False, batch)
+            replace_fixed_modules(split, state, batch)
+            try:  # almost free, but a backbone may look at values
+                changes = _narrowed(split, width, batch, state, meta=True)
+            except Exception:
+                changes = _narrowed(split, width, batch, state, meta=False)
     except Stuck as error:
         raise WidthError(_message(width, str(error))) from error
-    finally:
-        for name, module in expert.named_modules():
-            while name not in modes:  # a module that was put in: as what it stands in
-                name = name.rpartition(".")[0]
-            module.training = modes[name]
     after = _size(expert, frozen)
     if after > before * (1 + width) / 2:
         raise WidthError(
             _message(width, f"only {max(0, before - after):,} of {before:,} parameters could go")
         )
     _redraw(changes)
-    kept.restore(by_forwards)
-    for module in expert.modules():  # the trials ran in training mode too
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.reset_running_stats()
     for link in views.links:
         link.refresh()
     return split
@@ -146,79 +135,59 @@ def _message(width: float, reason: str) -> str:
     )
 
 
-def _trunk_states(split: Split) -> list[TrunkState]:
-    """The trunk's results in evaluation mode and, if the backbone trains on its input, training."""
-    args, kwargs = resize_batch(split.inputs, _BATCH)
-    start = read_attributes(split.views.expert, split.attributes)
-    states = []
-    for training in (False, True):
-        copied = throwaway(split.views, training)
-        try:
-            with torch.no_grad():
-                state, _ = record(
-                    copied.trunk, copied.running, split.layouts, args, kwargs, stop_at_fork=True
-                )
-        except Exception:
-            if training:
-                break
-            raise
-        states.append(replace(state, attributes=start))
-    return states
-
-
-def _play(split: Split, state: TrunkState, training: bool) -> Callable[[], Any]:
-    expert = split.views.expert.train(training)
-
-    def run() -> Any:
-        write_attributes(expert, split.attributes, state.attributes)
-        return play(expert, split.views.running, state)
-
-    return run
-
-
-def _replace_fixed_modules(split: Split, state: TrunkState) -> None:
-    """Replace modules whose sizes are fixed by equal ones whose sizes can be changed."""
-    expert = split.views.expert
-    play_once = _play(split, state, False)
-    with torch.no_grad():
-        expected = logits_in(play_once())
-        replaced = replace_multihead_attention(expert)
-        if replaced and not close(logits_in(play_once()), expected):
-            raise Stuck(f"`{replaced[0]}` could not be rebuilt with its heads apart")
-    seen: dict[str, tuple[str, nn.Module, Any, Any]] = {}
-    handles = []
-    for name, module in expert.named_modules():
-        if not isinstance(module, Recorded) and not any(True for _ in module.parameters()):
-
-            def note(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
-                x = next(tensors_in(args), None)
-                kept = [t.detach().clone() if isinstance(t, Tensor) else t for t in (x, out)]
-                seen[name] = (name, module, kept[0], kept[1])
-
-            handles.append(module.register_forward_hook(note))
-    try:
-        with torch.no_grad():
-            play_once()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, pad in pads_in(seen.values()):
-        expert.set_submodule(name, pad)
-
-
-def _reference(split: Split, training: int, state: TrunkState) -> _Reference:
-    seed_everything()
-    trace = Trace()
-    with torch.no_grad(), trace:
-        output = _play(split, state, bool(training))()
-    shapes = [tuple(t.shape) for t in tensors_in(output)]
-    return _Reference(bool(training), state, trace.steps, shapes)
-
-
 def _narrowed(
-    split: Split, width: float, references: Sequence[_Reference], frozen: set[int]
+    split: Split, width: float, batch: Inputs, state: TrunkState, meta: bool
 ) -> list[Change]:
+    """Try widths on copies until they fit, then do the same to the expert.
+
+    Args:
+        split: what it belongs to.
+        width: share of the channels to keep.
+        batch: an example.
+        state: the trunk's result for it in evaluation mode.
+        meta: try on tensors without contents; it raises where the backbone looks at values.
+
+    Returns:
+        The changes of the expert.
+    """
+    views = throwaway(split.views, False, meta)
+    with on_meta(batch, meta) as inputs:
+        references = []
+        for training in (False, True):
+            try:
+                found = (
+                    state if not (meta or training) else trunk_state(split, training, meta, inputs)
+                )
+            except Exception:
+                if meta or not training:
+                    raise
+                break  # it does not train on its input alone
+            references.append(_reference(split, views, training, found))
+        trial = _fitting_trial(split, views, width, references)
     expert = split.views.expert
+    ledger = Ledger(expert, _tensors_of(split.views.trunk))
+    trial.ledger.repeat_on(ledger)
+    try:
+        _check_rows(split, state)
+    except Stuck:
+        ledger.undo()
+        raise
+    return ledger.changes
+
+
+def _reference(split: Split, views: Views, training: bool, state: TrunkState) -> _Reference:
+    trace = Trace()
+    run = player_of(split, state, training, views)
+    with trace:
+        output = run()
+    shapes = [tuple(t.shape) for t in tensors_in(output)]
+    return _Reference(training, state, trace.steps, shapes)
+
+
+def _fitting_trial(
+    split: Split, views: Views, width: float, references: Sequence[_Reference]
+) -> Trial:
+    expert, frozen = views.expert, _tensors_of(views.trunk)
     attentions = [
         found
         for name, module in expert.named_modules()
@@ -230,30 +199,28 @@ def _narrowed(
         trial = Trial(expert, frozen, plan, widths, attentions)
         try:
             for reference in references:
-                seed_everything()
-                run = _play(split, reference.state, reference.training)
+                run = player_of(split, reference.state, reference.training, views)
                 trial.run(run, reference.steps, reference.output)
         except Amended:
             trial.undo()
             continue
-        except Stuck:
-            trial.undo()
-            raise
-        return trial.changes
+        return trial
     raise Stuck(f"no consistent widths were found in {_TRIALS} trials")
 
 
-def _check_rows(split: Split, reference: _Reference) -> None:
-    """An expert's logits for some rows must be those of the whole batch, also when narrowed."""
-    with torch.no_grad():
-        whole = logits_in(_play(split, reference.state, False)())
-        if reference.state.layout is None or whole is None:
-            return
-        rows = torch.tensor([2, 0], device=whole.device)
-        try:
-            some = logits_in(_play(split, reference.state.select(rows), False)())
-        except (RIDEError, RuntimeError) as error:
-            raise Stuck(f"it does not run on a subset of the rows ({error})") from error
+def _check_rows(split: Split, state: TrunkState) -> None:
+    """The narrowed expert runs, and its logits for some rows are those of the whole batch."""
+    try:
+        whole = logits_in(player_of(split, state)())
+    except Exception as error:
+        raise Stuck(f"it does not run when narrowed ({error})") from error
+    if state.layout is None or whole is None:
+        return
+    rows = torch.tensor([2, 0], device=whole.device)
+    try:
+        some = logits_in(player_of(split, state.select(rows))())
+    except (RIDEError, RuntimeError) as error:
+        raise Stuck(f"it does not run on a subset of the rows ({error})") from error
     if not close(some, whole[rows]):
         raise Stuck("its rows depend on each other when narrowed")
 
@@ -268,6 +235,10 @@ def _redraw(changes: Sequence[Change]) -> None:
                 parameter: Any = change.module._parameters[change.name]
                 fan_ratio = change.fan_ratio if change.name in ("weight", "bias") else 1.0
                 parameter.copy_(redrawn(parameter, change.old, fan_ratio))
+
+
+def _tensors_of(module: nn.Module) -> set[int]:
+    return {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
 
 def _size(expert: nn.Module, frozen: set[int]) -> int:

@@ -24,7 +24,7 @@ from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._width._amend import Amender
 from ride_plugin._width._attention import Attention
 from ride_plugin._width._layers import ChannelPad, Kind, kind_of
-from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Change, Ledger
+from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Ledger
 from ride_plugin._width._map import WidthMap
 from ride_plugin._width._plan import (
     Amended,
@@ -63,14 +63,10 @@ class Trial(TorchFunctionMode):
         self._steps: Sequence[Step] = ()
         self._position = 0
         self._set_attributes()
+        self.ledger.empty_caches()
         for name, sizes in plan.raw.items():
             path, _, key = name.rpartition(".")
             self.ledger.resize(self.ledger.modules[path], key, sizes)
-
-    @property
-    def changes(self) -> list[Change]:
-        """What was resized."""
-        return self.ledger.changes
 
     def undo(self) -> None:
         """Put everything back."""
@@ -90,7 +86,7 @@ class Trial(TorchFunctionMode):
                 handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._exit))
         try:
-            with torch.no_grad(), self:
+            with self:
                 result = play()
         except (Amended, Stuck):
             raise
@@ -272,12 +268,6 @@ class Trial(TorchFunctionMode):
             self._projections |= {prefix + key: width for key, width in widths.items()}
             for module, key, value in settings:
                 self.ledger.set_attribute(module, key, value)
-        for module in self.ledger.modules.values():
-            for key, value in vars(module).items():
-                # Caches of computed tensors, filled at the full width.
-                holds_tensors = type(value) is dict and any(True for _ in tensors_in(value))
-                if holds_tensors and not key.startswith("_"):
-                    self.ledger.set_attribute(module, key, {})
 
     def _compare(self, name: str, step: Step, args: Any, result: Any) -> None:
         """Refuse a reshape that moves what a dimension holds, and anything that came out empty."""
