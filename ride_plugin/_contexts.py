@@ -44,19 +44,32 @@ class RandomState:
         return sys.intern(f"{hash(self.python)} {hash(self.numpy)}")
 
 
-@contextmanager
-def random_state_kept(module: nn.Module) -> Iterator[None]:
-    """Restore the random state of torch, numpy and Python after a block.
+def random_state(module: nn.Module) -> Callable[[], None]:
+    """Note the random state of torch, numpy and Python; what is returned puts it back.
 
     Of torch's generators these are the CPU's and those of the module's devices.
     """
-    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-    before = RandomState.now()
+    found = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    on_devices = [(device, torch.cuda.get_rng_state(device)) for device in found]
+    common, here = RandomState.now(), torch.get_rng_state()
+
+    def restore() -> None:
+        common.restore()
+        torch.set_rng_state(here)
+        for device, state in on_devices:
+            torch.cuda.set_rng_state(state, device)
+
+    return restore
+
+
+@contextmanager
+def random_state_kept(module: nn.Module) -> Iterator[None]:
+    """Restore the random state of torch, numpy and Python after a block."""
+    restore = random_state(module)
     try:
-        with torch.random.fork_rng(devices=sorted(devices - {None})):
-            yield
+        yield
     finally:
-        before.restore()
+        restore()
 
 
 def seed_everything() -> None:

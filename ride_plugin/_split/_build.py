@@ -305,13 +305,13 @@ def learned(
             if ahead:
                 refuse_reading_ahead(split)
             try:
-                written = check(source, split)
+                written, state = check(source, split)
             except WrittenBehind as found:  # which only values show, as with `self.queue.data`
                 if cut is None or found.names <= behind:
                     raise SplitError(str(found)) from None
                 behind |= found.names
                 split, ahead, left = lessons(meta)
-                written = check(source, split)
+                written, state = check(source, split)
             if left:
                 own = refuse_feedback(split, left)
                 # What is the same for every expert starts where the trunk started: a count, say.
@@ -338,7 +338,7 @@ def learned(
     classifier = name if forked else None
     watch_classifier(split.views.expert, classifier, split.views.running)
     views = replace(split.views, written=split.views.written | written)
-    return replace(split, views=views, classifier=classifier)
+    return replace(split, views=views, classifier=classifier, state=state)
 
 
 def _source_of(backbone: nn.Module) -> nn.Module:

@@ -49,6 +49,7 @@ def running_copy(
     modules: Iterable[nn.Module],
     written: frozenset[str] = frozenset(),
     meta: bool = False,
+    memo: dict[int, Any] | None = None,
 ) -> T:
     """Copy ``value``, which holds ``modules``, for a pass that is thrown away.
 
@@ -57,8 +58,9 @@ def running_copy(
         modules: the modules whose parameters are shared.
         written: names of parameters that a forward writes; they are copied.
         meta: replace every tensor by one on the meta device.
+        memo: what has a copy already, by id.
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
     for module in modules:
         for name, parameter in module.named_parameters():
             if id(parameter) not in memo and type(parameter) is nn.Parameter:
@@ -71,7 +73,7 @@ def running_copy(
                 if id(tensor) not in memo and not isinstance(tensor, nn.Parameter):
                     memo[id(tensor)] = tensor.detach().to("meta")
         else:
-            memo.update(detached_activations(module))
+            memo.update({k: v for k, v in detached_activations(module).items() if k not in memo})
     parts = [part for module in modules for part in module.modules()]
     _copy_modules(parts, memo)
     return copy_with_hooks(value, parts, memo)

@@ -17,7 +17,7 @@ from ride_plugin._split._learn import Place, throwaway
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._sharing import frozen_layers, unchanging
-from ride_plugin._split._state import Layout
+from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._tape import Running
 from ride_plugin._split._views import Link, Views
 from ride_plugin._tree import logits_in
@@ -38,6 +38,7 @@ class Split:
         fork_at: name of the first forked submodule.
         classifier: name of the classifier inside an expert, or None if there is no such module.
         doubt: why the fork that was chosen makes little sense, in words.
+        state: what the trunk returned for three rows in evaluation mode.
     """
 
     views: Views
@@ -49,6 +50,7 @@ class Split:
     fork_at: str
     classifier: str | None
     doubt: str | None = None
+    state: TrunkState | None = None
 
 
 @dataclass

@@ -106,8 +106,7 @@ def redrawn(new: Tensor, old: Tensor, fan_ratio: float) -> Tensor:
         root_mean_square = old.float().square().mean().sqrt() / rows.square().mean().sqrt()
         orthogonal: Tensor = (rows * root_mean_square * scale).to(new.dtype)
         return orthogonal
-    drawn: Tensor = shuffled(old, new.numel()).view_as(new) * scale
-    return drawn
+    return shuffled(old, new.numel()).mul_(scale).view_as(new)
 
 
 def pads_in(seen: Iterable[tuple[str, nn.Module, Any, Any]]) -> list[tuple[str, ChannelPad]]:
@@ -120,7 +119,7 @@ def pads_in(seen: Iterable[tuple[str, nn.Module, Any, Any]]) -> list[tuple[str, 
     for name, module, x, out in seen:
         pad = _pad_of(x, out) if may_be_pad(module, x, out) else None
         if pad is not None:
-            found.append((name, pad))
+            found.append((name, pad.train(module.training)))
     return found
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ride_plugin._closeness import close
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import RIDEError, WidthError, listed
-from ride_plugin._inputs import Inputs, resize_batch
+from ride_plugin._inputs import resize_batch
 from ride_plugin._split import (
     Split,
     TrunkState,
@@ -37,7 +37,6 @@ from ride_plugin._width._runs import player_of, trunk_state
 from ride_plugin._width._trial import Trial
 
 _TRIALS = 60
-_BATCH = 3
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,11 @@ def narrow_expert(split: Split, width: float) -> Split:
     before = _size(expert, frozen)
     try:
         with random_state_kept(expert), torch.no_grad():
-            batch = resize_batch(split.inputs, _BATCH)
-            state = trunk_state(split, False, False, batch)
-            replace_fixed_modules(split, state, batch)
+            replace_fixed_modules(split)
             try:  # almost free, but a backbone may look at values
-                changes = _narrowed(split, width, batch, state, meta=True)
+                changes = _narrowed(split, width, meta=True)
             except Exception:
-                changes = _narrowed(split, width, batch, state, meta=False)
+                changes = _narrowed(split, width, meta=False)
     except Stuck as error:
         raise WidthError(_message(width, str(error))) from error
     after = _size(expert, frozen)
@@ -135,53 +132,45 @@ def _message(width: float, reason: str) -> str:
     )
 
 
-def _narrowed(
-    split: Split, width: float, batch: Inputs, state: TrunkState, meta: bool
-) -> list[Change]:
-    """Try widths on copies until they fit, then do the same to the expert.
+def _narrowed(split: Split, width: float, meta: bool) -> list[Change]:
+    """Try widths on a copy until they fit, then do the same to the expert.
 
     Args:
-        split: what it belongs to.
+        split: its expert is narrowed.
         width: share of the channels to keep.
-        batch: an example.
-        state: the trunk's result for it in evaluation mode.
         meta: try on tensors without contents; it raises where the backbone looks at values.
 
     Returns:
         The changes of the expert.
     """
     views = throwaway(split.views, False, meta)
-    with on_meta(batch, meta) as inputs:
-        references = []
-        for training in (False, True):
-            try:
-                found = (
-                    state if not (meta or training) else trunk_state(split, training, meta, inputs)
-                )
-            except Exception:
-                if meta or not training:
-                    raise
-                break  # it does not train on its input alone
-            references.append(_reference(split, views, training, found))
+    with on_meta(resize_batch(split.inputs, 2), meta) as inputs:
+        states = [trunk_state(split, views, False, inputs)]
+        try:
+            states.append(trunk_state(split, views, True, inputs))
+        except Exception:
+            if meta:
+                raise
+            # It does not train on its input alone.
+        references = [_reference(split, views, mode, state) for mode, state in enumerate(states)]
         trial = _fitting_trial(split, views, width, references)
-    expert = split.views.expert
-    ledger = Ledger(expert, _tensors_of(split.views.trunk))
+    ledger = Ledger(split.views.expert, _tensors_of(split.views.trunk))
     trial.ledger.repeat_on(ledger)
     try:
-        _check_rows(split, state)
+        _check_rows(split)
     except Stuck:
         ledger.undo()
         raise
     return ledger.changes
 
 
-def _reference(split: Split, views: Views, training: bool, state: TrunkState) -> _Reference:
+def _reference(split: Split, views: Views, training: int, state: TrunkState) -> _Reference:
     trace = Trace()
-    run = player_of(split, state, training, views)
+    run = player_of(split, views, state, bool(training))
     with trace:
         output = run()
     shapes = [tuple(t.shape) for t in tensors_in(output)]
-    return _Reference(training, state, trace.steps, shapes)
+    return _Reference(bool(training), state, trace.steps, shapes)
 
 
 def _fitting_trial(
@@ -199,7 +188,7 @@ def _fitting_trial(
         trial = Trial(expert, frozen, plan, widths, attentions)
         try:
             for reference in references:
-                run = player_of(split, reference.state, reference.training, views)
+                run = player_of(split, views, reference.state, reference.training)
                 trial.run(run, reference.steps, reference.output)
         except Amended:
             trial.undo()
@@ -208,17 +197,19 @@ def _fitting_trial(
     raise Stuck(f"no consistent widths were found in {_TRIALS} trials")
 
 
-def _check_rows(split: Split, state: TrunkState) -> None:
+def _check_rows(split: Split) -> None:
     """The narrowed expert runs, and its logits for some rows are those of the whole batch."""
+    state, views = split.state, throwaway(split.views, False)
+    assert state is not None  # the build has left it
     try:
-        whole = logits_in(player_of(split, state)())
+        whole = logits_in(player_of(split, views, state)())
     except Exception as error:
         raise Stuck(f"it does not run when narrowed ({error})") from error
     if state.layout is None or whole is None:
         return
     rows = torch.tensor([2, 0], device=whole.device)
     try:
-        some = logits_in(player_of(split, state.select(rows))())
+        some = logits_in(player_of(split, views, state.select(rows))())
     except (RIDEError, RuntimeError) as error:
         raise Stuck(f"it does not run on a subset of the rows ({error})") from error
     if not close(some, whole[rows]):

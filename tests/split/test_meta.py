@@ -61,7 +61,7 @@ def test_batch_normalisation_without_contents_is_one_operation(training: bool) -
     layer = running_copy(original, (original,), meta=True)
     with torch.no_grad(), on_meta(torch.randn(3, 4, 5, 6), True) as shapes, Operations() as seen:
         layer(shapes)
-    assert [name for name in seen.names if name not in ("view", "add_")] == ["addcmul"]
+    assert [name for name in seen.names if name not in ("view", "add_")] == ["convolution"]
 
 
 def test_another_number_of_channels_is_refused_as_with_contents() -> None:
@@ -77,7 +77,14 @@ def test_a_single_value_in_each_channel_is_refused_as_with_contents() -> None:
 LAYERS = {
     "linear": (lambda x, w, b: F.linear(x, w, b), [(2, 3, 4), (5, 4), (5,)]),
     "layer_norm": (lambda x, w, b: F.layer_norm(x, (4,), w, b), [(2, 3, 4), (4,), (4,)]),
+    "group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), [(2, 4, 3, 3), (4,), (4,)]),
     "gelu": (F.gelu, [(2, 3, 4)]),
+    "relu": (F.relu, [(2, 3, 4)]),
+    "hardtanh": (lambda x: F.hardtanh(x, -2.0, 2.0), [(2, 3, 4)]),
+    "dropout": (lambda x: F.dropout(x, 0.2, True), [(2, 3, 4)]),
+    "add": (lambda x, y: x + y, [(2, 3, 4), (2, 3, 4)]),
+    "add a number": (lambda x: torch.add(x, 1, alpha=2), [(2, 3, 4)]),
+    "add, spread": (lambda x, y: x + y, [(2, 3, 4), (4,)]),
     "attention": (F.scaled_dot_product_attention, [(2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6)]),
 }
 
@@ -102,6 +109,10 @@ def test_layers_without_contents_have_the_shape_and_depend_on_the_same(name: str
     [
         (lambda x, w, b: F.linear(x, w, b), [(2, 4), (5, 3), (5,)]),
         (lambda x, w, b: F.linear(x, w, b), [(2, 4), (5, 4), (4,)]),
+        (lambda x, w, b: F.linear(x, w, b), [(2, 3), (5, 4), (5,)]),
+        (lambda x, w, b: F.group_norm(x, 3, w, b), [(2, 4, 3, 3), (4,), (4,)]),
+        (lambda x, w, b: F.group_norm(x, 2, w, b), [(2, 4, 3, 3), (2,), (2,)]),
+        (lambda x, y: x + y, [(2, 3), (2, 4)]),
         (lambda x, w, b: F.layer_norm(x, (4,), w, b), [(2, 5), (4,), (4,)]),
         (lambda x, w, b: F.layer_norm(x, (4,), w, b), [(2, 4), (1,), (1,)]),
         (F.scaled_dot_product_attention, [(2, 2, 3, 4), (2, 2, 5, 3), (2, 2, 5, 4)]),
@@ -112,6 +123,15 @@ def test_layers_that_do_not_fit_are_refused_as_with_contents(layer, shapes) -> N
         tensors = [torch.randn(shape, device=device) for shape in shapes]
         with pytest.raises(RuntimeError), on_meta((), True):
             layer(*tensors)
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(True), nn.Dropout(0.2, True), nn.LeakyReLU(0.1, True)])
+def test_what_is_changed_in_place_is_changed_in_place_without_contents_too(layer) -> None:
+    x = torch.randn(2, 3)
+    with on_meta(x, True) as shapes:
+        before = shapes._version
+        assert layer(shapes) is shapes
+    assert shapes._version > before
 
 
 class Masked(nn.Module):

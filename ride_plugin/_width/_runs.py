@@ -1,0 +1,41 @@
+"""Runs of trunk and expert on copies, for trials: what is narrowed never runs itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ride_plugin._contexts import seed_everything
+from ride_plugin._inputs import Inputs
+from ride_plugin._split import (
+    Split,
+    TrunkState,
+    Views,
+    play,
+    read_attributes,
+    record,
+    write_attributes,
+)
+
+
+def trunk_state(split: Split, views: Views, training: bool, batch: Inputs) -> TrunkState:
+    """What the trunk of ``views``, a throwaway copy, returns; its expert has not run yet."""
+    start = read_attributes(views.expert, split.attributes)
+    write_attributes(views.trunk, split.attributes, start)
+    trunk = views.trunk.train(training)
+    state, _ = record(trunk, views.running, split.layouts, *batch, stop_at_fork=True)
+    return replace(state, attributes=start)
+
+
+def player_of(
+    split: Split, views: Views, state: TrunkState, training: bool = False
+) -> Callable[[], Any]:
+    """What runs the expert of ``views``, a throwaway copy, on a trunk's result."""
+
+    def run() -> Any:
+        seed_everything()
+        write_attributes(views.expert, split.attributes, state.attributes)
+        return play(views.expert.train(training), views.running, state)
+
+    return run
