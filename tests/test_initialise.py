@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._initialise import has_orthogonal_rows, redraw, reinitialise, renew_classifier
+from ride_plugin._initialise import (
+    has_orthogonal_rows,
+    redraw,
+    reinitialise,
+    renew_classifier,
+    shuffled,
+)
 from ride_plugin._split._copies import clone_module
 
 from .backbones import CifarResNet, mlp
@@ -140,6 +146,18 @@ def test_large_parameters_are_shuffled_entry_by_entry(shape: tuple[int, ...]) ->
     for a, b in ((first, old), (second, old), (first, second)):
         assert float((a == b).float().mean()) < 1e-3
         assert abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.03
+
+
+@pytest.mark.parametrize("entries", [10, 16384, 40000])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5625, 1.0, 2.5])
+def test_entries_are_drawn_from_all_places_and_none_twice_before_all_are(entries, share) -> None:
+    count = int(share * entries)
+    drawn = shuffled(torch.arange(entries), count)
+    assert len(drawn) == count
+    times = torch.bincount(drawn, minlength=entries)
+    assert set(times.tolist()) <= {count // entries, -(-count // entries)}
+    if 1000 < count < entries:
+        assert abs(float(drawn.double().mean()) / entries - 0.5) < 0.05
 
 
 def test_tied_tensors_are_kept() -> None:

@@ -27,6 +27,13 @@ class Link:
     owner: nn.Module
     name: str
 
+    def let_go(self) -> None:
+        """Take the tensor out of the view's own parameters and buffers."""
+        for kind in ("_parameters", "_buffers"):
+            own = getattr(self.view, kind)
+            if own.pop(self.name, None) is not None and _is_dictionary(self.view):
+                vars(self.view)[kind] = _Held(self.view, own)
+
     def refresh(self) -> None:
         """Follow the owner's tensor, which ``.to()`` or loading may have replaced."""
         tensor = self.owner._parameters.get(self.name, self.owner._buffers.get(self.name))
@@ -34,6 +41,26 @@ class Link:
             # Assigning an `nn.Buffer` would register it, in a view that does not own it.
             vars(tensor).pop("_is_buffer", None)
             self.view.__dict__[self.name] = tensor
+
+
+class _Held(dict[str, Any]):
+    """The tensors of a view that others may look up in here, beside those that it reads."""
+
+    def __init__(self, view: nn.Module, own: dict[str, Any]) -> None:
+        super().__init__(own)
+        self.view = view
+
+    def __missing__(self, name: str) -> Any:
+        linked = vars(self.view).get(name)
+        if isinstance(linked, Tensor):
+            return linked
+        raise KeyError(name)
+
+
+def _is_dictionary(module: nn.Module) -> bool:
+    """Whether it is a dictionary of tensors of somebody's own, which looks into torch's."""
+    kind = type(module)
+    return hasattr(kind, "__getitem__") and not kind.__module__.startswith("torch.nn.")
 
 
 @dataclass
@@ -160,8 +187,7 @@ def build_views(
         expert_owns = any(o[0] == name and o[2] == key for o in forked_outside)
         owner, view = (expert, trunk) if expert_owns else (trunk, expert)
         link = Link(_at(view, name), _at(owner, name), key)
-        link.view._parameters.pop(key, None)
-        link.view._buffers.pop(key, None)
+        link.let_go()
         link.refresh()
         links.append(link)
     pairs = [(_at(trunk, name), _at(expert, name)) for name, _ in spine]

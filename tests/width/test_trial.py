@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ride_plugin import RIDEWrapper, WidthError, expert_logits
+from ride_plugin._width import _narrow
 
 
 class Net(nn.Module):
@@ -113,6 +116,26 @@ class ByIndex(nn.Module):
         return x * x[:, 23:].sigmoid() + x[:, 20].unsqueeze(1)
 
 
+class ByIndexTensor(ByIndex):
+    """Reads channels whose numbers a tensor holds; without contents none is out of range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.tensor([20, 23]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x * x[:, self.places].mean(1, keepdim=True).sigmoid()
+
+
+class LooksAtValues(ByIndex):
+    """Takes its way by a value, which a tensor without contents does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x.relu() if float(x.detach().max()) < 1e6 else x.tanh()
+
+
 BODIES = {
     "depthwise": (Depthwise, 24),
     "groups": (lambda: Two(12, nn.Conv1d(24, 24, 3, padding=1, groups=3)), 24),
@@ -123,6 +146,8 @@ BODIES = {
     "pieces": (FixedPieces, 24),
     "rows": (FixedRows, 24),
     "index": (ByIndex, 24),
+    "index tensor": (ByIndexTensor, 24),
+    "values": (LooksAtValues, 24),
 }
 
 
@@ -145,6 +170,44 @@ def test_a_narrowed_expert_computes_what_its_layers_say(name: str) -> None:
     whole = sum(p.numel() for p in net.body.parameters())
     narrowed = sum(p.numel() for n, p in alone.named_parameters() if n.startswith("body."))
     assert narrowed <= whole
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_trials_without_contents_find_the_same_widths(name, monkeypatch) -> None:
+    body, features = BODIES[name]
+
+    def shapes() -> dict[str, torch.Size]:
+        torch.manual_seed(0)
+        net, x = Net(body(), features), torch.rand(2, 6)
+        model = RIDEWrapper(net, 1, fork_at="body", expert_width=0.75, example_input=x)
+        return {key: parameter.shape for key, parameter in model.named_parameters()}
+
+    found = shapes()
+    monkeypatch.setattr(_narrow, "_narrowed", partial(_with_contents, _narrow._narrowed))
+    assert shapes() == found
+
+
+def _with_contents(narrowed, split, width, meta):
+    if meta:
+        raise NotImplementedError
+    return narrowed(split, width, meta)
+
+
+def test_what_is_narrowed_runs_with_contents_twice() -> None:
+    calls = []
+
+    class Counted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(not x.is_meta)
+            return super().forward(x)
+
+    counted = {}
+    for width in (1.0, 0.75):
+        calls.clear()
+        net, x = Net(Counted(16, 24)), torch.rand(2, 6)
+        RIDEWrapper(net, 2, fork_at="body", expert_width=width, example_input=x)
+        counted[width] = sum(calls)
+    assert counted == {1.0: 8, 0.75: 10}  # once with all rows, once with some
 
 
 def test_groups_follow_what_arrives() -> None:
