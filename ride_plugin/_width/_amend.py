@@ -157,7 +157,9 @@ class Amender:
             if attention is not None:
                 tried = self.plan.choice.get(name, 0)
                 if tried + 1 < len(attention.choices(self.widths.ratio)):
-                    self.plan.choice[name] = tried + 1
+                    for other in filter(attention.is_like, self.attentions.values()):
+                        if self.plan.choice.get(other.name, 0) == tried:
+                            self.plan.choice[other.name] = tried + 1
                     raise Amended
         tags = {tag for tensor in tensors for tag in self.ledger.tags_of(tensor)}
         at_fault = [name for kind, name in tags if kind == "layer"]

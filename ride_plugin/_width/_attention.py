@@ -49,6 +49,15 @@ class Attention:
     head_dim: int
     shared: int = 1
 
+    def is_like(self, other: Attention) -> bool:
+        """Whether another one is of the same kind and sizes, so that the same will fail in it."""
+        return (type(self.module), self.num_heads, self.head_dim, self.shared) == (
+            type(other.module),
+            other.num_heads,
+            other.head_dim,
+            other.shared,
+        )
+
     def choices(self, ratio: float) -> list[str]:
         """Ways to narrow it, best first; the last one leaves it as it is."""
         heads = math.prod(self._grouped(ratio))

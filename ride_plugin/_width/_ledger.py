@@ -31,6 +31,23 @@ class Change:
     fan_ratio: float
 
 
+def empty_caches(expert: nn.Module) -> list[Callable[[], None]]:
+    """Take away what modules keep in dictionaries: tensors computed at the full width.
+
+    Returns:
+        What puts each of them back.
+    """
+    put_back: list[Callable[[], None]] = []
+    for module in expert.modules():
+        attributes = module.__dict__
+        for key, value in attributes.items():
+            holds_tensors = type(value) is dict and any(True for _ in tensors_in(value))
+            if holds_tensors and not key.startswith("_"):
+                put_back.append(partial(attributes.__setitem__, key, value))
+                attributes[key] = {}
+    return put_back
+
+
 class Ledger:
     """Changes an expert's layers, remembers each change, and knows which layer made a tensor.
 
@@ -71,22 +88,11 @@ class Ledger:
 
     def repeat_on(self, other: Ledger) -> None:
         """Do the same to another expert, of which this one's is a copy."""
-        other.empty_caches()
         for change in self.changes:
             module = other.modules[self.names[id(change.module)]]
             other.resize(module, change.name, change.sizes, change.fan_ratio)
         for module, name, value in self.settings:
             other.set_attribute(other.modules[self.names[id(module)]], name, value)
-
-    def empty_caches(self) -> None:
-        """Take away what modules keep in dictionaries: tensors computed at the full width."""
-        for module in self.modules.values():
-            attributes = module.__dict__
-            for key, value in attributes.items():
-                holds_tensors = type(value) is dict and any(True for _ in tensors_in(value))
-                if holds_tensors and not key.startswith("_"):
-                    self._undo.append(partial(attributes.__setitem__, key, value))
-                    attributes[key] = {}
 
     def resize(
         self, module: nn.Module, name: str, sizes: dict[int, int], fan_ratio: float = 1.0

@@ -7,7 +7,7 @@ they found is then done to the expert itself, and its resized parameters are dra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from ride_plugin._tree import logits_in, tensors_in
 from ride_plugin._width._attention import attention_of
 from ride_plugin._width._fixed import replace_fixed_modules
 from ride_plugin._width._layers import redrawn
-from ride_plugin._width._ledger import Change, Ledger
+from ride_plugin._width._ledger import Change, Ledger, empty_caches
 from ride_plugin._width._map import WidthMap, groupings_of
 from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck, Trace
 from ride_plugin._width._runs import player_of, trunk_state
@@ -143,8 +143,14 @@ def _narrowed(split: Split, width: float, meta: bool) -> list[Change]:
     Returns:
         The changes of the expert.
     """
-    views = throwaway(split.views, False, meta)
+
+    def copied() -> Views:  # for each trial, since a forward may fill a cache
+        views = throwaway(split.views, False, meta)
+        empty_caches(views.expert)
+        return views
+
     with on_meta(resize_batch(split.inputs, 2), meta) as inputs:
+        views = copied()
         states = [trunk_state(split, views, False, inputs)]
         try:
             states.append(trunk_state(split, views, True, inputs))
@@ -153,13 +159,15 @@ def _narrowed(split: Split, width: float, meta: bool) -> list[Change]:
                 raise
             # It does not train on its input alone.
         references = [_reference(split, views, mode, state) for mode, state in enumerate(states)]
-        trial = _fitting_trial(split, views, width, references)
+        trial = _fitting_trial(split, copied, width, references)
     ledger = Ledger(split.views.expert, _tensors_of(split.views.trunk))
+    put_back = [ledger.undo, *empty_caches(split.views.expert)]
     trial.ledger.repeat_on(ledger)
     try:
         _check_rows(split)
     except Stuck:
-        ledger.undo()
+        for step in put_back:
+            step()
         raise
     return ledger.changes
 
@@ -174,24 +182,23 @@ def _reference(split: Split, views: Views, training: int, state: TrunkState) -> 
 
 
 def _fitting_trial(
-    split: Split, views: Views, width: float, references: Sequence[_Reference]
+    split: Split, copied: Callable[[], Views], width: float, references: Sequence[_Reference]
 ) -> Trial:
-    expert, frozen = views.expert, _tensors_of(views.trunk)
-    attentions = [
-        found
-        for name, module in expert.named_modules()
-        if (found := attention_of(name, module)) is not None
-    ]
-    widths = WidthMap(width, groupings_of(expert))
     plan = NarrowingPlan()
     for _ in range(_TRIALS):
-        trial = Trial(expert, frozen, plan, widths, attentions)
+        views = copied()
+        attentions = [
+            found
+            for name, module in views.expert.named_modules()
+            if (found := attention_of(name, module)) is not None
+        ]
+        widths = WidthMap(width, groupings_of(views.expert))
+        trial = Trial(views.expert, _tensors_of(views.trunk), plan, widths, attentions)
         try:
             for reference in references:
                 run = player_of(split, views, reference.state, reference.training)
                 trial.run(run, reference.steps, reference.output)
         except Amended:
-            trial.undo()
             continue
         return trial
     raise Stuck(f"no consistent widths were found in {_TRIALS} trials")

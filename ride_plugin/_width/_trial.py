@@ -37,10 +37,10 @@ from ride_plugin._width._plan import (
 
 
 class Trial(TorchFunctionMode):
-    """Runs an expert once and resizes its layers on the way; everything can be undone.
+    """Runs an expert once and resizes its layers on the way.
 
     Args:
-        expert: an expert's view of the backbone.
+        expert: a throwaway copy of an expert.
         frozen: ids of tensors that the trunk owns.
         plan: amended when widths do not meet.
         widths: the map of widths.
@@ -63,14 +63,9 @@ class Trial(TorchFunctionMode):
         self._steps: Sequence[Step] = ()
         self._position = 0
         self._set_attributes()
-        self.ledger.empty_caches()
         for name, sizes in plan.raw.items():
             path, _, key = name.rpartition(".")
             self.ledger.resize(self.ledger.modules[path], key, sizes)
-
-    def undo(self) -> None:
-        """Put everything back."""
-        self.ledger.undo()
 
     def run(self, play: Callable[[], Any], steps: Sequence[Step], output: Sequence[Any]) -> None:
         """Run the expert once; ``steps`` and ``output`` are the full-width expert's.
