@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from ride_plugin import RIDEWrapper, experts_loss  # noqa: E402
+from ride_plugin import RIDEWrapper, expert_logits, experts_loss  # noqa: E402
 from ride_plugin.routing import TrunkState  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -102,3 +102,30 @@ def test_states_and_adapters_go_to_disk(tmp_path: Path) -> None:
         again = wrapped().eval()
         load(again, str(tmp_path / "model.safetensors"))
         torch.testing.assert_close(again(**inputs), model(**inputs))
+
+
+@pytest.mark.parametrize("method", ["VeraConfig", "RandLoraConfig", "LoHaConfig", "IA3Config"])
+def test_methods_that_share_matrices_between_layers_and_others(method: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=16, num_labels=7,
+    )  # fmt: skip
+    network = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    options = {"feedforward_modules": []} if method == "IA3Config" else {}
+    kind = getattr(peft, method)
+    adapted = peft.get_peft_model(
+        network, kind(task_type="SEQ_CLS", target_modules=["query", "value"], **options)
+    ).eval()
+    model = RIDEWrapper(adapted, 2, init="copy", example_input=batch(2)).eval()
+    theirs = dict(adapted.named_parameters())
+    with torch.no_grad():
+        for expert in model.experts:
+            for name, parameter in expert.named_parameters():
+                parameter.copy_(theirs[name])  # the classifier and what was drawn anew
+        x = batch(3)
+        experts = expert_logits(model(**x))
+        assert torch.equal(experts, adapted(**x).logits[:, None].expand_as(experts))
+    model.train()
+    experts_loss(torch.nn.CrossEntropyLoss(), model(**x), torch.tensor([0, 1, 2])).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
