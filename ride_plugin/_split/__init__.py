@@ -15,6 +15,7 @@ from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._plain import plain_modules
 from ride_plugin._split._plain_state import refuse_plain_state
+from ride_plugin._split._probe import Call
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._sharing import held_by_all
 from ride_plugin._split._state import TrunkState
@@ -22,6 +23,7 @@ from ride_plugin._split._tape import Recorded
 from ride_plugin._split._views import Views
 
 __all__ = [
+    "Call",
     "Choice",
     "Pair",
     "Parts",

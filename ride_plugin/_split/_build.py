@@ -338,7 +338,7 @@ def learned(
     classifier = name if forked else None
     watch_classifier(split.views.expert, classifier, split.views.running)
     views = replace(split.views, written=split.views.written | written)
-    return replace(split, views=views, classifier=classifier, state=state)
+    return replace(split, views=views, classifier=classifier, calls=seen.root, state=state)
 
 
 def _source_of(backbone: nn.Module) -> nn.Module:

@@ -113,10 +113,13 @@ def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
         attributes = shell.__dict__
         for name, attribute in vars(plain[key]).items():
             kind = type(attribute)
-            if kind in (dict, OrderedDict) and id(attribute) not in memo:
+            if kind in _ATOMS:
+                attributes[name] = attribute
+            elif kind in (dict, OrderedDict) and id(attribute) not in memo:
                 # Known before it is filled: a hook's owner may hold a handle of this dictionary.
                 attributes[name] = memo[id(attribute)] = kind()
-                attributes[name].update((k, _copied(v, memo)) for k, v in attribute.items())
+                if attribute:
+                    attributes[name].update((k, _copied(v, memo)) for k, v in attribute.items())
             else:
                 attributes[name] = _copied(attribute, memo)
 
@@ -131,6 +134,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if kind is set and not value:  # names of buffers that are not saved
         memo[id(value)] = result = set[Any]()
         return result
+    if kind is tuple and _is_small(value):
+        return value
     if kind is Tensor and not value.requires_grad and _owns_its_memory(value):
         storage = value.untyped_storage()._cdata
         known = memo.setdefault("torch", {})  # type: ignore[call-overload]  # where deepcopy looks

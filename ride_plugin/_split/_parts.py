@@ -16,6 +16,7 @@ from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._learn import Place, throwaway
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
+from ride_plugin._split._probe import Call
 from ride_plugin._split._sharing import frozen_layers, unchanging
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._tape import Running
@@ -38,6 +39,7 @@ class Split:
         fork_at: name of the first forked submodule.
         classifier: name of the classifier inside an expert, or None if there is no such module.
         doubt: why the fork that was chosen makes little sense, in words.
+        calls: those of the backbone's forward in evaluation mode.
         state: what the trunk returned for three rows in evaluation mode.
     """
 
@@ -50,6 +52,7 @@ class Split:
     fork_at: str
     classifier: str | None
     doubt: str | None = None
+    calls: Call | None = None
     state: TrunkState | None = None
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ride_plugin._closeness import close
-from ride_plugin._inputs import resize_batch
-from ride_plugin._split import Recorded, Split, on_meta, throwaway
-from ride_plugin._tree import logits_in, tensors_in
+from ride_plugin._split import Call, Recorded, Split, throwaway
+from ride_plugin._tree import logits_in, map_tensors, tensors_in
 from ride_plugin._width._attention import replace_multihead_attention
-from ride_plugin._width._layers import may_be_pad, pads_in
+from ride_plugin._width._layers import pads_in
 from ride_plugin._width._plan import Stuck
-from ride_plugin._width._runs import player_of, trunk_state
+from ride_plugin._width._runs import player_of
 
 
 def replace_fixed_modules(split: Split) -> None:
@@ -28,13 +28,11 @@ def replace_fixed_modules(split: Split) -> None:
         replaced = replace_multihead_attention(expert)
         if replaced and not close(_logits(split), expected):
             raise Stuck(f"`{replaced[0]}` could not be rebuilt with its heads apart")
-    try:  # by shapes, but a backbone may look at values
-        some = bool(_possible_pads(split, meta=True))
-    except Exception:
-        some = True
-    if some:
-        for name, pad in pads_in(_possible_pads(split, meta=False)):
+    done: list[str] = []
+    for name, pad in pads_in(_possible_pads(split)):
+        if not any(name.startswith(f"{outer}.") for outer in done):
             expert.set_submodule(name, pad.train(expert.get_submodule(name).training))
+            done.append(name)
 
 
 def _logits(split: Split) -> Tensor | None:
@@ -42,19 +40,29 @@ def _logits(split: Split) -> Tensor | None:
     return logits_in(player_of(split, throwaway(split.views, False), split.state)())
 
 
-def _possible_pads(split: Split, meta: bool) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
+def _possible_pads(split: Split) -> list[tuple[str, nn.Module, Any, Any]]:
     """The name of each module that may be such a shortcut, itself, its input and its output."""
-    views = throwaway(split.views, False, meta)
-    found = {}
+    assert split.calls is not None
+    assert split.state is not None
+    names = {call.name for call in split.calls.walk() if _adds_channels(call)}
+    views = throwaway(split.views, False) if names else split.views
+    found: dict[str, tuple[str, nn.Module, Any, Any]] = {}
     for name, module in views.expert.named_modules():
-        if not isinstance(module, Recorded):
+        if name in names and not isinstance(module, Recorded):
 
             def note(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
-                x = next(tensors_in(args), None)
-                if x is not None and may_be_pad(module, x, out):
-                    found[name] = (name, module, x.clone(), out.clone())
+                kept = (next(tensors_in(args), None), out)
+                found[name] = (name, module, *map_tensors(torch.clone, kept))
 
             module.register_forward_hook(note)
-    with on_meta(resize_batch(split.inputs, 2), meta) as inputs:
-        player_of(split, views, trunk_state(split, views, False, inputs))()
+    if names:
+        player_of(split, views, split.state)()
     return list(found.values())
+
+
+def _adds_channels(call: Call) -> bool:
+    """Whether images of more channels came out of a module without parameters than went in."""
+    if any(True for _ in call.module.parameters()) or not call.inputs or not call.outputs:
+        return False
+    (_, before), (_, after) = call.inputs[0], call.outputs[0]
+    return len(before) == 4 == len(after) and after[1] > before[1]

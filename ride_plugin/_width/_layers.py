@@ -83,6 +83,9 @@ def resized(tensor: Tensor, sizes: dict[int, int]) -> Tensor:
 
     Where it gets smaller the first entries stay; where it gets larger they are repeated.
     """
+    if tensor.is_meta:  # many trials' layers, and no entries to choose
+        shape = [sizes.get(dim, size) for dim, size in enumerate(tensor.shape)]
+        return tensor.new_empty(shape)
     for dim, size in sizes.items():
         if tensor.shape[dim] != size:
             index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
@@ -117,21 +120,16 @@ def pads_in(seen: Iterable[tuple[str, nn.Module, Any, Any]]) -> list[tuple[str, 
     """
     found = []
     for name, module, x, out in seen:
-        pad = _pad_of(x, out) if may_be_pad(module, x, out) else None
+        pad = None if any(True for _ in module.parameters()) else _pad_of(x, out)
         if pad is not None:
             found.append((name, pad.train(module.training)))
     return found
 
 
-def may_be_pad(module: nn.Module, x: Any, out: Any) -> bool:
-    """Whether a module without parameters returned images of more channels than it was given."""
-    if any(True for _ in module.parameters()):
-        return False
+def _pad_of(x: Any, out: Any) -> ChannelPad | None:
     tensors = isinstance(x, Tensor) and isinstance(out, Tensor)
-    return tensors and x.dim() == 4 == out.dim() and out.shape[1] > x.shape[1]
-
-
-def _pad_of(x: Tensor, out: Tensor) -> ChannelPad | None:
+    if not tensors or not x.dim() == 4 == out.dim() or out.shape[1] <= x.shape[1]:
+        return None
     stride = max(1, round(x.shape[2] / out.shape[2]))
     for centred, pool in product((True, False), (False, True)):
         pad = ChannelPad(out.shape[1], stride, centred, pool)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ride_plugin import RIDEWrapper
 from ride_plugin._width._layers import ChannelPad, kind_of, pads_in, redrawn, resized
+from tests.backbones import CifarResNet
 
 
 class Conv1D(nn.Module):
@@ -101,3 +103,15 @@ def test_what_is_no_padding_shortcut_is_left_alone() -> None:
         ("with parameters", nn.Linear(1, 1), x, ChannelPad(4, 2, True, False)(x)),
     ]
     assert pads_in(calls) == []
+
+
+def test_a_shortcut_inside_a_container_is_replaced_once() -> None:
+    net = CifarResNet(n=1)
+    for module in net.modules():
+        if isinstance(getattr(module, "shortcut", None), nn.Module):
+            module.shortcut = nn.Sequential(module.shortcut)
+    model = RIDEWrapper(net, 2, expert_width=0.75)
+    pads = [name for name, m in model.experts[0].named_modules() if isinstance(m, ChannelPad)]
+    assert pads
+    assert all(name.endswith("shortcut") for name in pads)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 100)
