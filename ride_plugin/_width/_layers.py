@@ -87,7 +87,9 @@ def resized(tensor: Tensor, sizes: dict[int, int]) -> Tensor:
         shape = [sizes.get(dim, size) for dim, size in enumerate(tensor.shape)]
         return tensor.new_empty(shape)
     for dim, size in sizes.items():
-        if tensor.shape[dim] != size:
+        if tensor.shape[dim] > size:
+            tensor = tensor.narrow(dim, 0, size)
+        elif tensor.shape[dim] < size:
             index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
             tensor = tensor.index_select(dim, index)
     return tensor.detach().clone()
