@@ -15,7 +15,7 @@ from ride_plugin._errors import warn_caller
 
 _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
 _FEW = 8  # entries or rows that are looked at first
-_BLOCK = 2**14  # entries; so many, and their order, stay near the processor while they are shuffled
+_BLOCK = 2**16  # entries; so many, and their order, stay near the processor while they are shuffled
 _ZERO, _ONE = torch.zeros(1), torch.ones(1)
 
 
@@ -163,13 +163,13 @@ def shuffled(values: Tensor, count: int) -> Tensor:
     # One order for all blocks will do: what stands in one is independent of the others already.
     size = min(flat.numel(), _BLOCK)
     blocks, rest = flat.split([flat.numel() // size * size, flat.numel() % size])
-    some, more = (-(-entries * count // flat.numel()) for entries in (size, len(rest)))
-    drawn = flat.new_empty(more + blocks.numel() // size * some)
-    for entries, into in ((rest, drawn[:more]), (blocks.view(-1, size), drawn[more:])):
-        length, taken = (len(rest), more) if entries is rest else (size, some)
-        order = torch.randperm(length, dtype=torch.int32, device=flat.device)[:taken]
-        torch.index_select(entries, -1, order, out=into.view(*entries.shape[:-1], taken))
-    return drawn[:count]
+    drawn = []
+    for entries in (blocks.view(-1, size), rest.view(1, -1)):
+        if entries.numel():
+            order = torch.randperm(entries.shape[1], dtype=torch.int32, device=flat.device)
+            order = order[: -(-entries.shape[1] * count // flat.numel())]
+            drawn.append(entries.index_select(1, order).flatten())
+    return torch.cat(drawn)[:count] if len(drawn) > 1 else drawn[0][:count]
 
 
 def is_constant(parameter: Tensor) -> bool:
