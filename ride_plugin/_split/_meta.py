@@ -195,7 +195,38 @@ def _attention(
     return (query @ key.transpose(-2, -1)).softmax(-1) @ value
 
 
-_QUICK: dict[Any, Callable[..., Tensor | None]] = {
+def _recurrent(
+    x: Tensor,
+    start: Any,
+    weights: Any,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Any:
+    """LSTM, GRU and plain recurrent layers, which torch would unroll step by step."""
+    several = not isinstance(start, Tensor)
+    states = list(start) if several else [start]
+    directions = 2 if bidirectional else 1
+    rows = x.shape[0 if batch_first else 1] if x.dim() == 3 else -1
+    expected = torch.Size((num_layers * directions, rows))
+    if not x.numel() or x.shape[2:] != weights[0].shape[1:]:
+        return None
+    if any(s.shape[:2] != expected or s.dtype != x.dtype for s in states):
+        return None
+    if any(weight.dtype != x.dtype for weight in weights):
+        return None
+    read = torch.cat([weight.reshape(-1)[:1] for weight in weights]).sum()
+    each = F.conv1d(x.reshape(-1, x.shape[2], 1), weights[0][:1].unsqueeze(2))
+    out = each.view(*x.shape[:2], 1).add_(read)
+    out = out.expand(*x.shape[:2], directions * states[0].shape[2]).contiguous()
+    last = [state.clone().add_(out.flatten()[0]) for state in states]
+    return (out, *last)
+
+
+_QUICK: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
@@ -206,4 +237,5 @@ _QUICK: dict[Any, Callable[..., Tensor | None]] = {
     Tensor.add: _add,
     torch.add: _add,
     F.scaled_dot_product_attention: _attention,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
 }

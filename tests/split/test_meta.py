@@ -12,6 +12,7 @@ from ride_plugin import RIDEWrapper
 from ride_plugin._split._build import examine
 from ride_plugin._split._copies import running_copy
 from ride_plugin._split._meta import on_meta
+from ride_plugin._tree import tensors_in
 
 
 def passed(layer: nn.Module, x: Tensor) -> tuple[Tensor, nn.Module]:
@@ -102,6 +103,26 @@ def test_layers_without_contents_have_the_shape_and_depend_on_the_same(name: str
     assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in real]
     moved = ("view", "t", "transpose", "expand", "_unsafe_view", "clone", "detach")
     assert len([name for name in seen.names if name not in moved]) <= 3
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True, "num_layers": 2, "batch_first": True}, {"bias": False}],
+    ids=["plain", "bidirectional", "without bias"],
+)
+def test_recurrent_layers_without_contents_are_not_unrolled(kind, options) -> None:
+    layer, x = kind(6, 8, **options), torch.randn(50, 3, 6)
+    copied = running_copy(layer, (layer,), meta=True)
+    with on_meta(x, True) as shapes, Operations() as seen:
+        found = list(tensors_in(copied(shapes)))
+    assert [tensor.shape for tensor in found] == [t.shape for t in tensors_in(layer(x))]
+    assert len(seen.names) < 60  # a step has a dozen
+    for tensor in found:
+        gradients = torch.autograd.grad(tensor.sum(), copied.parameters(), retain_graph=True)
+        assert len(gradients) == len(list(layer.parameters()))
+    with pytest.raises(RuntimeError), on_meta(torch.randn(50, 3, 7), True) as wrong:
+        copied(wrong)
 
 
 @pytest.mark.parametrize(
