@@ -15,6 +15,7 @@ from ride_plugin._errors import warn_caller
 
 _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
 _FEW = 8  # entries or rows that are looked at first
+_SAMPLE = 64
 _BLOCK = 2**16  # entries; so many, and their order, stay near the processor while they are shuffled
 _ZERO, _ONE = torch.zeros(1), torch.ones(1)
 
@@ -182,7 +183,14 @@ def is_constant(parameter: Tensor) -> bool:
 
 def is_sparse(parameter: Tensor) -> bool:
     """Whether most entries are zero and have their places: identity, dirac, pruned weights."""
-    return 2 * int(parameter.count_nonzero()) < parameter.numel()
+    entries = parameter.flatten()
+    if entries.numel() > _SAMPLE**2:
+        # If half were zero, so many at random places would all be others once in 2^64 times.
+        generator = torch.Generator().manual_seed(0)
+        places = torch.randint(entries.numel(), (_SAMPLE,), generator=generator)
+        if bool(entries[places.to(entries.device)].all()):
+            return False
+    return 2 * int(entries.count_nonzero()) < entries.numel()
 
 
 def has_orthogonal_rows(parameter: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from ride_plugin import RIDEWrapper
 from ride_plugin._initialise import (
     has_orthogonal_rows,
+    is_sparse,
     redraw,
     reinitialise,
     renew_classifier,
@@ -158,6 +159,22 @@ def test_entries_are_drawn_from_all_places_and_none_twice_before_all_are(entries
     assert set(times.tolist()) <= {count // entries, -(-count // entries)}
     if 1000 < count < entries:
         assert abs(float(drawn.double().mean()) / entries - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("size", [20, 300])
+def test_a_matrix_most_of_which_is_zero_is_sparse_wherever_the_zeros_are(size: int) -> None:
+    matrix = torch.randn(size, size)
+    assert not is_sparse(matrix)
+    stripes, half, few = matrix.clone(), matrix.clone(), matrix.clone()
+    stripes[:, torch.arange(size) % 3 > 0] = 0
+    half[: size // 2 + 1] = 0
+    few[: size // 3] = 0
+    assert [is_sparse(m) for m in (stripes, half, torch.eye(size), few)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_tied_tensors_are_kept() -> None:
