@@ -39,9 +39,9 @@ def clone_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mo
     return copy_with_hooks(module, module.modules(), memo)
 
 
-def detached_activations(module: nn.Module) -> dict[int, Any]:
+def detached_activations(*modules: nn.Module) -> dict[int, Any]:
     """A deepcopy memo that maps activations kept on modules to copies without history."""
-    return {id(t): t.detach().clone() for t in _kept_on(module) if not t.is_leaf}
+    return {id(t): t.detach().clone() for t in _kept_on(*modules) if not t.is_leaf}
 
 
 def running_copy(
@@ -60,7 +60,7 @@ def running_copy(
         meta: replace every tensor by one on the meta device.
         memo: what has a copy already, by id.
     """
-    memo = {} if memo is None else memo
+    memo, modules = {} if memo is None else memo, list(modules)
     for module in modules:
         for name, parameter in module.named_parameters():
             if id(parameter) not in memo and type(parameter) is nn.Parameter:
@@ -68,12 +68,13 @@ def running_copy(
                     memo[id(parameter)] = _like(parameter, parameter.detach().to("meta"))
                 elif name not in written:
                     memo[id(parameter)] = _like(parameter, parameter.detach())
-        if meta:
-            for tensor in (*module.buffers(), *_kept_on(module)):
-                if id(tensor) not in memo and not isinstance(tensor, nn.Parameter):
-                    memo[id(tensor)] = tensor.detach().to("meta")
-        else:
-            memo.update({k: v for k, v in detached_activations(module).items() if k not in memo})
+    if meta:
+        buffers = [buffer for module in modules for buffer in module.buffers()]
+        for tensor in (*buffers, *_kept_on(*modules)):
+            if id(tensor) not in memo and not isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = tensor.detach().to("meta")
+    else:
+        memo.update({k: v for k, v in detached_activations(*modules).items() if k not in memo})
     parts = [part for module in modules for part in module.modules()]
     _copy_modules(parts, memo)
     return copy_with_hooks(value, parts, memo)
@@ -185,11 +186,21 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one kind hold the same numbers, NaN where the other has NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if torch.equal(a, b):
+    if _same_bits(a, b) or torch.equal(a, b):
         return True
     if not (a.is_floating_point() or a.is_complex()):
         return False
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether large tensors are the same bit by bit: compared eight bytes at a time, sooner."""
+    if a.nbytes < 2**16 or any(t.layout is not torch.strided for t in (a, b)):
+        return False
+    for t in (a, b):
+        if not t.is_contiguous() or t.nbytes % 8 or t.storage_offset() * t.element_size() % 8:
+            return False
+    return torch.equal(*(t.detach().view(-1).view(torch.int64) for t in (a, b)))
 
 
 def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
@@ -198,11 +209,11 @@ def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
     return alias
 
 
-def _kept_on(module: nn.Module) -> list[Tensor]:
+def _kept_on(*modules: nn.Module) -> list[Tensor]:
     """The tensors that modules hold: parameters, buffers and plain attributes."""
     kept = {
         id(value): value  # many modules may hold one value, a configuration say
-        for part in _reached_from(module)
+        for part in _reached_from(modules)
         for key, value in vars(part).items()
         if type(value) not in _ATOMS and key not in _WITHOUT_TENSORS
         if not isinstance(value, nn.Module)
@@ -219,10 +230,10 @@ def _is_small(value: Any) -> bool:
     return kind is tuple and all(type(entry) in _ATOMS for entry in value)
 
 
-def _reached_from(module: nn.Module) -> list[nn.Module]:
-    """Its modules, and those that are held as plain attributes, as stand-ins hold an expert."""
+def _reached_from(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Their modules, and those that are held as plain attributes, as stand-ins hold an expert."""
     found: dict[int, nn.Module] = {}
-    waiting = [module]
+    waiting = list(modules)
     while waiting:
         part = waiting.pop()
         if id(part) not in found:
