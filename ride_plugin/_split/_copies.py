@@ -195,9 +195,11 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether large tensors are the same bit by bit: compared eight bytes at a time, sooner."""
-    if a.nbytes < 2**16 or any(t.layout is not torch.strided for t in (a, b)):
+    if a.nbytes < 2**16 or not a.is_floating_point():
         return False
     for t in (a, b):
+        if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.is_neg():
+            return False
         if not t.is_contiguous() or t.nbytes % 8 or t.storage_offset() * t.element_size() % 8:
             return False
     return torch.equal(*(t.detach().view(-1).view(torch.int64) for t in (a, b)))

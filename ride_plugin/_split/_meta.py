@@ -171,7 +171,7 @@ def _add(x: Tensor, other: Any, *, alpha: float = 1) -> Tensor | None:
 
 
 def _activation(x: Tensor, *settings: Any, inplace: bool = False, **others: Any) -> Tensor | None:
-    return None if inplace or True in settings else F.silu(x)
+    return None if inplace or any(value is True for value in settings) else F.silu(x)
 
 
 def _dropout(

@@ -37,6 +37,7 @@ from ride_plugin._width._runs import player_of, trunk_state
 from ride_plugin._width._trial import Trial
 
 _TRIALS = 60
+_BATCH = 3  # fewer layers have three channels than two
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _narrowed(split: Split, width: float, meta: bool) -> list[Change]:
         empty_caches(views.expert)
         return views
 
-    with on_meta(resize_batch(split.inputs, 2), meta) as inputs:
+    with on_meta(resize_batch(split.inputs, _BATCH), meta) as inputs:
         views = copied()
         states = [trunk_state(split, views, False, inputs)]
         try:

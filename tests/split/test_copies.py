@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import RIDEWrapper
+from ride_plugin._split._copies import same_values
 from tests.naive import train_both
 
 
@@ -127,3 +128,16 @@ def test_a_module_on_its_own_is_compared_with_the_same_chances(seed: int) -> Non
     expected = model.run_expert(1, model.run_trunk(x))[0]
     random.setstate(before)
     torch.testing.assert_close(alone(x), expected, rtol=0, atol=0)
+
+
+def test_large_weights_are_compared_to_the_bit_and_zeros_and_nans_as_equal() -> None:
+    first = torch.randn(200, 300)
+    first[0, 0], first[1, 1] = 0.0, torch.nan
+    second = first.clone()
+    second[0, 0] = -0.0
+    assert same_values(first, second)
+    assert same_values(first.t(), second.t())
+    assert same_values(first[:, 1:], second[:, 1:])
+    second[199, 299] += 1e-6
+    assert not same_values(first, second)
+    assert not same_values(first, first.double())
