@@ -36,6 +36,7 @@ from ride_plugin._split._logits import (
 )
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._parts import Split
+from ride_plugin._split._passes import read_attributes
 from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._references import hook_owners, refuse_captured, warn_of_outside_hooks
 from ride_plugin._split._state import Layout
@@ -338,6 +339,8 @@ def learned(
     classifier = name if forked else None
     watch_classifier(split.views.expert, classifier, split.views.running)
     views = replace(split.views, written=split.views.written | written)
+    # More attributes may start where the trunk started than were known when it ran.
+    state = replace(state, attributes=read_attributes(views.expert, split.attributes))
     return replace(split, views=views, classifier=classifier, calls=seen.root, state=state)
 
 

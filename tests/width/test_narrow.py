@@ -158,6 +158,32 @@ def test_a_narrowed_expert_counts_as_fresh() -> None:
     assert expert_logits(model(torch.randn(4, 3, 32, 32))).shape == (4, 2, 100)
 
 
+class FillsATable(nn.Module):
+    """Keeps on itself, outside of all units, what its first forward made after the fork."""
+
+    table: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu())
+        if self.table is None:
+            self.table = torch.ones(x.shape[1])
+        return self.head(self.c((x * self.table).relu()).relu())
+
+
+def test_an_expert_that_makes_a_table_of_its_width_is_narrowed() -> None:
+    model = RIDEWrapper(FillsATable(), 2, fork_at="b", expert_width=0.75).eval()
+    x = torch.randn(3, 6)
+    experts = expert_logits(model(x))
+    assert [expert.b.out_features for expert in model.experts] == [24, 24]
+    for index in range(2):
+        torch.testing.assert_close(model.to_module(index)(x), experts[:, index])
+
+
 def test_the_map_keeps_equal_widths_equal_and_groups_whole() -> None:
     plain = WidthMap(0.75, [])
     assert [plain(c) for c in (32, 64, 256, 512)] == [24, 48, 192, 384]
