@@ -15,7 +15,7 @@ from ride_plugin._errors import warn_caller
 
 _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
 _FEW = 8  # entries or rows that are looked at first
-_SAMPLE = 64
+_SAMPLE = 64  # entries at random places, looked at before all zeros of a weight are counted
 _BLOCK = 2**16  # entries; so many, and their order, stay near the processor while they are shuffled
 _ZERO, _ONE = torch.zeros(1), torch.ones(1)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -117,18 +116,9 @@ def _joined(ours: list[Layout], theirs: list[Layout]) -> list[Layout]:
 def _transplanted(split: Split, other: Split) -> Split:
     """``other`` with a copy of its expert that runs on ``split``'s trunk instead of its own."""
     trunk, views = split.views.trunk, other.views
-    memo: dict[int, Any] = {id(views.running): split.views.running}
-    for name, module in views.trunk.named_modules(remove_duplicate=False):
-        memo[id(module)] = trunk.get_submodule(name)
-    for name, tensor in (
-        *views.trunk.named_parameters(remove_duplicate=False),
-        *views.trunk.named_buffers(remove_duplicate=False),
-    ):
-        path, _, attribute = name.rpartition(".")
-        memo[id(tensor)] = getattr(trunk.get_submodule(path), attribute)
-    inside = {id(module) for module in views.expert.modules()}
-    links = [link for link in views.links if id(link.view) in inside]
-    expert, links = copy_with_hooks((views.expert, links), views.expert.modules(), memo)
+    memo = views.memo_onto(trunk, split.views.running)
+    mine = (views.expert, views.expert_links)
+    expert, links = copy_with_hooks(mine, views.expert.modules(), memo)
     expert.to(next(trunk.parameters(), torch.empty(0)).device)
     views = Views(trunk, expert, split.views.running, links, [], other.views.written)
     return replace(other, views=views)

@@ -250,18 +250,9 @@ def throwaway(views: Views, training: bool, meta: bool = False) -> Views:
 
 def throwaway_expert(views: Views, copied: Views) -> Views:
     """Another throwaway copy of the expert of ``views``, with the trunk of ``copied``."""
-    memo: dict[int, Any] = {id(views.running): copied.running}
-    for name, module in views.trunk.named_modules():
-        other = copied.trunk.get_submodule(name)
-        memo[id(module)] = other
-        for mine, theirs in (
-            (module._parameters, other._parameters),
-            (module._buffers, other._buffers),
-        ):
-            memo.update((id(t), theirs[key]) for key, t in mine.items() if t is not None)
-    inside = {id(module) for module in views.expert.modules()}
-    links = [link for link in views.links if id(link.view) in inside]
-    expert, links = running_copy((views.expert, links), (views.expert,), views.written, memo=memo)
+    memo = views.memo_onto(copied.trunk, copied.running)
+    mine = (views.expert, views.expert_links)
+    expert, links = running_copy(mine, (views.expert,), views.written, memo=memo)
     expert.train(copied.expert.training)
     return replace(copied, expert=expert, links=links)
 

@@ -207,16 +207,15 @@ def _recurrent(
     batch_first: bool,
 ) -> Any:
     """LSTM, GRU and plain recurrent layers, which torch would unroll step by step."""
-    several = not isinstance(start, Tensor)
-    states = list(start) if several else [start]
+    states = [start] if isinstance(start, Tensor) else list(start)
     directions = 2 if bidirectional else 1
     rows = x.shape[0 if batch_first else 1] if x.dim() == 3 else -1
     expected = torch.Size((num_layers * directions, rows))
     if not x.numel() or x.shape[2:] != weights[0].shape[1:]:
         return None
-    if any(s.shape[:2] != expected or s.dtype != x.dtype for s in states):
+    if any(state.shape[:2] != expected for state in states):
         return None
-    if any(weight.dtype != x.dtype for weight in weights):
+    if any(tensor.dtype != x.dtype for tensor in (*states, *weights)):
         return None
     read = torch.cat([weight.reshape(-1)[:1] for weight in weights]).sum()
     each = F.conv1d(x.reshape(-1, x.shape[2], 1), weights[0][:1].unsqueeze(2))

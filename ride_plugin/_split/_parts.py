@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,13 +190,9 @@ def feature_dim_of(parts: Parts) -> int:
 
 def _another_expert(views: Views) -> tuple[nn.Module, list[Link]]:
     """Copy the expert; what belongs to the trunk or is frozen stays shared, ties stay ties."""
-    memo: dict[int, Any] = {id(views.running): views.running}
-    memo.update((id(module), module) for module in views.trunk.modules())
-    for tensor in (*views.trunk.parameters(), *views.trunk.buffers()):
-        memo[id(tensor)] = tensor
+    memo = views.memo_onto(views.trunk, views.running)
     frozen = frozen_layers(views.expert, views.trunk.training)
     memo.update(unchanging(views.expert, frozen, views.written))
-    inside = {id(module) for module in views.expert.modules()}
-    links = [link for link in views.links if id(link.view) in inside]
-    expert, links = copy_with_hooks((views.expert, links), views.expert.modules(), memo)
+    mine = (views.expert, views.expert_links)
+    expert, links = copy_with_hooks(mine, views.expert.modules(), memo)
     return expert, links

@@ -83,6 +83,25 @@ class Views:
     spine: list[tuple[nn.Module, nn.Module]]
     written: frozenset[str] = frozenset()
 
+    @property
+    def expert_links(self) -> list[Link]:
+        """The tensors that the expert reads and the trunk owns."""
+        inside = {id(module) for module in self.expert.modules()}
+        return [link for link in self.links if id(link.view) in inside]
+
+    def memo_onto(self, trunk: nn.Module, running: Running) -> dict[int, Any]:
+        """A deepcopy memo by which a copy of the expert runs on a trunk of the same names."""
+        memo: dict[int, Any] = {id(self.running): running}
+        for name, module in self.trunk.named_modules(remove_duplicate=False):
+            memo[id(module)] = trunk.get_submodule(name)
+        for name, tensor in (
+            *self.trunk.named_parameters(remove_duplicate=False),
+            *self.trunk.named_buffers(remove_duplicate=False),
+        ):
+            path, _, attribute = name.rpartition(".")
+            memo[id(tensor)] = getattr(trunk.get_submodule(path), attribute)
+        return memo
+
 
 def sides(fork: Fork, root: Call, training: Call | None) -> tuple[list[str], list[str]]:
     """Names of the submodules that belong to the trunk and to the experts.

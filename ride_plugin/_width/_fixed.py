@@ -31,7 +31,7 @@ def replace_fixed_modules(split: Split) -> None:
     done: list[str] = []
     for name, pad in pads_in(_possible_pads(split)):
         if not any(name.startswith(f"{outer}.") for outer in done):
-            expert.set_submodule(name, pad.train(expert.get_submodule(name).training))
+            expert.set_submodule(name, pad)
             done.append(name)
 
 
@@ -41,22 +41,27 @@ def _logits(split: Split) -> Tensor | None:
 
 
 def _possible_pads(split: Split) -> list[tuple[str, nn.Module, Any, Any]]:
-    """The name of each module that may be such a shortcut, itself, its input and its output."""
+    """Name, the expert's module, input and output of each that may be such a shortcut."""
     assert split.calls is not None
     assert split.state is not None
     names = {call.name for call in split.calls.walk() if _adds_channels(call)}
-    views = throwaway(split.views, False) if names else split.views
+    own = {
+        name: module
+        for name, module in split.views.expert.named_modules()
+        if name in names and not isinstance(module, Recorded)
+    }
+    if not own:
+        return []
+    views = throwaway(split.views, False)
     found: dict[str, tuple[str, nn.Module, Any, Any]] = {}
-    for name, module in views.expert.named_modules():
-        if name in names and not isinstance(module, Recorded):
+    for name in own:
 
-            def note(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
-                kept = (next(tensors_in(args), None), out)
-                found[name] = (name, module, *map_tensors(torch.clone, kept))
+        def note(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
+            kept = (next(tensors_in(args), None), out)
+            found[name] = (name, own[name], *map_tensors(torch.clone, kept))
 
-            module.register_forward_hook(note)
-    if names:
-        player_of(split, views, split.state)()
+        views.expert.get_submodule(name).register_forward_hook(note)
+    player_of(split, views, split.state)()
     return list(found.values())
 
 

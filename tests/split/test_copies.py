@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._split._copies import same_values
+from ride_plugin._split._copies import running_copy, same_values
 from tests.naive import train_both
 
 
@@ -141,3 +141,21 @@ def test_large_weights_are_compared_to_the_bit_and_zeros_and_nans_as_equal() -> 
     second[199, 299] += 1e-6
     assert not same_values(first, second)
     assert not same_values(first, first.double())
+
+
+def test_a_view_of_a_buffer_is_one_of_the_copied_buffer_whichever_comes_first() -> None:
+    class Table(nn.Module):
+        def __init__(self, view_first: bool) -> None:
+            super().__init__()
+            values = torch.randn(4, 3)
+            if view_first:
+                self.first_row = values[0]
+            self.register_buffer("values", values)
+            if not view_first:
+                self.first_row = values[0]
+
+    for original in (Table(True), Table(False)):
+        copied = running_copy(original, (original,))
+        copied.values.zero_()
+        assert not copied.first_row.any()
+        assert original.values.any()

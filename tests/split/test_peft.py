@@ -20,15 +20,20 @@ from ride_plugin.routing import TrunkState  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-def wrapped(**options: object) -> RIDEWrapper:
+def bert() -> torch.nn.Module:
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
         intermediate_size=64, max_position_embeddings=16, num_labels=7,
     )  # fmt: skip
+    network: torch.nn.Module
     network = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    return network
+
+
+def wrapped(**options: object) -> RIDEWrapper:
     adapted = peft.get_peft_model(
-        network,
+        bert(),
         peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "dense"], **options),
     )
     fork_at = "base_model.model.bert.encoder.layer.2"
@@ -106,16 +111,10 @@ def test_states_and_adapters_go_to_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["VeraConfig", "RandLoraConfig", "LoHaConfig", "IA3Config"])
 def test_methods_that_share_matrices_between_layers_and_others(method: str) -> None:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=16, num_labels=7,
-    )  # fmt: skip
-    network = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     options = {"feedforward_modules": []} if method == "IA3Config" else {}
     kind = getattr(peft, method)
     adapted = peft.get_peft_model(
-        network, kind(task_type="SEQ_CLS", target_modules=["query", "value"], **options)
+        bert(), kind(task_type="SEQ_CLS", target_modules=["query", "value"], **options)
     ).eval()
     model = RIDEWrapper(adapted, 2, init="copy", example_input=batch(2)).eval()
     theirs = dict(adapted.named_parameters())
