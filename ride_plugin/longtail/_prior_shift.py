@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ride_plugin._checks import (
 )
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
+from ride_plugin.longtail._held_out import HeldOut, held_out_samples
 
 _LARGEST_TAU = 3.0
 _STANDARD_ERRORS = 2.0
@@ -36,11 +37,13 @@ class PriorCalibration:
         scale: $a$, below one where the model is overconfident.
         offset: $b$, minus the share of the training prior that is left in the logits.
         log_counts: ``[C]`` float64, $\log (n_c / \sum_k n_k)$.
+        held_out: what the held-out samples say about each prior.
     """
 
     scale: float
     offset: float
     log_counts: Tensor
+    held_out: HeldOut = field(repr=False)
 
     def adjust(self, logits: Tensor, tau: float) -> Tensor:
         r"""Logits for a known class prior.
@@ -71,7 +74,8 @@ class PriorCalibration:
         the likelihood of the samples relative to that of balanced data (Saerens et al., "Adjusting
         the Outputs of a Classifier to New a Priori Probabilities", Neural Computation 2002, with
         one free number in place of C). Whether it may be trusted is decided on samples that it was
-        not found on: each half of the data judges the number that the other half found.
+        not found on: each half of the data judges the number that the other half found, and the
+        held-out samples, weighted as the prior has it, must be classified better with it.
 
         Args:
             logits: ``[N, C]`` of the model that was calibrated, N >= 2.
@@ -99,11 +103,13 @@ class PriorCalibration:
                 for found_on, judge in (halves, halves[::-1])
             ]
         )
+        tau = _most_likely(posterior, self.log_counts)
         return PriorEstimate(
             calibration=self,
-            tau=_most_likely(posterior, self.log_counts),
+            tau=tau,
             gain=float(gains.mean()),
             standard_error=float(gains.std()) / math.sqrt(len(gains)),
+            accuracy_gain=self.held_out.accuracy_gain(tau, self.log_counts),
         )
 
 
@@ -117,17 +123,27 @@ class PriorEstimate:
         gain: mean log-likelihood of a sample beyond that of balanced data, in nats, on data that
             tau was not found on.
         standard_error: of `gain`.
+        accuracy_gain: how much more of the held-out samples are classified right with this prior
+            than with the logits as they are, weighted as the prior has it; 0.01 is one point.
     """
 
     calibration: PriorCalibration
     tau: float
     gain: float
     standard_error: float
+    accuracy_gain: float
 
     @property
     def justified(self) -> bool:
-        """Whether the gain exceeds two standard errors; if not, the data may be balanced."""
-        return self.gain > _STANDARD_ERRORS * self.standard_error
+        """Whether there is a shift, and adjusting for it helps.
+
+        The gain must exceed two standard errors, or the data may be balanced. Where it does, the
+        held-out samples have a veto: the logits as they are may still serve a mild shift best,
+        since a calibration fits probabilities and not decisions. A standard error of theirs is not
+        asked for, which measured worse: a few held-out samples could then justify nothing.
+        """
+        likely = self.gain > _STANDARD_ERRORS * self.standard_error
+        return likely and self.accuracy_gain > 0
 
     @property
     def prior(self) -> Tensor:
@@ -161,6 +177,7 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
 
     Example:
         >>> import torch
+        >>> _ = torch.manual_seed(0)
         >>> labels = torch.arange(3).repeat(100)
         >>> logits = torch.nn.functional.one_hot(labels, 3) * 2 + torch.randn(300, 3)
         >>> calibration = calibrate_prior(logits, labels, [100, 10, 1])
@@ -201,7 +218,10 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
             "Expected argument `logits` to tell something about the labels, but the best scale is "
             f"{scale:g}. Check that rows and labels belong together."
         )
-    return PriorCalibration(scale, offset, log_counts)
+    balanced = scale * z + offset * log_counts
+    return PriorCalibration(
+        scale, offset, log_counts, held_out_samples(z, target, balanced, log_counts)
+    )
 
 
 def _gain(posterior: Tensor, log_counts: Tensor, tau: float) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ride_plugin import ArgumentError
-from ride_plugin.longtail import calibrate_prior
+from ride_plugin.longtail import PriorEstimate, calibrate_prior
 
 CLASSES = 20
 COUNTS = [round(500 * 0.01 ** (c / (CLASSES - 1))) for c in range(CLASSES)]
@@ -43,14 +43,44 @@ def test_a_shift_is_found_and_adjusting_is_as_good_as_knowing_it(tau):
     log_likelihood, truth = sample(tau, 5_000, 2)
     logits = as_a_model_gives_them(log_likelihood)
     found = calibration.estimate(logits)
-    assert found.justified
+    assert found.justified == (tau != 0.5)  # the logits as they are suit a tau near 0.3
     assert found.tau == pytest.approx(tau, abs=0.12)
     assert found.prior.sum().item() == pytest.approx(1.0)
     accuracy = (found.adjust(logits).argmax(1) == truth).double().mean()
     best = ((log_likelihood + tau * LOG_COUNTS).argmax(1) == truth).double().mean()
     before = (logits.argmax(1) == truth).double().mean()
     assert best - accuracy < 0.005
-    assert accuracy > before
+    assert (accuracy > before) == found.justified
+
+
+@pytest.mark.parametrize("counts", [COUNTS, [500] * 8 + [40] * 6 + [5] * 6])
+@pytest.mark.parametrize("held_out_tau", [0.0, 0.7])
+def test_held_out_samples_judge_a_prior_as_classifying_them_again_does(held_out_tau, counts):
+    held_out, labels = sample(held_out_tau, 800, 1)
+    logits = as_a_model_gives_them(held_out)
+    calibration = calibrate_prior(logits, labels, counts)
+    frequency = [float((labels == c).sum()) for c in range(CLASSES)]
+    for tau in (-1.2, -0.4, 0.0, 0.31, 1.0):
+        gain = calibration.held_out.accuracy_gain(tau, calibration.log_counts)
+        after = calibration.adjust(logits.double(), tau).argmax(1).tolist()
+        weights = [counts[y] ** tau / frequency[y] for y in labels.tolist()]
+        rows = zip(after, logits.argmax(1).tolist(), labels.tolist(), strict=True)
+        changes = [(new == y) - (old == y) for new, old, y in rows]
+        mean = sum(w * c for w, c in zip(weights, changes, strict=True)) / sum(weights)
+        assert gain == pytest.approx(mean, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("likelihood_gain", "accuracy_gain", "justified"),
+    [(0.021, 0.001, True), (0.019, 0.001, False), (0.021, 0.0, False), (0.021, -0.05, False)],
+)
+def test_a_shift_must_be_likely_and_adjusting_must_help(likelihood_gain, accuracy_gain, justified):
+    held_out, labels = sample(0.0, 500, 1)
+    calibration = calibrate_prior(as_a_model_gives_them(held_out), labels, COUNTS)
+    found = PriorEstimate(calibration, -0.5, likelihood_gain, 0.01, accuracy_gain)
+    assert found.justified == justified
+    logits = as_a_model_gives_them(held_out)
+    assert torch.equal(found.adjust(logits), logits) == (not justified)
 
 
 def test_balanced_data_and_too_few_samples_are_left_as_they_are():
