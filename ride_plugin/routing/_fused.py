@@ -22,6 +22,7 @@ from ride_plugin._numerics import without_autocast
 
 _ATEN = torch.ops.aten
 _POINTWISE: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+_ONTO: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)  # writes over the addend
 _TYPICAL_BATCH = 32  # weights are laid out for it; any batch runs
 _SMALL = 12_000  # elements of a single image below which torch's own convolution is faster
 
@@ -86,7 +87,10 @@ class FusedStage(nn.Module):
 
 
 class FusedConv2d(nn.Module):
-    """A convolution, then the addition of ``other`` if given, then a ReLU if asked for."""
+    """A convolution, then the addition of ``other`` if given, then a ReLU if asked for.
+
+    With ``onto`` the result may take the place of ``other``, which nobody reads afterwards.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -106,6 +110,7 @@ class FusedConv2d(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = options
         self.relu = relu
         self.input_size = input_size
+        self.onto = False
         self._pack()
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -122,6 +127,8 @@ class FusedConv2d(nn.Module):
             unary = "relu" if self.relu else "none"
             return cast("Tensor", _POINTWISE(x, *self._packed, unary, [], ""))
         then = "relu" if self.relu else None
+        if self.onto:
+            return cast("Tensor", _ONTO.binary(other, x, *self._packed, "add", 1.0, then, [], None))
         return cast(
             "Tensor", _POINTWISE.binary(x, other, *self._packed, "add", 1.0, then, [], None)
         )
@@ -158,7 +165,7 @@ class FusedConv2d(nn.Module):
 
 
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and _POINTWISE is not None
+    return torch.backends.mkldnn.is_available() and None not in (_POINTWISE, _ONTO)
 
 
 def _fused(program: ExportedProgram) -> fx.GraphModule:
@@ -176,6 +183,7 @@ def _fused(program: ExportedProgram) -> fx.GraphModule:
     graph.eliminate_dead_code()
     _compute_constants(module)
     graph.eliminate_dead_code()
+    _write_over_residuals(module)
     graph.lint()
     module.delete_all_unused_submodules()
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
@@ -328,6 +336,27 @@ def _fuse_convolutions(module: fx.GraphModule) -> None:
         chain[-1].replace_all_uses_with(call)
         for replaced in reversed(chain):  # what works in place outlives a search for dead code
             graph.erase_node(replaced)
+
+
+def _write_over_residuals(module: fx.GraphModule) -> None:
+    """Let a sum take the place of its residual, which saves fresh memory in every block.
+
+    The residual must be what another convolution returned, so that it is no input of the stage, and
+    only convolutions may read it, all of them before, so that no view of it is read later.
+    """
+    order = {node: place for place, node in enumerate(module.graph.nodes)}
+    submodules = dict(module.named_modules())
+
+    def convolution(node: Any) -> bool:
+        return node.op == "call_module" and isinstance(submodules[node.target], FusedConv2d)
+
+    for node in filter(convolution, module.graph.nodes):
+        x, *rest = node.args
+        if not rest or rest[0] is x or not convolution(rest[0]):
+            continue
+        readers = [user for user in rest[0].users if user is not node]
+        if all(convolution(user) and order[user] < order[node] for user in readers):
+            submodules[node.target].onto = True
 
 
 def _only_user(node: fx.Node, *targets: Any) -> fx.Node | None:

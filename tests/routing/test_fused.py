@@ -146,6 +146,79 @@ def test_what_others_read_too_is_not_fused(kind: str) -> None:
     assert any("relu" in target for target in kinds_of_operations(stage))
 
 
+class Residuals(nn.Module):
+    """Two blocks in a row, and something else that may read the first one's residual."""
+
+    def __init__(self, reader: str) -> None:
+        super().__init__()
+        self.reader = reader
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.third = nn.Conv2d(8, 8, 3, padding=1)
+        self.inner = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.outer = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def block(self, index: int, x: Tensor) -> Tensor:
+        return F.relu(self.outer[index](F.relu(self.inner[index](x))) + x)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        residual = self.stem(images)
+        before = residual.mean(dim=(2, 3)) if self.reader == "before" else images
+        view = residual.flatten(2) if self.reader == "view" else images
+        inside = self.third(residual) if self.reader == "a convolution before" else images
+        out = self.block(0, residual)
+        after = residual.mean(dim=(2, 3)) if self.reader == "after" else images
+        later = self.third(residual) if self.reader == "a convolution after" else images
+        again = self.third(out) + residual if self.reader == "a second sum" else images
+        out = self.block(1, out)
+        returned = residual if self.reader == "the caller" else images
+        return out, before, view.sum(-1), inside, after, later, again, returned
+
+
+@pytest.mark.parametrize(
+    ("reader", "written_over"),
+    [
+        ("nobody", 2),
+        ("a convolution before", 2),
+        ("before", 1),
+        ("view", 1),
+        ("after", 1),
+        ("a convolution after", 1),
+        ("a second sum", 2),  # the second one takes its place
+        ("the caller", 1),
+    ],
+)
+def test_a_residual_is_written_over_where_nobody_reads_it_later(
+    reader: str, written_over: int
+) -> None:
+    network = Residuals(reader)
+    x = torch.randn(4, 3, 17, 17)
+    stage = FusedStage(exported(network, x))
+    if torch.backends.mkldnn.is_available():
+        assert sum(m.onto for m in stage.modules() if isinstance(m, FusedConv2d)) == written_over
+    for batch in (4, 1):
+        for _ in range(2):
+            with torch.no_grad():
+                for got, expected in zip(stage(x[:batch]), network(x[:batch]), strict=True):
+                    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_stage_is_given_is_never_written_over() -> None:
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (F.relu(self.outer(F.relu(self.inner(x))) + x),)
+
+    network, x = Expert(), torch.randn(4, 8, 16, 16).to(memory_format=torch.channels_last)
+    before = x.clone()
+    (got,) = FusedStage(exported(network, x))(x)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        torch.testing.assert_close(got, network(x)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_layer_that_onednn_does_not_take_falls_back() -> None:
     network = Network("in_place").double()
     x = torch.randn(4, 3, 17, 17, dtype=torch.float64)
