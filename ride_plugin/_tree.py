@@ -67,8 +67,13 @@ def own_container(value: Any) -> Any:
 
 def matrices_in(value: Any) -> list[tuple[Path, Tensor]]:
     """The floating-point matrices in a value, depth first, each with its place in it."""
+    return [(path, tensor) for path, tensor in places_in(value) if is_matrix(tensor)]
+
+
+def places_in(value: Any) -> list[tuple[Path, Tensor]]:
+    """The tensors in a value, depth first, each with its place in it."""
     if isinstance(value, Tensor):
-        return [((), value)] if is_matrix(value) else []
+        return [((), value)]
     items: Iterable[tuple[int | str, Any]] = ()
     if isinstance(value, Mapping):
         items = value.items()
@@ -78,7 +83,7 @@ def matrices_in(value: Any) -> list[tuple[Path, Tensor]]:
         items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
     elif isinstance(getattr(value, "logits", None), Tensor):
         items = (("logits", value.logits),)
-    return [((key, *path), t) for key, item in items for path, t in matrices_in(item)]
+    return [((key, *path), t) for key, item in items for path, t in places_in(item)]
 
 
 def at_path(value: Any, path: Path) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._distributed import running
-from ride_plugin._errors import warn_caller
+from ride_plugin._errors import listed, warn_caller
 from ride_plugin._output import ExpertOutput
 
 _PASSES = 128  # training passes without a change that are too many, gradients accumulated or not
@@ -40,6 +40,23 @@ class TrainingWatch:
 
     def __reduce__(self) -> tuple[type[TrainingWatch], tuple[()]]:
         return TrainingWatch, ()
+
+    @property
+    def began(self) -> bool:
+        """Whether there has been a training pass."""
+        return self._passes > 0
+
+    def leaves_out(self, where: list[str]) -> None:
+        """Warn of what the backbone returns in training beside its logits, if anything."""
+        if where:
+            warn_caller(
+                "In training the backbone returns more than its logits that gradients flow "
+                f"through, {listed(where)}, as an auxiliary loss or a second classifier does. The "
+                "wrapped model returns the logits alone, so the rest is not learned. To add it to "
+                'the loss, pass `return_experts="outputs"`: the model then returns in training '
+                "what the backbone returns, once for each expert. (If your loss never used it, "
+                "nothing is wrong.)"
+            )
 
     def trains(self, module: nn.Module, output: ExpertOutput) -> None:
         """Take note of one training pass with gradients, and warn once where it is in vain."""

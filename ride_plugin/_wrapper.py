@@ -37,6 +37,7 @@ from ride_plugin._split import (
     feature_dim_of,
     join_parts,
     plain_modules,
+    reader_in,
     whole_outputs,
 )
 from ride_plugin._watch import TrainingWatch
@@ -390,12 +391,18 @@ class RIDEWrapper(SplitModule):
             return output
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.return_experts == "outputs" and self.training:
-            with whole_outputs() as outputs:
-                each = self._each(args, kwargs)
-            self._output(each)  # the watch sees them
-            return outputs or each
-        return self._output(self._each(args, kwargs))
+        asked = self.return_experts == "outputs" and self.training
+        if not asked and (self._watch.began or not self._trains()):
+            return self._output(self._each(args, kwargs))
+        with whole_outputs() as outputs:
+            each = self._each(args, kwargs)
+        if not asked and outputs:
+            self._watch.leaves_out(reader_in(self.experts[0]).losses_beside(outputs[0]))
+        output = self._output(each)  # the watch sees them
+        return (outputs or each) if asked else output
+
+    def _trains(self) -> bool:
+        return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         if self.checkpoint_experts and torch.is_grad_enabled():

@@ -181,3 +181,81 @@ def test_a_loss_of_experts_or_of_one_expert_is_left_in_peace() -> None:
         fit(
             RIDEWrapper(mlp(), 2), lambda out, y: both(out, y) + nn.functional.cross_entropy(out, y)
         )
+
+
+class Beside(nn.Module):
+    """Returns something beside its logits, in training or always."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.body, self.late = nn.Linear(20, 16), nn.Linear(16, 16)
+        self.head, self.second = nn.Linear(16, 7), nn.Linear(16, 7)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.body(x).relu()
+        late = self.late(hidden).relu()
+        logits = self.head(late)
+        if self.kind == "a number":
+            return logits, hidden.abs().mean()
+        if self.kind == "a number among others":
+            return {"logits": logits, "extra": [late, {"penalty": late.square().sum()}]}
+        if self.kind == "a second classifier":
+            return (logits, self.second(hidden)) if self.training else logits
+        if self.kind == "features":
+            return {"logits": logits, "features": late}
+        if self.kind == "a number without gradients":
+            return {"logits": logits, "sparsity": late.detach().mean()}
+        if self.kind == "the caller's loss":
+            return {"logits": logits, "loss": logits.square().mean()}
+        return logits
+
+
+TOLD = {
+    "a number": r"output\[1\]",
+    "a number among others": r"output\['extra'\]\[1\]\['penalty'\]",
+    "a second classifier": r"output\[1\]",
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_experts": True}, {"return_experts": True}])
+@pytest.mark.parametrize("kind", list(TOLD))
+def test_a_loss_beside_the_logits_is_told_once(kind: str, options: dict[str, Any]) -> None:
+    model = RIDEWrapper(Beside(kind), 2, fork_at="late", **options)
+    with torch.no_grad():
+        model(torch.randn(4, 20))  # no training yet, so nothing to tell
+    with pytest.warns(UserWarning, match=TOLD[kind]) as told:
+        train(model, model.parameters(), 5)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    assert 'return_experts="outputs"' in str(told[0].message)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["features", "a number without gradients", "the caller's loss", "nothing", *TOLD],
+)
+def test_what_no_loss_is_made_of_or_is_asked_for_is_left_in_peace(kind: str) -> None:
+    asked = kind in TOLD
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = RIDEWrapper(
+            Beside(kind), 2, fork_at="late", return_experts="outputs" if asked else False
+        )
+        if asked:
+            assert len(model(torch.randn(4, 20))) == 2
+        else:
+            train(model, model.parameters(), 5)
+
+
+def test_logits_that_a_function_makes_of_two_classifiers_are_left_in_peace() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = RIDEWrapper(
+            Beside("a second classifier"), 2, fork_at="late", logits=_sum, num_classes=7
+        )
+        train(model, model.parameters(), 5)
+
+
+def _sum(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0] + output[1]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ride_plugin._errors import ArgumentError, ReplayError, SplitError
 from ride_plugin._split._classifier import Head, find_classifier
 from ride_plugin._split._probe import Call, address_of
-from ride_plugin._tree import Path, at_path, is_matrix, logits_in, matrices_in
+from ride_plugin._tree import Path, at_path, is_matrix, logits_in, matrices_in, places_in
 
 Choice: TypeAlias = int | str | Callable[[Any], Tensor] | None
 """What users say about it: an index, a key, a function of the output, or nothing."""
@@ -90,6 +90,29 @@ class LogitsReader:
             return at_path(output, (self.choice,))
         path = self.known.get(tuple(path for path, _ in matrices_in(output)))
         return logits_in(output) if path is None else at_path(output, path)
+
+    def losses_beside(self, output: Any) -> list[str]:
+        """Where an output in training holds more than the logits that a loss may be made of.
+
+        That is what gradients flow through: a number, as an auxiliary loss is, or a matrix like the
+        logits, as a second classifier returns. An entry named `loss` is the caller's own criterion,
+        and a function may have made the logits of any matrix.
+        """
+        logits = self.entry_of(output)
+        return [
+            _spelled(path)
+            for path, tensor in places_in(output)
+            if tensor.requires_grad
+            and path[-1:] != ("loss",)
+            and (
+                tensor.dim() == 0
+                or (
+                    tensor.shape == logits.shape
+                    and tensor is not logits
+                    and not callable(self.choice)
+                )
+            )
+        ]
 
     def place_in(self, output: Any) -> Path | None:
         """Where the entry lies in the output; None if a function computes it."""
