@@ -36,6 +36,7 @@ from ride_plugin._split import (
     check_logits_choice,
     feature_dim_of,
     join_parts,
+    losses_beside,
     plain_modules,
     reader_in,
     whole_outputs,
@@ -392,12 +393,12 @@ class RIDEWrapper(SplitModule):
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         asked = self.return_experts == "outputs" and self.training
-        if not asked and (self._watch.began or not self._trains()):
+        if not asked and (not self._trains() or self._watch.began):
             return self._output(self._each(args, kwargs))
         with whole_outputs() as outputs:
             each = self._each(args, kwargs)
         if not asked and outputs:
-            self._watch.leaves_out(reader_in(self.experts[0]).losses_beside(outputs[0]))
+            self._watch.leaves_out(losses_beside(reader_in(self.experts[0]), outputs[0]))
         output = self._output(each)  # the watch sees them
         return (outputs or each) if asked else output
 

@@ -206,6 +206,8 @@ class Beside(nn.Module):
             return {"logits": logits, "features": late}
         if self.kind == "a number without gradients":
             return {"logits": logits, "sparsity": late.detach().mean()}
+        if self.kind == "probabilities":
+            return logits, (logits - 1).softmax(1)
         if self.kind == "the caller's loss":
             return {"logits": logits, "loss": logits.square().mean()}
         return logits
@@ -233,14 +235,25 @@ def test_a_loss_beside_the_logits_is_told_once(kind: str, options: dict[str, Any
 
 @pytest.mark.parametrize(
     "kind",
-    ["features", "a number without gradients", "the caller's loss", "nothing", *TOLD],
+    [
+        "features",
+        "probabilities",
+        "a number without gradients",
+        "the caller's loss",
+        "nothing",
+        *TOLD,
+    ],
 )
 def test_what_no_loss_is_made_of_or_is_asked_for_is_left_in_peace(kind: str) -> None:
     asked = kind in TOLD
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = RIDEWrapper(
-            Beside(kind), 2, fork_at="late", return_experts="outputs" if asked else False
+            Beside(kind),
+            2,
+            fork_at="late",
+            logits=0 if kind == "probabilities" else None,
+            return_experts="outputs" if asked else False,
         )
         if asked:
             assert len(model(torch.randn(4, 20))) == 2

@@ -1,5 +1,6 @@
 """How a backbone becomes trunk and experts: record and replay, fork, views, self-check."""
 
+from ride_plugin._split._beside import losses_beside
 from ride_plugin._split._build import reason_of_fork, split_backbone
 from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._graft import graft_experts
@@ -45,6 +46,7 @@ __all__ = [
     "hollow",
     "inert_parameters",
     "join_parts",
+    "losses_beside",
     "on_meta",
     "plain_modules",
     "play",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ride_plugin._errors import ArgumentError, ReplayError, SplitError
 from ride_plugin._split._classifier import Head, find_classifier
 from ride_plugin._split._probe import Call, address_of
-from ride_plugin._tree import Path, at_path, is_matrix, logits_in, matrices_in, places_in
+from ride_plugin._tree import Path, at_path, is_matrix, logits_in, matrices_in
 
 Choice: TypeAlias = int | str | Callable[[Any], Tensor] | None
 """What users say about it: an index, a key, a function of the output, or nothing."""
@@ -90,29 +90,6 @@ class LogitsReader:
             return at_path(output, (self.choice,))
         path = self.known.get(tuple(path for path, _ in matrices_in(output)))
         return logits_in(output) if path is None else at_path(output, path)
-
-    def losses_beside(self, output: Any) -> list[str]:
-        """Where an output in training holds more than the logits that a loss may be made of.
-
-        That is what gradients flow through: a number, as an auxiliary loss is, or a matrix like the
-        logits, as a second classifier returns. An entry named `loss` is the caller's own criterion,
-        and a function may have made the logits of any matrix.
-        """
-        logits = self.entry_of(output)
-        return [
-            _spelled(path)
-            for path, tensor in places_in(output)
-            if tensor.requires_grad
-            and path[-1:] != ("loss",)
-            and (
-                tensor.dim() == 0
-                or (
-                    tensor.shape == logits.shape
-                    and tensor is not logits
-                    and not callable(self.choice)
-                )
-            )
-        ]
 
     def place_in(self, output: Any) -> Path | None:
         """Where the entry lies in the output; None if a function computes it."""
@@ -250,7 +227,7 @@ def describe(output: Any) -> str:
     kind = type(output).__name__
     if not found:
         return f"a {kind} without a matrix [B, C]"
-    listed = ", ".join(f"{_spelled(path)} of shape {list(t.shape)}" for path, t in found)
+    listed = ", ".join(f"{spelled(path)} of shape {list(t.shape)}" for path, t in found)
     return f"a {kind} with {listed}"
 
 
@@ -305,7 +282,8 @@ def _returned(call: Call, tensor: Tensor) -> bool:
     return any(address == address_of(tensor) for address, _ in call.outputs)
 
 
-def _spelled(path: Path) -> str:
+def spelled(path: Path) -> str:
+    """A place in an output, as Python code reads it."""
     return "output" + "".join(f"[{key!r}]" for key in path)
 
 
@@ -313,4 +291,4 @@ def _advice(found: Sequence[tuple[Path, Tensor]]) -> str:
     path = found[-1][0]
     if len(path) == 1:
         return f"`logits={path[0]!r}`"
-    return f"`logits=lambda output: {_spelled(path)}`"
+    return f"`logits=lambda output: {spelled(path)}`"

@@ -167,7 +167,8 @@ def test_auxiliary_heads_in_training_are_told_from_the_classifier() -> None:
     net = Auxiliary()
     model = RIDEWrapper(net, 1)
     x = torch.randn(4, 8)
-    torch.testing.assert_close(model(x), net(x)[1])
+    with pytest.warns(UserWarning, match=r"output\[0\]"):  # the heads are not learned
+        torch.testing.assert_close(model(x), net(x)[1])
     torch.testing.assert_close(model.eval()(x), net.eval()(x))
 
 
@@ -177,7 +178,8 @@ def test_auxiliary_heads_that_cannot_be_told_are_asked_for() -> None:
     net = Auxiliary(inside=False)
     model = RIDEWrapper(net, 1, logits=1)
     x = torch.randn(4, 8)
-    torch.testing.assert_close(model(x), net(x)[1])
+    with pytest.warns(UserWarning, match=r"output\[0\]"):
+        torch.testing.assert_close(model(x), net(x)[1])
 
 
 def extractor(*last: nn.Module) -> nn.Module:
