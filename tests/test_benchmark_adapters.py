@@ -102,15 +102,18 @@ class HidesOnDemand(Words):
         return self.head(self.layers(x.sum(1)))
 
 
-def test_a_few_last_sentences_of_one_length_are_stored_with_others(tmp_path: Path) -> None:
-    ids, mask = torch.randint(0, 30, (33, 6)), torch.ones(33, 6, dtype=torch.int64)
-    mask[:32:2, 4:] = 0  # the last sentence hides nothing
+@pytest.mark.parametrize("number", [33, 1699])
+def test_a_few_last_sentences_of_one_length_are_stored_with_others(
+    number: int, tmp_path: Path
+) -> None:
+    ids, mask = torch.randint(0, 30, (number, 6)), torch.ones(number, 6, dtype=torch.int64)
+    mask[: number - 3 : 2, 4:] = 0  # the last sentences hide nothing
     network = HidesOnDemand().requires_grad_(False)
     network.head.requires_grad_(True)
     inputs = {"input_ids": ids, "attention_mask": mask}
     model = RIDEWrapper(network, 1, fork_at="layers.2", example_input=inputs).eval()
-    group = Group(inputs, torch.zeros(33, dtype=torch.int64))
-    stored = store(model, Data([group], [], [], [33]), tmp_path / "states.pt")
+    group = Group(inputs, torch.zeros(number, dtype=torch.int64))
+    stored = store(model, Data([group], [], [], [number]), tmp_path / "states.pt")
     torch.testing.assert_close(model(stored.train[0][0]), model(**inputs))
 
 

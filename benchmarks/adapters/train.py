@@ -83,7 +83,7 @@ def _states(model: RIDEWrapper, groups: list[Group]) -> list[tuple[Any, Tensor]]
         # Parts of one size, since a few last sentences of one length would need no mask, and a
         # transformer takes another path then.
         number = -(-len(next(iter(inputs.values()))) // 32)
-        parts = zip(*(tensor.chunk(number) for tensor in inputs.values()), strict=True)
+        parts = zip(*(tensor.tensor_split(number) for tensor in inputs.values()), strict=True)
         return TrunkState.cat(
             [model.run_trunk(**dict(zip(inputs, part, strict=True))).detach() for part in parts]
         )
