@@ -107,8 +107,8 @@ def sides(fork: Fork, root: Call, training: Call | None) -> tuple[list[str], lis
     """Names of the submodules that belong to the trunk and to the experts.
 
     A container whose units all lie on one side belongs there as a whole: fewer things to record.
-    ``training`` is the call tree of a forward in training mode: auxiliary heads that run only
-    there belong to the side of the cut where they are called.
+    ``training`` is the call tree of a forward in training mode: auxiliary heads and augmentations
+    that run only there belong to the side of the cut where they are called.
     """
     side_of = {id(unit): index >= fork.index for index, unit in enumerate(fork.units)}
     also_in_trunk = {call.name for unit in fork.units[: fork.index] for call in unit.walk()}
@@ -140,6 +140,7 @@ def sides(fork: Fork, root: Call, training: Call | None) -> tuple[list[str], lis
         return trunk, forked
     known = {*trunk, *forked}
     reached_fork = False
+    without_parameters: dict[str, set[bool]] = {}
 
     def walk(call: Call) -> None:
         nonlocal reached_fork
@@ -152,8 +153,13 @@ def sides(fork: Fork, root: Call, training: Call | None) -> tuple[list[str], lis
             elif child.num_parameters:
                 known.add(child.name)
                 (forked if reached_fork else trunk).append(child.name)
+            else:
+                without_parameters.setdefault(child.name, set()).add(reached_fork)
 
     walk(training)
+    for name, after in without_parameters.items():
+        if len(after) == 1:  # one that is called on both sides runs as operations do
+            (forked if True in after else trunk).append(name)
     return trunk, forked
 
 

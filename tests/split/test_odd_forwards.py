@@ -345,6 +345,61 @@ def test_what_relates_rows_to_one_another_may_stand_behind_the_fork_in_training(
     train_both(net, wrapped(net), batches())
 
 
+class Masks(nn.Module):
+    """As an augmentation of spectrograms does: a mask for each row, in place, in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for row in range(len(x)):
+            width = int(torch.randint(0, 3, (1,)))
+            x[row, width : width + 2] = 0
+        return x
+
+
+class Halves(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+class Augments(Base):
+    def __init__(self, augment: nn.Module, where: str) -> None:
+        super().__init__()
+        self.augment, self.where = augment, where
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.training and "before" in self.where:
+            x = self.augment(x)
+        x = self.b(x.relu()).relu()
+        if self.training and "after" in self.where:
+            x = self.augment(x)
+        return self.c(x)
+
+
+@pytest.mark.parametrize(
+    ("augment", "where"),
+    [
+        (Masks(), "before"),
+        (nn.Sequential(Halves(), Masks()), "before"),
+        (Halves(), "after"),
+        (Halves(), "before and after"),
+    ],
+)
+def test_a_module_without_parameters_may_run_in_training_only(
+    augment: nn.Module, where: str
+) -> None:
+    net = Augments(augment, where)
+    model = wrapped(net)
+    train_both(net, model, batches(), before_each=lambda: torch.manual_seed(3))
+    x = torch.randn(5, 6)
+    alone = [module.eval()(x) for module in model.to_modules()]
+    torch.testing.assert_close(model.eval()(x), torch.stack(alone).mean(0))
+
+
+def test_a_module_that_loops_over_rows_on_both_sides_is_refused() -> None:
+    with pytest.raises(SplitError, match="another path for another batch size"):
+        wrapped(Augments(Masks(), "before and after"))
+
+
 class Loops(nn.Module):
     def __init__(self, linear: nn.Module, one_path: bool) -> None:
         super().__init__()
