@@ -190,7 +190,7 @@ class Beside(nn.Module):
         super().__init__()
         self.kind = kind
         self.body, self.late = nn.Linear(20, 16), nn.Linear(16, 16)
-        self.head, self.second = nn.Linear(16, 7), nn.Linear(16, 7)
+        self.head, self.second, self.last = nn.Linear(16, 7), nn.Linear(16, 7), nn.Linear(7, 7)
 
     def forward(self, x: Tensor) -> Any:
         hidden = self.body(x).relu()
@@ -208,6 +208,9 @@ class Beside(nn.Module):
             return {"logits": logits, "sparsity": late.detach().mean()}
         if self.kind == "probabilities":
             return logits, (logits - 1).softmax(1)
+        if self.kind == "features as wide as the logits":
+            narrow = self.second(late)
+            return {"logits": self.last(narrow.relu()), "features": narrow}
         if self.kind == "the caller's loss":
             return {"logits": logits, "loss": logits.square().mean()}
         return logits
@@ -237,6 +240,7 @@ def test_a_loss_beside_the_logits_is_told_once(kind: str, options: dict[str, Any
     "kind",
     [
         "features",
+        "features as wide as the logits",
         "probabilities",
         "a number without gradients",
         "the caller's loss",

@@ -14,8 +14,9 @@ def losses_beside(reader: LogitsReader, output: Any) -> list[str]:
     """Where an output in training holds more than its logits that a loss may be made of.
 
     That is what gradients flow through: a number, as an auxiliary loss is, or a matrix like the
-    logits that is not made of them, as a second classifier returns. An entry named `loss` is the
-    caller's own criterion, and a function may have made the logits of any matrix.
+    logits that is neither made of them, as probabilities are, nor they of it, as of features. An
+    entry named `loss` is the caller's own criterion, and a function may have made the logits of any
+    matrix.
 
     Args:
         reader: takes the logits out of it.
@@ -28,7 +29,7 @@ def losses_beside(reader: LogitsReader, output: Any) -> list[str]:
 
     def second_classifier(tensor: Tensor) -> bool:
         alike = tensor.shape == logits.shape and not callable(reader.choice)
-        return alike and not _in_graph(logits, tensor)
+        return alike and not (_in_graph(logits, tensor) or _in_graph(tensor, logits))
 
     return [
         spelled(path)
