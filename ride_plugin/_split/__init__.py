@@ -8,12 +8,7 @@ from ride_plugin._split._hollow import hollow
 from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
 from ride_plugin._split._learn import throwaway
-from ride_plugin._split._logits import (
-    Choice,
-    check_logits_choice,
-    reader_in,
-    whole_outputs,
-)
+from ride_plugin._split._logits import Choice, check_logits_choice, reader_in, whole_outputs
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._module import SplitModule
 from ride_plugin._split._pair import Pair
