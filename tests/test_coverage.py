@@ -22,6 +22,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 @pytest.mark.parametrize("check", [name for name in CHECKS if name != "compile"])
 @pytest.mark.filterwarnings("ignore:Not re-initialised")
+@pytest.mark.filterwarnings("ignore:In training the backbone returns more")  # auxiliary heads do
 def test_the_wrapped_model_is_the_backbone(subject: Subject, check: str) -> None:
     name = subject.architecture.name
     try:
