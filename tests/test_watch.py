@@ -202,6 +202,9 @@ class Beside(nn.Module):
             return {"logits": logits, "extra": [late, {"penalty": late.square().sum()}]}
         if self.kind == "a second classifier":
             return (logits, self.second(hidden)) if self.training else logits
+        if self.kind == "two classifiers in one":
+            both = torch.cat([logits, self.second(late)], 1)
+            return both.chunk(2, 1) if self.training else (both[:, :7],)
         if self.kind == "features":
             return {"logits": logits, "features": late}
         if self.kind == "a number without gradients":
@@ -220,12 +223,15 @@ TOLD = {
     "a number": r"output\[1\]",
     "a number among others": r"output\['extra'\]\[1\]\['penalty'\]",
     "a second classifier": r"output\[1\]",
+    "two classifiers in one": r"output\[1\]",
 }
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint_experts": True}, {"return_experts": True}])
 @pytest.mark.parametrize("kind", list(TOLD))
 def test_a_loss_beside_the_logits_is_told_once(kind: str, options: dict[str, Any]) -> None:
+    if kind == "two classifiers in one":
+        options = {"logits": 0, "num_classes": 7, **options}
     model = RIDEWrapper(Beside(kind), 2, fork_at="late", **options)
     with torch.no_grad():
         model(torch.randn(4, 20))  # no training yet, so nothing to tell
@@ -256,7 +262,7 @@ def test_what_no_loss_is_made_of_or_is_asked_for_is_left_in_peace(kind: str) -> 
             Beside(kind),
             2,
             fork_at="late",
-            logits=0 if kind == "probabilities" else None,
+            logits=0 if kind in ("probabilities", "two classifiers in one") else None,
             return_experts="outputs" if asked else False,
         )
         if asked:

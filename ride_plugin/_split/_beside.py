@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ride_plugin._split._logits import LogitsReader, spelled
+from ride_plugin._split._logits import LogitsReader, depends, spelled
 from ride_plugin._tree import places_in
 
 
@@ -29,7 +29,7 @@ def losses_beside(reader: LogitsReader, output: Any) -> list[str]:
 
     def second_classifier(tensor: Tensor) -> bool:
         alike = tensor.shape == logits.shape and not callable(reader.choice)
-        return alike and not (_in_graph(logits, tensor) or _in_graph(tensor, logits))
+        return alike and not (depends(tensor, logits) or depends(logits, tensor))
 
     return [
         spelled(path)
@@ -38,17 +38,3 @@ def losses_beside(reader: LogitsReader, output: Any) -> list[str]:
         and path[-1:] != ("loss",)
         and (tensor.dim() == 0 or second_classifier(tensor))
     ]
-
-
-def _in_graph(earlier: Tensor, later: Tensor) -> bool:
-    """Whether ``later`` is ``earlier`` or was computed from it, by the graph for gradients."""
-    nodes, seen = [later.grad_fn], set[Any]()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if node is earlier.grad_fn:
-            return True
-        seen.add(node)
-        nodes += [before for before, _ in node.next_functions]
-    return later is earlier

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError, ReplayError, SplitError
@@ -246,18 +245,33 @@ def _computed_last(
         last = [
             path
             for (path, _), tensor in zip(found, tensors, strict=True)
-            if not any(_depends(other, tensor) for other in tensors if other is not tensor)
+            if not any(depends(other, tensor) for other in tensors if other is not tensor)
         ]
     except Exception:  # no gradients: then nothing is known of the order
         return None
     return heads[0] if last == heads else None
 
 
-def _depends(later: Tensor, earlier: Tensor) -> bool:
+def depends(later: Tensor, earlier: Tensor) -> bool:
+    """Whether ``later`` is ``earlier`` or was computed from it, by the graph for gradients."""
     if not later.requires_grad or not earlier.requires_grad:
         return False
-    (gradient,) = torch.autograd.grad(later.sum(), earlier, retain_graph=True, allow_unused=True)
-    return gradient is not None
+    if later is earlier:
+        return True
+    # Several results of one operation, the parts of a chunk say, have numbers there.
+    edges, seen = [(later.grad_fn, later.output_nr)], set[Any]()
+    while edges:
+        node, number = edges.pop()
+        if node is None:
+            continue
+        if node is earlier.grad_fn and number == earlier.output_nr:
+            return True
+        if getattr(node, "variable", None) is earlier:  # where gradients of a leaf end up
+            return True
+        if node not in seen:
+            seen.add(node)
+            edges += node.next_functions
+    return False
 
 
 def _stated(backbone: nn.Module) -> set[object]:
