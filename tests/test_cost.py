@@ -17,7 +17,7 @@ from tests.handmade import resnet32_plain, resnet32_ride, small_model
 
 TRUNK = 2 * 8 * (3 * 9) * 8 * 8
 EXPERT = 2 * 12 * (8 * 9) * 4 * 4 + 2 * 12 * 5
-GATE = 2 * (5 + 3 + 8) * 32 + 2 * 32  # top 5 logits, 3 measures of confidence, 8 for the class
+GATE = 2 * (5 + 3 + 8) * 32 + 2 * 33  # top 5 logits, 3 measures of confidence, 8 for the class
 
 
 def test_counts_equal_those_by_hand():
@@ -28,7 +28,7 @@ def test_counts_equal_those_by_hand():
     assert report.gate_flops == (GATE,) * 2
     assert report.trunk_parameters == (3 * 9 * 8 + 8) + 16
     assert report.expert_parameters == ((8 * 9 * 12 + 12) + 24 + (12 * 5 + 5),) * 3
-    assert report.router_parameters == 2 * (16 * 32 + 32) + (32 + 1) + 5 * 8
+    assert report.router_parameters == 2 * (16 * 32 + 32) + (33 + 1) + 5 * 8
     assert report.parameters == sum(p.numel() for p in model.parameters())
     assert report.flops == TRUNK + 3 * EXPERT
     assert report.routed_flops is None

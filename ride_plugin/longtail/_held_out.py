@@ -28,7 +28,7 @@ class HeldOut:
     right_from: Tensor
     right_to: Tensor
 
-    def accuracy_gain(self, tau: float, log_counts: Tensor) -> float:
+    def accuracy_gain(self, tau: float, log_counts: Tensor) -> tuple[float, float]:
         r"""What adjusting gains in accuracy where classes are as frequent as a prior has it.
 
         Sample i has the weight $\pi(\tau)_{y_i} / m_{y_i}$, with m the frequency of a class among
@@ -39,14 +39,15 @@ class HeldOut:
             log_counts: ``[C]`` of the calibration.
 
         Returns:
-            The gain, between -1 and 1; 0.01 is one point.
+            The gain, between -1 and 1, and its standard error; 0.01 is one point.
         """
         present = self.labels.bincount(minlength=len(log_counts)).double()
         weight = ((tau * log_counts).softmax(dim=0) / present)[self.labels]
         weight = weight / weight.sum()
         after = (self.right_from <= tau) & (tau <= self.right_to)
         change = after.double() - self.right_before.double()
-        return float((weight * change).sum())
+        gain = (weight * change).sum()
+        return float(gain), float((weight * (change - gain)).norm())
 
 
 def held_out_samples(

@@ -61,23 +61,25 @@ def test_held_out_samples_judge_a_prior_as_classifying_them_again_does(held_out_
     calibration = calibrate_prior(logits, labels, counts)
     frequency = [float((labels == c).sum()) for c in range(CLASSES)]
     for tau in (-1.2, -0.4, 0.0, 0.31, 1.0):
-        gain = calibration.held_out.accuracy_gain(tau, calibration.log_counts)
+        gain, error = calibration.held_out.accuracy_gain(tau, calibration.log_counts)
         after = calibration.adjust(logits.double(), tau).argmax(1).tolist()
         weights = [counts[y] ** tau / frequency[y] for y in labels.tolist()]
         rows = zip(after, logits.argmax(1).tolist(), labels.tolist(), strict=True)
         changes = [(new == y) - (old == y) for new, old, y in rows]
         mean = sum(w * c for w, c in zip(weights, changes, strict=True)) / sum(weights)
         assert gain == pytest.approx(mean, abs=1e-9)
+        squares = [(w * (c - mean)) ** 2 for w, c in zip(weights, changes, strict=True)]
+        assert error == pytest.approx(sum(squares) ** 0.5 / sum(weights), abs=1e-9)
 
 
 @pytest.mark.parametrize(
     ("likelihood_gain", "accuracy_gain", "justified"),
-    [(0.021, 0.001, True), (0.019, 0.001, False), (0.021, 0.0, False), (0.021, -0.05, False)],
+    [(0.021, 0.011, True), (0.019, 0.011, False), (0.021, 0.009, False), (0.021, -0.05, False)],
 )
 def test_a_shift_must_be_likely_and_adjusting_must_help(likelihood_gain, accuracy_gain, justified):
     held_out, labels = sample(0.0, 500, 1)
     calibration = calibrate_prior(as_a_model_gives_them(held_out), labels, COUNTS)
-    found = PriorEstimate(calibration, -0.5, likelihood_gain, 0.01, accuracy_gain)
+    found = PriorEstimate(calibration, -0.5, likelihood_gain, 0.01, accuracy_gain, 0.02)
     assert found.justified == justified
     logits = as_a_model_gives_them(held_out)
     assert torch.equal(found.adjust(logits), logits) == (not justified)

@@ -80,7 +80,11 @@ def loop_predictions(router, logits):
             meant[b, i] = sum(p[c] * router.classes.weight[c] for c in order)
     mean, variance = described.mean(0), described.var(0, correction=0)
     read = torch.cat(((described - mean) / (variance + 1e-6).sqrt(), meant), dim=2)
-    columns = [router.output(router.hidden[i](read[:, i]).relu()) for i in range(num_experts - 1)]
+    columns = []
+    for i in range(num_experts - 1):
+        hidden = router.hidden[i](read[:, i]).relu()
+        margin = described[:, i, router.top_k + 1, None]
+        columns.append(router.output(torch.cat((margin, hidden), dim=1)))
     return torch.cat(columns, dim=1)
 
 
@@ -88,10 +92,29 @@ def loop_predictions(router, logits):
 def test_gates_equal_loops(num_experts, num_classes):
     data = inputs(num_experts=num_experts, num_classes=num_classes)
     router = ExpertRouter(7, num_experts, num_classes=num_classes, top_k=4, hidden_dim=5).double()
+    torch.nn.init.normal_(router.output.weight)  # as trained
     with torch.no_grad():
         expected = loop_predictions(router, data.expert_logits)
         torch.testing.assert_close(router(data), expected)
         torch.testing.assert_close(router.eval()(data), expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 30])
+def test_a_new_router_exits_by_the_margin(top_k):
+    data = inputs(batch=50, num_experts=3, num_classes=10)
+    router = ExpertRouter(7, 3, num_classes=10, top_k=top_k).double()
+    gates, margin = router(data).detach(), ConfidenceRouter("margin")
+    for i in range(2):
+        first = data.expert_logits[:, : i + 1].mean(1)
+        if top_k == 1:  # with one class to look at, the rest counts as the second
+            largest = first.softmax(1).amax(1)
+            torch.testing.assert_close(gates[:, i], 6 * (0.5 - (2 * largest - 1)))
+        else:
+            known = margin.gate(i, first, data.expert_features[:, i])
+            assert torch.equal(gates[:, i].argsort(), known.argsort())
+            assert (
+                (gates[:, i] > 0) == (first.softmax(1).topk(2).values.diff() > -0.5)[:, 0]
+            ).all()
 
 
 def test_inputs_are_standardised_over_all_samples_seen_however_they_are_cut():
@@ -152,7 +175,7 @@ def test_the_default_gate_learns_which_classes_gain():
     targets = routing_targets(logits, target)
     router = ExpertRouter(7, 2, num_classes=10)
     optimizer, criterion = torch.optim.Adam(router.parameters(), 1e-2), RoutingLoss(1.0)
-    for _ in range(150):
+    for _ in range(300):
         loss = criterion(router((logits, torch.zeros(2000, 2, 7))), logits, target)
         optimizer.zero_grad()
         loss.backward()
@@ -340,11 +363,11 @@ def test_stage_two_trains_the_router_only(kind):
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     router = ExpertRouter.for_model(model)
-    criterion, optimizer = RoutingLoss(), torch.optim.SGD(router.parameters(), lr=0.01)
+    criterion, optimizer = RoutingLoss(), torch.optim.Adam(router.parameters(), lr=1e-2)
     x, y = torch.randn(64, 3, 8, 8), torch.randint(5, (64,))
     losses = []
     cached = model.router_inputs(x)
-    for _ in range(30):
+    for _ in range(80):
         loss = criterion(router(cached), cached, y)
         optimizer.zero_grad()
         loss.backward()
