@@ -100,7 +100,8 @@ class PriorCalibration:
         halves = posterior[order[::2]], posterior[order[1::2]]
         gains = torch.cat(
             [
-                _gain(judge, self.log_counts, _most_likely(found_on, self.log_counts))
+                _log_likelihood(judge, self.log_counts, _most_likely(found_on, self.log_counts))
+                - _log_likelihood(judge, self.log_counts, -self.offset)
                 for found_on, judge in (halves, halves[::-1])
             ]
         )
@@ -123,8 +124,9 @@ class PriorEstimate:
     Attributes:
         calibration: the calibration that it was found with.
         tau: the exponent of the most likely prior.
-        gain: mean log-likelihood of a sample beyond that of balanced data, in nats, on data that
-            tau was not found on.
+        gain: mean log-likelihood of a sample beyond that of the prior for which the logits as they
+            are decide, whose exponent is minus the offset; in nats, on data that tau was not found
+            on.
         standard_error: of `gain`.
         accuracy_gain: how much more of the held-out samples are classified right with this prior
             than with the logits as they are, weighted as the prior has it; 0.01 is one point.
@@ -142,19 +144,20 @@ class PriorEstimate:
     def justified(self) -> bool:
         """Whether there is a shift, and adjusting for it helps.
 
-        The gain must exceed two standard errors, or the data may be balanced. Where it does, the
-        held-out samples have a veto: the logits as they are may still serve a mild shift best,
-        since a calibration fits probabilities and not decisions. They must gain half a standard
-        error: with none, mild shifts lost up to 0.4 points, with a whole one, a few held-out
-        samples could justify little.
+        The gain must exceed two standard errors, or the data may have the classes that the logits
+        as they are decide for: balanced ones after a criterion for long tails, those of training
+        after cross entropy. Where it does, the held-out samples have a veto: the logits as they are
+        may still serve a mild shift best, since a calibration fits probabilities and not decisions.
+        They must gain half a standard error: with none, mild shifts lost up to 0.4 points, with a
+        whole one, a few held-out samples could justify little.
         """
         likely = self.gain > _STANDARD_ERRORS * self.standard_error
         return likely and self.accuracy_gain > _ACCURACY_ERRORS * self.accuracy_error
 
     @property
     def prior(self) -> Tensor:
-        """The class prior ``[C]``, float64: the estimate, or balanced if not justified."""
-        tau = self.tau if self.justified else 0.0
+        """The class prior ``[C]``, float64: the estimate, or that of the logits as they are."""
+        tau = self.tau if self.justified else -self.calibration.offset
         return (tau * self.calibration.log_counts).softmax(dim=0)
 
     def adjust(self, logits: Tensor) -> Tensor:
@@ -230,17 +233,16 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
     )
 
 
-def _gain(posterior: Tensor, log_counts: Tensor, tau: float) -> Tensor:
-    """Log-likelihood of each sample under the prior, beyond that under balanced classes."""
-    log_prior = (tau * log_counts).log_softmax(dim=0)
-    return (posterior + log_prior).logsumexp(dim=1) + math.log(len(log_counts))
+def _log_likelihood(posterior: Tensor, log_counts: Tensor, tau: float) -> Tensor:
+    """Of each sample under the prior, up to what does not depend on the prior."""
+    return (posterior + (tau * log_counts).log_softmax(dim=0)).logsumexp(dim=1)
 
 
 def _most_likely(posterior: Tensor, log_counts: Tensor) -> float:
-    """Maximise the mean gain over tau: a coarse grid, then the golden section around its best."""
+    """Maximise the mean over tau: a coarse grid, then the golden section around its best."""
 
     def value(tau: float) -> float:
-        return float(_gain(posterior, log_counts, tau).mean())
+        return float(_log_likelihood(posterior, log_counts, tau).mean())
 
     step = 0.25
     grid = [step * k for k in range(round(-_LARGEST_TAU / step), round(_LARGEST_TAU / step) + 1)]

@@ -85,19 +85,35 @@ def test_a_shift_must_be_likely_and_adjusting_must_help(likelihood_gain, accurac
     assert torch.equal(found.adjust(logits), logits) == (not justified)
 
 
-def test_balanced_data_and_too_few_samples_are_left_as_they_are():
+def test_data_that_the_logits_decide_for_and_too_few_samples_are_left_as_they_are():
     held_out, labels = sample(0.0, 5_000, 1)
     calibration = calibrate_prior(as_a_model_gives_them(held_out), labels, COUNTS)
     refused = 0
     for seed in range(20):
-        logits = as_a_model_gives_them(sample(0.0, 1_000, 100 + seed)[0])
+        logits = as_a_model_gives_them(sample(0.3, 1_000, 100 + seed)[0])
         found = calibration.estimate(logits)
         if not found.justified:
             refused += 1
             assert found.adjust(logits) is logits
-            assert torch.allclose(found.prior, torch.full((CLASSES,), 1 / CLASSES).double())
+            assert torch.allclose(found.prior, (0.3 * LOG_COUNTS).softmax(0), atol=0.01)
     assert refused >= 19
     assert not calibration.estimate(as_a_model_gives_them(sample(0.5, 4, 3)[0])).justified
+
+
+def test_logits_that_hold_the_training_prior_are_adjusted_to_balanced_data():
+    held_out, labels = sample(0.0, 1_000, 1)  # as cross entropy gives them
+    calibration = calibrate_prior(as_a_model_gives_them(held_out, offset=-1.0), labels, COUNTS)
+    log_likelihood, truth = sample(0.0, 1_000, 2)
+    logits = as_a_model_gives_them(log_likelihood, offset=-1.0)
+    found = calibration.estimate(logits)
+    assert found.justified
+    assert found.tau == pytest.approx(0.0, abs=0.12)
+    before, after = (
+        (each.argmax(1) == truth).double().mean() for each in (logits, found.adjust(logits))
+    )
+    assert after > before + 0.05
+    again = as_a_model_gives_them(sample(1.0, 1_000, 3)[0], offset=-1.0)  # as in training
+    assert not calibration.estimate(again).justified
 
 
 def test_a_long_tail_over_other_classes_is_not_mistaken_for_one_over_ours():
