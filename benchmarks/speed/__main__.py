@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.speed import authors, build, memory, routing, training
+from benchmarks.speed import accelerator, authors, build, memory, routing, training
 from benchmarks.speed.networks import Case
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -29,6 +29,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "memory": memory.memory,
     "scaling": memory.scaling,
     "build": build.build,
+    "accelerator": accelerator.accelerator,
 }
 
 

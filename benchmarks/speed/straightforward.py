@@ -73,7 +73,7 @@ class StraightforwardRouting(nn.Module):
         features = self.split.trunk(x)
         total, pooled = self.split.expert(0, features)
         out = total.clone()
-        active = torch.ones(len(x), dtype=torch.bool)
+        active = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for i in range(1, len(self.split.experts)):
             go = self.router.gate(i - 1, (total / i)[active], pooled[active]) > self.limits[i - 1]
             active = active.clone().masked_scatter(active, go)
@@ -81,7 +81,7 @@ class StraightforwardRouting(nn.Module):
                 break
             logits, some = self.split.expert(i, features[active])
             total[active] = total[active] + logits
-            pooled = torch.zeros(len(x), pooled.shape[1]).masked_scatter(active[:, None], some)
+            pooled = some.new_zeros(len(x), some.shape[1]).masked_scatter(active[:, None], some)
             out[active] = total[active] / (i + 1)
         return out
 
