@@ -54,12 +54,21 @@ def choose_fork(root: Call, fork_at: str | None) -> Fork:
     if fork_at is not None:
         return _named_fork(root, fork_at)
     units = units_of(root)
-    parametric = [unit.num_parameters > 0 for unit in units]
-    if not any(parametric):
+    if not any(unit.num_parameters for unit in units):
         raise SplitError(
             "The backbone calls no submodule with parameters, so there is nothing to fork. Wrap a "
             "torch.nn.Module built from submodules."
         )
+    index, reason = _default(units)
+    if id(units[index].module) in _modules_of(units[:index]):
+        # The forward runs all its layers more than once, over several views of an image say. The
+        # first time says where to fork; what runs later then belongs to the experts.
+        index, reason = _default(units[: _first_repeated(units)])
+    return Fork(units, index, _stage_name(units, index), reason)
+
+
+def _default(units: Sequence[Call]) -> tuple[int, str]:
+    parametric = [unit.num_parameters > 0 for unit in units]
     last = max(i for i, has in enumerate(parametric) if has)  # the classifier, or ends in it
     index, reason = _by_resolution(units, parametric, last) or _by_blocks(units, last)
     # Parameter-free units cost nothing to share; a module that also ran before cannot be forked.
@@ -67,7 +76,17 @@ def choose_fork(root: Call, fork_at: str | None) -> Fork:
     while index < last and (not parametric[index] or id(units[index].module) in called_before):
         called_before |= _modules_of(units[index : index + 1])
         index += 1
-    return Fork(units, index, _stage_name(units, index), reason)
+    return index, reason
+
+
+def _first_repeated(units: Sequence[Call]) -> int:
+    """Index of the first unit with parameters whose module ran before."""
+    seen: set[int] = set()
+    for index, unit in enumerate(units):
+        if unit.num_parameters and id(unit.module) in seen:
+            return index
+        seen |= _modules_of([unit])
+    return len(units)
 
 
 def _named_fork(root: Call, fork_at: str) -> Fork:

@@ -36,6 +36,7 @@ def player_of(
     def run() -> Any:
         seed_everything()
         write_attributes(views.expert, split.attributes, state.attributes)
+        views.trunk.train(training)  # an expert may call modules of the trunk again
         return play(views.expert.train(training), views.running, state)
 
     return run

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from ride_plugin import RIDEWrapper, SplitError
+from ride_plugin import RIDEWrapper, SplitError, expert_logits
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._units import tokens, units_of
@@ -189,3 +189,26 @@ def test_a_backbone_without_layers_has_nothing_to_fork() -> None:
 
     with pytest.raises(SplitError, match="no submodule with parameters"):
         RIDEWrapper(Bare(), 2, example_input=torch.rand(2, 6), num_classes=4)
+
+
+class Unrolled(nn.Module):
+    """Runs all of its layers for one view after the other."""
+
+    def __init__(self, views: int) -> None:
+        super().__init__()
+        self.views = views
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(self.head(self.layers(x.roll(i, 1))) for i in range(self.views))
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_a_forward_that_runs_over_and_over_is_forked_as_one_that_runs_once(views: int) -> None:
+    x = torch.randn(4, 8)
+    model = RIDEWrapper(Unrolled(views), 2, example_input=x)
+    assert model.fork_at == "layers.4"
+    experts = expert_logits(model(x))
+    for k in range(2):
+        torch.testing.assert_close(model.to_module(k)(x), experts[:, k])

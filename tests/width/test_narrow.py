@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from benchmarks.zoo.stateful import FrozenStem
 from ride_plugin import (
@@ -287,3 +288,51 @@ def test_attention_that_runs_in_the_trunk_keeps_its_number_of_heads() -> None:
     assert model.experts[0].block.mlp[0].out_features == 16
     # The plain module runs attention itself, with the expert's number of heads.
     torch.testing.assert_close(model.to_module(1)(x), expert_logits(model(x))[:, 1])
+
+
+class TwoViews(nn.Module):
+    """In evaluation, an image and its mirror image; the second view runs the trunk's layers too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits if self.training else (logits + self.net(x.flip(3))) / 2
+
+
+class Checkpointed(nn.Module):
+    """Recomputes a part in training, which calls its layers one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.late = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = checkpoint_sequential(self.early, 2, x, use_reentrant=False)
+        else:
+            x = self.early(x)
+        x = checkpoint(self.late, x, use_reentrant=False)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [TwoViews, Checkpointed])
+def test_the_trunk_is_tried_in_the_mode_that_the_expert_is_tried_in(kind: type[nn.Module]) -> None:
+    x = torch.randn(4, 3, 12, 12)
+    model = RIDEWrapper(kind(), 2, expert_width=0.75, example_input=x)
+    widths = {m.out_channels for m in model.experts[1].modules() if isinstance(m, nn.Conv2d)}
+    assert widths == {12}
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.to_module(1)(x), expert_logits(model(x))[:, 1])
+    model.train()
+    expert_logits(model(x)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
