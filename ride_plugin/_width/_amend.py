@@ -135,12 +135,21 @@ class Amender:
         dims = dims or [d for d, s in enumerate(tensor.shape) if s > 1]
         if len(dims) < 1 or (len(dims) > 1 and tensor.shape[dims[0]] != now):
             return False
-        wanted = round(tensor.shape[dims[-1]] * size / now)
+        dim = dims[-1]
+        wanted = round(tensor.shape[dim] * size / now)
         sizes = self.plan.raw.setdefault(name, {})
-        if sizes.get(dims[-1]) == wanted or wanted < 1:
+        # One that would have to grow was misunderstood, and would grow with every trial.
+        if sizes.get(dim) == wanted or not 1 <= wanted <= self._full_size(path, key, dim):
             return False
-        sizes[dims[-1]] = wanted
+        sizes[dim] = wanted
         return True
+
+    def _full_size(self, path: str, key: str, dim: int) -> int:
+        """Of a parameter or buffer, before this trial resized it."""
+        module: Any = self.ledger.modules[path]
+        changes = self.ledger.changes
+        first = next((c.old for c in changes if c.module is module and c.name == key), None)
+        return int((getattr(module, key) if first is None else first).shape[dim])
 
     def give_way(self, tensors: Iterable[Tensor], reason: str) -> None:
         """Try another way to narrow the attention that runs; else let layers keep their widths.

@@ -19,6 +19,7 @@ from ride_plugin import (
     experts_loss,
 )
 from ride_plugin._initialise import warn_if_trained
+from ride_plugin._width._ledger import Ledger
 from ride_plugin._width._map import WidthMap
 from tests.backbones import BACKBONES, CifarResNet, ImageNetResNet, mlp
 from tests.handmade import resnet32_ride
@@ -336,3 +337,36 @@ def test_the_trunk_is_tried_in_the_mode_that_the_expert_is_tried_in(kind: type[n
     model.train()
     expert_logits(model(x)).square().mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Spline(nn.Module):
+    """A layer whose weight no known layer owns, beside one that is known, as in KANs."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.linspace(-1, 1, 6))
+        self.base = nn.Linear(inputs, outputs)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        basis = torch.exp(-((x[..., None] - self.grid) ** 2))
+        return F.silu(self.base(x)) + torch.einsum("big,oig->bo", basis, self.weight)
+
+
+def test_no_weight_grows_where_trials_find_no_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    resize = Ledger.resize
+
+    def watched(
+        self: Ledger, module: nn.Module, name: str, sizes: dict[int, int], *more: float
+    ) -> None:
+        nonlocal largest
+        largest = max(largest, *sizes.values())
+        resize(self, module, name, sizes, *more)
+
+    monkeypatch.setattr(Ledger, "resize", watched)
+    layers = [nn.Linear(20, 16), Spline(16, 16), Spline(16, 16), nn.Linear(16, 5)]
+    backbone = nn.Sequential(*layers)
+    with pytest.raises(WidthError):
+        RIDEWrapper(backbone, 2, expert_width=0.75, example_input=torch.randn(4, 20))
+    assert 0 < largest <= 16
