@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,16 @@ class Unread(Tensor):
         unread.key, unread.forked = key, forked
         return unread
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unread:
+        """A module may keep it as an attribute, and be copied or saved as a whole."""
+        return _unread_again(*self._parts())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _unread_again, self._parts()
+
+    def _parts(self) -> tuple[tuple[int, ...], torch.dtype, str]:
+        return tuple(self.shape), self.dtype, self.key
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -77,3 +88,8 @@ class Unread(Tensor):
             "set since, say. Set it before wrapping, and load this model's `state_dict()` into the "
             "new one; or let the forward take it as an argument, which may differ between calls."
         )
+
+
+def _unread_again(shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Unread:
+    value = torch.full((), float("nan")).to(dtype).expand(shape)
+    return Unread.of(value, key, partial(bool, 1))  # its expert has run

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ride_plugin._closeness import close
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import RIDEError, WidthError, listed
-from ride_plugin._inputs import resize_batch
+from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split import (
     Split,
     TrunkState,
@@ -166,6 +166,8 @@ def _narrowed(split: Split, width: float, meta: bool) -> list[Change]:
     trial.ledger.repeat_on(ledger)
     try:
         _check_rows(split)
+        if meta and len(references) > 1 and _does_more(*references):
+            _check_training(split, resize_batch(split.inputs, _BATCH))
     except Stuck:
         for step in put_back:
             step()
@@ -222,6 +224,21 @@ def _check_rows(split: Split) -> None:
         raise Stuck(f"it does not run on a subset of the rows ({error})") from error
     if not close(some, whole[rows]):
         raise Stuck("its rows depend on each other when narrowed")
+
+
+def _does_more(evaluating: _Reference, training: _Reference) -> bool:
+    """Whether training calls operations that evaluation does not, beside counting batches."""
+    known = {step.name for step in evaluating.steps} | {"add_"}
+    return any(step.name not in known for step in training.steps)
+
+
+def _check_training(split: Split, batch: Inputs) -> None:
+    """The narrowed expert runs in training mode: without contents torch does not check it all."""
+    views = throwaway(split.views, True)
+    try:
+        player_of(split, views, trunk_state(split, views, True, batch), True)()
+    except Exception as error:
+        raise Stuck(f"it does not train when narrowed ({error})") from error
 
 
 def _redraw(changes: Sequence[Change]) -> None:

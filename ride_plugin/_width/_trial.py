@@ -127,6 +127,8 @@ class Trial(TorchFunctionMode):
         if name in NORMS:
             args, kwargs = self._fix_norm(name, args, kwargs)
         try:
+            if name == "__setitem__":
+                _refuse_unfit(*args)
             result = func(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
             args, kwargs = self.amender.reconciled(name, step, args, kwargs, error)
@@ -282,3 +284,10 @@ class Trial(TorchFunctionMode):
                 before = math.prod(source.shape[i] for i in ins)
                 if before != math.prod(outputs[0].shape[o] for o in outs):
                     self.amender.give_way((source,), f"`{name}` with fixed sizes")
+
+
+def _refuse_unfit(target: Any, index: Any, value: Any) -> None:
+    """Raise where a value does not fit; without contents torch does not look."""
+    if isinstance(target, Tensor) and isinstance(value, Tensor):
+        with torch._C.DisableTorchFunction():
+            value.expand_as(target[index])

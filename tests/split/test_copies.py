@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import RIDEWrapper
+from ride_plugin import ReplayError, RIDEWrapper
 from ride_plugin._split._copies import running_copy, same_values
 from tests.naive import train_both
 
@@ -159,3 +160,32 @@ def test_a_view_of_a_buffer_is_one_of_the_copied_buffer_whichever_comes_first() 
         copied.values.zero_()
         assert not copied.first_row.any()
         assert original.values.any()
+
+
+class KeepsWhatItSaw(nn.Module):
+    """Leaves the features of itself and of a frozen teacher for the loss, as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+        self.teacher = copy.deepcopy(self.body).requires_grad_(False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        taught, learned = self.teacher(x), self.body(x)
+        self.seen = (learned, taught)
+        return self.head(learned)
+
+
+def test_a_model_that_keeps_what_it_saw_is_copied_and_saved_as_a_whole() -> None:
+    x = torch.randn(4, 8)
+    model = RIDEWrapper(KeepsWhatItSaw(), 2, fork_at="body.2", example_input=x).eval()
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), expected)
+        alone, file = model.to_module(1), io.BytesIO()
+        torch.save(alone, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(x), alone(x))
+    with pytest.raises(ReplayError, match="what `teacher` returned before the fork"):
+        copy.deepcopy(model).experts[1].seen[1].sum()

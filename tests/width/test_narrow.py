@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -353,7 +356,7 @@ class Spline(nn.Module):
         return F.silu(self.base(x)) + torch.einsum("big,oig->bo", basis, self.weight)
 
 
-def test_no_weight_grows_where_trials_find_no_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_weight_grows_while_widths_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
     resize = Ledger.resize
 
@@ -366,7 +369,56 @@ def test_no_weight_grows_where_trials_find_no_widths(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Ledger, "resize", watched)
     layers = [nn.Linear(20, 16), Spline(16, 16), Spline(16, 16), nn.Linear(16, 5)]
-    backbone = nn.Sequential(*layers)
-    with pytest.raises(WidthError):
-        RIDEWrapper(backbone, 2, expert_width=0.75, example_input=torch.randn(4, 20))
+    x = torch.randn(4, 20)
+    model = RIDEWrapper(nn.Sequential(*layers), 2, fork_at="2", expert_width=0.75, example_input=x)
     assert 0 < largest <= 16
+    grids = {tuple(m.grid.shape) for m in model.modules() if isinstance(m, Spline)}
+    assert grids == {(6,)}
+    expert_logits(model(x)).sum().backward()
+
+
+PUT: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "bank[rows] = x": lambda bank, rows, x: bank.__setitem__(rows, x),
+    "bank[:n] = x": lambda bank, rows, x: bank.__setitem__(slice(0, len(x)), x),
+    "copy_": lambda bank, rows, x: bank[: len(x)].copy_(x),
+    "index_copy_": lambda bank, rows, x: bank.index_copy_(0, rows, x),
+    "index_put_": lambda bank, rows, x: bank.index_put_((rows,), x),
+    "index_add_": lambda bank, rows, x: bank.index_add_(0, rows, x),
+    "lerp_": lambda bank, rows, x: bank[: len(x)].lerp_(x, 0.1),
+    "roll": lambda bank, rows, x: bank.copy_(torch.cat([x, bank[: -len(x)]])),
+}
+
+
+class FeatureBank(nn.Module):
+    """Puts features into a memory in training, as contrastive losses want it."""
+
+    def __init__(self, put: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.put = put
+        self.body = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+        self.head = nn.Linear(16, 5)
+        self.register_buffer("bank", torch.zeros(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        if self.training:
+            self.put(self.bank, torch.arange(len(x)), features.detach())
+        return self.head(features)
+
+
+@pytest.mark.parametrize("how", PUT)
+def test_a_memory_of_features_becomes_as_narrow_as_they_are(how: str) -> None:
+    x, backbone = torch.randn(4, 20), FeatureBank(PUT[how])
+    model = RIDEWrapper(backbone, 2, fork_at="body.2", expert_width=0.75, example_input=x)
+    assert [tuple(expert.bank.shape) for expert in model.experts] == [(32, 12)] * 2
+    expert_logits(model(x)).square().mean().backward()
+    assert all(expert.bank[:4].any() and not expert.bank[4:].any() for expert in model.experts)
+
+
+def test_an_expert_that_would_not_train_is_refused_when_it_is_narrowed() -> None:
+    x, backbone = (
+        torch.randn(4, 20),
+        FeatureBank(lambda bank, rows, y: bank.data.__setitem__(rows, y)),
+    )
+    with pytest.raises(WidthError):
+        RIDEWrapper(backbone, 2, fork_at="body.2", expert_width=0.75, example_input=x)
