@@ -46,8 +46,7 @@ def choose_fork(root: Call, fork_at: str | None) -> Fork:
 
     The default forks the last two resolution levels if there are three or more and the trunk keeps
     at least a tenth of the multiply-adds (CIFAR ResNet: after ``layer1``; ImageNet ResNet: after
-    ``layer2``), else the last level, else the last third of the dominant run of equal blocks; where
-    that leaves hardly any work to the experts, the last unit before it that has some.
+    ``layer2``), else the last level, else the last third of the dominant run of equal blocks.
 
     Raises:
         SplitError: ``fork_at`` names no submodule that the forward calls.
@@ -77,21 +76,7 @@ def _default(units: Sequence[Call]) -> tuple[int, str]:
     while index < last and (not parametric[index] or id(units[index].module) in called_before):
         called_before |= _modules_of(units[index : index + 1])
         index += 1
-    if _trunk_share(units, index) >= _MOST_TRUNK:  # a second input, say, came after the network
-        return _earlier(units, index) or (index, reason)
     return index, reason
-
-
-def _earlier(units: Sequence[Call], index: int) -> tuple[int, str] | None:
-    """The last unit before ``index`` that leaves the experts some work, if the trunk keeps some."""
-    for i in reversed(range(index)):
-        share = _trunk_share(units, i)
-        if share < _LEAST_TRUNK:
-            break
-        called_again = _modules_of(units[:i]) & _modules_of(units[i:])
-        if share < _MOST_TRUNK and not called_again and _has_matrix(units[i]):
-            return i, "last unit that holds a share of the work"
-    return None
 
 
 def _first_repeated(units: Sequence[Call]) -> int:

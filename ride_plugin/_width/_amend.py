@@ -60,7 +60,8 @@ class Amender:
             ]
         elif name in PRODUCTS and len(tensors) == 2:
             pairs = [(0, -1, 1, -2 if tensors[1].dim() > 1 else -1)]
-        elif name == "__setitem__":  # a memory of features, and features to put there
+        elif name == "__setitem__" or name.startswith(("index_", "scatter_")):
+            # A memory of features, and features to put there; between them an index.
             pairs = [(0, -1, len(tensors) - 1, -1)]
         elif name == "linear":
             pairs = [(0, -1, 1, -1)]
@@ -75,8 +76,6 @@ class Amender:
             left, right = tensors[i].shape[a], tensors[j].shape[b]
             if left == right or (broadcasts and 1 in (left, right)):
                 continue
-            if not _were_equal(step, (i, a), (j, b)):
-                continue  # an operation that combines them in another way: rows, an index
             loser, axis, size = self._loser((tensors[i], a), (tensors[j], b))
             k = i if loser is tensors[i] else j
             old = step.inputs[k][axis] if k < len(step.inputs) else None
@@ -114,12 +113,10 @@ class Amender:
         if now == size:
             return
         tags = self.ledger.tags_of(tensor)
-        # Of several parameters that it comes from, those that have its width come first.
-        wide = {name for kind, name in tags if kind == "raw" and now in self._raw(name).shape}
         done = False
         for kind, name in tags:
             if kind == "raw":
-                done |= (name in wide or not wide) and self._pin_raw(name, now, size)
+                done |= self._pin_raw(name, now, size)
             else:
                 old_out, out = self.ledger.layers.get(name, (0, 0))
                 reference = old_size if old_size is not None else now
@@ -135,35 +132,27 @@ class Amender:
         self.amended = True
 
     def _pin_raw(self, name: str, now: int, size: int) -> bool:
-        tensor = self._raw(name)
+        path, _, key = name.rpartition(".")
+        tensor: Any = getattr(self.ledger.modules[path], key)
         dims = [d for d, s in enumerate(tensor.shape) if s == now]
-        if not dims:  # it was reshaped on its way
-            folds = [s > 1 and max(s, now) % min(s, now) == 0 for s in tensor.shape]
-            dims = [d for d, fold in enumerate(folds) if fold]
-            if len(dims) != 1:
-                return False
-        # Of equal dimensions the last is tried first; one that had to be put back is the wrong one.
-        planned = self.plan.raw.get(name, {})
-        dim = max(dims, key=lambda d: (planned.get(d) != self._full_size(name, d), d))
+        dims = dims or [d for d, s in enumerate(tensor.shape) if s > 1]
+        if len(dims) < 1 or (len(dims) > 1 and tensor.shape[dims[0]] != now):
+            return False
+        dim = dims[-1]
         # No weight grows: one that would was misunderstood, and might grow with every trial.
-        wanted = min(round(tensor.shape[dim] * size / now), self._full_size(name, dim))
+        wanted = min(round(tensor.shape[dim] * size / now), self._full_size(path, key, dim))
         sizes = self.plan.raw.setdefault(name, {})
         if sizes.get(dim) == wanted or wanted < 1:
             return False
         sizes[dim] = wanted
         return True
 
-    def _raw(self, name: str) -> Tensor:
-        path, _, key = name.rpartition(".")
-        tensor: Tensor = getattr(self.ledger.modules[path], key)
-        return tensor
-
-    def _full_size(self, name: str, dim: int) -> int:
+    def _full_size(self, path: str, key: str, dim: int) -> int:
         """Of a parameter or buffer, before this trial resized it."""
-        path, _, key = name.rpartition(".")
-        module, changes = self.ledger.modules[path], self.ledger.changes
+        module: Any = self.ledger.modules[path]
+        changes = self.ledger.changes
         first = next((c.old for c in changes if c.module is module and c.name == key), None)
-        return (self._raw(name) if first is None else first).shape[dim]
+        return int((getattr(module, key) if first is None else first).shape[dim])
 
     def give_way(self, tensors: Iterable[Tensor], reason: str) -> None:
         """Try another way to narrow the attention that runs; else let layers keep their widths.
@@ -198,10 +187,3 @@ class Amender:
             if kept:
                 raise Amended
         raise Stuck(f"`{where or 'its forward'}` does not run when narrowed ({reason})")
-
-
-def _were_equal(step: Step, *sides: tuple[int, int]) -> bool:
-    """Whether two operands of the full-width expert had one size there; unknown counts as yes."""
-    if any(k >= len(step.inputs) or not -len(step.inputs[k]) <= axis for k, axis in sides):
-        return True
-    return len({step.inputs[k][axis] for k, axis in sides}) == 1

@@ -212,38 +212,3 @@ def test_a_forward_that_runs_over_and_over_is_forked_as_one_that_runs_once(views
     experts = expert_logits(model(x))
     for k in range(2):
         torch.testing.assert_close(model.to_module(k)(x), experts[:, k])
-
-
-class WithMetadata(nn.Module):
-    """An image, and a few numbers that come in behind it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 3) for i in range(4)))
-        self.numbers = nn.Linear(4, 8)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, image: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        features = self.image(image).mean((2, 3)), self.numbers(numbers)
-        return self.head(torch.cat(features, dim=1))
-
-
-class Siamese(nn.Module):
-    """Two images through the same layers; BatchNorm counts both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.cat([self.body(x).mean((2, 3)) for x in (one, other)], dim=1))
-
-
-def test_experts_get_some_of_the_work_where_little_of_it_comes_last() -> None:
-    x = torch.randn(4, 3, 16, 16)
-    model = RIDEWrapper(WithMetadata(), 2, example_input=(x, torch.randn(4, 4)))  # no warning
-    assert model.fork_at.startswith("image.")
-    with pytest.warns(UserWarning, match="of the multiply-adds run before it"):
-        both = RIDEWrapper(Siamese(), 2, example_input=(x, x.flip(0)))
-    assert both.fork_at == "head"  # a trunk that runs again behind the fork would count twice
