@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.speed.networks import Case, by_hand, images, resnet32, resnet50
 from benchmarks.speed.routing import SHARES, Quota, ideal
 from benchmarks.speed.straightforward import StraightforwardRouting, expert_by_expert_loss
 from benchmarks.speed.timing import compare
-from benchmarks.speed.training import class_counts
+from benchmarks.speed.training import class_counts, step
 from ride_plugin import DiversityLoss, RIDEWrapper, RoutingInference, count_flops, experts_loss
 
 Run = Callable[[], object]
@@ -70,9 +70,10 @@ def training(
             return expert_by_expert_loss(out.float(), y, term.schedule.temperature, 0.45)
 
         for precision, dtype in DTYPES.items():
-            straightforward = step(copy.deepcopy(first), theirs, x.contiguous(), dtype)
+            half = dtype is torch.bfloat16
+            straightforward = step(copy.deepcopy(first), theirs, x.contiguous(), half)
             for form in forms:
-                run = step(copy.deepcopy(model), ours, x, dtype, compiled=form == "compiled")
+                run = step(copy.deepcopy(model), ours, x, half, compiled=form == "compiled")
                 run = captured(run) if form == "captured" else run
                 figures = _figures(run, straightforward, device)
                 share = flops / (1e-3 * figures[1]) / peak(device, dtype)
@@ -111,28 +112,6 @@ def _ways(served: RIDEWrapper, quota: Quota, x: Tensor, forms: tuple[str, ...]) 
     if "captured" in forms:
         ways["parts, captured"] = captured(parts)
     return ways
-
-
-def step(
-    model: nn.Module,
-    loss: Callable[[Any], Tensor],
-    x: Tensor,
-    dtype: torch.dtype,
-    *,
-    compiled: bool = False,
-) -> Run:
-    """Forward under autocast where ``dtype`` is narrower than float32, loss, backward and SGD."""
-    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, nesterov=True, fused=True)
-    called = torch.compile(model) if compiled else model
-
-    def run() -> None:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            out = called(x)
-        optimizer.zero_grad(set_to_none=True)
-        loss(out).backward()
-        optimizer.step()
-
-    return run
 
 
 def captured(run: Run) -> Run:

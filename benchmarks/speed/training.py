@@ -75,13 +75,21 @@ def training() -> Case:
     return "Training step, ours / other", header, rows()
 
 
-def step(model: nn.Module, loss: Callable[[Any], Tensor], x: Tensor, half: bool) -> Any:
-    """Forward, loss, backward and a step of SGD."""
+def step(
+    model: nn.Module,
+    loss: Callable[[Any], Tensor],
+    x: Tensor,
+    half: bool,
+    *,
+    compiled: bool = False,
+) -> Any:
+    """Forward, in bfloat16 where it is ``half``, then loss, backward and a step of SGD."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, nesterov=True, fused=True)
+    called = torch.compile(model) if compiled else model
 
     def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            out = model(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            out = called(x)
         optimizer.zero_grad(set_to_none=True)
         loss(out).backward()
         optimizer.step()

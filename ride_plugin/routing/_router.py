@@ -229,7 +229,7 @@ class ExpertRouter(nn.Module):
         ).rsqrt()
         vectors = self.classes(where)
         meant = (likely.to(vectors.dtype)[..., None] * vectors).sum(dim=1)
-        margin = statistics[:, self.top_k + 1 : self.top_k + 2]
+        margin = statistics[:, -2:-1]  # the last but one of `_describe`
         return margin, torch.cat((standard.to(vectors.dtype), meant), dim=1)
 
     @torch.no_grad()
