@@ -14,10 +14,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from ride_plugin._checks import check_integer
-from ride_plugin._split import SplitModule, replace_classifiers
+from ride_plugin._split import SplitModule, merged_groups, replace_classifiers
 from ride_plugin._tree import tensors_in
 
 _PARTS = r"(?:trunk|experts\.\d+)\."
+# Names under which backbones return parameters for an optimizer: `get_param_groups`,
+# `optim_parameters`, `get_1x_lr_params`, `get_parameters`. Code asks with `hasattr` and trains
+# otherwise, without a word, where there is none.
+_GROUPS = re.compile(
+    r"^(?!_)(?!.*(?:num|count|print))"
+    r"(?:.*param(?:eter)?s?_groups?|.*optim\w*_(?:groups|params|parameters)"
+    r"|.*_lr_params|get_(?:\w+_)?param(?:eter)?s)$"
+)
 
 
 def from_backbone(model: SplitModule, name: str) -> Any:
@@ -33,6 +41,8 @@ def from_backbone(model: SplitModule, name: str) -> Any:
         raise AttributeError(f"'{kind}' object has no attribute '{name}'") from None
     if name in _METHODS and callable(value):
         return _METHODS[name](model, value)
+    if _GROUPS.search(name) and callable(value) and not isinstance(value, nn.Module):
+        return _parameter_groups(model, name)
     if isinstance(value, nn.Module | Tensor):
         raise AttributeError(
             f"'{kind}' object has no attribute '{name}'. The backbone's exists once in the trunk "
@@ -101,6 +111,20 @@ def _group_matcher(model: SplitModule, own: Callable[..., Any]) -> Callable[...,
     return group_matcher
 
 
+def _no_weight_decay_keywords(model: SplitModule, own: Callable[..., Any]) -> Callable[..., Any]:
+    return own  # parts of names, which the model's names have as well
+
+
+def _parameter_groups(model: SplitModule, name: str) -> Callable[..., Any]:
+    def groups(*args: Any, **kwargs: Any) -> Any:
+        def own(network: nn.Module) -> Any:
+            return getattr(network, name)(*args, **kwargs)
+
+        return merged_groups(model, model.parts(), own, name)
+
+    return groups
+
+
 def _get_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[..., nn.Module]:
     return lambda: nn.ModuleList(model.classifiers)
 
@@ -129,6 +153,7 @@ _METHODS: dict[str, Callable[[SplitModule, Callable[..., Any]], Any]] = {
     "gradient_checkpointing_enable": _checkpointing(True),
     "group_matcher": _group_matcher,
     "no_weight_decay": _no_weight_decay,
+    "no_weight_decay_keywords": _no_weight_decay_keywords,
     "reset_classifier": _reset_classifier,
     "set_grad_checkpointing": _checkpointing(True),
 }

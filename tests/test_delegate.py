@@ -184,3 +184,67 @@ def test_a_module_that_would_not_run_is_refused(name: str) -> None:
     model.teacher = nn.Linear(8, 5)  # a name that the backbone does not have
     model.experts = model.experts
     assert model(torch.randn(2, 8)).shape == (2, 5)
+
+
+class Grouped(Backbone):
+    """Says how an optimizer should treat its parameters, in the ways that are in use."""
+
+    def no_weight_decay_keywords(self) -> set[str]:
+        return {"scale"}
+
+    def get_param_groups(self, lr: float, head: float = 10.0) -> list[dict[str, Any]]:
+        heads = [p for name, p in self.named_parameters() if name.startswith("head")]
+        rest = [p for name, p in self.named_parameters() if not name.startswith("head")]
+        return [{"params": rest, "lr": lr}, {"params": heads, "lr": head * lr, "name": "head"}]
+
+    def get_1x_lr_params(self) -> Any:
+        yield from self.stem.parameters()
+        yield from self.blocks.parameters()
+
+    def get_num_params(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def get_parameters(self) -> list[str]:
+        return ["not", "what", "it", "says"]
+
+
+def test_groups_of_parameters_are_those_of_trunk_and_all_experts() -> None:
+    model = RIDEWrapper(Grouped(), 3, fork_at="blocks.2")
+    rest, heads = model.get_param_groups(0.1, head=5.0)
+    assert (rest["lr"], heads["lr"], heads["name"]) == (0.1, 0.5, "head")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    expected = [f"experts.{k}.head.{kind}" for k in range(3) for kind in ("weight", "bias")]
+    assert [names[id(parameter)] for parameter in heads["params"]] == expected
+    found = [names[id(parameter)] for parameter in rest["params"] + heads["params"]]
+    assert sorted(found) == sorted(names.values())  # each once
+    optimizer = torch.optim.SGD([rest, heads])
+    before = [classifier.weight.clone() for classifier in model.classifiers]
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    for old, classifier in zip(before, model.classifiers, strict=True):
+        assert not torch.equal(old, classifier.weight)
+
+
+def test_a_generator_of_parameters_becomes_a_list() -> None:
+    model = RIDEWrapper(Grouped(), 2, fork_at="blocks.2")
+    found = model.get_1x_lr_params()
+    trunk = [*model.trunk.stem.parameters(), *model.trunk.blocks.parameters()]
+    own = [p for expert in model.experts for p in expert.blocks.parameters()]
+    assert {id(p) for p in found} == {id(p) for p in (*trunk, *own)}
+    assert len(found) == len(trunk) + len(own)
+
+
+def test_keywords_without_weight_decay_are_parts_of_the_models_names() -> None:
+    model = RIDEWrapper(Grouped(), 2, fork_at="blocks.2")
+    (keyword,) = model.no_weight_decay_keywords()
+    assert [n for n, _ in model.named_parameters() if keyword in n] == [
+        "experts.0.scale",
+        "experts.1.scale",
+    ]
+
+
+def test_methods_that_count_or_return_something_else_are_no_groups() -> None:
+    model = RIDEWrapper(Grouped(), 2, fork_at="blocks.2")
+    assert not hasattr(model, "get_num_params")
+    with pytest.raises(ArgumentError, match=r"`get_parameters` to return parameters .* got list"):
+        model.get_parameters()

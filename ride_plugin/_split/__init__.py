@@ -4,6 +4,7 @@ from ride_plugin._split._beside import losses_beside
 from ride_plugin._split._build import reason_of_fork, split_backbone
 from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._graft import graft_experts
+from ride_plugin._split._groups import merged_groups
 from ride_plugin._split._hollow import hollow
 from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
@@ -42,6 +43,7 @@ __all__ = [
     "inert_parameters",
     "join_parts",
     "losses_beside",
+    "merged_groups",
     "on_meta",
     "plain_modules",
     "play",

@@ -27,6 +27,7 @@ from ride_plugin._errors import (
 from ride_plugin._inputs import Inputs, in_order_of, resize_batch
 from ride_plugin._split._copies import copy_with_hooks, detached_activations
 from ride_plugin._split._form import versions_in
+from ride_plugin._split._groups import G, merged_groups
 from ride_plugin._split._learn import learn_at_run_time
 from ride_plugin._split._logits import LogitsReader, describe, whole_outputs
 from ride_plugin._split._parts import Parts
@@ -223,6 +224,41 @@ class SplitModule(nn.Module):
             f"trainable params: {trainable:,} || all params: {total:,} || "
             f"trainable%: {100 * trainable / max(total, 1):.4f}"
         )
+
+    def parameter_groups_by(self, function: Callable[[nn.Module], G]) -> G:
+        """Groups of this model's parameters as a function for the plain backbone makes them.
+
+        Code that groups parameters by name, for layer-wise learning rates or another one in the
+        classifier, knows the backbone's names, and a wrapped model's begin with ``trunk.`` or
+        ``experts.0.``. The function is called with each expert as a plain network under the
+        backbone's names, made of this model's own parameters, and what it returns is merged: a
+        group holds the parameters of the trunk and of all experts that belong there, each once.
+
+        Args:
+            function: maps a network to lists of parameters, or of pairs of name and parameter, in
+                any nesting of lists, tuples and dictionaries. The network is for reading names and
+                parameters and has no gradient hooks of its own; it is not meant to run.
+
+        Returns:
+            What the function returned, with this model's parameters; pairs have this model's names.
+
+        Raises:
+            ArgumentError: what the function returns holds no parameter, or its structure or its
+                other values are not the same for all experts.
+
+        Example:
+            >>> from ride_plugin import RIDEWrapper
+            >>> def groups(network):
+            ...     head = [p for n, p in network.named_parameters() if n.startswith("2")]
+            ...     rest = [p for n, p in network.named_parameters() if not n.startswith("2")]
+            ...     return [{"params": head, "lr": 0.1}, {"params": rest, "lr": 0.01}]
+            >>> backbone = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+            >>> model = RIDEWrapper(backbone, 3, fork_at="2")
+            >>> optimizer = torch.optim.SGD(model.parameter_groups_by(groups))
+            >>> [len(group["params"]) for group in optimizer.param_groups]
+            [6, 2]
+        """
+        return merged_groups(self, self.parts(), function, "function")
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """What training changes, and nothing else: the part of ``state_dict()`` worth keeping.

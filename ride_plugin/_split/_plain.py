@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ride_plugin._closeness import close
 from ride_plugin._contexts import random_state_kept, seed_everything
@@ -30,20 +31,41 @@ def plain_modules(parts: Parts, indices: Sequence[int]) -> nn.ModuleList:
     Raises:
         RIDEError: a module computes something else than its expert.
     """
-    memo = detached_activations(parts.trunk)
-    for expert in parts.experts:
-        memo |= detached_activations(expert)
-    everything = [part for root in (parts.trunk, *parts.experts) for part in root.modules()]
-    copied = copy_with_hooks(parts, everything, memo)
-    roots = [copied.experts[index] for index in indices]
-    for root in roots:
-        _reunite(root, copied.links)
-    readers = [reader_in(root) for root in roots]
+    copied, roots, readers = _put_together(parts, indices, {})
     for part in (copied.trunk, *roots):
         _strip_hooks(part)
     for index, module, reader in zip(indices, roots, readers, strict=True):
         _check(parts, index, module, reader)
     return nn.ModuleList(_without_ours(root) for root in roots)
+
+
+def plain_views(parts: Parts) -> list[nn.Module]:
+    """Every expert as the backbone would be, of the very tensors that the parts hold.
+
+    They are for reading names and tensors: nothing checks that they run.
+    """
+    own = {id(tensor): tensor for root in (parts.trunk, *parts.experts) for tensor in _held(root)}
+    _, roots, _ = _put_together(parts, range(len(parts.experts)), own)
+    return [_without_ours(root) for root in roots]
+
+
+def _held(root: nn.Module) -> Iterator[Tensor]:
+    yield from root.parameters()
+    yield from root.buffers()
+
+
+def _put_together(
+    parts: Parts, indices: Sequence[int], memo: dict[int, Any]
+) -> tuple[Parts, list[nn.Module], list[LogitsReader]]:
+    """A copy of all parts, and in it the experts with the trunk's modules where they belong."""
+    for root in (parts.trunk, *parts.experts):
+        memo = detached_activations(root) | memo
+    everything = [part for root in (parts.trunk, *parts.experts) for part in root.modules()]
+    copied = copy_with_hooks(parts, everything, memo)
+    roots = [copied.experts[index] for index in indices]
+    for root in roots:
+        _reunite(root, copied.links)
+    return copied, roots, [reader_in(root) for root in roots]
 
 
 def _without_ours(root: nn.Module) -> nn.Module:
