@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ from ride_plugin._split._hollow import reads
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._probe import RANDOM, differ, mark_of
+from ride_plugin._split._reentrant import passed_by
 from ride_plugin._split._rows import Rows, find_rows
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._views import Views
@@ -286,15 +288,19 @@ def _use_by_expert(
 ) -> _Use:
     """Watch one pass of the expert, with gradients where they can be had.
 
-    Where they cannot (a layer without a backward in evaluation, say), every value is taken to be
-    in use, which costs memory and nothing else.
+    A reentrant checkpoint gives none to `torch.autograd.grad`, so the second try calls what is in
+    it directly. Where they cannot be had at all (a layer without a backward in evaluation, say),
+    every value is taken to be in use, which costs memory and nothing else.
     """
-    try:
-        write_attributes(views.expert, attributes, state.attributes)
-        return _watch_expert(views, state, attributes, parameters, outside, gradients=True)
-    except Exception:
-        write_attributes(views.expert, attributes, state.attributes)
-        return _watch_expert(views, state, attributes, parameters, outside, gradients=False)
+    for around in (nullcontext(), passed_by(lambda: True)):
+        try:
+            write_attributes(views.expert, attributes, state.attributes)
+            with around:
+                return _watch_expert(views, state, attributes, parameters, outside, gradients=True)
+        except Exception:  # the next way needs less
+            pass
+    write_attributes(views.expert, attributes, state.attributes)
+    return _watch_expert(views, state, attributes, parameters, outside, gradients=False)
 
 
 def _watch_expert(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -14,6 +16,7 @@ from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ReplayError
 from ride_plugin._inputs import Inputs, batch_size_of, own_inputs
 from ride_plugin._split._probe import RANDOM, is_stream
+from ride_plugin._split._reentrant import passed_by
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import (
     ForkReached,
@@ -95,7 +98,8 @@ def record(
         args, kwargs = own  # the forward may have popped something from what it was given
         return record(trunk, running, (), args, kwargs, stop_at_fork=stop_at_fork)
     keys, dropped = tuple(recorder.keys), recorder.dropped
-    return TrunkState(batch_size, keys, recorder.values, layout, hollow=dropped), output
+    state = TrunkState(batch_size, keys, recorder.values, layout, hollow=dropped)
+    return replace(state, recomputes=recorder.recomputes), output
 
 
 def play(
@@ -113,8 +117,10 @@ def play(
     args, kwargs = _own_inputs(player.values[0])
     running.player = player
     _begin(player, expert, running)
+    checkpoints = passed_by(player.expects_more) if state.recomputes else nullcontext()
     try:
-        return expert(*args, **kwargs)
+        with checkpoints:
+            return expert(*args, **kwargs)
     finally:
         player.leave()
         running.player = None

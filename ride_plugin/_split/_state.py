@@ -136,6 +136,9 @@ class TrunkState:
     layout: Layout | None = field(repr=False)
     attributes: tuple[Any, ...] = field(default=(), repr=False)
     hollow: bool = field(default=False, repr=False)  # whether something was dropped
+    recomputes: bool = field(
+        default=False, repr=False
+    )  # in its backward, for the last value's sake
 
     def __len__(self) -> int:
         return self.batch_size

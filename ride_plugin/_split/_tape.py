@@ -27,6 +27,7 @@ from typing_extensions import Self
 
 from ride_plugin._errors import ReplayError
 from ride_plugin._split._hollow import hollow
+from ride_plugin._split._reentrant import region_without_gradients
 from ride_plugin._split._state import Layout
 from ride_plugin._tree import map_tensors, own_container, tensors_in
 
@@ -105,8 +106,11 @@ class Recorder(_GlueMode):
         self.stops = stops
         self._layouts = list(layouts)
         self.reached_fork = False
+        self.recomputes = False  # in reentrant checkpoints that are over when the fork is reached
         self._depth = 0
         self._stepped_aside = False
+        self._region: FrameType | None = None  # the reentrant checkpoint of the last value, if any
+        self._with_gradients = not torch.compiler.is_compiling() and torch.is_grad_enabled()
 
     def __torch_function__(
         self,
@@ -127,6 +131,9 @@ class Recorder(_GlueMode):
     def _write(self, key: str, value: Any) -> None:
         step = len(self.keys)
         self.keys.append(key)
+        if self._with_gradients:
+            self._region = region_without_gradients()
+            self.recomputes = self.recomputes or self._region is not None
         if self._layouts:
             self._layouts = [k for k in self._layouts if k.keys[step : step + 1] == (key,)]
             if self._layouts and not any(any(layout.live[step]) for layout in self._layouts):
@@ -151,6 +158,9 @@ class Recorder(_GlueMode):
 
     def fork_begins(self) -> None:
         self.reached_fork = True
+        if self._region is not None and self._region is region_without_gradients():
+            self.recomputes = False  # one region holds the end of the trunk and an expert's begin
+        self._region = None
         if _get_current_function_mode() is self:
             self.leave()
         if self.stops():
@@ -190,6 +200,10 @@ class Player(_GlueMode):
                 raise self.out_of_step(name)
             return result
         return func(*args, **(kwargs or {}))
+
+    def expects_more(self) -> bool:
+        """Whether something on the tape is still to come, before the fork."""
+        return not self.reached_fork and self.position < len(self.keys)
 
     def next_value(self) -> Any:
         self.region = _checkpointed_region()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from benchmarks.zoo.images import conv_bn
 from ride_plugin import ReplayError, RIDEWrapper, experts_loss
+from ride_plugin._split._reentrant import passed_by
 
 
 class Checkpointing(nn.Module):
@@ -81,6 +83,36 @@ def test_gradients_are_those_without_checkpointing(
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fork_at", ["layer1.1", "layer2", "layer3", "layer3.1"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("how", ["stages", "blocks"])
+def test_each_layer_is_computed_again_once(how: str, use_reentrant: bool, fork_at: str) -> None:
+    if how == "stages" and "." in fork_at:
+        pytest.skip("a stage is one region")
+    backbone = Checkpointing()
+    backbone.use_reentrant = use_reentrant
+    set_how(backbone, how)
+    model = RIDEWrapper(backbone, 3, fork_at=fork_at)
+    calls: dict[str, int] = {}
+    gradients_of: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda *_, n=name: calls.__setitem__(n, calls.get(n, 0) + 1)
+            )
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(
+            lambda _, n=name: gradients_of.__setitem__(n, gradients_of.get(n, 0) + 1)
+        )
+    # The first region gets no gradient from an image; an input with one asks for all regions.
+    gradients(model, torch.randn(4, 3, 12, 12, requires_grad=True))
+    assert calls == dict.fromkeys(calls, 2)  # forward, and once more in the backward
+    assert len(calls) == 5 + 2 * sum(name.startswith("experts.1") for name in calls)
+    # Twice would be an error under DistributedDataParallel.
+    assert gradients_of == dict.fromkeys(gradients_of, 1)
+    assert gradients_of.keys() == dict(model.named_parameters()).keys()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_one_region_across_the_fork_is_refused(when: str) -> None:
     backbone = Checkpointing()
@@ -89,3 +121,46 @@ def test_one_region_across_the_fork_is_refused(when: str) -> None:
     set_how(model, "all")
     with pytest.raises(ReplayError, match="checkpoint_experts=True"):
         gradients(model, torch.randn(4, 3, 12, 12))
+
+
+def test_torchs_checkpoint_is_left_as_it_was() -> None:
+    backbone = Checkpointing()
+    backbone.use_reentrant = True
+    set_how(backbone, "blocks")
+    model = RIDEWrapper(backbone, 2, fork_at="layer3")
+    gradients(model, torch.randn(4, 3, 12, 12, requires_grad=True))
+    assert "apply" not in vars(CheckpointFunction)
+
+
+def test_another_thread_checkpoints_while_an_expert_passes_by() -> None:
+    """The pass of one thread is none of another's."""
+    calls: list[str] = []
+
+    def function(x: Tensor) -> Tensor:
+        calls.append(threading.current_thread().name)
+        return x.exp()
+
+    def train() -> None:
+        x = torch.ones(2, requires_grad=True)
+        checkpoint(function, x, use_reentrant=True).sum().backward()
+
+    with passed_by(lambda: True):
+        other = threading.Thread(target=train, name="other")
+        other.start()
+        other.join()
+        train()
+    assert calls.count("other") == 2  # it computed again in its backward
+    assert len(calls) == 3
+
+
+def test_only_what_crosses_the_fork_is_kept_of_a_reentrant_trunk() -> None:
+    def live(how: str) -> list[tuple[bool, ...]]:
+        backbone = Checkpointing()
+        backbone.use_reentrant = True
+        set_how(backbone, how)
+        model = RIDEWrapper(backbone, 2, fork_at="layer3")
+        layout = model.run_trunk(torch.randn(4, 3, 12, 12, requires_grad=True)).layout
+        assert layout is not None
+        return list(layout.live)
+
+    assert live("stages") == live("") == [(False,), (False,), (True,)]
