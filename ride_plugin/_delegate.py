@@ -7,16 +7,20 @@ the meaning for trunk and experts is known; the others are refused with the way 
 
 from __future__ import annotations
 
+import dis
 import re
+import sysconfig
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from ride_plugin._checks import check_integer
+from ride_plugin._errors import caller, warn_caller
 from ride_plugin._split import SplitModule, merged_groups, replace_classifiers
 from ride_plugin._tree import tensors_in
 
+_STDLIB = sysconfig.get_path("stdlib")
 _PARTS = r"(?:trunk|experts\.\d+)\."
 # Names under which backbones return parameters for an optimizer: `get_param_groups`,
 # `optim_parameters`, `get_1x_lr_params`, `get_parameters`. Code asks with `hasattr` and trains
@@ -44,22 +48,51 @@ def from_backbone(model: SplitModule, name: str) -> Any:
     if _GROUPS.search(name) and callable(value) and not isinstance(value, nn.Module):
         return _parameter_groups(model, name)
     if isinstance(value, nn.Module | Tensor):
-        raise AttributeError(
-            f"'{kind}' object has no attribute '{name}'. The backbone's exists once in the trunk "
-            f"or once for each expert: `model.trunk.{name}` or `model.experts[k].{name}`."
+        raise _refused(
+            kind,
+            name,
+            "The backbone's exists once in the trunk or once for each expert: "
+            f"`model.trunk.{name}` or `model.experts[k].{name}`.",
         )
     if callable(value) or _holds_parts(value):
-        raise AttributeError(
-            f"'{kind}' object has no attribute '{name}', and the backbone's own would reach one "
-            f"part of the model only. Call `{name}` on the backbone before wrapping it, or on "
+        raise _refused(
+            kind,
+            name,
+            "The backbone's own would reach one part of the model only. Call "
+            f"`{name}` on the backbone before wrapping it, or on "
             "`model.to_module(k)`, a copy of expert k as a plain network; where it sets something "
             "in each of its modules, on every part: `for part in (model.trunk, *model.experts): "
             f"part.{name}(...)`. Weights of a wrapped model are saved with `model.state_dict()` "
-            "and loaded with `model.load_state_dict()`."
+            "and loaded with `model.load_state_dict()`.",
         )
     if name.startswith("_"):  # engines ask for such: names of parts, say, which are others now
         raise AttributeError(f"'{kind}' object has no attribute '{name}'")
     return value
+
+
+def _refused(kind: str, name: str, advice: str) -> AttributeError:
+    if not name.startswith("_") and _is_question():
+        warn_caller(
+            f"This code asks the model for `{name}` in a way that may hide the answer (`hasattr`, "
+            "or `getattr` with a default): the backbone has it and the wrapped model has not, so "
+            f"what depends on it is left out. {advice}"
+        )
+    return AttributeError(f"'{kind}' object has no attribute '{name}'. {advice}")
+
+
+def _is_question() -> bool:
+    """Whether the user's code asks by ``hasattr``, or ``getattr`` with a default, and not by a dot.
+
+    What depends on the answer (freezing, a learning rate of its own, another way to features) is
+    then skipped without a word. Libraries ask any model for what some models have: they may.
+    """
+    frame = caller()
+    if frame is None:
+        return False
+    file = frame.f_code.co_filename
+    if file.startswith(_STDLIB) or "site-packages" in file or "dist-packages" in file:
+        return False
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("CALL", "PRECALL"))
 
 
 def refuse_replacing(model: SplitModule, name: str) -> None:

@@ -46,6 +46,14 @@ class VersionError(RIDEError, RuntimeError):
     """The installed torch is too old for what was asked; the message names the oldest that can."""
 
 
+def caller() -> FrameType | None:
+    """Where the code of others has called the package."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame = frame.f_back
+    return frame
+
+
 def warn_caller(message: str) -> None:
     """Warn at the line of the user's code, however deep inside the package the cause was found."""
     frame: FrameType | None = sys._getframe()

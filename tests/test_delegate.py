@@ -91,6 +91,7 @@ def test_what_nobody_has_is_missing() -> None:
         _ = model.nothing
 
 
+@pytest.mark.filterwarnings("ignore:This code asks the model")
 @pytest.mark.parametrize("name", ["load_model", "pieces", "_freeze", "_pieces"])
 def test_what_would_reach_one_part_only_is_refused(name: str) -> None:
     model = wrapped()
@@ -98,6 +99,38 @@ def test_what_would_reach_one_part_only_is_refused(name: str) -> None:
     with pytest.raises(AttributeError, match=rf"Call `{name}` on the backbone before wrapping"):
         getattr(model, name)
     assert model.trunk.loaded == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("head", r"model\.experts\[k\]\.head"), ("load_model", "before wrapping")]
+)
+def test_a_question_whose_answer_hides_an_error_is_warned_of(name: str, advice: str) -> None:
+    model = wrapped()
+    with pytest.warns(UserWarning, match=rf"asks the model for `{name}`.*{advice}") as record:
+        assert not hasattr(model, name)
+    assert record[0].filename == __file__
+    with pytest.warns(UserWarning, match=f"asks the model for `{name}`"):
+        assert getattr(model, name, None) is None
+    with pytest.warns(UserWarning, match=f"asks the model for `{name}`"):
+        assert [m for m in (model,) if hasattr(m, name)] == []
+
+
+def test_an_error_that_is_heard_is_not_warned_of_as_well() -> None:
+    with pytest.raises(AttributeError, match=r"`model\.experts\[k\]\.head`"):
+        _ = wrapped().head
+    with pytest.raises(AttributeError, match="before wrapping"):
+        wrapped().load_model("file")
+
+
+def test_libraries_may_ask_and_so_may_anybody_for_what_no_backbone_has() -> None:
+    model = wrapped()
+    assert not hasattr(model, "save_pretrained")
+    asks = compile("found = hasattr(model, 'head')", "/lib/site-packages/engine/run.py", "exec")
+    names = {"model": model}
+    exec(asks, names)
+    assert names["found"] is False
+    copy.deepcopy(model)
+    pickle.dumps(model)
 
 
 def test_what_sets_something_in_each_module_can_be_called_on_every_part() -> None:
@@ -109,6 +142,7 @@ def test_what_sets_something_in_each_module_can_be_called_on_every_part() -> Non
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:This code asks the model")
 @pytest.mark.parametrize("name", ["stem", "head", "token", "_act"])
 def test_parts_are_named_where_they_are(name: str) -> None:
     with pytest.raises(AttributeError, match=rf"`model\.trunk\.{name}` or `model\.experts\[k\]"):
@@ -245,6 +279,7 @@ def test_keywords_without_weight_decay_are_parts_of_the_models_names() -> None:
 
 def test_methods_that_count_or_return_something_else_are_no_groups() -> None:
     model = RIDEWrapper(Grouped(), 2, fork_at="blocks.2")
-    assert not hasattr(model, "get_num_params")
+    with pytest.raises(AttributeError, match="Call `get_num_params` on the backbone"):
+        model.get_num_params()
     with pytest.raises(ArgumentError, match=r"`get_parameters` to return parameters .* got list"):
         model.get_parameters()
