@@ -39,7 +39,7 @@ from ride_plugin._split._passes import (
     record,
     write_attributes,
 )
-from ride_plugin._split._plain_state import refuse_plain_state
+from ride_plugin._split._plain_state import refuse_plain_state, tell_of_nothing_new
 from ride_plugin._split._probe import RANDOM
 from ride_plugin._split._sharing import (
     Group,
@@ -577,10 +577,14 @@ class SplitModule(nn.Module):
         if strict:
             state_dict = copy.copy(state_dict)
             complete_shared(state_dict, "", self.experts, fill=True)
+        elif not state_dict:
+            tell_of_nothing_new(state_dict, "", self)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         refuse_plain_state(state_dict, prefix, self)
+        if state_dict:  # none may mean that a module around this one loads others only
+            tell_of_nothing_new(state_dict, prefix, self)
         complete_shared(state_dict, prefix, self.experts, fill=False)
         self._held_together = held_together(self.experts)  # `assign=True` replaces each by itself
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ride_plugin._errors import CheckpointError
+from ride_plugin._errors import CheckpointError, warn_caller
 
 _PART = re.compile(r"^(?:trunk|experts\.\d+)\.")
 
@@ -47,3 +48,35 @@ def refuse_plain_state(state: Iterable[str], prefix: str, model: nn.Module) -> N
                 '`RIDEWrapper(net, init="copy")`. To go on with a training, load what was saved '
                 "of the wrapped model."
             )
+
+
+def tell_of_nothing_new(state: Mapping[str, Any], prefix: str, model: nn.Module) -> None:
+    """Warn of a state whose every tensor is the model's own: loading it changes nothing.
+
+    Code that keeps of a checkpoint what has a known name, and fills up with the model's own state,
+    comes to that with the plain backbone's checkpoint, and goes on as if it had been loaded.
+    """
+    own = {
+        prefix + name: tensor
+        for tensors in (model.named_parameters, model.named_buffers)
+        for name, tensor in tensors(remove_duplicate=False)
+    }
+    given = [(own[name], value) for name, value in state.items() if name in own]
+    if (given or not state) and all(_is_same(mine, value) for mine, value in given):
+        warn_caller(
+            "This state dict holds nothing but the model's own tensors, so loading it changes "
+            "nothing. If it should have held a checkpoint of the plain network, filtered by names: "
+            "names of a wrapped model begin with `trunk.` or `experts.0.`, so none was left. Load "
+            'it into the backbone before wrapping, and wrap with `init="copy"`. If it was kept '
+            "from an earlier step, it has changed with the model: keep "
+            "`copy.deepcopy(model.state_dict())`."
+        )
+
+
+def _is_same(tensor: Tensor, value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.shape != tensor.shape or tensor.is_meta:
+        return False
+    try:
+        return value.is_set_to(tensor)
+    except (NotImplementedError, RuntimeError):  # sparse, say
+        return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -45,3 +47,41 @@ def test_what_is_the_models_own_is_loaded_and_what_is_nobodys_is_left_to_torch()
     ]
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({})
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_filter_by_names_that_leaves_nothing_is_warned_of(parallel: bool) -> None:
+    model: nn.Module = RIDEWrapper(mlp(), 2)
+    if parallel:
+        model = nn.DataParallel(model)
+    mine = model.state_dict()
+    mine.update({name: value for name, value in mlp().state_dict().items() if name in mine})
+    with pytest.warns(UserWarning, match="changes nothing.*load it into|changes nothing.*Load it"):
+        model.load_state_dict(mine)
+
+
+def test_an_empty_state_is_warned_of_where_torch_says_nothing() -> None:
+    model = RIDEWrapper(mlp(), 2)
+    with pytest.warns(UserWarning, match="changes nothing"):
+        model.load_state_dict({}, strict=False)
+
+
+def test_the_best_state_that_was_not_copied_is_warned_of() -> None:
+    model = RIDEWrapper(mlp(), 2)
+    best, copied = model.state_dict(), copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match=r"keep `copy\.deepcopy\(model\.state_dict\(\)\)`"):
+        model.load_state_dict(best)
+    model.load_state_dict(copied)
+
+
+def test_a_state_with_anything_new_in_it_is_loaded_without_a_word() -> None:
+    model, other = RIDEWrapper(mlp(), 2), RIDEWrapper(mlp(), 2)
+    mine, theirs = model.state_dict(), other.state_dict()
+    name = next(iter(mine))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict({**mine, name: theirs[name]})
+        model.load_state_dict(theirs)
+        nn.ModuleDict({"model": model, "loss": nn.Linear(2, 2)}).load_state_dict(
+            {"loss.weight": nn.Linear(2, 2).weight}, strict=False
+        )
