@@ -123,6 +123,19 @@ class DiversityLoss(nn.Module):
             ArgumentError: batch, classes or target do not fit; an index is out of range (checked
                 where the tensors are on the CPU; an accelerator's kernel fails by itself).
         """
+        divergence = self._divergence(output, target)
+        return divergence.sum() * (-self.weight / len(divergence))
+
+    def per_sample(self, output: Output, target: Tensor) -> Tensor:
+        """Return the weighted term of each sample, ``[B]``, of which `forward` is the mean.
+
+        Args:
+            output: see `forward`.
+            target: see `forward`.
+        """
+        return self._divergence(output, target) * -self.weight
+
+    def _divergence(self, output: Output, target: Tensor) -> Tensor:
         experts = expert_logits(output)
         batch, _, classes = experts.shape
         if classes != self.schedule.num_classes or batch == 0:
@@ -136,14 +149,10 @@ class DiversityLoss(nn.Module):
         follow(self, self.schedule.temperature, logits)
         class_temperature = self.schedule.temperature.to(logits.dtype)
         if self.form == "official":
-            divergence = functional.kl_from_mean(logits, class_temperature)
-        else:
-            target = check_target(target, batch, classes, device=logits.device)
-            temperature = functional.sample_temperatures(class_temperature, target)
-            divergence = functional.pairwise_kl(
-                logits, temperature, detach_others=self.detach_others
-            )
-        return divergence.sum() * (-self.weight / batch)
+            return functional.kl_from_mean(logits, class_temperature)
+        target = check_target(target, batch, classes, device=logits.device)
+        temperature = functional.sample_temperatures(class_temperature, target)
+        return functional.pairwise_kl(logits, temperature, detach_others=self.detach_others)
 
     def step(self) -> None:
         """End the epoch: the class temperatures act from ``start_epoch`` on."""

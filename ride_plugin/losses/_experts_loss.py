@@ -15,7 +15,7 @@ from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import Output, expert_logits
 
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Maps logits ``[B, C]`` and a target to a scalar."""
+"""Maps logits ``[B, C]`` and a target to a scalar, or to one loss for each sample, ``[B]``."""
 
 
 def experts_loss(
@@ -33,9 +33,9 @@ def experts_loss(
 
     Args:
         criterion: maps logits ``[B, C]`` and ``target`` to a scalar, such as
-            ``nn.CrossEntropyLoss()``; or a sequence with one for each expert. Logits of half
-            precision reach it as float32. Plain cross entropy runs once over all experts, which
-            gives the same number.
+            ``nn.CrossEntropyLoss()``, or to one loss for each sample, ``[B]``; or a sequence with
+            one for each expert. Logits of half precision reach it as float32. Plain cross entropy
+            runs once over all experts, which gives the same number.
         output: what the wrapped model returned, or expert logits ``[B, E, C]``.
         target: class indices ``[B]`` or probabilities ``[B, C]``; for criteria other than cross
             entropy, any tensor of B rows that they take (several labels, say), or whatever else
@@ -44,12 +44,12 @@ def experts_loss(
             a single model's loss (and needs the diversity weight divided by E to match).
 
     Returns:
-        A scalar.
+        A scalar, or ``[B]`` where the criterion returns one loss for each sample.
 
     Raises:
         MissingExpertLogitsError: ``output`` is a bare ``[B, C]``.
-        ArgumentError: the number of criteria differs from that of experts, a criterion does not
-            return a scalar tensor, or the target does not fit.
+        ArgumentError: the number of criteria differs from that of experts, a criterion returns
+            something else, or the target does not fit.
 
     Example:
         >>> expert_logits = torch.randn(8, 3, 10, requires_grad=True)  # or the model's output
@@ -77,8 +77,14 @@ def experts_loss(
         if isinstance(target, Tensor):
             check_classes(target, "target", classes)
         raise
-    total = torch.stack(losses)
-    return total.sum() if reduction == "sum" else total.mean()
+    if len({loss.dim() for loss in losses}) > 1:
+        shapes = ", ".join(str(list(loss.shape)) for loss in losses)
+        raise ArgumentError(
+            "Expected argument `criterion` to return losses of one shape for all experts, but got "
+            f"{shapes}. Let each average over samples, or none."
+        )
+    each = torch.stack(losses)
+    return each.sum(0) if reduction == "sum" else each.mean(0)
 
 
 def _checked(target: Any, experts: Tensor, *, strict: bool) -> Any:
@@ -127,11 +133,12 @@ def _call(criterion: object, logits: Tensor, target: Tensor) -> Tensor:
     loss: object = check_callable(criterion, "criterion", "criterion(logits, target)")(
         logits, target
     )
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
+    if not isinstance(loss, Tensor) or loss.shape not in ((), logits.shape[:1]):
         shape = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ArgumentError(
-            f"Expected argument `criterion` to return a scalar tensor, but got {shape}. A "
-            'criterion with reduction="none" must be averaged: '
+            "Expected argument `criterion` to return a scalar tensor, or one loss for each sample, "
+            f'[{len(logits)}], but got {shape}. One with reduction="none" that returns a loss '
+            "for each class must be averaged: "
             "lambda logits, target: criterion(logits, target).mean()."
         )
     return loss

@@ -41,8 +41,9 @@ class RIDELoss(nn.Module):
     classes on every image; see the results page.)
 
     Args:
-        criterion: any module or function of ``(logits [B, C], target)`` that returns a scalar, or a
-            sequence with one for each expert (in validation, the mean of their values).
+        criterion: any module or function of ``(logits [B, C], target)`` that returns a scalar, or
+            one loss for each sample, ``[B]``; or a sequence with one for each expert (in
+            validation, the mean of their values).
         diversity: training samples of each class, ``[C]``, for a `DiversityLoss` with its
             defaults; or a `DiversityLoss`.
         reduction: ``"sum"`` as above: the loss is about E times that of a single model, and with it
@@ -53,6 +54,7 @@ class RIDELoss(nn.Module):
     Attributes:
         criterion: the criterion; a ``ModuleList`` if modules came in a sequence.
         diversity: the `DiversityLoss`.
+        over_experts: the argument `reduction`. The attribute of that name is the criterion's own.
         mean_loss: the criterion's mean over experts in the last call with gradients, detached: a
             number for logs that compares with validation, while the loss itself is a sum over
             experts, less the diversity. None before the first call and in compiled code.
@@ -93,7 +95,7 @@ class RIDELoss(nn.Module):
         if not isinstance(diversity, DiversityLoss):
             diversity = DiversityLoss(check_class_counts(diversity, "diversity"))
         self.diversity = diversity
-        self.reduction = check_choice(reduction, "reduction", ("sum", "mean"))
+        self.over_experts = check_choice(reduction, "reduction", ("sum", "mean"))
         if not isinstance(schedules, list | tuple | nn.ModuleList) or not all(
             isinstance(schedule, Schedule) for schedule in schedules
         ):
@@ -105,7 +107,7 @@ class RIDELoss(nn.Module):
     def forward(
         self, output: Output | None = None, target: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return the loss, a scalar.
+        """Return the loss: a scalar, or ``[B]`` where the criterion returns one for each sample.
 
         Args:
             output: what the wrapped model returned, or expert logits ``[B, E, C]``; without
@@ -127,10 +129,30 @@ class RIDELoss(nn.Module):
         num_experts = experts.shape[1]
         loss = experts_loss(self._with(args, kwargs), experts, target)
         if not torch.compiler.is_compiling():
-            self.mean_loss = loss.detach() / num_experts
+            self.mean_loss = loss.detach().mean() / num_experts
             self._look_at_the_prior(experts, target, args, kwargs)
-        total: Tensor = loss + self.diversity(seen_logits(self._each(), experts), target)
-        return total if self.reduction == "sum" else total / num_experts
+        total = loss + self._term(seen_logits(self._each(), experts), target, loss)
+        return total if self.over_experts == "sum" else total / num_experts
+
+    def _term(self, seen: Tensor, target: Tensor, loss: Tensor) -> Tensor:
+        """The diversity term of each sample, their mean or their sum, as the criterion has it."""
+        if loss.dim() == 1:
+            return self.diversity.per_sample(seen, target)
+        term: Tensor = self.diversity(seen, target)
+        return term * len(seen) if self.reduction == "sum" else term
+
+    @property
+    def reduction(self) -> str:
+        """The criterion's own, over samples: libraries ask any loss for it, and may set it."""
+        return str(getattr(self._each()[0], "reduction", "mean"))
+
+    @reduction.setter
+    def reduction(self, value: str) -> None:
+        for one in self._each():
+            if getattr(one, "reduction", "mean") != value:
+                if not hasattr(one, "reduction"):
+                    refuse("reduction", "left as it is, since the criterion has none", value)
+                one.reduction = value
 
     def __getattr__(self, name: str) -> Any:
         """What this loss does not have its criterion may: ``criterion.update(epoch)``, say."""
@@ -138,10 +160,12 @@ class RIDELoss(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # Not by `self`: before the module is set up that would ask here again.
-            criterion = self.__dict__.get("_modules", {}).get("criterion")
-            if isinstance(criterion, nn.Module) and hasattr(criterion, name):
-                return getattr(criterion, name)
-            raise
+            own = self.__dict__
+            criterion = own.get("_modules", {}).get("criterion", own.get("criterion"))
+            several = isinstance(criterion, list | nn.ModuleList)
+            if several or name.startswith("__") or not hasattr(criterion, name):
+                raise
+            return getattr(criterion, name)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move as any module; a criterion with a ``to`` of its own is asked for that as well."""
@@ -160,7 +184,7 @@ class RIDELoss(nn.Module):
     def extra_repr(self) -> str:
         """Arguments, as ``repr`` shows them."""
         own = "" if isinstance(self.criterion, nn.Module) else f", criterion={self.criterion!r}"
-        return f"reduction={self.reduction!r}{own}"
+        return f"reduction={self.over_experts!r}{own}"
 
     def _each(self) -> list[Any]:
         """The criterion, or those of the experts."""
@@ -229,4 +253,4 @@ class RIDELoss(nn.Module):
         if not isinstance(criteria, (list, nn.ModuleList)):
             loss: Tensor = criteria(logits, target)
             return loss
-        return torch.stack([one(logits, target) for one in criteria]).mean()
+        return torch.stack([one(logits, target) for one in criteria]).mean(0)

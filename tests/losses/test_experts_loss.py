@@ -139,8 +139,12 @@ def test_errors_of_the_criterion_itself_pass_through() -> None:
 @pytest.mark.parametrize(
     ("criterion", "message"),
     [
-        (nn.CrossEntropyLoss(reduction="none"), r'shape \[8\].*reduction="none" must be averaged'),
-        (lambda logits, target: 1.0, "return a scalar tensor, but got 1.0"),
+        (lambda logits, _: logits, r"\[8\], but got a tensor of shape \[8, 5\].*must be averaged"),
+        (lambda logits, target: 1.0, r"return a scalar tensor, or one loss.*but got 1\.0"),
+        (
+            [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="none")],
+            r"losses of one shape for all experts, but got \[\], \[\], \[8\]",
+        ),
         ([nn.CrossEntropyLoss()] * 2, "one entry for each of 3 experts, but got 2"),
         ([nn.CrossEntropyLoss(), None, nn.CrossEntropyLoss()], "callable.*got None"),
         (None, "callable.*got None"),

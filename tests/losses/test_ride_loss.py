@@ -55,10 +55,73 @@ def test_with_gradients_it_is_the_loss_of_every_expert_and_the_diversity(criteri
     one_by_one = [criterion(out.expert_logits[:, i], TARGET) for i in range(3)]
     prior = (torch.tensor(COUNTS) / sum(COUNTS)).log()
     seen = out.expert_logits + prior * isinstance(criterion, BalancedSoftmaxLoss)
-    expected = sum(one_by_one) + DiversityLoss(COUNTS)(seen, TARGET)
+    samples = len(TARGET) if getattr(criterion, "reduction", "mean") == "sum" else 1
+    expected = sum(one_by_one) + samples * DiversityLoss(COUNTS)(seen, TARGET)
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad(x, out.expert_logits)[0] for x in (loss, expected))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("form", ["official", "paper"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_one_loss_for_each_sample_has_the_mean_of_the_scalar(reduction: str, form: str) -> None:
+    out, weight = output(), torch.rand(len(TARGET))
+
+    def loss_of(samples: str, criterion: type[nn.Module] = nn.CrossEntropyLoss) -> RIDELoss:
+        diversity = DiversityLoss(COUNTS, form=form)
+        return RIDELoss(criterion(reduction=samples), diversity, reduction=reduction)
+
+    each = loss_of("none")(out, TARGET)
+    assert each.shape == TARGET.shape
+    torch.testing.assert_close(each.mean(), loss_of("mean")(out, TARGET))
+    torch.testing.assert_close(each.sum(), loss_of("sum")(out, TARGET))
+    # Weights of samples weigh the diversity term as well: row by row, it is one sample's loss.
+    alone = [
+        loss_of("mean")(out.expert_logits[k : k + 1], TARGET[k : k + 1]) for k in range(len(TARGET))
+    ]
+    torch.testing.assert_close(each, torch.stack(alone))
+    torch.testing.assert_close((weight * each).sum(), (weight * torch.stack(alone)).sum())
+    loss = loss_of("none")
+    loss(out, TARGET)
+    plain = F.cross_entropy(out.expert_logits.flatten(0, 1), TARGET.repeat_interleave(3))
+    torch.testing.assert_close(loss.mean_loss, plain.detach())
+    with torch.no_grad():
+        expected = F.cross_entropy(out.logits, TARGET, reduction="none")
+        torch.testing.assert_close(loss(out, TARGET), expected)
+        several = RIDELoss([nn.CrossEntropyLoss(reduction="none")] * 3, COUNTS)
+        torch.testing.assert_close(several(out, TARGET), expected)
+
+
+def test_libraries_read_and_set_the_criterions_reduction() -> None:
+    loss = RIDELoss(nn.CrossEntropyLoss(), COUNTS, reduction="sum")
+    assert loss.reduction == "mean"
+    loss.reduction = "none"
+    assert loss(output(), TARGET).shape == TARGET.shape
+    loss.reduction = "mean"
+    assert loss(output(), TARGET).dim() == 0
+    function = RIDELoss(F.cross_entropy, COUNTS)
+    assert function.reduction == "mean"
+    function.reduction = "mean"
+    with pytest.raises(ArgumentError, match=r"`reduction` to be left as it is.*got 'none'"):
+        function.reduction = "none"
+
+
+class NoModule:
+    """A criterion as some libraries have it: any object that can be called."""
+
+    activation = staticmethod(torch.softmax)
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target)
+
+
+def test_what_a_criterion_that_is_no_module_offers_is_passed_on() -> None:
+    loss = RIDELoss(NoModule(), COUNTS)
+    assert loss.activation is torch.softmax
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = loss.nothing
+    assert not hasattr(RIDELoss([NoModule()] * 3, COUNTS), "activation")
+    assert copy.deepcopy(loss).activation is torch.softmax
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
