@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from typing_extensions import Self
 
-from ride_plugin._errors import ReplayError
+from ride_plugin._errors import ReplayError, warn_caller
 from ride_plugin._split._hollow import hollow
 from ride_plugin._split._reentrant import region_without_gradients
 from ride_plugin._split._state import Layout
@@ -34,6 +34,14 @@ from ride_plugin._tree import map_tensors, own_container, tensors_in
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
 _CHECKPOINT = torch.utils.checkpoint.__file__
 _BACKWARD_HOOKS = torch.utils.hooks.__file__
+_ACROSS = (
+    "The backbone's forward checkpoints one region (torch.utils.checkpoint) that begins in the "
+    "trunk and ends in an expert"
+)
+_APART = (
+    "Checkpoint its submodules one by one; or pass as `fork_at=` a submodule with which a region "
+    "begins; or switch the backbone's checkpointing off and pass `checkpoint_experts=True`."
+)
 
 
 class ForkReached(Exception):
@@ -159,7 +167,11 @@ class Recorder(_GlueMode):
     def fork_begins(self) -> None:
         self.reached_fork = True
         if self._region is not None and self._region is region_without_gradients():
-            self.recomputes = False  # one region holds the end of the trunk and an expert's begin
+            self.recomputes = False
+            warn_caller(
+                f"{_ACROSS}. Gradients are right, but the backward computes the trunk again for "
+                f"each expert, which DistributedDataParallel refuses. {_APART}"
+            )
         self._region = None
         if _get_current_function_mode() is self:
             self.leave()
@@ -228,10 +240,7 @@ class Player(_GlueMode):
         here = _checkpointed_region()
         if here is self.region and here is not self.around:
             raise ReplayError(
-                "The backbone's forward checkpoints one region (torch.utils.checkpoint) that "
-                "begins in the trunk and ends in an expert, so that it cannot be computed again "
-                "for one of them. Checkpoint its submodules one by one; or switch the backbone's "
-                "checkpointing off and pass `checkpoint_experts=True`."
+                f"{_ACROSS}, so that it cannot be computed again for one of them. {_APART}"
             )
         self.reached_fork = True
         if _get_current_function_mode() is self:

@@ -119,8 +119,17 @@ def test_one_region_across_the_fork_is_refused(when: str) -> None:
     set_how(backbone, "all" if when == "before" else "")
     model = RIDEWrapper(backbone, 2, fork_at="layer3")
     set_how(model, "all")
-    with pytest.raises(ReplayError, match="checkpoint_experts=True"):
+    with pytest.raises(ReplayError, match=r"`fork_at=` a submodule.*checkpoint_experts=True"):
         gradients(model, torch.randn(4, 3, 12, 12))
+
+
+def test_one_reentrant_region_across_the_fork_is_warned_of() -> None:
+    backbone = Checkpointing()
+    backbone.use_reentrant = True
+    model = RIDEWrapper(backbone, 2, fork_at="layer3")
+    set_how(model, "all")
+    with pytest.warns(UserWarning, match=r"again for each expert.*`fork_at=` a submodule"):
+        gradients(model, torch.randn(4, 3, 12, 12, requires_grad=True))
 
 
 def test_torchs_checkpoint_is_left_as_it_was() -> None:

@@ -507,6 +507,7 @@ class Reentrant(Base):
 @pytest.mark.parametrize("where", ["apart", "across"])
 @pytest.mark.parametrize("fork_at", ["a", "b", "c"])
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint", "ignore:None of the inputs have")
+@pytest.mark.filterwarnings("ignore:The backbone's forward checkpoints one region")
 def test_reentrant_checkpoints_are_trained_as_the_copies_are(where: str, fork_at: str) -> None:
     net = Reentrant(where)
     train_both(net, wrapped(net, fork_at=fork_at), batches())
