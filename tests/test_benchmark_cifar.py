@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("matplotlib")
 digits = pytest.importorskip("sklearn.datasets").load_digits()
 
-from benchmarks.cifar import plots, priors, report  # noqa: E402
+from benchmarks.cifar import joined, plots, priors, report  # noqa: E402
 from benchmarks.cifar.data import Split, load  # noqa: E402
 from benchmarks.cifar.evaluate import TAUS, by_tau  # noqa: E402
 from benchmarks.cifar.methods import METHODS  # noqa: E402
+from benchmarks.cifar.terms import BoundedDiversity  # noqa: E402
 from benchmarks.cifar.train import Recipe, Run  # noqa: E402
 from ride_plugin import DiversityLoss, expert_logits  # noqa: E402
 
@@ -97,6 +100,66 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, tmp_path, monkeyp
     expected = whole.model.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in again.model.state_dict().items())
     assert not all(torch.equal(v, expected[k]) for k, v in part.model.state_dict().items())
+
+
+def test_averaged_weights_are_those_of_all_steps_and_survive_a_kill(data, tmp_path) -> None:
+    recipe = replace(RECIPE, average=0.5)
+    run = Run("ride2_official", 3, recipe, data, tmp_path)
+    expected = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    steps = 0
+
+    def average(*_: object) -> None:
+        nonlocal steps
+        share = 0.5 if steps else 0.0  # the first step's weights begin the mean
+        for name, parameter in run.model.named_parameters():
+            expected[name] = share * expected[name] + (1 - share) * parameter.detach()
+        steps += 1
+
+    hook = torch.optim.SGD.step
+    with pytest.MonkeyPatch.context() as patch:
+
+        def step(self: torch.optim.SGD, *rest: object) -> None:
+            hook(self, *rest)
+            average()
+
+        patch.setattr(torch.optim.SGD, "step", step)
+        run._first_stage()
+    assert steps > 2
+    assert run.averaged is not None
+    averaged = dict(run.averaged.module.named_parameters())
+    for name, parameter in expected.items():
+        torch.testing.assert_close(averaged[name].detach(), parameter, rtol=1e-4, atol=1e-5)
+    again = Run("ride2_official", 3, recipe, data, tmp_path)
+    again._first_stage()  # nothing is left to do but to load
+    assert again.averaged is not None
+    for name, parameter in again.averaged.module.named_parameters():
+        assert torch.equal(parameter, averaged[name])
+
+
+def test_a_bounded_reward_is_the_papers_up_to_its_cap_and_flat_beyond() -> None:
+    bounded, paper = BoundedDiversity([50, 20, 5]), DiversityLoss([50, 20, 5], form="paper")
+    near = (0.1 * torch.randn(8, 3, 3)).requires_grad_()
+    target = torch.randint(3, (8,))
+    torch.testing.assert_close(bounded(near, target), paper(near, target))
+    ours, theirs = (torch.autograd.grad(f(near, target), near)[0] for f in (bounded, paper))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    far = (30 * torch.eye(3).expand(8, 3, 3)).clone().requires_grad_()
+    loss = bounded(far, target)
+    torch.testing.assert_close(loss, torch.tensor(-0.2 * 3.0))  # three experts, 1 nat each
+    assert torch.autograd.grad(loss, far)[0].abs().max() < 1e-6
+
+
+def test_a_joined_classifier_learns_what_no_expert_sees_alone() -> None:
+    torch.manual_seed(0)
+    bits = torch.randint(2, (400, 2))
+    labels = 2 * bits[:, 0] + bits[:, 1]  # each expert's features hold one of two bits
+    features = nn.functional.one_hot(bits, 2).float() + 0.1 * torch.randn(400, 2, 2)
+    classifier = joined.fit(features, labels, torch.bincount(labels), seed=0)
+    right = classifier(features.flatten(1)).argmax(1) == labels
+    assert right.float().mean() > 0.95
+    text = joined.table({"a": [features.flatten(1)] * 2}, labels, torch.tensor([120, 60, 30, 10]))
+    assert text.splitlines()[0] == "| what decides | few | medium | many | overall |"
+    assert "± 0.0" in text.splitlines()[2]
 
 
 def test_methods_with_a_second_stage_share_the_first_and_change_classifiers_only(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Diversity = Literal["paper", "official", "bounded"]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -13,12 +15,14 @@ class Method:
     Attributes:
         loss: the criterion, applied to each expert by itself.
         num_experts: 0 for the plain backbone.
-        diversity: form of the diversity term, or None for the ablation without it.
+        diversity: form of the diversity term, or None for the ablation without it; "bounded" is the
+            paper's with a capped reward, see `benchmarks.cifar.terms`.
         expert_width: share of the channels that an expert keeps.
         cosine: cosine classifiers times 30, as LDAM needs; the others have a linear classifier.
         mixup: parameter of the Beta distribution; 0 for none.
         adjustments: logit adjustment of each expert, in units of the log prior.
         teacher: method whose run distils into this one.
+        collaborative: every expert is distilled from the mean of all, held constant.
         starts_from: method whose finished model this one starts from; it trains no first stage.
         classifiers: what happens to that model's classifiers.
         other: another library's form of the plain backbone, see `benchmarks.cifar.others`.
@@ -26,12 +30,13 @@ class Method:
 
     loss: Literal["ce", "ldam_drw", "balanced_softmax", "adjusted"] = "ce"
     num_experts: int = 0
-    diversity: Literal["paper", "official"] | None = None
+    diversity: Diversity | None = None
     expert_width: float = 0.75
     cosine: bool = False
     mixup: float = 0.0
     adjustments: tuple[float, ...] = ()
     teacher: str | None = None
+    collaborative: bool = False
     starts_from: str | None = None
     classifiers: Literal["crt", "tau_norm"] | None = None
     other: Literal["earlyon", "packed", "batch"] | None = None
@@ -56,6 +61,8 @@ class Method:
             said.append(f"diversity ({self.diversity})")
         if self.teacher is not None:
             said.append("distilled")
+        if self.collaborative:
+            said.append("collaborative distillation")
         if self.classifiers is not None:
             said.append({"crt": "cRT", "tau_norm": "tau-normalised"}[self.classifiers])
         if self.other is not None:
@@ -76,15 +83,13 @@ _CRITERIA = {
 }
 
 
-def _ride(
-    num_experts: int, diversity: Literal["paper", "official"] | None, **more: object
-) -> Method:
+def _ride(num_experts: int, diversity: Diversity | None, **more: object) -> Method:
     return Method("ldam_drw", num_experts, diversity, cosine=True, **more)  # type: ignore[arg-type]
 
 
 def _adjusted(
     adjustments: tuple[float, ...] = (1.0, 0.0, 2.0),
-    diversity: Literal["paper", "official"] | None = None,
+    diversity: Diversity | None = None,
     **more: object,
 ) -> Method:
     options = {"num_experts": 3, "cosine": True, "adjustments": adjustments, **more}
@@ -106,6 +111,7 @@ METHODS: dict[str, Method] = {
     "ride2_official": _ride(2, "official"),
     "ride3_official": _ride(3, "official"),
     "ride3_paper": _ride(3, "paper"),
+    "ride3_bounded": _ride(3, "bounded"),
     "ride3_no_diversity": _ride(3, None),
     "ride3_full_width": _ride(3, "official", expert_width=1.0),
     "ride4_official": _ride(4, "official"),
@@ -120,6 +126,8 @@ METHODS: dict[str, Method] = {
     "ride3_balanced_linear": _adjusted((1.0, 1.0, 1.0), cosine=False),
     "ride3_balanced_linear_official": _adjusted((1.0, 1.0, 1.0), "official", cosine=False),
     "ride3_balanced_official": _adjusted((1.0, 1.0, 1.0), "official"),
+    "ride3_balanced_bounded": _adjusted((1.0, 1.0, 1.0), "bounded"),
+    "ride3_balanced_collaborative": _adjusted((1.0, 1.0, 1.0), collaborative=True),
     "ride3_adjusted": _adjusted(),
     "ride3_adjusted_mixup": _adjusted(mixup=0.3),
     "ride3_adjusted_mixup_full_width": _adjusted(mixup=0.4, expert_width=1.0),

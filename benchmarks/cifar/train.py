@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from benchmarks.cifar.data import Split, augment, batches, normalise
@@ -19,6 +20,7 @@ from benchmarks.cifar.methods import METHODS, Method
 from benchmarks.cifar.others import EarlyExit, Ensemble
 from benchmarks.cifar.routing import route
 from benchmarks.cifar.second_stage import normalise_classifiers, retrain_classifiers
+from benchmarks.cifar.terms import BoundedDiversity
 from benchmarks.machine import machine
 from benchmarks.resnets import CifarResNet
 from ride_plugin import DistillationLoss, DiversityLoss, RIDELoss, RIDEWrapper
@@ -48,6 +50,7 @@ class Recipe:
     degrees: float = 0.0
     diversity_weight: float = 0.45
     precision: str = "float32"
+    average: float = 0.0  # decay of a moving average of the weights, measured beside; 0 for none
 
     def lr_at(self, epoch: int) -> float:
         """Learning rate of an epoch counted from zero."""
@@ -72,12 +75,19 @@ class Run:
         self.generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.model = self._build()
-        self.diversity = DiversityLoss(
-            self.class_counts.tolist(),
-            weight=recipe.diversity_weight if self.method.diversity else 0.0,
-            start_epoch=round(recipe.reweight_from * recipe.epochs),
-            form=self.method.diversity or "paper",
-        ).to(self.device)
+        self.averaged: AveragedModel | None = None
+        if recipe.average:
+            decay = get_ema_multi_avg_fn(recipe.average)
+            self.averaged = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
+        self.diversity = self._diversity().to(self.device)
+
+    def _diversity(self) -> DiversityLoss:
+        counts, form = self.class_counts.tolist(), self.method.diversity
+        start_epoch = round(self.recipe.reweight_from * self.recipe.epochs)
+        weight = self.recipe.diversity_weight if form else 0.0
+        if form == "bounded":
+            return BoundedDiversity(counts, weight=weight, start_epoch=start_epoch)
+        return DiversityLoss(counts, weight=weight, start_epoch=start_epoch, form=form or "paper")
 
     def _build(self) -> nn.Module:
         method, num_classes = self.method, len(self.class_counts)
@@ -116,6 +126,9 @@ class Run:
         if isinstance(self.model, RIDEWrapper) and self.method.num_experts > 1:
             data = self.train_split, self.test_split, self.class_counts
             result.update(route(self.model, *data, self.seed, self.recipe.degrees))
+        if self.averaged is not None and not self.method.starts_from:
+            average = self.averaged.module
+            result["averaged"] = evaluate(average, self.test_split, self.class_counts)
         torch.save(self.model.state_dict(), self.folder / f"{self.name}-seed{self.seed}-model.pth")
         self.result_file.write_text(json.dumps(result, indent=1))
         self.checkpoint_file.unlink(missing_ok=True)
@@ -158,6 +171,8 @@ class Run:
             optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
             torch.set_rng_state(state["random"])
+            if self.averaged is not None:
+                self.averaged.load_state_dict(state["averaged"])
             first, seconds = state["epoch"], state["seconds"]
         teacher = self._finished(self.method.teacher) if self.method.teacher else None
         for _ in range(first):
@@ -199,9 +214,13 @@ class Run:
             with torch.no_grad(), self._autocast():
                 taught = teacher(x)
             loss = loss + DistillationLoss()(out, taught.float())
+        if self.method.collaborative:
+            loss = loss + DistillationLoss()(out, out.detach())  # its mean teaches
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
         return loss.detach()
 
     def _mix(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,6 +256,8 @@ class Run:
             "epoch": epoch,
             "seconds": seconds,
         }
+        if self.averaged is not None:
+            state["averaged"] = self.averaged.state_dict()
         temporary = self.checkpoint_file.with_suffix(".tmp")
         torch.save(state, temporary)
         temporary.replace(self.checkpoint_file)  # a kill leaves the old one or the new one
