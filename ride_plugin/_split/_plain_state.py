@@ -74,9 +74,9 @@ def tell_of_nothing_new(state: Mapping[str, Any], prefix: str, model: nn.Module)
 
 
 def _is_same(tensor: Tensor, value: Any) -> bool:
-    if not isinstance(value, Tensor) or value.shape != tensor.shape or tensor.is_meta:
+    if type(value) not in (Tensor, nn.Parameter) or value.shape != tensor.shape or tensor.is_meta:
         return False
     try:
-        return value.is_set_to(tensor)
+        return bool(value.is_set_to(tensor))
     except (NotImplementedError, RuntimeError):  # sparse, say
         return False
