@@ -1,4 +1,4 @@
-"""Notices a training in which nothing learns, or only the experts' mean, or all experts alike."""
+"""Notices a training in which nothing learns, or a part does not, or all experts learn alike."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _SAMPLED = 64  # values of each parameter
 class TrainingWatch:
     """Compares the parameters after 1, 2, 4, ... training passes, and when evaluation begins.
 
-    As soon as one has changed it is done, which in an ordinary loop is at the second pass. A copy
-    or an unpickled one begins anew.
+    Once one has changed, which in an ordinary loop is at the second pass, a last look is for those
+    that an optimizer should have and has not. A copy or an unpickled one begins anew.
 
     Attributes:
         done: whether there is nothing left to watch.
@@ -30,6 +30,7 @@ class TrainingWatch:
 
     def __init__(self) -> None:
         self.done = False
+        self._learns = False  # something has changed; it remains to be seen whether all does
         self._passes = 0
         self._reached: set[str] = set()  # outputs to which gradients have come back
         self._values: list[Tensor] = []
@@ -64,16 +65,21 @@ class TrainingWatch:
         if self._passes == 1:
             self._versions, self._values = _versions_in(module), _values_in(module)
             self.done = not self._values or not output.logits.requires_grad
+        elif self._learns:
+            if self._passes >= _PASSES:
+                self._look_for_strays(module)
         elif self._passes & (self._passes - 1) == 0:  # a power of two
             self._judge(module, output.expert_logits.shape[1], last=self._passes >= _PASSES)
-        if not self.done and output.logits.requires_grad:
+        if not (self.done or self._learns) and output.logits.requires_grad:
             for name, tensor in zip(("logits", "expert_logits"), output, strict=True):
                 tensor.register_hook(partial(self._reach, name))
 
     def evaluates(self, module: nn.Module, output: ExpertOutput) -> None:
         """Take note of one pass in evaluation mode: after an epoch something has to be changed."""
-        if self._passes >= _EPOCH:
+        if self._passes >= _EPOCH and not self._learns:
             self._judge(module, output.expert_logits.shape[1], last=True)
+        if self._passes >= _EPOCH and self._learns:
+            self._look_for_strays(module)
 
     def _reach(self, name: str, gradient: Tensor | None) -> None:
         if gradient is not None:  # the other output of the same operation alone has one
@@ -82,7 +88,8 @@ class TrainingWatch:
     def _judge(self, module: nn.Module, experts: int, *, last: bool) -> None:
         mean_alone = experts > 1 and self._reached == {"logits"}
         changed = self._has_changed(module, last)
-        self.done = mean_alone or changed or last
+        self._learns = changed and not mean_alone and not running()
+        self.done = mean_alone or (changed and not self._learns) or (last and not changed)
         if mean_alone:
             warn_caller(
                 "The loss has reached nothing but the mean of the experts' logits, so the experts "
@@ -96,8 +103,10 @@ class TrainingWatch:
                 "An optimizer made from the backbone's parameters trains the backbone, which the "
                 "model does not use: make it after wrapping, from `model.parameters()`, and after "
                 "an engine that replaces parameters (FSDP; with FSDP1 in accelerate pass "
-                "`use_orig_params=True`). (If gradients are accumulated over more passes, the "
-                "learning rate is 0 or the model shall not learn, nothing is wrong.)"
+                "`use_orig_params=True`). A choice by the backbone's names finds none: those of a "
+                "wrapped model begin with `trunk.` or `experts.0.`. (If gradients are accumulated "
+                "over more passes, the learning rate is 0 or the model shall not learn, nothing is "
+                "wrong.)"
             )
         elif changed and (twins := _equal_experts(module)):
             warn_caller(
@@ -105,6 +114,34 @@ class TrainingWatch:
                 "receive equal gradients and stay one expert. Whatever gave them the same values "
                 '(a checkpoint loaded into each, a constant initialisation, `init="copy"` of a '
                 "classifier that shares its weight with the trunk) has to leave them different."
+            )
+
+    def _look_for_strays(self, module: nn.Module) -> None:
+        """Warn of what has gradients that no optimizer takes, where that can hardly be meant.
+
+        Which parts train is anybody's choice, but not one that leaves the classifiers out, or that
+        differs between experts. What no optimizer has keeps its gradient when others are cleared.
+        """
+        self.done = True
+        first = dict(self._versions)
+        followed = [(n, p) for n, p in module.named_parameters() if first.get(id(p)) is not None]
+        same = {name: p._version == first[id(p)] for name, p in followed}
+        heads = _names_of_classifiers(module)
+        odd = [
+            name
+            for name, parameter in followed
+            if same[name]
+            and (name in heads or not all(same.get(n, True) for n in _siblings(name, module)))
+            and parameter.grad is not None
+            and bool(parameter.grad.any())
+        ]
+        if odd and not all(same.values()):
+            warn_caller(
+                f"After {self._passes} training passes {listed(odd)} of the wrapped model have "
+                "gradients, but no optimizer has changed them, while it has changed others. Where "
+                "parameters are chosen by name, those of a wrapped model begin with `trunk.` or "
+                "`experts.0.`: choose them by `model.parameter_groups_by(function)`. Freeze what "
+                "shall not train: `parameter.requires_grad_(False)`."
             )
 
     def _has_changed(self, module: nn.Module, last: bool) -> bool:
@@ -117,6 +154,21 @@ class TrainingWatch:
                 return False
         now = _values_in(module)
         return len(now) != len(self._values) or not all(map(torch.equal, now, self._values))
+
+
+def _names_of_classifiers(module: nn.Module) -> set[str]:
+    classifiers: Any = getattr(module, "classifiers", [])
+    inside = {id(p) for classifier in classifiers for p in classifier.parameters()}
+    return {name for name, p in module.named_parameters() if id(p) in inside}
+
+
+def _siblings(name: str, module: nn.Module) -> list[str]:
+    """The names of a parameter in all experts; its own alone if it is the trunk's."""
+    if not name.startswith("experts."):
+        return [name]
+    own = name.split(".", 2)[2]
+    experts: Any = module.get_submodule("experts")
+    return [f"experts.{k}.{own}" for k in range(len(experts))]
 
 
 def _versions_in(module: nn.Module) -> list[tuple[int, int]]:

@@ -48,8 +48,40 @@ def test_a_training_is_left_in_peace() -> None:
         train(model, model.parameters())
         accumulated = RIDEWrapper(mlp(), 2)
         train(accumulated, accumulated.parameters(), every=60)
-        head_only = RIDEWrapper(mlp(), 2)
-        train(head_only, head_only.classifiers[1].parameters())
+        heads_only = RIDEWrapper(mlp(), 2)
+        train(heads_only, [p for head in heads_only.classifiers for p in head.parameters()])
+        experts_only = RIDEWrapper(mlp(), 2)
+        train(experts_only, experts_only.experts.parameters())
+        experts_only.eval()(torch.randn(2, 20))
+        without = RIDEWrapper(mlp(), 2)
+        for head in without.classifiers:
+            head.requires_grad_(False)
+        train(without, [p for p in without.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("when", ["evaluation", "many passes"])
+def test_classifiers_that_a_choice_by_name_left_out_are_noticed_once(when: str) -> None:
+    model = RIDEWrapper(mlp(), 2)  # the backbone's classifier is `6`
+    heads = [p for name, p in model.named_parameters() if name.startswith("6.")]
+    rest = [p for name, p in model.named_parameters() if ".6." not in name]
+    assert heads == []
+
+    def epochs() -> None:
+        train(model, [*heads, *rest], passes=6 if when == "evaluation" else PASSES)
+        model.eval()(torch.randn(2, 20))
+
+    with pytest.warns(UserWarning, match=r"`experts\.0\.6\.weight`.*parameter_groups_by\(") as w:
+        epochs()
+    assert len(w) == 1
+    assert w[0].filename == __file__
+    model.train()
+    epochs()
+
+
+def test_one_expert_that_does_not_train_is_noticed() -> None:
+    model = RIDEWrapper(mlp(), 3)
+    with pytest.warns(UserWarning, match=r"After 128 training passes `experts\.2\."):
+        train(model, [*model.trunk.parameters(), *model.experts[:2].parameters()])
 
 
 def _equal_experts() -> RIDEWrapper:
@@ -131,12 +163,12 @@ def test_an_epoch_that_changes_nothing_is_noticed_when_evaluation_begins(through
     with pytest.warns(UserWarning, match="In 5 training passes no parameter"):
         model.eval()(torch.randn(2, 20))
     other = RIDEWrapper(backbone, 2)
-    parameter = next(iter(other.classifiers[1].parameters()))
+    parameters = [p for head in other.classifiers for p in head.parameters()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(other, [parameter], passes=5, every=5 if through == "optimizer" else 6)
+        train(other, parameters, passes=5, every=5 if through == "optimizer" else 6)
         if through == "data":
-            parameter.data.add_(1)
+            parameters[0].data.add_(1)
         other.eval()(torch.randn(2, 20))
 
 

@@ -39,7 +39,11 @@ from ride_plugin._split._passes import (
     record,
     write_attributes,
 )
-from ride_plugin._split._plain_state import refuse_plain_state, tell_of_nothing_new
+from ride_plugin._split._plain_state import (
+    refuse_plain_state,
+    tell_of_nothing_new,
+    tensor_versions,
+)
 from ride_plugin._split._probe import RANDOM
 from ride_plugin._split._sharing import (
     Group,
@@ -116,6 +120,7 @@ class SplitModule(nn.Module):
             if not tensors[key].requires_grad
         }
         self._held_together: list[Group] = []  # between a change of tensors and `relink`
+        self._versions: list[int | None] = []  # of all tensors, when the state was last asked for
         self._num_looks = 0  # at paths that training took and the build did not
         self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
 
@@ -562,6 +567,11 @@ class SplitModule(nn.Module):
                 layer.eval()
         return self
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As for any module."""
+        self._versions = tensor_versions(self)
+        return super().state_dict(*args, **kwargs)
+
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -578,13 +588,13 @@ class SplitModule(nn.Module):
             state_dict = copy.copy(state_dict)
             complete_shared(state_dict, "", self.experts, fill=True)
         elif not state_dict:
-            tell_of_nothing_new(state_dict, "", self)
+            tell_of_nothing_new(state_dict, "", self, self._versions)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         refuse_plain_state(state_dict, prefix, self)
         if state_dict:  # none may mean that a module around this one loads others only
-            tell_of_nothing_new(state_dict, prefix, self)
+            tell_of_nothing_new(state_dict, prefix, self, self._versions)
         complete_shared(state_dict, prefix, self.experts, fill=False)
         self._held_together = held_together(self.experts)  # `assign=True` replaces each by itself
         super()._load_from_state_dict(state_dict, prefix, *rest)

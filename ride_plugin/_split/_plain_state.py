@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ride_plugin._checks import version_of
 from ride_plugin._errors import CheckpointError, warn_caller
 
 _PART = re.compile(r"^(?:trunk|experts\.\d+)\.")
@@ -50,12 +51,23 @@ def refuse_plain_state(state: Iterable[str], prefix: str, model: nn.Module) -> N
             )
 
 
-def tell_of_nothing_new(state: Mapping[str, Any], prefix: str, model: nn.Module) -> None:
+def tell_of_nothing_new(
+    state: Mapping[str, Any], prefix: str, model: nn.Module, versions: list[int | None]
+) -> None:
     """Warn of a state whose every tensor is the model's own: loading it changes nothing.
 
     Code that keeps of a checkpoint what has a known name, and fills up with the model's own state,
     comes to that with the plain backbone's checkpoint, and goes on as if it had been loaded.
+
+    Args:
+        state: what shall be loaded.
+        prefix: of the names that belong to the model.
+        model: with trunk and experts.
+        versions: those of its tensors when its state was last asked for; something may have written
+            into that since, as ``torch.distributed.checkpoint`` does.
     """
+    if state and versions != tensor_versions(model):
+        return
     own = {
         prefix + name: tensor
         for tensors in (model.named_parameters, model.named_buffers)
@@ -67,10 +79,13 @@ def tell_of_nothing_new(state: Mapping[str, Any], prefix: str, model: nn.Module)
             "This state dict holds nothing but the model's own tensors, so loading it changes "
             "nothing. If it should have held a checkpoint of the plain network, filtered by names: "
             "names of a wrapped model begin with `trunk.` or `experts.0.`, so none was left. Load "
-            'it into the backbone before wrapping, and wrap with `init="copy"`. If it was kept '
-            "from an earlier step, it has changed with the model: keep "
-            "`copy.deepcopy(model.state_dict())`."
+            'it into the backbone before wrapping, and wrap with `init="copy"`.'
         )
+
+
+def tensor_versions(model: nn.Module) -> list[int | None]:
+    """How often each parameter and buffer was written."""
+    return [version_of(tensor) for t in (model.parameters, model.buffers) for tensor in t()]
 
 
 def _is_same(tensor: Tensor, value: Any) -> bool:
