@@ -52,7 +52,8 @@ def from_backbone(model: SplitModule, name: str) -> Any:
             kind,
             name,
             "The backbone's exists once in the trunk or once for each expert: "
-            f"`model.trunk.{name}` or `model.experts[k].{name}`.",
+            f"`model.trunk.{name}` or `model.experts[k].{name}`. Groups of parameters for an "
+            "optimizer, made as of the backbone: `model.parameter_groups_by(function)`.",
         )
     if callable(value) or _holds_parts(value):
         raise _refused(
