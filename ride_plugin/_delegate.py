@@ -8,8 +8,8 @@ the meaning for trunk and experts is known; the others are refused with the way 
 from __future__ import annotations
 
 import dis
+import os
 import re
-import sysconfig
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +20,7 @@ from ride_plugin._errors import caller, warn_caller
 from ride_plugin._split import SplitModule, merged_groups, replace_classifiers
 from ride_plugin._tree import tensors_in
 
-_STDLIB = sysconfig.get_path("stdlib")
+_STDLIB = os.path.dirname(os.__file__)
 _PARTS = r"(?:trunk|experts\.\d+)\."
 # Names under which backbones return parameters for an optimizer: `get_param_groups`,
 # `optim_parameters`, `get_1x_lr_params`, `get_parameters`. Code asks with `hasattr` and trains

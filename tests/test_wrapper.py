@@ -75,7 +75,9 @@ def test_rows_of_an_expert_are_the_rows_of_the_whole(kind: str) -> None:
     whole = expert_logits(model(x))
     rows = torch.tensor([4, 0, 2])
     logits, features = model.run_expert(1, model.run_trunk(x).select(rows))
-    torch.testing.assert_close(logits, whole[rows, 1])
+    # Kernels may add in another order at another batch size; the largest logit gives the scale.
+    scale = float(whole.detach().abs().max())
+    torch.testing.assert_close(logits, whole[rows, 1], rtol=1e-5, atol=1e-5 * max(1, scale))
     assert features.shape == (3, model.feature_dim)
 
 
