@@ -51,11 +51,20 @@ def main() -> None:
         experts = tested.expert_logits.mean(1)
         rows = {"mean of the experts": [experts]}
         for seed in options.seeds:
+            # What training classifiers anew does by itself: each on its own expert's features.
+            alone = [
+                fit(own, labels, class_counts, seed)(its.detach())
+                for own, its in zip(
+                    inputs.expert_features.split(1, dim=1),
+                    tested.expert_features.unbind(1),
+                    strict=True,
+                )
+            ]
+            anew = torch.stack(alone).mean(0).detach()
+            rows.setdefault("mean of the experts, classifiers trained anew", []).append(anew)
             classifier = fit(inputs.expert_features, labels, class_counts, seed)
-            with torch.no_grad():
-                logits = classifier(tested.expert_features.flatten(1))
+            logits = classifier(tested.expert_features.flatten(1)).detach()
             rows.setdefault("joined classifier", []).append(logits)
-            rows.setdefault("mean of both", []).append((logits + experts) / 2)
         print(f"\n### {name}\n\n{table(rows, test.labels, class_counts)}", flush=True)
 
 
