@@ -133,7 +133,7 @@ class TrainingWatch:
             if same[name]
             and (name in heads or not all(same.get(n, True) for n in _siblings(name, module)))
             and parameter.grad is not None
-            and bool(parameter.grad.any())
+            and (parameter.grad.is_sparse or bool(parameter.grad.any()))
         ]
         if odd and not all(same.values()):
             warn_caller(
