@@ -48,19 +48,21 @@ class VersionError(RIDEError, RuntimeError):
 
 def caller() -> FrameType | None:
     """Where the code of others has called the package."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame = frame.f_back
-    return frame
+    return _caller_and_level()[0]
 
 
 def warn_caller(message: str) -> None:
     """Warn at the line of the user's code, however deep inside the package the cause was found."""
-    frame: FrameType | None = sys._getframe()
+    warnings.warn(message, UserWarning, stacklevel=_caller_and_level()[1])
+
+
+def _caller_and_level() -> tuple[FrameType | None, int]:
+    """The first frame outside the package, and its `stacklevel` for the function that asks."""
+    frame: FrameType | None = sys._getframe(1)
     level = 1
     while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+    return frame, level
 
 
 def listed(names: Collection[str]) -> str:

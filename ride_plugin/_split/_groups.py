@@ -66,6 +66,7 @@ def _tuple_like(example: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those that `_merge` comes to, and none in a dataclass, which it would not merge."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):

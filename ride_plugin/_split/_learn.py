@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -288,19 +287,17 @@ def _use_by_expert(
 ) -> _Use:
     """Watch one pass of the expert, with gradients where they can be had.
 
-    A reentrant checkpoint gives none to `torch.autograd.grad`, so the second try calls what is in
-    it directly. Where they cannot be had at all (a layer without a backward in evaluation, say),
-    every value is taken to be in use, which costs memory and nothing else.
+    A reentrant checkpoint gives none to `torch.autograd.grad`, so what is in it is called directly.
+    Where they cannot be had (a layer without a backward in evaluation, say), every value is taken
+    to be in use, which costs memory and nothing else.
     """
-    for around in (nullcontext(), passed_by(lambda: True)):
-        try:
-            write_attributes(views.expert, attributes, state.attributes)
-            with around:
-                return _watch_expert(views, state, attributes, parameters, outside, gradients=True)
-        except Exception:  # the next way needs less
-            pass
-    write_attributes(views.expert, attributes, state.attributes)
-    return _watch_expert(views, state, attributes, parameters, outside, gradients=False)
+    try:
+        write_attributes(views.expert, attributes, state.attributes)
+        with passed_by(lambda: True):
+            return _watch_expert(views, state, attributes, parameters, outside, gradients=True)
+    except Exception:
+        write_attributes(views.expert, attributes, state.attributes)
+        return _watch_expert(views, state, attributes, parameters, outside, gradients=False)
 
 
 def _watch_expert(

@@ -39,11 +39,7 @@ from ride_plugin._split._passes import (
     record,
     write_attributes,
 )
-from ride_plugin._split._plain_state import (
-    refuse_plain_state,
-    tell_of_nothing_new,
-    tensor_versions,
-)
+from ride_plugin._split._plain_state import refuse_plain_state, tell_of_nothing_new
 from ride_plugin._split._probe import RANDOM
 from ride_plugin._split._sharing import (
     Group,
@@ -569,7 +565,7 @@ class SplitModule(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As for any module."""
-        self._versions = tensor_versions(self)
+        self._versions = versions_in([*self.parameters(), *self.buffers()])
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(
@@ -588,13 +584,15 @@ class SplitModule(nn.Module):
             state_dict = copy.copy(state_dict)
             complete_shared(state_dict, "", self.experts, fill=True)
         elif not state_dict:
-            tell_of_nothing_new(state_dict, "", self, self._versions)
+            tell_of_nothing_new(state_dict, "", self)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         refuse_plain_state(state_dict, prefix, self)
-        if state_dict:  # none may mean that a module around this one loads others only
-            tell_of_nothing_new(state_dict, prefix, self, self._versions)
+        # None may mean that a module around this one loads others only; and something may have
+        # written into the state since it was asked for, as torch.distributed.checkpoint does.
+        if state_dict and self._versions == versions_in([*self.parameters(), *self.buffers()]):
+            tell_of_nothing_new(state_dict, prefix, self)
         complete_shared(state_dict, prefix, self.experts, fill=False)
         self._held_together = held_together(self.experts)  # `assign=True` replaces each by itself
         super()._load_from_state_dict(state_dict, prefix, *rest)

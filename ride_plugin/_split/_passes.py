@@ -6,7 +6,6 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -98,8 +97,10 @@ def record(
         args, kwargs = own  # the forward may have popped something from what it was given
         return record(trunk, running, (), args, kwargs, stop_at_fork=stop_at_fork)
     keys, dropped = tuple(recorder.keys), recorder.dropped
-    state = TrunkState(batch_size, keys, recorder.values, layout, hollow=dropped)
-    return replace(state, recomputes=recorder.recomputes), output
+    recomputes = recorder.recomputes
+    values = recorder.values
+    state = TrunkState(batch_size, keys, values, layout, hollow=dropped, recomputes=recomputes)
+    return state, output
 
 
 def play(

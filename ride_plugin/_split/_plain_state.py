@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._checks import version_of
 from ride_plugin._errors import CheckpointError, warn_caller
 
 _PART = re.compile(r"^(?:trunk|experts\.\d+)\.")
@@ -27,11 +26,7 @@ def refuse_plain_state(state: Iterable[str], prefix: str, model: nn.Module) -> N
     Raises:
         CheckpointError: it does.
     """
-    names = {
-        name
-        for tensors in (model.named_parameters, model.named_buffers)
-        for name, _ in tensors(remove_duplicate=False)
-    }
+    names = _named_tensors(model).keys()
     given = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
     if any(name in names for name in given):
         return
@@ -51,28 +46,13 @@ def refuse_plain_state(state: Iterable[str], prefix: str, model: nn.Module) -> N
             )
 
 
-def tell_of_nothing_new(
-    state: Mapping[str, Any], prefix: str, model: nn.Module, versions: list[int | None]
-) -> None:
+def tell_of_nothing_new(state: Mapping[str, Any], prefix: str, model: nn.Module) -> None:
     """Warn of a state whose every tensor is the model's own: loading it changes nothing.
 
     Code that keeps of a checkpoint what has a known name, and fills up with the model's own state,
     comes to that with the plain backbone's checkpoint, and goes on as if it had been loaded.
-
-    Args:
-        state: what shall be loaded.
-        prefix: of the names that belong to the model.
-        model: with trunk and experts.
-        versions: those of its tensors when its state was last asked for; something may have written
-            into that since, as ``torch.distributed.checkpoint`` does.
     """
-    if state and versions != tensor_versions(model):
-        return
-    own = {
-        prefix + name: tensor
-        for tensors in (model.named_parameters, model.named_buffers)
-        for name, tensor in tensors(remove_duplicate=False)
-    }
+    own = {prefix + name: tensor for name, tensor in _named_tensors(model).items()}
     given = [(own[name], value) for name, value in state.items() if name in own]
     if (given or not state) and all(_is_same(mine, value) for mine, value in given):
         warn_caller(
@@ -83,9 +63,10 @@ def tell_of_nothing_new(
         )
 
 
-def tensor_versions(model: nn.Module) -> list[int | None]:
-    """How often each parameter and buffer was written."""
-    return [version_of(tensor) for t in (model.parameters, model.buffers) for tensor in t()]
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all their names."""
+    named = (model.named_parameters, model.named_buffers)
+    return {name: t for tensors in named for name, t in tensors(remove_duplicate=False)}
 
 
 def _is_same(tensor: Tensor, value: Any) -> bool:
