@@ -1,6 +1,7 @@
 """What a wrapped model answers for its backbone: plain values, and the few methods that fit all.
 
-Training code asks a model for its `config`, its `default_cfg`, its parameters without weight decay.
+Training code asks a model for its `config`, its `default_cfg`, its parameters without weight decay,
+and sets what the forward reads, `model.epoch = epoch`: on every part then.
 A method of the backbone would act on the trunk's view alone, so only those are passed on of which
 the meaning for trunk and experts is known; the others are refused with the way to go.
 """
@@ -11,6 +12,7 @@ import dis
 import os
 import re
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -96,21 +98,39 @@ def _is_question() -> bool:
     return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("CALL", "PRECALL"))
 
 
-def refuse_replacing(model: SplitModule, name: str) -> None:
-    """Refuse a module under a name of the backbone's, which the wrapped model would not run.
+def set_on_parts(model: SplitModule, name: str, value: Any) -> bool:
+    """Set an attribute of the backbone on trunk and experts, whose forwards may all read it.
+
+    Returns:
+        Whether the backbone has such an attribute; otherwise it is the wrapped model's own.
 
     Raises:
-        AttributeError: the backbone has a submodule of this name.
+        AttributeError: it is a submodule or a tensor, of which each part has its own.
     """
-    if name in model._modules or not isinstance(getattr(model.trunk, name, None), nn.Module):
-        return
-    raise AttributeError(
-        f"Expected the backbone's `{name}` to be replaced before wrapping, but got a module for it "
-        "afterwards, which the model would not run: the backbone's exists once in the trunk or "
-        "once for each expert. Replace it in the backbone and wrap that; for another number of "
-        "classes pass `num_classes=` when wrapping; or set `model.experts[k]."
-        f"{name}` for each expert."
-    )
+    if name.startswith("_") or name in {*vars(model), *model._modules, *model._buffers}:
+        return False
+    if hasattr(type(model), name) or not hasattr(model.trunk, name):
+        return False
+    old = getattr(model.trunk, name)
+    if isinstance(old, nn.Module | Tensor):
+        kind = "module" if isinstance(old, nn.Module) else "tensor"
+        raise AttributeError(
+            f"Expected the backbone's `{name}` to be replaced before wrapping, but got another "
+            f"{kind} for it afterwards, which the model would not run: the backbone's exists once "
+            "in the trunk or once for each expert. Replace it in the backbone and wrap that; for "
+            "another number of classes pass `num_classes=` when wrapping; or set "
+            f"`model.experts[k].{name}` for each expert."
+        )
+    if isinstance(value, nn.Module | nn.Parameter | MethodType) or _holds_parts(old):
+        warn_caller(
+            f"The backbone has `{name}`, but it is set on the wrapped model alone, so that the "
+            "backbone's forward does not see it. Set it on the backbone before wrapping, or on "
+            f"each part: `for part in (model.trunk, *model.experts): part.{name} = ...`."
+        )
+        return False
+    for part in (model.trunk, *model.experts):
+        setattr(part, name, value)
+    return True
 
 
 def _holds_parts(value: Any) -> bool:

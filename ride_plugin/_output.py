@@ -212,7 +212,9 @@ def _carried(output: Tensor) -> Tensor | None:
             "DistributedDataParallel with static_graph or find_unused_parameters; FSDP, "
             "accelerate, Fabric and the Hugging Face Trainer in bf16 or fp16), and when the output "
             "is cast, sliced, detached, cloned or used in arithmetic before the loss: then pass "
-            "the model's output itself. The output of RoutingInference never has them."
+            "the model's output itself, or do to the experts' logits what was done to it: "
+            "`criterion(expert_logits(output)[:n], target)` for its first n rows. The output of "
+            "RoutingInference never has them."
         )
     version, now = getattr(output, _VERSION, None), version_of(output)
     if version is not None and now is not None and version != now:

@@ -16,6 +16,9 @@ CONTAINERS = (list, dict, set, deque)
 Path: TypeAlias = tuple[int | str, ...]
 """A place inside nested values: keys, indices and names of fields, from outside to inside."""
 
+Place: TypeAlias = tuple[str, str]
+"""A place inside a module: the name of a submodule, and an attribute or buffer of it."""
+
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in a value, depth first: tuples, lists, deques, mappings, dataclasses."""

@@ -86,8 +86,9 @@ class TrainingWatch:
             self._reached.add(name)
 
     def _judge(self, module: nn.Module, experts: int, *, last: bool) -> None:
-        mean_alone = experts > 1 and self._reached == {"logits"}
         changed = self._has_changed(module, last)
+        # As long as nothing learns, it may have been gradients of the inputs: attacks, saliency.
+        mean_alone = changed and experts > 1 and self._reached == {"logits"}
         self._learns = changed and not mean_alone and not running()
         self.done = mean_alone or (changed and not self._learns) or (last and not changed)
         if mean_alone:

@@ -23,7 +23,7 @@ from ride_plugin._checks import (
 from ride_plugin._compiler import check_compiles, refuse_tracing
 from ride_plugin._construct import construct
 from ride_plugin._contexts import training_pass
-from ride_plugin._delegate import from_backbone, refuse_replacing
+from ride_plugin._delegate import from_backbone, set_on_parts
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._fold_batchnorm import folded_copy
 from ride_plugin._halves import halves_of
@@ -460,10 +460,9 @@ class RIDEWrapper(SplitModule):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As for any module, but for the backbone's own submodules, which lie in the parts."""
-        if isinstance(value, nn.Module) and "experts" in self._modules:
-            refuse_replacing(self, name)
-        super().__setattr__(name, value)
+        """As for any module; what the backbone has is set in trunk and experts, which read it."""
+        if "_watch" not in vars(self) or not set_on_parts(self, name, value):  # not yet built
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """What the backbone says of itself: its `config`, say; see :mod:`ride_plugin._delegate`."""

@@ -220,6 +220,68 @@ def test_a_module_that_would_not_run_is_refused(name: str) -> None:
     assert model(torch.randn(2, 8)).shape == (2, 5)
 
 
+class Follows(Backbone):
+    """Its forward reads plain attributes that training code sets from epoch to epoch."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch, self.act = 0, nn.functional.relu
+
+    @property
+    def doubled(self) -> float:
+        return self.factor * 2
+
+    @doubled.setter
+    def doubled(self, value: float) -> None:
+        self.factor = value / 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x)) * (1 + self.epoch) * self.factor
+        for block in self.blocks:
+            x = self.act(block(x)) * (1 + self.epoch)
+        return self.head(x * self.scale) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epoch", 3), ("factor", 0.5), ("doubled", 3.0), ("act", torch.tanh)],
+)
+def test_what_the_forward_reads_is_set_in_every_part(name: str, value: Any) -> None:
+    backbone = Follows()
+    model = RIDEWrapper(backbone, 3, fork_at="blocks.1").eval()
+    plain = [model.to_module(k) for k in range(3)]
+    x = torch.randn(4, 8)
+    for module in plain:
+        setattr(module, name, value)
+    wanted = torch.stack([module(x) for module in plain], dim=1)
+    setattr(model, name, value)
+    torch.testing.assert_close(expert_logits(model(x)), wanted)
+    assert getattr(model.to_module(1), name) == value
+    assert callable(value) or getattr(model, name) == value
+    assert name not in vars(model)
+    again = copy.deepcopy(model)
+    torch.testing.assert_close(expert_logits(again(x)), wanted)
+
+
+def test_attributes_of_nobody_and_of_the_wrapped_model_are_its_own() -> None:
+    model = RIDEWrapper(Follows(), 2, fork_at="blocks.1")
+    model.note, model._act, model.num_classes = "mine", None, model.num_classes
+    assert not any("note" in vars(part) for part in (model.trunk, *model.experts))
+    assert all(isinstance(part._act, nn.ReLU) for part in (model.trunk, *model.experts))
+    assert model.note == "mine"
+
+
+def test_what_cannot_be_the_same_in_every_part_is_told() -> None:
+    model = RIDEWrapper(Follows(), 2, fork_at="blocks.1")
+    with pytest.raises(AttributeError, match="`token` to be replaced before wrapping"):
+        model.token = torch.ones(8)
+    for name, value in (("pieces", []), ("group_matcher", model.forward), ("act", nn.ReLU())):
+        with pytest.warns(UserWarning, match=f"`{name}`, but it is set on the wrapped model alone"):
+            setattr(model, name, value)
+
+
 class Grouped(Backbone):
     """Says how an optimizer should treat its parameters, in the ways that are in use."""
 

@@ -215,6 +215,24 @@ def test_a_loss_of_experts_or_of_one_expert_is_left_in_peace() -> None:
         )
 
 
+@pytest.mark.parametrize("attacks", [1, 5])
+def test_gradients_of_the_inputs_before_a_step_are_left_in_peace(attacks: int) -> None:
+    model, y = RIDEWrapper(mlp(), 2), torch.randint(0, 7, (4,))
+    criterion = RIDELoss(nn.CrossEntropyLoss(), [9, 8, 7, 6, 5, 4, 3])
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            x = torch.randn(4, 20)
+            for _ in range(attacks):  # of projected gradient descent, in training mode
+                x.requires_grad_()
+                loss = nn.functional.cross_entropy(model(x), y)
+                x = x.detach() + 0.01 * torch.autograd.grad(loss, x)[0].sign()
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+
+
 class Beside(nn.Module):
     """Returns something beside its logits, in training or always."""
 

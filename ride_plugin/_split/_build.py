@@ -26,7 +26,7 @@ from ride_plugin._split._copies import (
 from ride_plugin._split._example import find_example
 from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
-from ride_plugin._split._learn import Place, learn, place_of
+from ride_plugin._split._learn import learn, place_of
 from ride_plugin._split._logits import (
     Choice,
     LogitsReader,
@@ -39,9 +39,11 @@ from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import read_attributes
 from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._references import hook_owners, refuse_captured, warn_of_outside_hooks
+from ride_plugin._split._settings import as_they_are, settings_at, settings_in
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import Forked, NoHandle, Recorded, watch_classifier
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
+from ride_plugin._tree import Place
 
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module
 _PARALLEL = frozenset(
@@ -62,6 +64,7 @@ class Examined:
         classifier: name of the module that returns them; None if there is none.
         num_classes: ``C``.
         by_shapes: whether it runs on tensors without contents.
+        settings: where modules hold settings that the forward leaves as they are.
     """
 
     inputs: Inputs
@@ -71,6 +74,7 @@ class Examined:
     classifier: str | None
     num_classes: int
     by_shapes: bool
+    settings: frozenset[Place]
 
 
 def split_backbone(
@@ -133,8 +137,10 @@ def _split(
     fork = choose_fork(seen.root, fork_at)
     trunk_units, forked_units = sides(fork, seen.root, seen.training_root)
 
+    settings = settings_at(source, seen.settings)
+
     def cut(forked_tensors: frozenset[str]) -> Views:
-        views = build_views(source, trunk_units, forked_units, forked_tensors)
+        views = build_views(source, trunk_units, forked_units, forked_tensors, settings)
         return replace(views, written=written)
 
     outside = spine_tensors(source, [*trunk_units, *forked_units])
@@ -202,6 +208,7 @@ def examine(
         None if head is None else head.name,
         found.shape[1],
         by_shapes,
+        root.settings if training_root is None else root.settings & training_root.settings,
     )
 
 
@@ -346,7 +353,9 @@ def learned(
 
 def _source_of(backbone: nn.Module) -> nn.Module:
     """A copy of the backbone, what was compiled as it was before."""
-    memo: dict[int, Any] = dict(detached_activations(backbone))
+    memo: dict[int, Any] = detached_activations(backbone) | as_they_are(
+        settings_in(backbone).values()
+    )
     compiled = [module for module in backbone.modules() if is_compiled(module)]
     for module in reversed(compiled):  # from inside to outside
         memo[id(module)] = copy.deepcopy(module.get_submodule(_COMPILED), memo)

@@ -16,7 +16,7 @@ from ride_plugin._contexts import seed_everything
 from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._copies import same_values
-from ride_plugin._split._learn import Place, throwaway
+from ride_plugin._split._learn import throwaway
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import (
     own_containers,
@@ -27,7 +27,7 @@ from ride_plugin._split._passes import (
 )
 from ride_plugin._split._state import Absent
 from ride_plugin._split._views import Views
-from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin._tree import Place, map_tensors, tensors_in
 
 
 def refuse_reading_ahead(split: Split) -> None:

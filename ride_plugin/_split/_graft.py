@@ -19,7 +19,6 @@ from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._parts import Parts, Split, parts_of, trial_run
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import Forked
-from ride_plugin._split._views import Views
 
 
 def graft_experts(split: Split, factory: Callable[[int], nn.Module], num_experts: int) -> Parts:
@@ -120,7 +119,9 @@ def _transplanted(split: Split, other: Split) -> Split:
     mine = (views.expert, views.expert_links)
     expert, links = copy_with_hooks(mine, views.expert.modules(), memo)
     expert.to(next(trunk.parameters(), torch.empty(0)).device)
-    views = Views(trunk, expert, split.views.running, links, [], other.views.written)
+    views = replace(
+        views, trunk=trunk, expert=expert, running=split.views.running, links=links, spine=[]
+    )
     return replace(other, views=views)
 
 

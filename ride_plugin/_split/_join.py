@@ -15,6 +15,7 @@ from ride_plugin._split._build import examine, learned
 from ride_plugin._split._copies import clone_module, detached_activations
 from ride_plugin._split._graft import module_from, unite
 from ride_plugin._split._parts import Parts, Split
+from ride_plugin._split._settings import as_they_are, settings_at
 from ride_plugin._split._tape import Forked, ForkHook, Recorded, Running, UnitHooks
 from ride_plugin._split._views import Views
 
@@ -47,23 +48,25 @@ def join_parts(
     check_instance(trunk, "trunk", nn.Module, "a torch.nn.Module")
     check_function(expert_factory, "expert_factory", "expert_factory(index)")
     heads = [module_from(expert_factory, index) for index in range(num_experts)]
-    shared, running = clone_module(trunk), Running()
-    # An expert that holds tensors of the trunk stays tied to them.
-    originals = (*trunk.parameters(), *trunk.buffers())
-    copies = (*shared.parameters(), *shared.buffers())
-    tied = {id(old): new for old, new in zip(originals, copies, strict=True)}
-    view, forked = _trunk_view(shared, running)
-    splits: list[Split] = []
+    running, splits = Running(), list[Split]()
     for index, head in enumerate(heads):
-        expert = _expert_view(head, view, running, tied)
-        forked.stand_for(expert)
-        views = Views(view, expert, running, [], [(view, expert)])
         network = Joined(trunk, head)
         source = clone_module(network)
         try:
             with random_state_kept(network):
                 example = splits[0].inputs if splits else example_input
                 seen = examine(source, example)
+                settings = as_they_are(settings_at(network, seen.settings))
+                if not splits:
+                    shared = clone_module(trunk, dict(settings))
+                    view, forked = _trunk_view(shared, running)
+                    # An expert that holds tensors of the trunk stays tied to them.
+                    originals = (*trunk.parameters(), *trunk.buffers())
+                    copies = (*shared.parameters(), *shared.buffers())
+                    tied = {id(a): b for a, b in zip(originals, copies, strict=True)}
+                expert = _expert_view(head, view, running, tied | settings)
+                forked.stand_for(expert)
+                views = Views(view, expert, running, [], [(view, expert)])
                 if seen.reader is not None:
                     source.register_forward_hook(seen.reader)
                     expert.head.register_forward_hook(seen.reader)

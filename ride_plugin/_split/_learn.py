@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,7 @@ from ride_plugin._split._reentrant import passed_by
 from ride_plugin._split._rows import Rows, find_rows
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._views import Views
-from ride_plugin._tree import logits_in, map_tensors, tensors_in
-
-Place: TypeAlias = tuple[str, str]  # a module's name, and an attribute or buffer of it
+from ride_plugin._tree import Place, logits_in, map_tensors, tensors_in
 
 _BATCHES = (2, 3)
 

@@ -12,7 +12,7 @@ from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import SplitError
 from ride_plugin._inputs import Inputs
 from ride_plugin._split._copies import copy_with_hooks
-from ride_plugin._split._learn import Place, throwaway
+from ride_plugin._split._learn import throwaway
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
 from ride_plugin._split._probe import Call
@@ -20,7 +20,7 @@ from ride_plugin._split._sharing import frozen_layers, unchanging
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._tape import Running
 from ride_plugin._split._views import Link, Views
-from ride_plugin._tree import logits_in
+from ride_plugin._tree import Place, logits_in
 
 
 @dataclass

@@ -16,7 +16,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ride_plugin._contexts import RandomState
 from ride_plugin._inputs import Inputs, own_inputs
-from ride_plugin._tree import CONTAINERS, tensors_in
+from ride_plugin._split._settings import contents_of, settings_in, unchanged
+from ride_plugin._tree import CONTAINERS, Place, tensors_in
 
 _INTERNAL = frozenset(vars(nn.Module()))
 RANDOM = ("", "numpy.random and random")  # draws leave their mark as attributes do
@@ -29,7 +30,8 @@ class Call:
     """One call of a submodule, and the calls inside it.
 
     For the root, ``changed`` names the plain attributes ``(submodule, attribute)`` that the forward
-    has set or filled: caches, counters, lists of features.
+    has set or filled: caches, counters, lists of features. ``settings`` names those that hold
+    settings which it has left as they were.
     """
 
     name: str
@@ -37,7 +39,8 @@ class Call:
     children: list[Call] = field(default_factory=list)
     inputs: list[Seen] = field(default_factory=list)
     outputs: list[Seen] = field(default_factory=list)
-    changed: set[tuple[str, str]] = field(default_factory=set)
+    changed: set[Place] = field(default_factory=set)
+    settings: frozenset[Place] = frozenset()
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -92,6 +95,7 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         stack.pop().outputs = _seen(result)
 
     before_all = {name: (part, marks_of(part)) for name, part in model.named_modules()}
+    settings = {place: contents_of(value) for place, value in settings_in(model).items()}
     random_before = RandomState.now().mark()
     unseen = {id(part) for part in model.modules() if isinstance(part, torch.jit.ScriptModule)}
     for part in model.modules():
@@ -116,6 +120,7 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         for key in {*old, *now}
         if differ(old.get(key, []), now.get(key, []))
     }
+    root.settings = unchanged(model, settings)
     if RandomState.now().mark() != random_before:
         root.changed.add(RANDOM)
     return root, output

@@ -7,7 +7,7 @@ stand-ins without parameters, so names stay those of the backbone (``trunk.conv1
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._fork import Fork
 from ride_plugin._split._probe import Call
+from ride_plugin._split._settings import as_they_are
 from ride_plugin._split._tape import Forked, ForkHook, Recorded, Running, UnitHooks
 
 
@@ -74,6 +75,7 @@ class Views:
         links: tensors that one side reads and the other owns.
         spine: pairs (trunk's, expert's) of modules whose own forward runs on both sides.
         written: names of parameters and buffers that a forward writes.
+        settings: objects that all parts hold together, see :mod:`ride_plugin._split._settings`.
     """
 
     trunk: nn.Module
@@ -82,6 +84,7 @@ class Views:
     links: list[Link]
     spine: list[tuple[nn.Module, nn.Module]]
     written: frozenset[str] = frozenset()
+    settings: Sequence[Any] = ()
 
     @property
     def expert_links(self) -> list[Link]:
@@ -91,7 +94,7 @@ class Views:
 
     def memo_onto(self, trunk: nn.Module, running: Running) -> dict[int, Any]:
         """A deepcopy memo by which a copy of the expert runs on a trunk of the same names."""
-        memo: dict[int, Any] = {id(self.running): running}
+        memo: dict[int, Any] = {id(self.running): running, **as_they_are(self.settings)}
         for name, module in self.trunk.named_modules(remove_duplicate=False):
             memo[id(module)] = trunk.get_submodule(name)
         for name, tensor in (
@@ -168,6 +171,7 @@ def build_views(
     trunk_units: list[str],
     forked_units: list[str],
     forked_tensors: Collection[str],
+    settings: Sequence[Any] = (),
 ) -> Views:
     """Build both views.
 
@@ -176,6 +180,7 @@ def build_views(
         trunk_units: names of the submodules that run in the trunk.
         forked_units: names of the submodules that each expert owns.
         forked_tensors: names of tensors outside units (a class token, say) that only experts read.
+        settings: objects that both views hold as they are.
     """
     modules = dict(source.named_modules(remove_duplicate=False))
     in_trunk = {id(modules[name]): name for name in trunk_units}
@@ -184,7 +189,7 @@ def build_views(
     spine = _spine(source, {*in_trunk, *in_expert})
 
     # Both views hold the same tensors: nothing is copied, and tied weights stay tied.
-    shared = {id(tensor): tensor for tensor in _tensors(source)}
+    shared = {id(tensor): tensor for tensor in _tensors(source)} | as_they_are(settings)
     stand_ins: dict[int, Any] = {key: Recorded(running, name) for key, name in in_trunk.items()}
     outside = [
         (name, module, key)
@@ -216,7 +221,7 @@ def build_views(
         link.refresh()
         links.append(link)
     pairs = [(_at(trunk, name), _at(expert, name)) for name, _ in spine]
-    return Views(trunk, expert, running, links, pairs)
+    return Views(trunk, expert, running, links, pairs, settings=settings)
 
 
 def spine_tensors(backbone: nn.Module, units: list[str]) -> dict[str, Tensor]:

@@ -1,0 +1,116 @@
+"""Settings that a backbone's modules hold, which stay one object in the backbone and in all parts.
+
+Training code keeps a configuration in its hand that the model holds as well, and sets something in
+it later: ``args.epoch = epoch``, ``model.config.use_cache = False``. Copies would not hear of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Collection, Iterable
+from enum import Enum
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._tree import Place
+
+_ATOMS = (
+    *(int, float, complex, bool, str, bytes, type(None), range, slice, np.generic, Enum, PurePath),
+    *(type, FunctionType, BuiltinFunctionType, ModuleType, logging.Logger),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+_MOST = 10_000  # values in one settings object; what holds more is something else
+_PICKLING = ("__reduce__", "__reduce_ex__")
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def settings_in(root: nn.Module) -> dict[Place, Any]:
+    """The settings that modules of ``root`` hold as plain attributes.
+
+    Those are dictionaries and lists with something in them and objects of classes written in
+    Python, in which there are numbers, names, and containers and objects of such, nothing else.
+    """
+    known: dict[int, bool] = {}
+    found: dict[Place, Any] = {}
+    for path, module in root.named_modules():
+        for name, value in vars(module).items():
+            if name in _OF_MODULES or isinstance(value, (*_ATOMS, Tensor, nn.Module)):
+                continue
+            if id(value) not in known:
+                known[id(value)] = _can_be_settings(value) and contents_of(value) is not None
+            if known[id(value)]:
+                found[path, name] = value
+    return found
+
+
+def contents_of(settings: Any) -> list[Any] | None:
+    """All that a settings object holds, in a list that differs once something in it is changed.
+
+    None if anything is in it that no settings hold: a tensor, a module, an open file.
+    """
+    found: list[Any] = []
+    seen: dict[int, int] = {}
+    waiting = [settings]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, _ATOMS):
+            found.append(value)
+        elif id(value) in seen:
+            found.append((seen[id(value)],))
+        else:
+            inside = _inside(value)
+            if inside is None or len(seen) > _MOST:
+                return None
+            seen[id(value)] = len(seen)
+            found.append((type(value), len(inside)))
+            waiting += inside
+    return found
+
+
+def unchanged(root: nn.Module, before: dict[Place, list[Any] | None]) -> frozenset[Place]:
+    """Those of the places where the settings hold what they held before."""
+    now = settings_in(root)
+    return frozenset(
+        place
+        for place, contents in before.items()
+        if place in now and contents is not None and contents_of(now[place]) == contents
+    )
+
+
+def settings_at(root: nn.Module, places: Collection[Place]) -> list[Any]:
+    """The settings at these places, each once."""
+    found = {id(value): value for place, value in settings_in(root).items() if place in places}
+    return list(found.values())
+
+
+def as_they_are(settings: Iterable[Any]) -> dict[int, Any]:
+    """A deepcopy memo by which these stay what they are."""
+    return {id(value): value for value in settings}
+
+
+def _can_be_settings(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return len(value) > 0
+    return _is_plain_object(value)
+
+
+def _inside(value: Any) -> list[Any] | None:
+    if isinstance(value, dict):
+        return [*dict.keys(value), *dict.values(value), *getattr(value, "__dict__", {}).values()]
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return list(value)
+    return [*vars(value), *vars(value).values()] if _is_plain_object(value) else None
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether all of its state is in its ``__dict__``: not so with what says how it is pickled."""
+    if isinstance(value, Tensor | nn.Module) or not hasattr(value, "__dict__"):
+        return False
+    usual = all(getattr(type(value), name) is getattr(object, name) for name in _PICKLING)
+    return usual or isinstance(value, SimpleNamespace)

@@ -1,0 +1,177 @@
+"""What a training code sets in a configuration that it shares with the model reaches every part."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import pickle
+import threading
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ride_plugin import RIDEWrapper, expert_logits
+from ride_plugin._split._settings import contents_of, settings_in
+
+X = torch.randn(6, 8)
+
+
+@dataclass
+class Options:
+    scale: float = 1.0
+    nested: dict[str, list[int]] = field(default_factory=lambda: {"depths": [2, 2]})
+
+
+class Configuration(dict[str, Any]):
+    """As yacs and easydict have them: a dictionary whose entries are attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+class Late(nn.Module):
+    def __init__(self, settings: Any) -> None:
+        super().__init__()
+        self.settings, self.linear = settings, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).relu() * scale_of(self.settings)
+
+
+class Backbone(nn.Module):
+    """Reads its settings before the fork, in a submodule after it and in its own late part."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.early, self.late, self.fc = nn.Linear(8, 16), Late(settings), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(x) * scale_of(self.settings)
+        return self.fc(self.late(x)) * scale_of(self.settings)
+
+
+def scale_of(settings: Any) -> float:
+    if isinstance(settings, list):
+        return float(settings[0])
+    return float(settings["scale"] if isinstance(settings, dict) else settings.scale)
+
+
+def set_scale(settings: Any, value: float) -> None:
+    if isinstance(settings, list):
+        settings[0] = value
+    elif isinstance(settings, dict):
+        settings["scale"] = value
+    else:
+        settings.scale = value
+
+
+MADE = {
+    "a namespace": lambda: SimpleNamespace(scale=1.0, name="run", epoch=0),
+    "arguments": lambda: argparse.Namespace(scale=1.0, lr=[0.1, 0.01], device=torch.device("cpu")),
+    "a dataclass": Options,
+    "a dictionary": lambda: {"scale": 1.0, "nested": {"a": (1, 2)}},
+    "a dictionary with attributes": lambda: Configuration(scale=1.0),
+    "a list": lambda: [1.0, 2.0],
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_what_is_set_in_settings_reaches_trunk_and_experts(kind: str) -> None:
+    settings = MADE[kind]()
+    backbone = Backbone(settings)
+    model = RIDEWrapper(backbone, 3, fork_at="late").eval()
+    plain = [model.to_module(k) for k in range(3)]
+    for module in plain:
+        set_scale(module.settings, 3.0)
+    wanted = torch.stack([module(X) for module in plain], dim=1)
+    assert scale_of(settings) == 1  # a plain module has its own
+    set_scale(settings, 3.0)
+    torch.testing.assert_close(expert_logits(model(X)), wanted)
+    assert model.settings is settings
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_has_settings_of_its_own_that_are_one_in_all_parts(how: str) -> None:
+    settings = SimpleNamespace(scale=1.0)
+    model = RIDEWrapper(Backbone(settings), 2, fork_at="late").eval()
+    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    held = {id(m.settings) for m in copied.modules() if "settings" in vars(m)}
+    assert len(held) == 1
+    assert id(settings) not in held
+
+
+def test_experts_of_a_factory_and_of_parts_hold_the_settings_that_they_were_given() -> None:
+    settings = SimpleNamespace(scale=1.0)
+    made = RIDEWrapper(
+        Backbone(settings), 2, fork_at="late", expert_factory=lambda k: Backbone(settings)
+    )
+    parts = RIDEWrapper.from_parts(
+        nn.Sequential(nn.Linear(8, 16), Late(settings)),
+        lambda k: nn.Sequential(Late(settings), nn.Linear(16, 5)),
+        num_experts=2,
+        example_input=X,
+    )
+    for model in (made.eval(), parts.eval()):
+        held = {id(m.settings) for m in model.modules() if "settings" in vars(m)}
+        assert held == {id(settings)}
+
+
+class Counts(Backbone):
+    """Writes into what looks like settings."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.settings.calls = self.settings.calls + 1
+        return out
+
+
+def test_what_a_forward_writes_is_no_settings_and_stays_each_part_s_own() -> None:
+    settings = SimpleNamespace(scale=1.0, calls=0)
+    model = RIDEWrapper(Counts(settings), 3, fork_at="late").eval()
+    model(X)
+    assert settings.calls == 0
+    held = [part.settings for part in (model.trunk, *model.experts)]
+    assert len({id(one) for one in held}) == 4
+
+
+def test_contents_differ_once_something_inside_is_changed() -> None:
+    inner = SimpleNamespace(a=[1, {2}], b={"c": (3, None)})
+    value = {"x": inner, "again": inner, "kind": torch.float32}
+    before = contents_of(value)
+    assert contents_of(value) == before
+    inner.b["c"] = (3, 4)
+    assert contents_of(value) not in (None, before)
+    inner.b["c"] = (3, None)
+    assert contents_of(value) == before
+    inner.itself = inner
+    assert contents_of(value) not in (None, before)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": torch.zeros(1)},
+        SimpleNamespace(layer=nn.Linear(1, 1)),
+        [functools.partial(print)],
+        {"lock": threading.Lock()},
+        [nn.Linear(1, 1).forward],
+        list(range(20_000)) + [[] for _ in range(20_000)],
+        {},
+        [],
+        (1, 2),
+        "text",
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_settings(value: Any) -> None:
+    module = nn.Linear(2, 2)
+    module.value = value
+    assert settings_in(module) == {}
