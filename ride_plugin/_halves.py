@@ -24,6 +24,8 @@ from ride_plugin._tree import Path, at_path
 Combine = Callable[[Sequence[Tensor]], "Tensor | ExpertOutput"]
 """What a wrapped model makes of its experts' logits."""
 
+_OF_MODULES = frozenset(vars(nn.Module()))
+
 
 class _Reached(Exception):
     """Unwinds an expert at its classifier; never leaves the library."""
@@ -58,6 +60,20 @@ class _Half(nn.Module):
         self.__dict__["model"].training = mode
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module, and in the parts where the plain module has this attribute."""
+        super().__setattr__(name, value)
+        own = name.startswith("_") or hasattr(nn.Module, name) or name in _OF_MODULES
+        if own or isinstance(value, nn.Module | nn.Parameter) or "experts" not in self._modules:
+            return
+        for part in (*self.shared(), *self.get_submodule("experts").children()):
+            if not isinstance(getattr(part, name, part), nn.Module | Tensor):
+                setattr(part, name, value)
+
+    def shared(self) -> Sequence[nn.Module]:
+        """The modules of this half that exist once, in the trunk."""
+        return ()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         refuse_plain_state(state_dict, prefix, self)
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -78,10 +94,14 @@ class ExpertFeatures(_Half):
     def __init__(self, model: SplitModule, output: Any, path: Path) -> None:
         super().__init__(model)
         self.trunk = model.trunk
-        self.experts = nn.ModuleList(
+        self.place = _place(output, path)
+        self.experts = nn.ModuleList(  # last: what is set from here on, the parts have as well
             expert.get_submodule("feature_extractor") for expert in model.experts
         )
-        self.place = _place(output, path)
+
+    def shared(self) -> Sequence[nn.Module]:
+        """The extractor's part in the trunk."""
+        return (self.trunk.get_submodule("feature_extractor"),)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the trunk once and every expert up to its classifier."""
@@ -120,11 +140,11 @@ class ExpertClassifiers(_Half):
         self, model: SplitModule, output: Any, path: Path, combine: Combine, width: int
     ) -> None:
         super().__init__(model)
-        self.experts = nn.ModuleList(expert.get_submodule("classifier") for expert in model.experts)
         self.path = path
         self.place = _place(output, path)
         self.combine = combine
         self.width = width
+        self.experts = nn.ModuleList(expert.get_submodule("classifier") for expert in model.experts)
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run each classifier on its expert's features; further arguments go to each of them."""

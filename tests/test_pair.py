@@ -122,6 +122,27 @@ def test_rows_of_the_features_are_rows_of_the_logits() -> None:
     torch.testing.assert_close(head(features)[0], model(x)[[4, 1]])
 
 
+@pytest.mark.parametrize("fork_at", [None, "classifier"])
+def test_what_is_set_on_one_of_the_two_modules_its_parts_read(fork_at: str | None) -> None:
+    class Scaled(nn.Sequential):
+        epoch = 0
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) * (1 + self.epoch)
+
+    body = Scaled(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
+    model = RIDEWrapper.from_pair(body, Scaled(nn.Linear(12, 5)), num_experts=3, fork_at=fork_at)
+    features, classifier = model.eval().as_pair()
+    x = torch.randn(4, 8)
+    before, logits = features(x), classifier(features(x))
+    features.epoch = 1
+    torch.testing.assert_close(features(x), 2 * before)
+    classifier.epoch = 2
+    torch.testing.assert_close(classifier(before), 3 * logits)
+    torch.testing.assert_close(model(x), classifier(features(x)))
+    assert (features.epoch, classifier.epoch) == (1, 2)
+
+
 def test_the_two_modules_are_moved_copied_and_stored_like_any() -> None:
     model, _, _ = pair(fork_at="feature_extractor.layer3")
     net, head = model.as_pair()

@@ -7,6 +7,7 @@ it later: ``args.epoch = epoch``, ``model.config.use_cache = False``. Copies wou
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from collections import deque
 from collections.abc import Collection, Iterable
 from enum import Enum
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checks import version_of
 from ride_plugin._tree import Place
 
 _ATOMS = (
@@ -52,8 +54,10 @@ def settings_in(root: nn.Module) -> dict[Place, Any]:
 def contents_of(settings: Any) -> list[Any] | None:
     """All that a settings object holds, in a list that differs once something in it is changed.
 
-    None if anything is in it that no settings hold: a tensor, a module, an open file.
+    None if anything is in it that no settings hold: a tensor, a module, an open file. A namespace
+    is made for settings, whatever they are.
     """
+    takes_all = isinstance(settings, SimpleNamespace | Namespace)
     found: list[Any] = []
     seen: dict[int, int] = {}
     waiting = [settings]
@@ -65,11 +69,11 @@ def contents_of(settings: Any) -> list[Any] | None:
             found.append((seen[id(value)],))
         else:
             inside = _inside(value)
-            if inside is None or len(seen) > _MOST:
+            if (inside is None and not takes_all) or len(seen) > _MOST:
                 return None
             seen[id(value)] = len(seen)
-            found.append((type(value), len(inside)))
-            waiting += inside
+            found.append((type(value), _mark_of(value) if inside is None else len(inside)))
+            waiting += inside or ()
     return found
 
 
@@ -92,6 +96,13 @@ def settings_at(root: nn.Module, places: Collection[Place]) -> list[Any]:
 def as_they_are(settings: Iterable[Any]) -> dict[int, Any]:
     """A deepcopy memo by which these stay what they are."""
     return {id(value): value for value in settings}
+
+
+def _mark_of(value: Any) -> Any:
+    """What differs once a tensor or an array is written; of anything else, which object it is."""
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    return id(value), version_of(value) if isinstance(value, Tensor) else None
 
 
 def _can_be_settings(value: Any) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ride_plugin import RIDEWrapper, expert_logits
 from ride_plugin._split._settings import contents_of, settings_in
 
 X = torch.randn(6, 8)
+COUNTS = np.array([9, 5, 1])
 
 
 @dataclass
@@ -75,7 +77,9 @@ def set_scale(settings: Any, value: float) -> None:
 
 MADE = {
     "a namespace": lambda: SimpleNamespace(scale=1.0, name="run", epoch=0),
-    "arguments": lambda: argparse.Namespace(scale=1.0, lr=[0.1, 0.01], device=torch.device("cpu")),
+    "arguments": lambda: argparse.Namespace(
+        scale=1.0, lr=[0.1, 0.01], device=torch.device("cpu"), weight=torch.ones(5), counts=COUNTS
+    ),
     "a dataclass": Options,
     "a dictionary": lambda: {"scale": 1.0, "nested": {"a": (1, 2)}},
     "a dictionary with attributes": lambda: Configuration(scale=1.0),
@@ -129,12 +133,17 @@ class Counts(Backbone):
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
-        self.settings.calls = self.settings.calls + 1
+        if isinstance(self.settings.calls, int):
+            self.settings.calls = self.settings.calls + 1
+        else:
+            self.settings.calls += 1
         return out
 
 
-def test_what_a_forward_writes_is_no_settings_and_stays_each_part_s_own() -> None:
-    settings = SimpleNamespace(scale=1.0, calls=0)
+@pytest.mark.parametrize("kind", ["number", "tensor", "array"])
+def test_what_a_forward_writes_is_no_settings_and_stays_each_part_s_own(kind: str) -> None:
+    calls = {"number": 0, "tensor": torch.zeros(1), "array": np.zeros(1)}[kind]
+    settings = SimpleNamespace(scale=1.0, calls=calls)
     model = RIDEWrapper(Counts(settings), 3, fork_at="late").eval()
     model(X)
     assert settings.calls == 0
@@ -159,7 +168,7 @@ def test_contents_differ_once_something_inside_is_changed() -> None:
     "value",
     [
         {"a": torch.zeros(1)},
-        SimpleNamespace(layer=nn.Linear(1, 1)),
+        Options(scale=nn.Linear(1, 1)),  # type: ignore[arg-type]
         [functools.partial(print)],
         {"lock": threading.Lock()},
         [nn.Linear(1, 1).forward],
