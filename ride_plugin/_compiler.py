@@ -38,7 +38,8 @@ def refuse_tracing(what: str) -> None:
         f"Expected the wrapped model to be compiled or exported, but {what} cannot follow how its "
         "experts run. Use `torch.compile(model)`, `torch.export.export(model.eval(), (x,))`, "
         "`torch.onnx.export(model.eval(), (x,), dynamo=True)`, or "
-        f"`{what}` of one expert as a plain module, `model.to_module(k)`."
+        f"`{what}` of one expert as a plain module, `model.to_module(k)`. Operations are counted "
+        "by `cost_report(model)`."
     )
 
 

@@ -17,6 +17,9 @@ _READS = frozenset(
     | {"__bool__", "__int__", "__float__", "__complex__", "__index__"}
 )
 
+# What returns the same values as another tensor: hooks do so before they ask for its shape.
+_SAME = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+
 
 def reads(func: Callable[..., Any], result: Any) -> bool:
     """Whether an operation that returned ``result`` has read values; a shape is none."""
@@ -78,7 +81,8 @@ class Unread(Tensor):
             return result
         unread = next(t for t in tensors_in((args, kwargs)) if isinstance(t, Unread))
         key, forked = unread.key, unread.forked
-        if not forked() and next(tensors_in(result), None) is not None:
+        stays = func in _SAME or not forked()
+        if stays and next(tensors_in(result), None) is not None:
             return map_tensors(lambda tensor: Unread.of(tensor, key, forked), result)
         returned = "an argument" if key == "inputs" else f"what `{key}` returned before the fork"
         raise ReplayError(

@@ -401,6 +401,27 @@ def watch_classifier(expert: nn.Module, name: str | None, running: Running) -> N
         head.register_forward_pre_hook(FeatureHook(running))
 
 
+class _Aside:
+    """Somebody's hook on a stand-in, during which nothing is recorded or looked for on the tape.
+
+    Tools put one on every module there is: they count operations or collect shapes.
+    """
+
+    def __init__(self, running: Running, hook: Callable[..., Any]) -> None:
+        self.running = running
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mode = self.running.player or self.running.recorder
+        if mode is None or _get_current_function_mode() is not mode:
+            return self.hook(*args, **kwargs)
+        mode.leave()
+        try:
+            return self.hook(*args, **kwargs)
+        finally:
+            mode.enter()
+
+
 class _Substitute(nn.Module):
     """Stands where another module stood; has no parameters, but answers for its attributes.
 
@@ -428,6 +449,19 @@ class _Substitute(nn.Module):
         if self.running.recorder is not None or self.running.player is not None:
             self.real.train(mode)
         return super().train(mode)
+
+    def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """As for any module; that the real one has this name as well is no matter."""
+        self._buffers.setdefault(name, None)
+        super().register_buffer(name, *args, **kwargs)
+
+    def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
+        """As for any module, but for what the hook computes, which is none of the forward's."""
+        return super().register_forward_pre_hook(_Aside(self.running, hook), **kwargs)
+
+    def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
+        """As for any module, but for what the hook computes, which is none of the forward's."""
+        return super().register_forward_hook(_Aside(self.running, hook), **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,0 +1,109 @@
+"""Tools that put a hook or a buffer on every module there is: summaries, counters of operations."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ride_plugin import ReplayError, RIDEWrapper, expert_logits
+
+from ..backbones import CifarResNet
+
+X = torch.randn(2, 3, 32, 32)
+
+
+class Summary:
+    """Asks for shapes with operations of torch, as summaries of layers do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows: list[tuple[str, int, list[int]]] = []
+        self.begun = 0
+        self.handles = []
+        for module in model.modules():
+            if module is not model:
+                self.handles.append(module.register_forward_pre_hook(self.before))
+                self.handles.append(module.register_forward_hook(self.after))
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        self.begun += int(torch.ones(3).sum().item() == 3)
+
+    def after(self, module: nn.Module, args: Any, result: Tensor) -> None:
+        size = args[0].data.size()
+        number = torch.prod(torch.LongTensor(list(size[1:])))
+        assert args[0].detach().element_size() == 4
+        self.rows.append((type(module).__name__, int(number), list(result.shape)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_on_every_module_change_nothing_and_see_every_layer(training: bool) -> None:
+    model = RIDEWrapper(CifarResNet(), 3).train(training)
+    seed = torch.get_rng_state()
+    wanted = expert_logits(copy.deepcopy(model)(X))
+    torch.set_rng_state(seed)
+    summary = Summary(model)
+    torch.testing.assert_close(expert_logits(model(X)), wanted)
+    convolutions = [row for row in summary.rows if row[0] == "Conv2d"]
+    assert len(convolutions) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert summary.begun >= len(summary.rows)  # the trunk unwinds at the fork
+    shapes = [row[2] for row in summary.rows if row[0] == "Linear"]
+    assert shapes == [[2, 10]] * 3
+    for handle in summary.handles:
+        handle.remove()
+    if not training:  # where no statistics have moved on
+        torch.testing.assert_close(expert_logits(model(X)), wanted)
+
+
+def count(model: nn.Module) -> int:
+    """Multiply-adds of convolutions, in buffers that every module is given."""
+
+    def add(module: nn.Module, args: Any, result: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        module.total_ops += result.numel() * math.prod(module.weight.shape[1:])
+
+    for module in model.modules():
+        module.register_buffer("total_ops", torch.zeros(1, dtype=torch.float64))
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(add)
+    with torch.no_grad():
+        model(X)
+    return int(sum(module.total_ops.item() for module in model.modules()))
+
+
+def test_a_counter_with_a_buffer_on_every_module_counts_each_layer_once() -> None:
+    backbone = CifarResNet()
+    model = RIDEWrapper(backbone, 3).eval()
+    trunk = {name for name, _ in model.trunk.named_parameters()}
+    shared, whole = 0, count(backbone.eval())
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d) and f"{name}.weight" in trunk:
+            shared += int(module.total_ops.item())
+    assert 0 < shared < whole
+    assert count(model) == shared + 3 * (whole - shared)
+
+
+class Unasked(nn.Module):
+    """Its late part may read the argument, if somebody sets a flag after wrapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late, self.fc = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.adds = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        late = self.late(self.early(x).relu())
+        if self.adds:
+            late = late + (x.detach() if self.adds == "detached" else x.data)
+        return self.fc(late)
+
+
+@pytest.mark.parametrize("how", ["detached", "data"])
+def test_what_was_dropped_cannot_be_read_by_a_detour(how: str) -> None:
+    model = RIDEWrapper(Unasked(), 2, fork_at="late", example_input=torch.randn(2, 8)).eval()
+    model.adds = how
+    with pytest.raises(ReplayError, match="reads an argument"):
+        model(torch.randn(4, 8))
