@@ -51,7 +51,7 @@ def test_hooks_on_every_module_change_nothing_and_see_every_layer(training: bool
     assert len(convolutions) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
     assert summary.begun >= len(summary.rows)  # the trunk unwinds at the fork
     shapes = [row[2] for row in summary.rows if row[0] == "Linear"]
-    assert shapes == [[2, 10]] * 3
+    assert shapes == [[2, 100]] * 3
     for handle in summary.handles:
         handle.remove()
     if not training:  # where no statistics have moved on
