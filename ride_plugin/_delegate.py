@@ -113,14 +113,7 @@ def set_on_parts(model: SplitModule, name: str, value: Any) -> bool:
         return False
     old = getattr(model.trunk, name)
     if isinstance(old, nn.Module | Tensor):
-        kind = "module" if isinstance(old, nn.Module) else "tensor"
-        raise AttributeError(
-            f"Expected the backbone's `{name}` to be replaced before wrapping, but got another "
-            f"{kind} for it afterwards, which the model would not run: the backbone's exists once "
-            "in the trunk or once for each expert. Replace it in the backbone and wrap that; for "
-            "another number of classes pass `num_classes=` when wrapping; or set "
-            f"`model.experts[k].{name}` for each expert."
-        )
+        raise _replaced_too_late(name, "module" if isinstance(old, nn.Module) else "tensor")
     if isinstance(value, nn.Module | nn.Parameter | MethodType) or _holds_parts(old):
         warn_caller(
             f"The backbone has `{name}`, but it is set on the wrapped model alone, so that the "
@@ -131,6 +124,28 @@ def set_on_parts(model: SplitModule, name: str, value: Any) -> bool:
     for part in (model.trunk, *model.experts):
         setattr(part, name, value)
     return True
+
+
+def refuse_added(model: SplitModule) -> None:
+    """Refuse modules that came into the model past :func:`set_on_parts`, by ``add_module`` say.
+
+    Raises:
+        AttributeError: the backbone has a submodule of this name.
+    """
+    for name in model._modules:
+        shadowed = name not in ("trunk", "experts") and getattr(model.trunk, name, None)
+        if isinstance(shadowed, nn.Module):
+            raise _replaced_too_late(name, "module")
+
+
+def _replaced_too_late(name: str, kind: str) -> AttributeError:
+    return AttributeError(
+        f"Expected the backbone's `{name}` to be replaced before wrapping, but got another "
+        f"{kind} for it afterwards, which the model would not run: the backbone's exists once "
+        "in the trunk or once for each expert. Replace it in the backbone and wrap that; for "
+        "another number of classes pass `num_classes=` when wrapping; or set "
+        f"`model.experts[k].{name}` for each expert."
+    )
 
 
 def _holds_parts(value: Any) -> bool:

@@ -23,7 +23,7 @@ from ride_plugin._checks import (
 from ride_plugin._compiler import check_compiles, refuse_tracing
 from ride_plugin._construct import construct
 from ride_plugin._contexts import training_pass
-from ride_plugin._delegate import from_backbone, set_on_parts
+from ride_plugin._delegate import from_backbone, refuse_added, set_on_parts
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._fold_batchnorm import folded_copy
 from ride_plugin._halves import halves_of
@@ -383,6 +383,8 @@ class RIDEWrapper(SplitModule):
             for instead.
         """
         check_compiles()
+        if len(self._modules) > 2:  # more than trunk and experts
+            refuse_added(self)
         if type(args) is not tuple or any(type(value).__name__ == "Proxy" for value in args):
             refuse_tracing("torch.fx.symbolic_trace")
         # Another thread may be evaluating the model, which sets the modes of its modules.

@@ -215,6 +215,11 @@ def test_a_module_that_would_not_run_is_refused(name: str) -> None:
     with pytest.raises(AttributeError, match=f"`{name}` to be replaced before wrapping"):
         setattr(model, name, nn.Linear(16, 9))
     assert name not in dict(model.named_children())
+    for add in (model.add_module, model._modules.__setitem__):
+        add(name, nn.Linear(16, 9))
+        with pytest.raises(AttributeError, match=f"`{name}` to be replaced before wrapping"):
+            model(torch.randn(2, 8))
+        del model._modules[name]
     model.teacher = nn.Linear(8, 5)  # a name that the backbone does not have
     model.experts = model.experts
     assert model(torch.randn(2, 8)).shape == (2, 5)
