@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from ride_plugin import MissingExpertLogitsError, RIDEWrapper, experts_loss
 
 from ..backbones import CifarResNet
 from .ranks import Ranks
-from .training import assert_equal_to_alone, build, loss_of, my_half, optimizer_for, train
+from .training import Network, assert_equal_to_alone, build, loss_of, my_half, optimizer_for, train
 
 
 def _train(options: dict[str, Any], ddp: dict[str, Any], compiled: str) -> None:
@@ -43,6 +44,27 @@ def test_compiled_model_trains_as_one_process(
     ranks: Ranks, compiled: str, return_experts: bool
 ) -> None:
     ranks(_train, {"return_experts": return_experts}, {}, compiled)
+
+
+class Recomputes(Network):
+    """Every block in a reentrant checkpoint, which runs a backward of its own in the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=True)
+        return self.head(self.norm(x))
+
+
+def _recompute() -> None:
+    model = RIDEWrapper(Recomputes(), 3, fork_at="blocks.2").double()
+    model.load_state_dict(build().state_dict())
+    train(DistributedDataParallel(model), my_half)
+    assert_equal_to_alone(model.state_dict())
+
+
+def test_reentrant_checkpoints_train_as_one_process(ranks: Ranks) -> None:
+    ranks(_recompute)
 
 
 def _with_batchnorm() -> None:
