@@ -107,21 +107,23 @@ def set_on_parts(model: SplitModule, name: str, value: Any) -> bool:
     Raises:
         AttributeError: it is a submodule or a tensor, of which each part has its own.
     """
-    if name.startswith("_") or name in {*vars(model), *model._modules, *model._buffers}:
+    if name in vars(model) or name in model._modules or hasattr(type(model), name):
         return False
-    if hasattr(type(model), name) or not hasattr(model.trunk, name):
+    if name.startswith("_") or not hasattr(model.trunk, name):
         return False
-    old = getattr(model.trunk, name)
-    if isinstance(old, nn.Module | Tensor):
-        raise _replaced_too_late(name, "module" if isinstance(old, nn.Module) else "tensor")
-    if isinstance(value, nn.Module | nn.Parameter | MethodType) or _holds_parts(old):
+    old, parts = getattr(model.trunk, name), (model.trunk, *model.experts)
+    if isinstance(old, nn.Module):
+        raise _replaced_too_late(name, "module")
+    if any(name in part._parameters or name in part._buffers for part in parts):
+        raise _replaced_too_late(name, "tensor")
+    if isinstance(value, nn.Module | nn.Parameter | MethodType) or _holds_modules(old):
         warn_caller(
             f"The backbone has `{name}`, but it is set on the wrapped model alone, so that the "
             "backbone's forward does not see it. Set it on the backbone before wrapping, or on "
             f"each part: `for part in (model.trunk, *model.experts): part.{name} = ...`."
         )
         return False
-    for part in (model.trunk, *model.experts):
+    for part in parts:
         setattr(part, name, value)
     return True
 
@@ -149,11 +151,14 @@ def _replaced_too_late(name: str, kind: str) -> AttributeError:
 
 
 def _holds_parts(value: Any) -> bool:
+    return _holds_modules(value) or next(tensors_in(value), None) is not None
+
+
+def _holds_modules(value: Any) -> bool:
     items = value.values() if isinstance(value, dict) else value
-    inside = isinstance(value, list | tuple | set | dict) and any(
+    return isinstance(value, list | tuple | set | dict) and any(
         isinstance(item, nn.Module) for item in items
     )
-    return inside or next(tensors_in(value), None) is not None
 
 
 def _no_weight_decay(model: SplitModule, own: Callable[..., Any]) -> Callable[..., set[str]]:

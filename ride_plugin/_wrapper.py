@@ -463,7 +463,8 @@ class RIDEWrapper(SplitModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module; what the backbone has is set in trunk and experts, which read it."""
-        if "_watch" not in vars(self) or not set_on_parts(self, name, value):  # not yet built
+        built = "_watch" in vars(self)
+        if not built or not set_on_parts(self, name, value):
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:

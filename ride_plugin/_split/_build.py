@@ -39,7 +39,7 @@ from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import read_attributes
 from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._references import hook_owners, refuse_captured, warn_of_outside_hooks
-from ride_plugin._split._settings import as_they_are, settings_at, settings_in
+from ride_plugin._split._settings import as_they_are, contents_in, settings_at
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import Forked, NoHandle, Recorded, watch_classifier
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
@@ -136,7 +136,6 @@ def _split(
         source.register_forward_hook(seen.reader)  # every copy of it returns its logits
     fork = choose_fork(seen.root, fork_at)
     trunk_units, forked_units = sides(fork, seen.root, seen.training_root)
-
     settings = settings_at(source, seen.settings)
 
     def cut(forked_tensors: frozenset[str]) -> Views:
@@ -353,9 +352,8 @@ def learned(
 
 def _source_of(backbone: nn.Module) -> nn.Module:
     """A copy of the backbone, what was compiled as it was before."""
-    memo: dict[int, Any] = detached_activations(backbone) | as_they_are(
-        settings_in(backbone).values()
-    )
+    settings = settings_at(backbone, contents_in(backbone))
+    memo: dict[int, Any] = detached_activations(backbone) | as_they_are(settings)
     compiled = [module for module in backbone.modules() if is_compiled(module)]
     for module in reversed(compiled):  # from inside to outside
         memo[id(module)] = copy.deepcopy(module.get_submodule(_COMPILED), memo)

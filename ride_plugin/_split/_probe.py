@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ride_plugin._contexts import RandomState
 from ride_plugin._inputs import Inputs, own_inputs
-from ride_plugin._split._settings import contents_of, settings_in, unchanged
+from ride_plugin._split._settings import contents_in
 from ride_plugin._tree import CONTAINERS, Place, tensors_in
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -95,7 +95,7 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         stack.pop().outputs = _seen(result)
 
     before_all = {name: (part, marks_of(part)) for name, part in model.named_modules()}
-    settings = {place: contents_of(value) for place, value in settings_in(model).items()}
+    settings = contents_in(model)
     random_before = RandomState.now().mark()
     unseen = {id(part) for part in model.modules() if isinstance(part, torch.jit.ScriptModule)}
     for part in model.modules():
@@ -120,7 +120,9 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         for key in {*old, *now}
         if differ(old.get(key, []), now.get(key, []))
     }
-    root.settings = unchanged(model, settings)
+    now = contents_in(model)
+    kept = {place for place, contents in settings.items() if now.get(place) == contents}
+    root.settings = frozenset(kept - root.changed)
     if RandomState.now().mark() != random_before:
         root.changed.add(RANDOM)
     return root, output

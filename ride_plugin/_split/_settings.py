@@ -7,9 +7,10 @@ it later: ``args.epoch = epoch``, ``model.config.use_cache = False``. Copies wou
 from __future__ import annotations
 
 import logging
+import random
 from argparse import Namespace
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
@@ -27,27 +28,29 @@ _ATOMS = (
     *(type, FunctionType, BuiltinFunctionType, ModuleType, logging.Logger),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
+_STREAMS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _MOST = 10_000  # values in one settings object; what holds more is something else
 _PICKLING = ("__reduce__", "__reduce_ex__")
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
-def settings_in(root: nn.Module) -> dict[Place, Any]:
-    """The settings that modules of ``root`` hold as plain attributes.
+def contents_in(root: nn.Module) -> dict[Place, list[Any]]:
+    """Where modules of ``root`` hold settings as plain attributes, and what is in them.
 
-    Those are dictionaries and lists with something in them and objects of classes written in
+    Settings are dictionaries and lists with something in them and objects of classes written in
     Python, in which there are numbers, names, and containers and objects of such, nothing else.
     """
-    known: dict[int, bool] = {}
-    found: dict[Place, Any] = {}
+    known: dict[int, list[Any] | None] = {}
+    found: dict[Place, list[Any]] = {}
     for path, module in root.named_modules():
         for name, value in vars(module).items():
             if name in _OF_MODULES or isinstance(value, (*_ATOMS, Tensor, nn.Module)):
                 continue
-            if id(value) not in known:
-                known[id(value)] = _can_be_settings(value) and contents_of(value) is not None
-            if known[id(value)]:
-                found[path, name] = value
+            if id(value) not in known:  # many modules may hold one configuration
+                known[id(value)] = contents_of(value) if _can_be_settings(value) else None
+            contents = known[id(value)]
+            if contents is not None:
+                found[path, name] = contents
     return found
 
 
@@ -77,20 +80,10 @@ def contents_of(settings: Any) -> list[Any] | None:
     return found
 
 
-def unchanged(root: nn.Module, before: dict[Place, list[Any] | None]) -> frozenset[Place]:
-    """Those of the places where the settings hold what they held before."""
-    now = settings_in(root)
-    return frozenset(
-        place
-        for place, contents in before.items()
-        if place in now and contents is not None and contents_of(now[place]) == contents
-    )
-
-
-def settings_at(root: nn.Module, places: Collection[Place]) -> list[Any]:
+def settings_at(root: nn.Module, places: Iterable[Place]) -> list[Any]:
     """The settings at these places, each once."""
-    found = {id(value): value for place, value in settings_in(root).items() if place in places}
-    return list(found.values())
+    found = [vars(root.get_submodule(path))[name] for path, name in places]
+    return list({id(value): value for value in found}.values())
 
 
 def as_they_are(settings: Iterable[Any]) -> dict[int, Any]:
@@ -102,6 +95,8 @@ def _mark_of(value: Any) -> Any:
     """What differs once a tensor or an array is written; of anything else, which object it is."""
     if isinstance(value, np.ndarray):
         return value.tobytes()
+    if isinstance(value, _STREAMS):
+        return object()  # equal to nothing: whoever draws from one changes it
     return id(value), version_of(value) if isinstance(value, Tensor) else None
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import RIDEWrapper, expert_logits
-from ride_plugin._split._settings import contents_of, settings_in
+from ride_plugin._split._settings import contents_in, contents_of
 
 X = torch.randn(6, 8)
 COUNTS = np.array([9, 5, 1])
@@ -140,11 +140,14 @@ class Counts(Backbone):
         return out
 
 
-@pytest.mark.parametrize("kind", ["number", "tensor", "array"])
+@pytest.mark.parametrize("kind", ["number", "tensor", "array", "stream"])
 def test_what_a_forward_writes_is_no_settings_and_stays_each_part_s_own(kind: str) -> None:
-    calls = {"number": 0, "tensor": torch.zeros(1), "array": np.zeros(1)}[kind]
-    settings = SimpleNamespace(scale=1.0, calls=calls)
-    model = RIDEWrapper(Counts(settings), 3, fork_at="late").eval()
+    calls = {"tensor": torch.zeros(1), "array": np.zeros(1)}.get(kind, 0)
+    settings = SimpleNamespace(scale=1.0, calls=calls, stream=np.random.default_rng(0))
+    if kind != "stream":
+        del settings.stream
+    backbone = Backbone(settings) if kind == "stream" else Counts(settings)
+    model = RIDEWrapper(backbone, 3, fork_at="late").eval()
     model(X)
     assert settings.calls == 0
     held = [part.settings for part in (model.trunk, *model.experts)]
@@ -183,4 +186,4 @@ def test_contents_differ_once_something_inside_is_changed() -> None:
 def test_what_is_no_settings(value: Any) -> None:
     module = nn.Linear(2, 2)
     module.value = value
-    assert settings_in(module) == {}
+    assert contents_in(module) == {}
