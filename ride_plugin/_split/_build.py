@@ -18,6 +18,7 @@ from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_calle
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._copies import (
+    COMPILED_CALL,
     copy_with_hooks,
     detached_activations,
     running_copy,
@@ -357,7 +358,7 @@ def _source_of(backbone: nn.Module) -> nn.Module:
     compiled = [module for module in backbone.modules() if is_compiled(module)]
     for module in reversed(compiled):  # from inside to outside
         memo[id(module)] = copy.deepcopy(module.get_submodule(_COMPILED), memo)
-    if compiled:
+    if compiled or any(vars(module).get(COMPILED_CALL) for module in backbone.modules()):
         warn_caller(
             "The backbone, or a part of it, is compiled. The experts are made of what was there "
             "before: compile the wrapped model instead, `torch.compile(model)`."

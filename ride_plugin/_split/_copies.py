@@ -24,6 +24,7 @@ T = TypeVar("T")
 _ATOMS = frozenset(
     {int, float, bool, str, type(None), type, FunctionType, torch.dtype, torch.device}
 )
+COMPILED_CALL = "_compiled_call_impl"
 _WITHOUT_TENSORS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}  # submodules, hooks
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 _COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
@@ -114,6 +115,8 @@ def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
         attributes = shell.__dict__
         for name, attribute in vars(plain[key]).items():
             kind = type(attribute)
+            if name == COMPILED_CALL:  # of `module.compile()`: it calls the original
+                continue
             if kind in _ATOMS:
                 attributes[name] = attribute
             elif kind in (dict, OrderedDict) and id(attribute) not in memo:

@@ -25,7 +25,7 @@ from ride_plugin._errors import (
     warn_caller,
 )
 from ride_plugin._inputs import Inputs, in_order_of, resize_batch
-from ride_plugin._split._copies import copy_with_hooks, detached_activations
+from ride_plugin._split._copies import COMPILED_CALL, copy_with_hooks, detached_activations
 from ride_plugin._split._form import versions_in
 from ride_plugin._split._groups import G, merged_groups
 from ride_plugin._split._learn import learn_at_run_time
@@ -55,6 +55,7 @@ from ride_plugin._split._sharing import (
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import (
     belongs_to,
+    module_at,
     places_of_forks,
     places_of_units,
     watch_classifier,
@@ -187,6 +188,7 @@ class SplitModule(nn.Module):
         expert = self.experts[index]
         self._follow_tensors()
         if not torch.compiler.is_compiling():
+            module_at(self.experts, str(index))
             for place in self._forks[index]:
                 place.keep_hook()
         # The expert draws what the trunk drew, and goes on drawing where the last one ended.
@@ -487,6 +489,7 @@ class SplitModule(nn.Module):
 
     def _keep_hooks(self) -> None:
         if not torch.compiler.is_compiling():
+            module_at(self, "trunk")
             for place in self._units:
                 place.keep_hooks()
             self._follow_tensors()
@@ -548,7 +551,8 @@ class SplitModule(nn.Module):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         inside = (*self.trunk.modules(), *self.experts.modules())
-        copied.__dict__ = copy_with_hooks(self.__dict__, inside, memo)
+        held = {name: value for name, value in vars(self).items() if name != COMPILED_CALL}
+        copied.__dict__ = copy_with_hooks(held, inside, memo)
         return copied
 
     def train(self, mode: bool = True) -> Self:

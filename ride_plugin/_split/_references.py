@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ride_plugin._errors import SplitError, warn_caller
+from ride_plugin._split._copies import COMPILED_CALL
 from ride_plugin._tree import CONTAINERS
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -85,7 +86,7 @@ def _unwrapped(function: Any) -> Any:
 
 def _functions_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in vars(module).items():
-        if isinstance(value, FunctionType | partial):
+        if key != COMPILED_CALL and isinstance(value, FunctionType | partial):
             yield f"attribute `{key}`", value
     for what, hooks in (
         ("a forward pre-hook", module._forward_pre_hooks),

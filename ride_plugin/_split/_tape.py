@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from typing_extensions import Self
 
 from ride_plugin._errors import ReplayError, warn_caller
+from ride_plugin._split._copies import COMPILED_CALL
 from ride_plugin._split._hollow import hollow
 from ride_plugin._split._reentrant import region_without_gradients
 from ride_plugin._split._state import Layout
@@ -285,8 +286,7 @@ class UnitPlace:
         What a unit's other hooks compute (FSDP2 gathers parameters there) belongs to the unit. As
         glue, the experts would look for it in the backbone's forward, which does not have it.
         """
-        unit = self.parent._modules[self.name]
-        assert unit is not None
+        unit = module_at(self.parent, self.name)
         if next(filter(None, map(_ours, unit._forward_pre_hooks.values())), None) is not self.hooks:
             # Somebody replaced the module, by SyncBatchNorm or an adapter, or by a changed copy of
             # it, whose hooks tell nobody.
@@ -296,6 +296,23 @@ class UnitPlace:
             if not _ours(next((reversed if last else iter)(hooks.values()))):
                 ours = next(key for key, hook in hooks.items() if _ours(hook))
                 cast(OrderedDict[int, Any], hooks).move_to_end(ours, last=last)
+
+
+def module_at(parent: nn.Module, name: str) -> nn.Module:
+    """The submodule that stands there now.
+
+    Raises:
+        ReplayError: it is compiled by itself, so that our hooks cannot tell what runs.
+    """
+    module = parent._modules[name]
+    assert module is not None
+    if vars(module).get(COMPILED_CALL) is not None:
+        raise ReplayError(
+            f"Expected the wrapped model to be compiled as a whole, but its submodule `{name}` "
+            f"({type(module).__name__}) is compiled by itself (`module.compile()`). Leave that "
+            "out, and use `torch.compile(model)` or `model.compile()`."
+        )
+    return module
 
 
 def places_of_units(trunk: nn.Module) -> list[UnitPlace]:
@@ -356,8 +373,7 @@ class ForkPlace:
 
     def keep_hook(self) -> None:
         """Let the hook stand on the module that is here now."""
-        unit = self.parent._modules[self.name]
-        assert unit is not None
+        unit = module_at(self.parent, self.name)
         if self.hook not in unit._forward_pre_hooks.values():
             _drop(unit, lambda hook: isinstance(hook, ForkHook))
             unit.register_forward_pre_hook(self.hook, prepend=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ride_plugin import (
     ArgumentError,
+    ReplayError,
     RIDEError,
     RIDEWrapper,
     SplitError,
@@ -363,6 +364,46 @@ def test_a_compiled_part_is_taken_as_it_was_before() -> None:
         model = RIDEWrapper(net, 1)
     assert list(model.to_module().state_dict()) == names
     assert type(net[0]).__name__ == "OptimizedModule"  # the backbone keeps it
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", ["", "0", "1"])
+def test_what_compile_changed_in_place_is_taken_as_it_was_before(name: str) -> None:
+    net = nn.Sequential(linear_net()[:2], linear_net()[2:]).eval()
+    net.get_submodule(name).compile(backend="eager")
+    net(torch.randn(4, 8))
+    with pytest.warns(UserWarning, match="compile the wrapped model instead"):
+        model = RIDEWrapper(net, 2, init="copy").eval()
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)  # not what a compiled call of the original would read
+    wanted = torch.stack([module(x) for module in model.to_modules()], dim=1)
+    torch.testing.assert_close(expert_logits(model(x)), wanted)
+
+
+@pytest.mark.compiles
+def test_a_copy_of_a_model_that_was_compiled_in_place_runs_its_own_weights() -> None:
+    model = RIDEWrapper(linear_net(), 2).eval()
+    x = torch.randn(4, 8)
+    model.compile(backend="eager")
+    wanted = model(x)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert not copied(x).any()
+    torch.testing.assert_close(model(x), wanted)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", ["trunk", "trunk.0", "experts.1", "experts.1.1"])
+def test_a_part_that_is_compiled_by_itself_after_wrapping_is_refused(name: str) -> None:
+    net = nn.Sequential(linear_net()[:2], linear_net()[2:])
+    model = RIDEWrapper(net, 2, fork_at="1").eval()
+    model.get_submodule(name).compile(backend="eager")
+    with pytest.raises(ReplayError, match=r"compiled by itself.*`torch.compile\(model\)`"):
+        model(torch.randn(4, 8))
 
 
 @pytest.mark.parametrize("inside", [False, True])
