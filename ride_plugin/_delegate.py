@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ride_plugin._checks import check_integer
 from ride_plugin._errors import caller, warn_caller
-from ride_plugin._split import SplitModule, merged_groups, replace_classifiers
+from ride_plugin._split import SplitModule, merged_groups, replace_classifiers, write_attributes
 from ride_plugin._tree import tensors_in
 
 _STDLIB = os.path.dirname(os.__file__)
@@ -47,6 +47,15 @@ def from_backbone(model: SplitModule, name: str) -> Any:
         raise AttributeError(f"'{kind}' object has no attribute '{name}'") from None
     if name in _METHODS and callable(value):
         return _METHODS[name](model, value)
+    if ("", name) in model.set_by_experts:
+        each = [getattr(expert, name) for expert in model.experts]
+        if not _alike(each):
+            raise _refused(
+                kind,
+                name,
+                f"Each expert sets its own in its forward: `model.experts[k].{name}`.",
+            )
+        value = each[0]
     if _GROUPS.search(name) and callable(value) and not isinstance(value, nn.Module):
         return _parameter_groups(model, name)
     if isinstance(value, nn.Module | Tensor):
@@ -124,7 +133,10 @@ def set_on_parts(model: SplitModule, name: str, value: Any) -> bool:
         )
         return False
     for part in parts:
-        setattr(part, name, value)
+        if ("", name) in model.set_by_experts:  # a list that each fills is one for each
+            write_attributes(part, [("", name)], (value,))
+        else:
+            setattr(part, name, value)
     return True
 
 
@@ -148,6 +160,13 @@ def _replaced_too_late(name: str, kind: str) -> AttributeError:
         "another number of classes pass `num_classes=` when wrapping; or set "
         f"`model.experts[k].{name}` for each expert."
     )
+
+
+def _alike(values: list[Any]) -> bool:
+    try:
+        return all(bool(value == values[0]) for value in values)
+    except Exception:  # tensors, and objects that cannot be compared
+        return False
 
 
 def _holds_parts(value: Any) -> bool:

@@ -273,6 +273,40 @@ def test_what_the_forward_reads_is_set_in_every_part(name: str, value: Any) -> N
     torch.testing.assert_close(expert_logits(again(x)), wanted)
 
 
+class Notes(nn.Module):
+    """Leaves numbers on itself: before the fork, and after it other ones for each expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late, self.fc = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+        self.first, self.penalty, self.calls, self.seen = 0.0, 0.0, 0, list[float]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(x)
+        self.first = x.mean().item()
+        x = self.late(x)
+        self.penalty, self.calls = x.mean().item(), self.calls + 1
+        self.seen.append(self.penalty)
+        return self.fc(x)
+
+
+def test_what_a_forward_leaves_on_each_expert_is_not_read_off_another() -> None:
+    model = RIDEWrapper(Notes(), 3, fork_at="late").eval()
+    x = torch.randn(4, 8)
+    for _ in range(2):
+        model(x)
+    assert model.calls == 2  # the same for all
+    assert model.first == model.trunk.early(x).mean().item()
+    with pytest.raises(AttributeError, match=r"in its forward: `model\.experts\[k\]\.penalty`"):
+        _ = model.penalty
+    with pytest.raises(AttributeError, match=r"in its forward: `model\.experts\[k\]\.seen`"):
+        _ = model.seen
+    model.seen, model.calls = [], 10
+    model(x)
+    assert [expert.seen for expert in model.experts] == [[e.penalty] for e in model.experts]
+    assert model.calls == 11
+
+
 def test_attributes_of_nobody_and_of_the_wrapped_model_are_its_own() -> None:
     model = RIDEWrapper(Follows(), 2, fork_at="blocks.1")
     model.note, model._act, model.num_classes = "mine", None, model.num_classes

@@ -60,7 +60,7 @@ from ride_plugin._split._tape import (
     places_of_units,
     watch_classifier,
 )
-from ride_plugin._tree import logits_in, map_tensors, tensors_in
+from ride_plugin._tree import Place, logits_in, map_tensors, tensors_in
 
 _MOST_LAYOUTS = 64  # a number among the arguments may be another at each call
 _MOST_LOOKS = 16  # each takes as long as a few passes; where paths are random they find nothing
@@ -139,6 +139,11 @@ class SplitModule(nn.Module):
             self.redrawn_parameters,
             self._written,
         )
+
+    @property
+    def set_by_experts(self) -> list[Place]:
+        """Attributes and buffers outside units that the code after the fork sets or fills."""
+        return self._late
 
     @property
     def classifiers(self) -> list[nn.Module]:
