@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ride_plugin._errors import ArgumentError, ReplayError, SplitError
+from ride_plugin._errors import ArgumentError, ReplayError, SplitError, warn_caller
 from ride_plugin._split._classifier import Head, find_classifier
 from ride_plugin._split._probe import Call, address_of
 from ride_plugin._tree import Path, at_path, is_matrix, logits_in, matrices_in
@@ -197,6 +197,13 @@ def check_classifies(
         SplitError: they look like features; or there is no classifier to give ``num_classes``.
     """
     columns = logits.shape[1]
+    if columns > 1 and _are_probabilities(logits):
+        warn_caller(
+            "The backbone returns probabilities: its rows sum to one. Experts' logits are what is "
+            "averaged and compared here, and a criterion such as cross entropy takes a softmax by "
+            "itself. Take the softmax out of the backbone before wrapping it, and apply it to what "
+            "the wrapped model returns."
+        )
     rectified = bool((logits >= 0).all() & (logits == 0).any() & logits.any())
     found = head is not None and not rectified and (head.exact or isinstance(output, Tensor))
     if num_classes not in (None, columns):
@@ -216,6 +223,11 @@ def check_classifies(
             f"was found to return it: it looks like a feature extractor. {_PAIR} If these are "
             f"logits, pass `num_classes={columns}`."
         )
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    rows = logits.double()
+    return bool((rows >= 0).all() & ((rows.sum(1) - 1).abs() < 1e-2).all())
 
 
 def describe(output: Any) -> str:

@@ -63,7 +63,8 @@ class RIDELoss(nn.Module):
         ArgumentError: an argument is of another kind.
 
     Warns:
-        UserWarning: at the first call, the criterion adds a prior and has no ``with_prior``.
+        UserWarning: at the first call, the criterion adds a prior and has no ``with_prior``, or
+            the targets are of several classes for one sample.
 
     Example:
         >>> criterion = RIDELoss(nn.CrossEntropyLoss(), [300, 100, 20])
@@ -130,7 +131,10 @@ class RIDELoss(nn.Module):
         loss = experts_loss(self._with(args, kwargs), experts, target)
         if not torch.compiler.is_compiling():
             self.mean_loss = loss.detach().mean() / num_experts
-            self._look_at_the_prior(experts, target, args, kwargs)
+            if not self._looked:
+                self._looked = True
+                self._look_at_the_prior(experts, target, args, kwargs)
+                _look_at_the_targets(experts, target)
         total = loss + self._term(seen_logits(self._each(), experts), target, loss)
         return total if self.over_experts == "sum" else total / num_experts
 
@@ -227,10 +231,7 @@ class RIDELoss(nn.Module):
     def _look_at_the_prior(
         self, experts: Tensor, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Warn, once, if experts can part where a criterion of another library does not look."""
-        if self._looked:
-            return
-        self._looked = True
+        """Warn if experts can part where a criterion of another library does not look."""
         for criterion in self._each():
             known = hasattr(criterion, "with_prior")
             if not known and adds_a_prior(criterion, experts[:, 0], target, args, kwargs):
@@ -254,3 +255,16 @@ class RIDELoss(nn.Module):
             loss: Tensor = criteria(logits, target)
             return loss
         return torch.stack([one(logits, target) for one in criteria]).mean(0)
+
+
+def _look_at_the_targets(experts: Tensor, target: Any) -> None:
+    """Warn if a sample has several classes, or none, for which the diversity term is not made."""
+    if not isinstance(target, Tensor) or not target.is_floating_point():
+        return
+    if target.shape == experts[:, 0].shape and bool(((target.sum(1) - 1).abs() > 0.01).any()):
+        warn_caller(
+            "Rows of `target` do not sum to one, as where a sample may have several classes or "
+            "none. The diversity term compares experts by a softmax over the classes, which is "
+            "made for one class a sample, and nothing was measured for others. To leave it out: "
+            "RIDELoss(criterion, DiversityLoss(class_counts, weight=0))."
+        )

@@ -199,7 +199,10 @@ def test_targets_that_only_the_criterion_understands() -> None:
     expected = sum(
         F.binary_cross_entropy_with_logits(z, several) for z in out.expert_logits.unbind(1)
     )
-    torch.testing.assert_close(loss(out, several), expected + loss.diversity(out, several))
+    with pytest.warns(UserWarning, match="Rows of `target` do not sum to one") as caught:
+        found = loss(out, several)
+    assert caught[0].filename == __file__
+    torch.testing.assert_close(found, expected + loss.diversity(out, several))
     with pytest.raises(ArgumentError, match=r"`target`.*sum to one"):
         RIDELoss(nn.CrossEntropyLoss(), COUNTS)(out, several)
     with pytest.raises(ArgumentError, match="`target` to be that of 6 samples"):
@@ -487,3 +490,15 @@ def test_keywords_of_a_criterion_without_a_signature_are_refused_with_the_remedy
     with pytest.raises(ArgumentError, match="Pass both by position"):
         criterion(logits=output, labels=target)
     assert torch.equal(criterion(output=output, target=target), criterion(output, target))
+
+
+def test_targets_of_several_classes_for_a_sample_are_warned_of_once() -> None:
+    criterion = RIDELoss(nn.BCEWithLogitsLoss(), [9, 5, 3])
+    logits = torch.randn(4, 2, 3, requires_grad=True)
+    several = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    with pytest.warns(UserWarning, match="Rows of `target` do not sum to one"):
+        criterion(logits, several)
+    criterion(logits, several)  # warnings are errors here
+    RIDELoss(nn.BCEWithLogitsLoss(), DiversityLoss([9, 5, 3], weight=0))(logits, several)
+    mixed = torch.tensor([[0.7, 0.3, 0.0]]).expand(4, 3)
+    RIDELoss(nn.BCEWithLogitsLoss(), [9, 5, 3])(logits, mixed)
