@@ -308,10 +308,10 @@ def as_cpu_tensor(values: object, name: str) -> Tensor:
         if not isinstance(values, Tensor) and hasattr(values, "__array__"):  # pandas and others too
             # torch takes no reversed array and warns of one that cannot be written.
             values = np.require(np.asarray(values), requirements=["C", "W"])
-        tensor = torch.as_tensor(values)
+        tensor = torch.as_tensor(values, device="cpu")
         if tensor.is_floating_point() and not isinstance(values, Tensor | np.ndarray):
-            tensor = torch.as_tensor(values, dtype=torch.float64)
-        return tensor.detach().cpu()
+            tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+        return tensor.detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ArgumentError(
             f"Expected argument `{name}` to be a tensor, an array or a list of numbers, but got "
@@ -358,7 +358,7 @@ def as_labels(
     With ``empty``, there may be none of them: another rank may have some.
     """
     if empty and not as_cpu_tensor(labels, name).numel():
-        return torch.empty(0, dtype=torch.long)
+        return torch.empty(0, dtype=torch.long, device="cpu")
     values = as_indices(labels, name, "N")
     check_classes(values, name, num_classes)
     return values

@@ -273,7 +273,9 @@ def _counted(
 
 def _flops_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Its FLOPs on the model's inputs, which may be in another precision or place by now."""
-    like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(()))
+    like = next(
+        (p for p in backbone.parameters() if p.is_floating_point()), torch.empty((), device="cpu")
+    )
 
     def moved(tensor: Tensor) -> Tensor:
         return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)

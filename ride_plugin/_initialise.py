@@ -17,7 +17,7 @@ _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked 
 _FEW = 8  # entries or rows that are looked at first
 _SAMPLE = 64  # entries at random places, looked at before all zeros of a weight are counted
 _BLOCK = 2**16  # entries; so many, and their order, stay near the processor while they are shuffled
-_ZERO, _ONE = torch.zeros(1), torch.ones(1)
+_ZERO, _ONE = torch.zeros(1, device="cpu"), torch.ones(1, device="cpu")
 
 
 def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
@@ -187,7 +187,7 @@ def is_sparse(parameter: Tensor) -> bool:
     if entries.numel() > _SAMPLE**2:
         # If half were zero, so many at random places would all be others once in 2^64 times.
         generator = torch.Generator().manual_seed(0)
-        places = torch.randint(entries.numel(), (_SAMPLE,), generator=generator)
+        places = torch.randint(entries.numel(), (_SAMPLE,), generator=generator, device="cpu")
         if bool(entries[places.to(entries.device)].all()):
             return False
     return 2 * int(entries.count_nonzero()) < entries.numel()

@@ -115,7 +115,7 @@ def resize_batch(inputs: Inputs, batch_size: int) -> Inputs:
         rows = [tensor[i % given] for i in range(batch_size)]
         for i in range(given, batch_size):
             if tensor.is_floating_point():
-                noise = torch.randn(rows[i].shape, generator=generator).to(tensor)
+                noise = torch.randn(rows[i].shape, generator=generator, device="cpu").to(tensor)
                 rows[i] = rows[i] + 0.3 * noise
             elif rows[i].dim() > 0:
                 rows[i] = rows[i].roll(i, dims=0)

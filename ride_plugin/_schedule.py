@@ -31,7 +31,7 @@ class Schedule(nn.Module):
             start_epoch, "start_epoch", advice="Epochs count from zero; 0 starts at once."
         )
         self.last_epoch = 0
-        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @property
     def is_active(self) -> bool:

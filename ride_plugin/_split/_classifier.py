@@ -77,25 +77,27 @@ def replace_classifiers(
             f"but it {kind}. Replace it in the backbone before wrapping, for example by "
             "ride_plugin.longtail.CosineClassifier, and leave the argument out."
         )
+    if not (classifier in (None, "cosine") or callable(classifier)):
+        raise ArgumentError(
+            "Expected argument `classifier` to be None, 'cosine' or a function of "
+            f"(in_features, num_classes) that returns a module, but got {classifier!r}."
+        )
     for expert, old in zip(parts.experts, olds, strict=True):
-        if callable(classifier):
-            new = classifier(in_features, num_classes)
-        elif classifier == "cosine":
-            new = CosineClassifier(in_features, num_classes)
-        elif classifier is None:
-            new = nn.Linear(in_features, num_classes, bias=getattr(old, "bias", None) is not None)
-        else:
-            raise ArgumentError(
-                "Expected argument `classifier` to be None, 'cosine' or a function of "
-                f"(in_features, num_classes) that returns a module, but got {classifier!r}."
-            )
+        parameter = next(old.parameters())
+        with parameter.device:  # whatever torch's default device is
+            if callable(classifier):
+                new = classifier(in_features, num_classes)
+            elif classifier == "cosine":
+                new = CosineClassifier(in_features, num_classes)
+            else:
+                bias = getattr(old, "bias", None) is not None
+                new = nn.Linear(in_features, num_classes, bias=bias)
         if not isinstance(new, nn.Module):
             raise ArgumentError(
                 "Expected argument `classifier` to return a torch.nn.Module for (in_features, "
                 f"num_classes) = {(in_features, num_classes)}, but it returned "
                 f"{type(new).__name__}."
             )
-        parameter = next(old.parameters())
         new = new.to(parameter.device, parameter.dtype).train(old.training)
         expert.set_submodule(str(parts.classifier), new)
         watch_classifier(expert, parts.classifier, parts.running)

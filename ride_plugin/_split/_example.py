@@ -105,11 +105,11 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
     generator = torch.Generator().manual_seed(0)
 
     def floats(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
     def tokens(length: int, vocabulary: int) -> Tensor:
-        ids = torch.randint(1, max(2, min(vocabulary, 100)), (2, length), generator=generator)
-        return ids.to(device)
+        high = max(2, min(vocabulary, 100))
+        return torch.randint(1, high, (2, length), generator=generator, device="cpu").to(device)
 
     config = getattr(backbone, "config", None)
     name = getattr(backbone, "main_input_name", None)

@@ -127,7 +127,8 @@ def _run(
     with torch.no_grad():
         for name, tensor in (*views.expert.named_parameters(), *views.expert.named_buffers()):
             if name in changed and tensor.is_floating_point():
-                tensor.mul_(1 + torch.rand(tensor.shape, generator=generator).to(tensor))
+                noise = torch.rand(tensor.shape, generator=generator, device="cpu")
+                tensor.mul_(1 + noise.to(tensor))
         for (path, key), value in (start or {}).items():
             if value is not Absent:
                 views.trunk.get_submodule(path).__dict__[key] = own_containers(value)
@@ -141,7 +142,7 @@ def _run(
 
         def noted(value: Tensor) -> Tensor:
             # What is computed with an expert's tensor counts, not that somebody looked at it.
-            return torch.zeros(()) if id(value) in ids else value.detach().clone()
+            return value.new_zeros(()) if id(value) in ids else value.detach().clone()
 
         try:
             state, _ = record(views.trunk, views.running, (), args, kwargs, stop_at_fork=True)

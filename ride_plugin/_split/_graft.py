@@ -118,7 +118,7 @@ def _transplanted(split: Split, other: Split) -> Split:
     memo = views.memo_onto(trunk, split.views.running)
     mine = (views.expert, views.expert_links)
     expert, links = copy_with_hooks(mine, views.expert.modules(), memo)
-    expert.to(next(trunk.parameters(), torch.empty(0)).device)
+    expert.to(next(trunk.parameters(), torch.empty(0, device="cpu")).device)
     views = replace(
         views, trunk=trunk, expert=expert, running=split.views.running, links=links, spine=[]
     )

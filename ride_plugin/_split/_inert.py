@@ -29,7 +29,8 @@ def inert_parameters(parts: Parts, redraw: Callable[[Tensor], object]) -> list[s
         candidates = {n: p for n, p in views.expert.named_parameters() if p.requires_grad}
         if not candidates or not before.requires_grad:
             return []
-        weights = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(before.shape, generator=generator, device="cpu")
         total = (before * weights.to(before)).sum()
         gradients = torch.autograd.grad(total, list(candidates.values()), allow_unused=True)
         names = [

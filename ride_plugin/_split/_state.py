@@ -147,7 +147,7 @@ class TrunkState:
         """One row, as a batch of one."""
         if not -self.batch_size <= index < self.batch_size:
             raise IndexError(f"Row {index} of a state of {self.batch_size} rows.")
-        return self.select(torch.tensor([index % self.batch_size]))
+        return self.select(torch.tensor([index % self.batch_size], device="cpu"))
 
     def detach(self) -> TrunkState:
         """The same values without their gradient history."""

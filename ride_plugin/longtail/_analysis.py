@@ -119,7 +119,7 @@ def analyze(
     _check_expert_logits(logits, len(labels), len(counts))
     num_experts = logits.shape[1]
     if num_experts_used is None:
-        used = torch.full((len(labels),), num_experts)
+        used = torch.full_like(labels, num_experts)
     else:
         used = _check_used(num_experts_used, len(labels), num_experts)
 
@@ -174,7 +174,7 @@ def _measure(logits: Tensor, used: Tensor) -> _Measured:
     choices = _argmax(logits)
     # The largest logit is NaN if one is, +inf if one is, and -inf only if all classes are masked.
     usable = logits.gather(2, choices[:, :, None]).isfinite().all(1)[:, 0]
-    routed = running_means(logits)[torch.arange(len(used)), used - 1]
+    routed = running_means(logits)[torch.arange(len(used), device=used.device), used - 1]
     predicted = _argmax(routed)
     confidence = routed.softmax(1).amax(1)
     pairs = max(logits.shape[1] * (logits.shape[1] - 1), 1)

@@ -110,7 +110,7 @@ class LDAMLoss(nn.Module):
         self.scale = check_number(scale, "scale", 0, open_low=True)
         rarity = counts.pow(-0.25)
         margins = (self.max_margin * rarity / rarity.max()).float()
-        ones = torch.ones(len(counts))
+        ones = torch.ones_like(margins)
         # Not persistent: a schedule rebuilds the weights, so checkpoints need no loss in them.
         self.register_buffer("margins", margins, persistent=False)
         self.register_buffer(

@@ -96,7 +96,8 @@ class PriorCalibration:
         posterior = self.adjust(logits.detach().cpu().double(), 0.0).log_softmax(dim=1)
         if not bool(posterior.isfinite().all()):
             raise ArgumentError("Expected argument `logits` to be finite, but some are not.")
-        order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(logits), generator=generator, device="cpu")
         halves = posterior[order[::2]], posterior[order[1::2]]
         gains = torch.cat(
             [
@@ -210,7 +211,7 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
             "priors that can be told apart here are powers of the counts."
         )
     present = target.bincount(minlength=len(counts)).double().log()  # -inf for absent classes
-    numbers = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    numbers = z.new_tensor([1.0, 0.0], requires_grad=True)
     optimizer = torch.optim.LBFGS([numbers], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:

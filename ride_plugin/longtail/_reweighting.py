@@ -34,9 +34,7 @@ def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) ->
         tensor([0.0272, 0.2704, 2.7025])
     """
     counts = check_class_counts(class_counts)
-    log_beta = torch.tensor(
-        check_number(beta, "beta", 0, 1, open_high=True), dtype=torch.float64
-    ).log()
+    log_beta = counts.new_tensor(check_number(beta, "beta", 0, 1, open_high=True)).log()
     # expm1 keeps the digits that 1 - beta ** n loses where beta is close to 1.
     weights = -1 / torch.expm1(counts * log_beta)
     return (weights / weights.mean()).float()

@@ -134,7 +134,8 @@ def long_tailed_indices(
     kept = []
     for c, count in enumerate(counts):
         members = (classes == c).nonzero().flatten()
-        kept.append(members[torch.randperm(len(members), generator=generator)[:count]])
+        order = torch.randperm(len(members), generator=generator, device=generator.device)
+        kept.append(members[order[:count].to(members.device)])
     return torch.cat(kept).sort().values
 
 

@@ -83,7 +83,9 @@ class TemperatureSchedule(Schedule):
         self._by_class = functional.class_temperatures(
             check_class_counts(class_counts), eta=self.eta, gamma=self.gamma, form=self.form
         )
-        self.register_buffer("temperature", torch.empty(len(self._by_class)), persistent=False)
+        self.register_buffer(
+            "temperature", torch.empty(len(self._by_class), device="cpu"), persistent=False
+        )
         self._refresh()
 
     @property

@@ -62,7 +62,7 @@ class RoutingInference(nn.Module):
         _check_fit(model, router)
         self.model = model
         self.router = router
-        parameter = next(model.parameters(), torch.empty(0))
+        parameter = next(model.parameters(), torch.empty(0, device="cpu"))
         gates = cast("RoutableModel", model).num_experts - 1
         self.register_buffer("threshold_logits", torch.zeros(gates, device=parameter.device))
         self.set_threshold(threshold)

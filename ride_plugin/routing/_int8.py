@@ -108,7 +108,7 @@ class Int8Conv2d(FusedConv2d):
         packed = torch.ops.onednn.qconv_prepack(
             rounded, scales, self.scale, self.zero_point, *where, self.input_size
         )
-        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        zeros = torch.zeros_like(scales, dtype=torch.int64)
         self._packed = (self.scale, self.zero_point, packed, scales, zeros, self.bias, *where)
 
 

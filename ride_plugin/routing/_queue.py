@@ -137,7 +137,7 @@ class RoutingQueue:
                 )
             ticket = self._next_ticket
             self._next_ticket += 1
-            tickets = torch.full((len(logits),), ticket)
+            tickets = torch.full((len(logits),), ticket, device="cpu")
             places = torch.arange(len(logits), device=logits.device)
             used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
             output = RoutingOutput(logits.clone(), used)
@@ -209,7 +209,7 @@ class RoutingQueue:
         settled = waiting.tickets
         if index < len(self._waiting):
             staying = rows_going_on(self.serve.stages, index, mean, features)
-            goes_on = torch.zeros(len(waiting), dtype=torch.bool)
+            goes_on = torch.zeros(len(waiting), dtype=torch.bool, device="cpu")
             goes_on[staying.cpu()] = True
             settled = settled[~goes_on]
             if len(staying):

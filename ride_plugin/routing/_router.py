@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
@@ -140,9 +141,11 @@ class ExpertRouter(nn.Module):
         missing = [name for name in SizedModel.__annotations__ if not hasattr(model, name)]
         if missing:
             refuse("model", f"a RIDEWrapper, or a model that has {', '.join(missing)}", model)
-        router = cls(model.feature_dim, model.num_experts, num_classes=model.num_classes, **options)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        return router if parameter is None else router.to(parameter.device)
+        with nullcontext() if parameter is None else parameter.device:
+            return cls(
+                model.feature_dim, model.num_experts, num_classes=model.num_classes, **options
+            )
 
     def forward(self, inputs: RouterInputs | tuple[Tensor, Tensor]) -> Tensor:
         """Gate logits for a batch on which every expert has run; the form that training needs.

@@ -218,13 +218,13 @@ def _measure(
 def _sweep(gates: Tensor, right: Tensor, report: CostReport) -> ExitCurve:
     """What every candidate costs and gains, from one count of the samples between candidates."""
     limits, samples = _candidates(gates), len(gates)
-    more_flops = torch.tensor(report.flops_by_experts, dtype=torch.float64).diff()
+    more_flops = gates.new_tensor(report.flops_by_experts, dtype=torch.float64).diff()
     more_right = right.double().diff(dim=1)
     # A sample reaches an expert if the lowest of the gates before it exceeds the limit.
     lowest = gates.clamp(min=torch.finfo(gates.dtype).min).cummin(dim=1).values
     exceeded = torch.bucketize(lowest, limits).masked_fill_(lowest.isnan(), 0)  # limits below it
     # Whole numbers until the end, so that points of equal accuracy are equal.
-    experts = torch.full((len(limits),), samples, dtype=torch.float64)
+    experts = gates.new_full((len(limits),), samples, dtype=torch.float64)
     flops = experts * report.flops_by_experts[0]
     hits = right[:, 0].sum(dtype=torch.float64).expand(len(limits)).clone()
     for gate, extra in enumerate(more_flops):
@@ -247,9 +247,10 @@ def _candidates(gates: Tensor) -> Tensor:
     values = gates[gates.isfinite()].double().unique()
     between = (values[1:] + values[:-1]) / 2
     if len(between) > _POINTS:
-        between = between[torch.linspace(0, len(between) - 1, _POINTS).round().long()]
+        places = torch.linspace(0, len(between) - 1, _POINTS, device=between.device)
+        between = between[places.round().long()]
     # float32, like the buffer that will hold the choice: the curve is then what inference gives.
-    ends = torch.tensor([-torch.inf, torch.inf])
+    ends = torch.tensor([-torch.inf, torch.inf], device=between.device)
     candidates: Tensor = torch.cat((ends, between.float())).unique()
     return candidates
 
