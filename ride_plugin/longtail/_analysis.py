@@ -143,7 +143,7 @@ def analyze(
         report=shot_report(found.predicted, labels, counts, many=many, few=few, over_ranks=False),
         calibration_error=by_split(errors),
         expert_accuracy=tuple(mean_by_split(right[:, i], groups) for i in range(num_experts)),
-        disagreement=mean_by_split(found.disagreement.numpy(), groups) if pairs else None,
+        disagreement=mean_by_split(found.disagreement.float().numpy(), groups) if pairs else None,
         kl=mean_by_split(found.kl.numpy(), groups) if pairs else None,
         num_experts_used=mean_by_split(used.numpy(), groups),
     )
