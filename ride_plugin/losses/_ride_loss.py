@@ -158,6 +158,17 @@ class RIDELoss(nn.Module):
                     refuse("reduction", "left as it is, since the criterion has none", value)
                 one.reduction = value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; what only the criterion has is set there: ``criterion.weight = w``."""
+        built = "_looked" in vars(self) and not name.startswith("_")
+        if built and name not in {*vars(self), *self._modules} and not hasattr(type(self), name):
+            theirs = [one for one in self._each() if hasattr(one, name)]
+            for one in theirs:
+                setattr(one, name, value)
+            if theirs:
+                return
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         """What this loss does not have its criterion may: ``criterion.update(epoch)``, say."""
         try:

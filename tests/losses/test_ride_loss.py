@@ -502,3 +502,36 @@ def test_targets_of_several_classes_for_a_sample_are_warned_of_once() -> None:
     RIDELoss(nn.BCEWithLogitsLoss(), DiversityLoss([9, 5, 3], weight=0))(logits, several)
     mixed = torch.tensor([[0.7, 0.3, 0.0]]).expand(4, 3)
     RIDELoss(nn.BCEWithLogitsLoss(), [9, 5, 3])(logits, mixed)
+
+
+class Scaled:
+    """A criterion that is no module and follows attributes that are set from outside."""
+
+    scale = 1.0
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target) * self.scale
+
+
+def test_what_a_loop_sets_on_its_criterion_reaches_the_criterion() -> None:
+    logits, target = torch.randn(6, 2, 3, requires_grad=True), torch.arange(6) % 3
+    weights = torch.tensor([0.2, 0.8, 2.0])
+    loss = RIDELoss(nn.CrossEntropyLoss(), [9, 5, 3])
+    loss.weight = weights  # as deferred re-weighting often does
+    expected = RIDELoss(nn.CrossEntropyLoss(weight=weights), [9, 5, 3])(logits, target)
+    torch.testing.assert_close(loss(logits, target), expected)
+    torch.testing.assert_close(loss.weight, weights)
+    assert "weight" not in vars(loss)
+
+    plain = RIDELoss(Scaled(), DiversityLoss([9, 5, 3], weight=0))
+    before = plain(logits, target)
+    plain.scale = 3.0
+    torch.testing.assert_close(plain(logits, target), 3 * before)
+
+    several = RIDELoss([nn.CrossEntropyLoss(), nn.CrossEntropyLoss()], [9, 5, 3])
+    several.weight = weights
+    torch.testing.assert_close(several(logits, target), expected)
+    several.note, several.over_experts = "mine", "mean"
+    assert several.note == "mine"
+    assert not any(hasattr(one, "note") for one in several.criterion)
+    torch.testing.assert_close(several(logits, target), expected / 2)
