@@ -39,8 +39,11 @@ def contents_in(root: nn.Module) -> dict[Place, list[Any]]:
 
     Settings are dictionaries and lists with something in them and objects of classes written in
     Python, in which there are numbers, names, and containers and objects of such, nothing else.
+    What a plain dictionary or list of one layer alone holds (the scales of its adapters, say) is
+    that layer's own state: methods of the layer write it.
     """
     known: dict[int, list[Any] | None] = {}
+    holders: dict[int, int] = {}
     found: dict[Place, list[Any]] = {}
     for path, module in root.named_modules():
         for name, value in vars(module).items():
@@ -51,7 +54,9 @@ def contents_in(root: nn.Module) -> dict[Place, list[Any]]:
             contents = known[id(value)]
             if contents is not None:
                 found[path, name] = contents
-    return found
+                everybodys = path == "" or type(value) not in (dict, list)
+                holders[id(contents)] = holders.get(id(contents), 0) + (2 if everybodys else 1)
+    return {place: contents for place, contents in found.items() if holders[id(contents)] > 1}
 
 
 def contents_of(settings: Any) -> list[Any] | None:

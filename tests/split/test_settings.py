@@ -154,6 +154,30 @@ def test_what_a_forward_writes_is_no_settings_and_stays_each_part_s_own(kind: st
     assert len({id(one) for one in held}) == 4
 
 
+class Adapted(nn.Module):
+    """A layer with a dictionary of its own, which a method of it writes, as adapters have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scaling = nn.Linear(16, 16), {"default": 1.0}
+
+    def scale_by(self, factor: float) -> None:
+        self.scaling["default"] *= factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scaling["default"]
+
+
+def test_a_dictionary_of_one_layer_alone_is_its_own_in_each_expert() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), Adapted(), nn.Linear(16, 5))
+    model = RIDEWrapper(net, 3, fork_at="1").eval()
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            module.scale_by(2.0)
+    assert [expert[1].scaling["default"] for expert in model.experts] == [2.0] * 3
+    assert net[1].scaling["default"] == 1.0
+
+
 def test_contents_differ_once_something_inside_is_changed() -> None:
     inner = SimpleNamespace(a=[1, {2}], b={"c": (3, None)})
     value = {"x": inner, "again": inner, "kind": torch.float32}
@@ -185,5 +209,5 @@ def test_contents_differ_once_something_inside_is_changed() -> None:
 )
 def test_what_is_no_settings(value: Any) -> None:
     module = nn.Linear(2, 2)
-    module.value = value
+    module.value = value  # of the root, where a dictionary would do
     assert contents_in(module) == {}
