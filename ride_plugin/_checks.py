@@ -146,7 +146,7 @@ def check_temperature(value: Tensor | float, size: int) -> Tensor | float:
 def check_temperatures(value: Tensor, *shape: int | str) -> Tensor:
     """Return a tensor of temperatures, all positive and finite on the CPU and not in a graph."""
     check_floating(value, "temperature", *shape)
-    if value.numel() and _may_read(value):
+    if value.numel() and may_read(value):
         low, high = (float(bound) for bound in value.detach().aminmax())
         if not 0 < low <= high < math.inf:  # NaN is both bounds, if there is one
             raise ArgumentError(
@@ -202,7 +202,7 @@ def check_target(
         if not target.is_floating_point() and target.shape == (batch,):
             return target.long()
         if target.is_floating_point() and soft and target.shape == (batch, num_classes):
-            if _may_read(target):
+            if may_read(target):
                 _check_probabilities(target)
             return target
     expected, advice = f"a tensor of class indices [{batch}]", "Pass one int64 index a sample."
@@ -219,7 +219,7 @@ def check_classes(labels: Tensor, name: str, num_classes: int | None = None) -> 
     On an accelerator the read would stop the queue at every step; there the kernels that use an
     index out of range raise by themselves.
     """
-    if labels.is_floating_point() or not labels.numel() or not _may_read(labels):
+    if labels.is_floating_point() or not labels.numel() or not may_read(labels):
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (num_classes is not None and high >= num_classes):
@@ -257,7 +257,7 @@ def check_predictions(logits: Tensor, name: str) -> None:
     The largest logit is NaN if one is, +inf if one is, and -inf only if all classes are masked.
     On an accelerator the read would stall the device.
     """
-    if not logits.numel() or not _may_read(logits):
+    if not logits.numel() or not may_read(logits):
         return
     broken = ~logits.amax(dim=-1).isfinite()
     if bool(broken.any()):
@@ -280,7 +280,7 @@ def check_numbers(values: Tensor, name: str) -> None:
 
 def check_least(values: Tensor, name: str, low: float) -> None:
     """Raise unless all values are finite and at least ``low``, on the CPU and not in a graph."""
-    if _may_read(values) and not bool((values.isfinite() & (values >= low)).all()):
+    if may_read(values) and not bool((values.isfinite() & (values >= low)).all()):
         raise ArgumentError(
             f"Expected argument `{name}` to hold finite numbers >= {low}, but got values from "
             f"{values.min().item():g} to {values.max().item():g}."
@@ -296,7 +296,7 @@ def version_of(tensor: Tensor) -> int | None:
 
 def is_finite(values: Tensor) -> bool:
     """Whether all values are finite; True where looking would stall a device or break a graph."""
-    return not _may_read(values) or bool(values.isfinite().all())
+    return not may_read(values) or bool(values.isfinite().all())
 
 
 def as_cpu_tensor(values: object, name: str) -> Tensor:
@@ -391,7 +391,7 @@ def _shown(value: object) -> str:
     return reprlib.repr(value)
 
 
-def _may_read(tensor: Tensor) -> bool:
+def may_read(tensor: Tensor) -> bool:
     """Whether the values are at hand: not on an accelerator, in a graph, faked or under vmap."""
     return (
         tensor.device.type == "cpu"

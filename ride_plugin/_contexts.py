@@ -176,3 +176,8 @@ def _parts(module: nn.Module) -> list[nn.Module]:
         if inner._modules:
             found += [child for child in inner._modules.values() if child is not None]
     return list(dict.fromkeys(found))
+
+
+def is_stream(value: Any) -> bool:
+    """Whether a value is a generator of random numbers of Python or numpy."""
+    return isinstance(value, random.Random) or type(value).__module__.startswith(_NUMPY + ".")

@@ -11,10 +11,10 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._contexts import RandomState
+from ride_plugin._contexts import RandomState, is_stream
 from ride_plugin._errors import ReplayError
 from ride_plugin._inputs import Inputs, batch_size_of, own_inputs
-from ride_plugin._split._probe import RANDOM, is_stream
+from ride_plugin._split._probe import RANDOM
 from ride_plugin._split._reentrant import passed_by
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import (

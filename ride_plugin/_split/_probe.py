@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ride_plugin._contexts import RandomState
+from ride_plugin._contexts import RandomState, is_stream
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._settings import contents_in
 from ride_plugin._tree import CONTAINERS, Place, tensors_in
@@ -143,11 +142,6 @@ def mark_of(value: Any) -> list[Any]:
         return [value]
     items = value.values() if isinstance(value, dict) else value
     return [value, *(mark for item in items for mark in mark_of(item))]
-
-
-def is_stream(value: Any) -> bool:
-    """Whether a value is a generator of random numbers of Python or numpy."""
-    return isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random.")
 
 
 def differ(a: list[Any], b: list[Any]) -> bool:

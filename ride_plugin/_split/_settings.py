@@ -7,7 +7,6 @@ it later: ``args.epoch = epoch``, ``model.config.use_cache = False``. Copies wou
 from __future__ import annotations
 
 import logging
-import random
 from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._checks import version_of
+from ride_plugin._contexts import is_stream
 from ride_plugin._tree import Place
 
 _ATOMS = (
@@ -28,7 +28,6 @@ _ATOMS = (
     *(type, FunctionType, BuiltinFunctionType, ModuleType, logging.Logger),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
-_STREAMS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _MOST = 10_000  # values in one settings object; what holds more is something else
 _PICKLING = ("__reduce__", "__reduce_ex__")
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -100,7 +99,7 @@ def _mark_of(value: Any) -> Any:
     """What differs once a tensor or an array is written; of anything else, which object it is."""
     if isinstance(value, np.ndarray):
         return value.tobytes()
-    if isinstance(value, _STREAMS):
+    if isinstance(value, torch.Generator) or is_stream(value):
         return object()  # equal to nothing: whoever draws from one changes it
     return id(value), version_of(value) if isinstance(value, Tensor) else None
 
