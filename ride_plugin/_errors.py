@@ -11,7 +11,7 @@ from types import FrameType
 
 import torch
 
-_INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+_PACKAGE, _TORCH = (f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
 class RIDEError(Exception):
@@ -47,20 +47,20 @@ class VersionError(RIDEError, RuntimeError):
 
 
 def caller() -> FrameType | None:
-    """Where the code of others has called the package."""
-    return _caller_and_level()[0]
+    """Where the code of others has called the package; torch's is such as well."""
+    return _caller_and_level(_PACKAGE)[0]
 
 
 def warn_caller(message: str) -> None:
     """Warn at the line of the user's code, however deep inside the package the cause was found."""
-    warnings.warn(message, UserWarning, stacklevel=_caller_and_level()[1])
+    warnings.warn(message, UserWarning, stacklevel=_caller_and_level(_PACKAGE, _TORCH)[1])
 
 
-def _caller_and_level() -> tuple[FrameType | None, int]:
-    """The first frame outside the package, and its `stacklevel` for the function that asks."""
+def _caller_and_level(*inside: str) -> tuple[FrameType | None, int]:
+    """The first frame outside these folders, and its `stacklevel` for the function that asks."""
     frame: FrameType | None = sys._getframe(1)
     level = 1
-    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+    while frame is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
     return frame, level
 
