@@ -401,10 +401,14 @@ def may_read(tensor: Tensor) -> bool:
     )
 
 
+def rows_sum_to_one(values: Tensor) -> bool:
+    """Whether each row ``[C]`` does, as probabilities do; mixed or smoothed in bfloat16 as well."""
+    return bool(((values.detach().double().sum(dim=1) - 1).abs() < 0.02).all())
+
+
 def _check_probabilities(target: Tensor) -> None:
-    sums = target.detach().double().sum(dim=1)
-    # Tolerant of rows that were mixed or smoothed in bfloat16.
-    if not bool(((sums - 1).abs() < 0.02).all() & (target >= 0).all()):
+    if not rows_sum_to_one(target) or not bool((target >= 0).all()):
+        sums = target.detach().double().sum(dim=1)
         raise ArgumentError(
             "Expected argument `target`, being floating-point, to hold probabilities that are not "
             f"negative and sum to one in each row, but got sums from {sums.min().item():g} to "

@@ -19,12 +19,10 @@ from ride_plugin._split import (
     reader_in,
     refuse_plain_state,
 )
-from ride_plugin._tree import Path, at_path
+from ride_plugin._tree import OF_MODULES, Path, at_path
 
 Combine = Callable[[Sequence[Tensor]], "Tensor | ExpertOutput"]
 """What a wrapped model makes of its experts' logits."""
-
-_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 class _Reached(Exception):
@@ -63,7 +61,7 @@ class _Half(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module, and in the parts where the plain module has this attribute."""
         super().__setattr__(name, value)
-        own = name.startswith("_") or hasattr(nn.Module, name) or name in _OF_MODULES
+        own = name.startswith("_") or hasattr(nn.Module, name) or name in OF_MODULES
         if own or isinstance(value, nn.Module | nn.Parameter) or "experts" not in self._modules:
             return
         for part in (*self.shared(), *self.get_submodule("experts").children()):

@@ -8,7 +8,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
+
+OF_MODULES = frozenset(vars(nn.Module()))
+"""The attributes that every module has; the others are somebody's own."""
 
 CONTAINERS = (list, dict, set, deque)
 """What a module fills from call to call."""

@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._tree import tensors_in
+from ride_plugin._tree import OF_MODULES, tensors_in
 
 T = TypeVar("T")
 _ATOMS = frozenset(
     {int, float, bool, str, type(None), type, FunctionType, torch.dtype, torch.device}
 )
 COMPILED_CALL = "_compiled_call_impl"
-_WITHOUT_TENSORS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}  # submodules, hooks
+_WITHOUT_TENSORS = OF_MODULES - {"_parameters", "_buffers"}  # submodules, hooks
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 _COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from ride_plugin._checks import rows_sum_to_one
 from ride_plugin._errors import ArgumentError, ReplayError, SplitError, warn_caller
 from ride_plugin._split._classifier import Head, find_classifier
 from ride_plugin._split._probe import Call, address_of
@@ -197,7 +198,7 @@ def check_classifies(
         SplitError: they look like features; or there is no classifier to give ``num_classes``.
     """
     columns = logits.shape[1]
-    if columns > 1 and _are_probabilities(logits):
+    if columns > 1 and bool((logits >= 0).all()) and rows_sum_to_one(logits):
         warn_caller(
             "The backbone returns probabilities: its rows sum to one. Experts' logits are what is "
             "averaged and compared here, and a criterion such as cross entropy takes a softmax by "
@@ -223,11 +224,6 @@ def check_classifies(
             f"was found to return it: it looks like a feature extractor. {_PAIR} If these are "
             f"logits, pass `num_classes={columns}`."
         )
-
-
-def _are_probabilities(logits: Tensor) -> bool:
-    rows = logits.double()
-    return bool((rows >= 0).all() & ((rows.sum(1) - 1).abs() < 1e-2).all())
 
 
 def describe(output: Any) -> str:

@@ -16,9 +16,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ride_plugin._contexts import RandomState, is_stream
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._settings import contents_in
-from ride_plugin._tree import CONTAINERS, Place, tensors_in
+from ride_plugin._tree import CONTAINERS, OF_MODULES, Place, tensors_in
 
-_INTERNAL = frozenset(vars(nn.Module()))
 RANDOM = ("", "numpy.random and random")  # draws leave their mark as attributes do
 
 Seen = tuple[int, tuple[int, ...]]  # (address, shape) of a tensor
@@ -129,7 +128,7 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
 
 def marks_of(module: nn.Module) -> dict[str, list[Any]]:
     """A mark of each plain attribute, which differs once somebody sets or fills it."""
-    return {key: mark_of(value) for key, value in vars(module).items() if key not in _INTERNAL}
+    return {key: mark_of(value) for key, value in vars(module).items() if key not in OF_MODULES}
 
 
 def mark_of(value: Any) -> list[Any]:

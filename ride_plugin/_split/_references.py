@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import SplitError, warn_caller
 from ride_plugin._split._copies import COMPILED_CALL
-from ride_plugin._tree import CONTAINERS
-
-_INTERNAL = frozenset(vars(nn.Module()))
+from ride_plugin._tree import CONTAINERS, OF_MODULES
 
 
 def refuse_captured(backbone: nn.Module) -> None:
@@ -30,7 +28,7 @@ def refuse_captured(backbone: nn.Module) -> None:
     for name, module in backbone.named_modules():
         names.setdefault(id(module), f"`{name}`" if name else "the backbone itself")
         for key, value in vars(module).items():
-            if isinstance(value, CONTAINERS) and key not in _INTERNAL:
+            if isinstance(value, CONTAINERS) and key not in OF_MODULES:
                 names.setdefault(id(value), f"`{name}.{key}`" if name else f"`{key}`")
     for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
         names.setdefault(id(tensor), f"`{name}`")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ride_plugin._checks import version_of
 from ride_plugin._contexts import is_stream
-from ride_plugin._tree import Place
+from ride_plugin._tree import OF_MODULES, Place
 
 _ATOMS = (
     *(int, float, complex, bool, str, bytes, type(None), range, slice, np.generic, Enum, PurePath),
@@ -30,7 +30,6 @@ _ATOMS = (
 )
 _MOST = 10_000  # values in one settings object; what holds more is something else
 _PICKLING = ("__reduce__", "__reduce_ex__")
-_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def contents_in(root: nn.Module) -> dict[Place, list[Any]]:
@@ -46,7 +45,7 @@ def contents_in(root: nn.Module) -> dict[Place, list[Any]]:
     found: dict[Place, list[Any]] = {}
     for path, module in root.named_modules():
         for name, value in vars(module).items():
-            if name in _OF_MODULES or isinstance(value, (*_ATOMS, Tensor, nn.Module)):
+            if name in OF_MODULES or isinstance(value, (*_ATOMS, Tensor, nn.Module)):
                 continue
             if id(value) not in known:  # many modules may hold one configuration
                 known[id(value)] = contents_of(value) if _can_be_settings(value) else None

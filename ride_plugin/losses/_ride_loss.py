@@ -17,6 +17,7 @@ from ride_plugin._checks import (
     check_class_counts,
     may_read,
     refuse,
+    rows_sum_to_one,
 )
 from ride_plugin._errors import ArgumentError, warn_caller
 from ride_plugin._output import Output, expert_logits, plain_logits
@@ -273,7 +274,7 @@ def _look_at_the_targets(experts: Tensor, target: Any) -> None:
     """Warn if a sample has several classes, or none, for which the diversity term is not made."""
     if not isinstance(target, Tensor) or not target.is_floating_point() or not may_read(target):
         return
-    if target.shape == experts[:, 0].shape and bool(((target.sum(1) - 1).abs() > 0.02).any()):
+    if target.shape == experts[:, 0].shape and not rows_sum_to_one(target):
         warn_caller(
             "Rows of `target` do not sum to one, as where a sample may have several classes or "
             "none. The diversity term compares experts by a softmax over the classes, which is "
