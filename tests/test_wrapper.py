@@ -499,6 +499,16 @@ def lazy() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.LazyLinear(16), nn.Linear(16, 5))
 
 
+class Meta(nn.Linear):
+    """Weights as buffers that are trained, so that a step of meta-learning can replace them."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        for name, weight in list(self.named_parameters()):
+            delattr(self, name)
+            self.register_buffer(name, weight.detach().requires_grad_())
+
+
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
@@ -506,6 +516,7 @@ def lazy() -> nn.Module:
         (lambda: nn.Sequential(RIDEWrapper(mlp(), 2), nn.Identity()), "is or holds a wrapped one"),
         (lazy, r"`2\.weight` is lazy and has none yet. Run one batch"),
         (lambda: mlp().to("meta"), "is on the meta device. Materialise it"),
+        (lambda: nn.Sequential(Meta(8, 16), *mlp()), r"the buffer `0\.weight` requires gradients"),
     ],
 )
 def test_backbones_without_weights_or_wrapped_already_are_refused(

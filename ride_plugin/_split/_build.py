@@ -435,6 +435,16 @@ def refuse_unfit(backbone: nn.Module) -> None:
                 f"Expected argument `backbone` to have weights, but `{name}` is on the meta "
                 "device. Materialise it (`to_empty`, then initialise or load) before wrapping it."
             )
+    for name, buffer in backbone.named_buffers():
+        if buffer.requires_grad and buffer.is_leaf:
+            raise SplitError(
+                "Expected argument `backbone` to have weights that are parameters, but the buffer "
+                f"`{name}` requires gradients, as in modules for meta-learning. Neither optimizers "
+                "nor experts would know it as a weight. Make it an nn.Parameter; a step of "
+                "meta-learning calls the wrapped model with other weights, "
+                "`torch.func.functional_call(model, weights, (x,))`. If it is no weight, "
+                "`requires_grad_(False)`."
+            )
     refuse_captured(backbone)
 
 
