@@ -1,6 +1,8 @@
-"""Losses that go where the logits are."""
+"""Losses that go where the logits are, and keep their digits."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,3 +16,27 @@ def follow(module: nn.Module, own: Tensor, logits: Tensor) -> None:
     """
     if own.device != logits.device and not torch.compiler.is_compiling():
         module.to(logits.device)
+
+
+def keeping_digits(module: nn.Module, apply: Callable[[], object]) -> None:
+    """Let ``apply`` move or cast a loss, all but its buffers of float32 or better.
+
+    A model that is trained in half precision may hold its loss, ``RIDEModule(...).bfloat16()``.
+    Class weights, margins and priors would lose their digits there, although losses compute in
+    float32, and some criteria fail on weights of another precision than the logits.
+
+    Args:
+        module: the loss; of modules inside of it as well.
+        apply: casts it.
+    """
+    held = [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and buffer.dtype in (torch.float32, torch.float64)
+    ]
+    apply()
+    for owner, name, buffer in held:
+        cast = owner._buffers[name]
+        if cast is not None and cast.dtype in (torch.float16, torch.bfloat16):
+            owner._buffers[name] = buffer.to(cast.device)

@@ -102,11 +102,26 @@ class RIDEModule(nn.Module):
                 "smoothing into the criterion, RIDELoss(nn.CrossEntropyLoss(label_smoothing=0.1), "
                 "class_counts)."
             )
+        args, kwargs = self._named(args, kwargs)
         output = self.model(*args, **kwargs)
         logits = output.logits if isinstance(output, ExpertOutput) else output
         if labels is None:
             return {"logits": logits}
         return {"loss": self.criterion(output, labels), "logits": logits}
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Arguments by position as this signature has them, where the backbone takes `labels`."""
+        backbone = list(inspect.signature(self.model.trunk.forward).parameters)
+        if "labels" not in backbone:
+            return args, kwargs
+        place = backbone.index("labels")
+        names, late = backbone[place + 1 :], args[place:]
+        if len(late) > len(names):
+            raise ArgumentError(
+                f"Expected at most {place + len(names)} arguments by position, but got "
+                f"{len(args)}. Pass the labels by name: `labels=`."
+            )
+        return args[:place], {**dict(zip(names, late, strict=False)), **kwargs}
 
     def _signature(self) -> inspect.Signature:
         named = [

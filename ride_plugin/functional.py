@@ -284,7 +284,7 @@ def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Te
 
     Args:
         expert_logits: ``[B, E, C]``.
-        temperature: a number, or ``[C]``, one for each class.
+        temperature: a number, or ``[C]``, one for each class, held constant.
 
     Returns:
         ``[B]``, float32 or float64.
@@ -296,7 +296,8 @@ def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Te
     """
     logits = float32_or_better(check_floating(expert_logits, "expert_logits", "B", "E", "C"))
     divergence = kl_from_reference(logits, mean_logits(logits), temperature)
-    mean = temperature.mean() if isinstance(temperature, Tensor) else float(temperature)
+    constant = isinstance(temperature, Tensor)
+    mean = temperature.detach().mean() if constant else float(temperature)  # type: ignore[union-attr]
     return mean**2 * divergence
 
 

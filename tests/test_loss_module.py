@@ -13,6 +13,7 @@ from ride_plugin import (
     ArgumentError,
     DiversityLoss,
     ExpertOutput,
+    RIDELoss,
     RIDEModule,
     RIDEWrapper,
     experts_loss,
@@ -101,3 +102,21 @@ def test_gradient_checkpointing_recomputes_the_experts() -> None:
 def test_wants_a_wrapped_model() -> None:
     with pytest.raises(ArgumentError, match="`model` to be a RIDEWrapper, but got Named"):
         RIDEModule(Named(), Criterion())
+
+
+def test_arguments_by_position_are_those_of_the_signature() -> None:
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x, labels=None, scale=1.0):
+            return self.last((self.first(x) * scale).relu())
+
+    x = torch.randn(4, 8)
+    model = RIDEWrapper(Backbone(), 2, fork_at="last", example_input=x)
+    module = RIDEModule(model.eval(), RIDELoss(nn.CrossEntropyLoss(), [5, 3, 1])).eval()
+    assert list(inspect.signature(module.forward).parameters) == ["x", "scale", "labels"]
+    torch.testing.assert_close(module(x, 3.0)["logits"], model(x, scale=3.0))
+    with pytest.raises(ArgumentError, match="at most 2 arguments by position, but got 3"):
+        module(x, 3.0, torch.tensor([0, 1, 2, 0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ride_plugin._checks import check_instance
@@ -76,6 +76,14 @@ def _refuse_parametrized(layer: nn.Module, method: str) -> None:
             f"Expected argument `model` to have plain classifiers for {method}, but got one whose "
             "weight is parametrized, as by learnable weight scaling. Fold it in first with "
             'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight").'
+        )
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and "weight" not in layer._parameters:
+        raise ArgumentError(
+            f"Expected argument `model` to have plain classifiers for {method}, but got one whose "
+            "weight is computed before each forward, as by torch.nn.utils.weight_norm, "
+            "spectral_norm or prune, so that what is written to it would be lost. Fold it in first "
+            "with torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove."
         )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from ride_plugin._checks import Numbers, as_weight, check_logits_target, check_number
-from ride_plugin._devices import follow
+from ride_plugin._devices import follow, keeping_digits
 from ride_plugin._numerics import float32_or_better
 
 
@@ -53,9 +56,10 @@ class FocalLoss(nn.Module):
     and for probabilities q as targets $-\sum_c q_c (1 - p_c)^\gamma \log p_c$.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, section 3.2, with the
-    softmax in place of the sigmoid. With class weights, the weighted mean of ``F.cross_entropy``
-    is taken; the authors' codes for LDAM and RIDE put the weight inside ``p`` as well, which
-    this one does not.
+    softmax in place of the sigmoid. With class weights, the mean is weighted as that of
+    ``F.cross_entropy`` is, for probabilities by their expected weight (torch divides by the number
+    of samples there); the authors' codes for LDAM and RIDE put the weight inside ``p`` as well,
+    which this one does not.
 
     Attributes:
         weight: ``[C]`` class weights or None. DeferredReweighting needs a tensor: pass ones.
@@ -101,6 +105,10 @@ class FocalLoss(nn.Module):
         if self.weight is not None:
             follow(self, self.weight, logits)
         return focal_loss(logits, target, gamma=self.gamma, weight=self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        keeping_digits(self, lambda: super(FocalLoss, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from ride_plugin._checks import (
     ClassCounts,
@@ -14,7 +17,7 @@ from ride_plugin._checks import (
     check_logits_target,
     check_number,
 )
-from ride_plugin._devices import follow
+from ride_plugin._devices import follow, keeping_digits
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 
@@ -68,7 +71,8 @@ class LDAMLoss(nn.Module):
 
     Attributes:
         weight: ``[C]`` class weights, ones unless given; changed in place by DeferredReweighting.
-        margins: ``[C]``, in units of the cosine.
+        margins: ``[C]`` float32, in units of the cosine.
+        max_margin: the largest of them, which may be set while training, once an epoch say.
 
     Example:
         >>> criterion = LDAMLoss([500, 50, 5])
@@ -106,17 +110,37 @@ class LDAMLoss(nn.Module):
         """
         super().__init__()
         counts = check_class_counts(class_counts)
-        self.max_margin = check_number(max_margin, "max_margin", 0)
         self.scale = check_number(scale, "scale", 0, open_low=True)
         rarity = counts.pow(-0.25)
-        margins = (self.max_margin * rarity / rarity.max()).float()
-        ones = torch.ones_like(margins)
+        # In float64 and no buffer: it outlives every cast, and other margins are made of it.
+        self._rarity = rarity / rarity.max()
+        ones = torch.ones_like(self._rarity, dtype=torch.float32)
         # Not persistent: a schedule rebuilds the weights, so checkpoints need no loss in them.
-        self.register_buffer("margins", margins, persistent=False)
+        self.register_buffer("margins", ones.clone(), persistent=False)
         self.register_buffer(
             "weight", ones if weight is None else as_weight(weight, len(counts)), persistent=False
         )
+        self.max_margin = max_margin
         self._checked = False
+
+    @property
+    def max_margin(self) -> float:
+        """Margin of the rarest class."""
+        return self._max_margin
+
+    @max_margin.setter
+    def max_margin(self, value: float) -> None:
+        self._max_margin = check_number(value, "max_margin", 0)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        # In place: a compiled loss keeps the buffer that it has seen.
+        self.margins.copy_(self._max_margin * self._rarity)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        keeping_digits(self, lambda: super(LDAMLoss, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        self._refresh()  # `to_empty` leaves no values
+        return self
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss, a scalar of float32 or better.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from ride_plugin._checks import (
     ClassCounts,
@@ -44,7 +47,7 @@ def adjust_logits(logits: Tensor, class_counts: ClassCounts, tau: float = 1.0) -
         >>> adjust_logits(torch.zeros(1, 2), [75, 25])
         tensor([[0.2877, 1.3863]])
     """
-    adjustment = _adjustment(class_counts, tau)
+    adjustment = check_number(tau, "tau", advice="The paper takes 1.") * _log_prior(class_counts)
     check_floating(
         logits,
         "logits",
@@ -56,10 +59,9 @@ def adjust_logits(logits: Tensor, class_counts: ClassCounts, tau: float = 1.0) -
     return precise - adjustment.to(precise)
 
 
-def _adjustment(class_counts: ClassCounts, tau: float) -> Tensor:
+def _log_prior(class_counts: ClassCounts) -> Tensor:
     counts = check_class_counts(class_counts)
-    tau = check_number(tau, "tau", advice="The paper takes 1.")
-    return tau * (counts / counts.sum()).log()
+    return (counts / counts.sum()).log()
 
 
 def logit_adjusted_loss(logits: Tensor, target: Tensor, adjustment: Tensor) -> Tensor:
@@ -99,7 +101,8 @@ class LogitAdjustedLoss(nn.Module):
     different tau (0, 1, 2) specialise on the head, a balanced set and the tail.
 
     Attributes:
-        adjustment: ``[C]``, $\tau \log \pi_c$.
+        tau: the strength, which may be set while training, once an epoch say.
+        adjustment: ``[C]`` float32, $\tau \log \pi_c$.
 
     Example:
         >>> import torch
@@ -123,9 +126,30 @@ class LogitAdjustedLoss(nn.Module):
             ArgumentError: a count is not positive or ``tau`` is not finite.
         """
         super().__init__()
-        adjustment = _adjustment(class_counts, tau).float()
-        self.tau = float(tau)
-        self.register_buffer("adjustment", adjustment, persistent=False)
+        # In float64 and no buffer: it outlives every cast, and another tau is made of it.
+        self._log_prior = _log_prior(class_counts)
+        self.register_buffer("adjustment", self._log_prior.float(), persistent=False)
+        self.tau = tau
+
+    @property
+    def tau(self) -> float:
+        """Strength of the adjustment."""
+        return self._tau
+
+    @tau.setter
+    def tau(self, value: float) -> None:
+        self._tau = check_number(value, "tau", advice="The paper takes 1.")
+        self._refresh()
+
+    def _refresh(self) -> None:
+        # In place: a compiled loss keeps the buffer that it has seen.
+        self.adjustment.copy_(self._tau * self._log_prior)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.adjustment = float32_or_better(self.adjustment)
+        self._refresh()  # a cast to half precision rounds, and `to_empty` leaves no values
+        return self
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss, a scalar of float32 or better.

@@ -22,6 +22,7 @@ from ride_plugin._numerics import float32_or_better
 from ride_plugin.longtail._held_out import HeldOut, held_out_samples
 
 _LARGEST_TAU = 3.0
+_LARGEST_SHIFT = 14.0  # between the most frequent class and the rarest, in nats
 _STANDARD_ERRORS = 2.0
 _ACCURACY_ERRORS = 0.5
 
@@ -72,9 +73,10 @@ class PriorCalibration:
 
         $$\frac1N \sum_i \log \sum_c C\, \pi(\tau)_c\, q_{ic},$$
 
-        the likelihood of the samples relative to that of balanced data (Saerens et al., "Adjusting
-        the Outputs of a Classifier to New a Priori Probabilities", Neural Computation 2002, with
-        one free number in place of C). Whether it may be trusted is decided on samples that it was
+        the likelihood of the samples relative to that of balanced data, for $|\tau| \le 3$, and
+        beyond where counts differ by less than a factor of 100. (Saerens et al., "Adjusting the
+        Outputs of a Classifier to New a Priori Probabilities", Neural Computation 2002, with one
+        free number in place of C.) Whether it may be trusted is decided on samples that it was
         not found on: each half of the data judges the number that the other half found, and the
         held-out samples, weighted as the prior has it, must be classified better with it.
 
@@ -166,6 +168,7 @@ class PriorEstimate:
         return self.calibration.adjust(logits, self.tau) if self.justified else logits
 
 
+@torch.inference_mode(False)  # tensors made in inference mode cannot be fitted
 def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) -> PriorCalibration:
     r"""Learn two numbers from labelled held-out data: how sure logits are, and of which prior.
 
@@ -198,8 +201,8 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
     counts = check_class_counts(class_counts)
     log_counts = (counts / counts.sum()).log()
     check_floating(logits, "logits", "N", len(counts))
-    target = as_labels(labels, "labels", len(counts))
-    z = logits.detach().cpu().double()
+    target = as_labels(labels, "labels", len(counts)).clone()
+    z = logits.detach().cpu().double().clone()
     if len(z) != len(target) or not bool(z.isfinite().all()):
         raise ArgumentError(
             f"Expected argument `logits` to be finite, with a row for each of the {len(target)} "
@@ -210,6 +213,7 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
             "Expected argument `class_counts` to differ between classes, but all are equal: the "
             "priors that can be told apart here are powers of the counts."
         )
+    _check_that_both_are_determined(z, target, log_counts)
     present = target.bincount(minlength=len(counts)).double().log()  # -inf for absent classes
     numbers = z.new_tensor([1.0, 0.0], requires_grad=True)
     optimizer = torch.optim.LBFGS([numbers], max_iter=200, line_search_fn="strong_wolfe")
@@ -234,6 +238,31 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
     )
 
 
+def _check_that_both_are_determined(z: Tensor, target: Tensor, log_counts: Tensor) -> None:
+    """Refuse held-out data for which any scale, or any offset, fits alike.
+
+    Cross entropy among the classes that the labels have depends on both numbers only where, within
+    a row, logits and log counts of these classes vary, and not in proportion.
+    """
+    present = target.unique()
+    counts = log_counts[present]
+    if len(present) < 2 or bool(counts.max() == counts.min()):
+        raise ArgumentError(
+            "Expected argument `labels` to hold classes with different `class_counts`, but got "
+            f"{'the class' if len(present) == 1 else 'only the classes'} "
+            f"{', '.join(map(str, present.tolist()[:5]))}. Held-out data of all classes tell which "
+            "prior is left in the logits."
+        )
+    rows = z[:, present] - z[:, present].mean(1, keepdim=True)
+    counts = counts - counts.mean()
+    rest = rows - (rows @ counts / counts.square().sum())[:, None] * counts
+    if bool(rest.abs().max() <= 1e-6 * rows.abs().max().clamp_min(1e-300)):
+        raise ArgumentError(
+            "Expected argument `logits` to tell something about the labels, but in every row they "
+            "are all the same, or differ by the class counts alone. Pass what the model returns."
+        )
+
+
 def _log_likelihood(posterior: Tensor, log_counts: Tensor, tau: float) -> Tensor:
     """Of each sample under the prior, up to what does not depend on the prior."""
     return (posterior + (tau * log_counts).log_softmax(dim=0)).logsumexp(dim=1)
@@ -245,8 +274,10 @@ def _most_likely(posterior: Tensor, log_counts: Tensor) -> float:
     def value(tau: float) -> float:
         return float(_log_likelihood(posterior, log_counts, tau).mean())
 
-    step = 0.25
-    grid = [step * k for k in range(round(-_LARGEST_TAU / step), round(_LARGEST_TAU / step) + 1)]
+    # Where the counts differ little, a large exponent is a small shift.
+    largest = max(_LARGEST_TAU, _LARGEST_SHIFT / float(log_counts.max() - log_counts.min()))
+    step = largest / 12
+    grid = [step * k for k in range(-12, 13)]
     best = max(grid, key=value)
     low, high = best - step, best + step
     ratio = (math.sqrt(5) - 1) / 2

@@ -105,7 +105,10 @@ class DeferredReweighting(Schedule):
             )
         # Not as a submodule: the criterion is saved and moved by whoever owns it.
         self.__dict__["criterion"] = criterion
-        self._initial = held.detach().clone()
+        if not isinstance(held, nn.Parameter):
+            # nn.CrossEntropyLoss keeps the tensor that it was given, which others may have, too.
+            criterion.weight = held.detach().clone()
+        self._before: Tensor | None = None  # the criterion's own weights, while others are there
         self._refresh()
 
     def _refresh(self) -> None:
@@ -113,7 +116,13 @@ class DeferredReweighting(Schedule):
         held = self.criterion.weight
         assert isinstance(held, Tensor)
         with torch.no_grad():
-            held.copy_(self.weight if self.is_active else self._initial)
+            if self.is_active:
+                if self._before is None:
+                    self._before = held.detach().clone()
+                held.copy_(self.weight)
+            elif self._before is not None:
+                held.copy_(self._before)
+                self._before = None
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows."""

@@ -172,7 +172,8 @@ class LongTailedSubset(Subset[Any]):
             dataset: any map-style data set.
             imbalance_factor: see :func:`long_tailed_counts`.
             labels: class of every image; read from the data set's ``targets`` or ``labels``, or
-                from the second tensor of a TensorDataset, if None.
+                from the second tensor of a TensorDataset, if None. A ``target_transform`` of the
+                data set is applied to what is read.
             profile: see :func:`long_tailed_counts`.
             max_count: see :func:`long_tailed_indices`.
             seed: of the draw.
@@ -202,7 +203,11 @@ def _labels_of(dataset: Dataset[Any]) -> Numbers:
     for name in ("targets", "labels"):
         found = getattr(dataset, name, None)
         if found is not None:
-            return found  # type: ignore[no-any-return]
+            transform = getattr(dataset, "target_transform", None)
+            if transform is None:
+                return found  # type: ignore[no-any-return]
+            # As torchvision's data sets do where they give out a sample.
+            return [transform(label) for label in torch.as_tensor(found).tolist()]
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
         return tuple(dataset.tensors)[1]
     raise ArgumentError(

@@ -75,7 +75,8 @@ def experts_loss(
         losses = [_call(one, experts[:, i], target) for i, one in enumerate(criteria)]
     except (IndexError, RuntimeError):
         if isinstance(target, Tensor):
-            check_classes(target, "target", classes)
+            left_out = getattr(criterion, "ignore_index", -100)
+            check_classes(target[target != left_out], "target", classes)
         raise
     if len({loss.dim() for loss in losses}) > 1:
         shapes = ", ".join(str(list(loss.shape)) for loss in losses)
@@ -96,8 +97,14 @@ def _checked(target: Any, experts: Tensor, *, strict: bool) -> Any:
         return target
     if len(target) != batch:
         refuse("target", f"that of {batch} samples, as many as `output` holds", target)
-    whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    return target.long() if whole else target
+    return as_indices(target)
+
+
+def as_indices(target: Any) -> Any:
+    """Whole numbers of any type as int64, the only one that torch's losses take everywhere."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
+        return target
+    return target if target.dtype == torch.bool else target.long()
 
 
 def _averages_rows(criterion: object) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,11 +20,12 @@ from ride_plugin._checks import (
     refuse,
     rows_sum_to_one,
 )
+from ride_plugin._devices import keeping_digits
 from ride_plugin._errors import ArgumentError, warn_caller
 from ride_plugin._output import Output, expert_logits, plain_logits
 from ride_plugin._schedule import Schedule
 from ride_plugin.losses._diversity import DiversityLoss
-from ride_plugin.losses._experts_loss import Criterion, experts_loss
+from ride_plugin.losses._experts_loss import Criterion, as_indices, experts_loss
 from ride_plugin.losses._seen_logits import adds_a_prior, seen_logits
 
 
@@ -45,7 +47,9 @@ class RIDELoss(nn.Module):
     Args:
         criterion: any module or function of ``(logits [B, C], target)`` that returns a scalar, or
             one loss for each sample, ``[B]``; or a sequence with one for each expert (in
-            validation, the mean of their values).
+            validation, the mean of their values). One that sums over samples says so by
+            ``reduction="sum"``, as an attribute, in a ``functools.partial`` or in the call: the
+            diversity term is a sum then, too.
         diversity: training samples of each class, ``[C]``, for a `DiversityLoss` with its
             defaults; or a `DiversityLoss`.
         reduction: ``"sum"`` as above: the loss is about E times that of a single model, and with it
@@ -137,20 +141,25 @@ class RIDELoss(nn.Module):
                 self._looked = True
                 self._look_at_the_prior(experts, target, args, kwargs)
                 _look_at_the_targets(experts, target)
-        total = loss + self._term(seen_logits(self._each(), experts), target, loss)
+        seen = seen_logits(self._each(), experts)
+        total = loss + self._term(seen, target, loss, kwargs.get("reduction"))
         return total if self.over_experts == "sum" else total / num_experts
 
-    def _term(self, seen: Tensor, target: Tensor, loss: Tensor) -> Tensor:
+    def _term(
+        self, seen: Tensor, target: Tensor, loss: Tensor, reduction: str | None = None
+    ) -> Tensor:
         """The diversity term of each sample, their mean or their sum, as the criterion has it."""
         if loss.dim() == 1:
             return self.diversity.per_sample(seen, target)
         term: Tensor = self.diversity(seen, target)
-        return term * len(seen) if self.reduction == "sum" else term
+        return term * len(seen) if (reduction or self.reduction) == "sum" else term
 
     @property
     def reduction(self) -> str:
         """The criterion's own, over samples: libraries ask any loss for it, and may set it."""
-        return str(getattr(self._each()[0], "reduction", "mean"))
+        first = self._each()[0]
+        named = first.keywords if isinstance(first, partial) else {}
+        return str(named.get("reduction", getattr(first, "reduction", "mean")))
 
     @reduction.setter
     def reduction(self, value: str) -> None:
@@ -188,15 +197,26 @@ class RIDELoss(nn.Module):
         """Move as any module; a criterion with a ``to`` of its own is asked for that as well."""
         super().to(*args, **kwargs)
         for one in self._each():
-            if isinstance(one, nn.Module) and type(one).to is not nn.Module.to:
-                one.to(*args, **kwargs)  # it keeps tensors that are no buffers
+            move = getattr(one, "to", None)
+            if callable(move) and getattr(type(one), "to", None) is not nn.Module.to:
+                move(*args, **kwargs)  # it keeps tensors that are no buffers
         return self
 
     def step(self) -> None:
-        """End the epoch, for the diversity term and for every schedule given."""
+        """End the epoch: for the diversity term, every schedule given, and the criterion's own.
+
+        A criterion with a ``step()`` had it called by the loop before it was wrapped.
+        """
         for module in self.modules():
             if isinstance(module, Schedule):
                 module.step()
+        for one in {id(one): one for one in self._each()}.values():
+            if not isinstance(one, Schedule) and callable(getattr(one, "step", None)):
+                one.step()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        keeping_digits(self, lambda: super(RIDELoss, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Arguments, as ``repr`` shows them."""
@@ -263,7 +283,7 @@ class RIDELoss(nn.Module):
     def _of_mean(
         self, logits: Tensor, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        criteria = self._with(args, kwargs)
+        criteria, target = self._with(args, kwargs), as_indices(target)
         if not isinstance(criteria, (list, nn.ModuleList)):
             loss: Tensor = criteria(logits, target)
             return loss

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ride_plugin._numerics import float32_or_better
 
@@ -53,16 +54,21 @@ def adds_a_prior(
 
     The gradient of cross entropy at equal logits is, for the classes that are not the sample's, the
     probability that the softmax gives them: the same for all, unless something was added to their
-    logits. Margins, weights and smoothed labels leave it the same.
+    logits. Margins and weights leave it the same, and so do smoothed labels; torch's own cross
+    entropy, where weights and smoothed labels together do not, adds nothing and is left out.
 
     Args:
-        criterion: of ``(logits, target, *args, **kwargs)``; what it keeps and draws stays as it is.
+        criterion: of ``(logits, target, *args, **kwargs)``; what a module keeps and draws stays as
+            it is.
         logits: ``[B, C]``, of whatever values.
         target: as the criterion takes it; only class indices ``[B]`` can be told from.
         args: handed on.
         kwargs: handed on.
     """
     if not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
+        return False
+    function = criterion.func if isinstance(criterion, partial) else criterion
+    if function is F.cross_entropy or type(function) is nn.CrossEntropyLoss:
         return False
     equal = torch.zeros_like(logits, requires_grad=True)
     devices = [equal.device] if equal.is_cuda else []

@@ -84,7 +84,9 @@ class TemperatureSchedule(Schedule):
             check_class_counts(class_counts), eta=self.eta, gamma=self.gamma, form=self.form
         )
         self.register_buffer(
-            "temperature", torch.empty(len(self._by_class), device="cpu"), persistent=False
+            "temperature",
+            torch.empty(len(self._by_class), dtype=torch.float32, device="cpu"),
+            persistent=False,
         )
         self._refresh()
 

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from ride_plugin import RIDEError, RIDEWrapper
 from ride_plugin.longtail import (
@@ -203,3 +203,19 @@ def test_tau_norm_in_half_precision_is_computed_in_float32() -> None:
     half = tau_normalized(weight.half(), 2.0)
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), tau_normalized(weight, 2.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "computed",
+    [
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.3),
+    ],
+)
+def test_weights_that_a_hook_computes_are_refused(computed) -> None:
+    layer = computed(nn.Linear(4, 3))
+    for method in (lambda: tau_normalize(layer, 1.0), lambda: reset_classifiers(layer)):
+        with pytest.raises(RIDEError, match="computed before each forward"):
+            method()

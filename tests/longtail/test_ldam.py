@@ -163,3 +163,14 @@ def test_the_bound_of_cosines_holds_on_both_sides_and_is_itself_allowed() -> Non
         assert criterion(torch.tensor([[edge, 0, 0]], dtype=torch.float64), target).isfinite()
         with pytest.raises(RIDEError, match="cosines times scale"):
             criterion(torch.tensor([[edge * 1.001, 0, 0]]), target)
+
+
+def test_a_margin_that_is_set_acts_from_then_on() -> None:
+    logits, target = 30 * torch.rand(4, 3), torch.tensor([0, 1, 2, 2])
+    criterion = LDAMLoss([50, 5, 1])
+    for margin in (0.0, 0.3):
+        criterion.max_margin = margin
+        expected = LDAMLoss([50, 5, 1], max_margin=margin)
+        assert torch.equal(criterion(logits, target), expected(logits, target))
+    with pytest.raises(RIDEError, match="`max_margin`"):
+        criterion.max_margin = -1

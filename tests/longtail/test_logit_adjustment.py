@@ -149,3 +149,23 @@ def test_checkpoints_hold_nothing_of_it_and_it_moves_with_to() -> None:
     assert not LogitAdjustedLoss(COUNTS).state_dict()
     assert BalancedSoftmaxLoss(COUNTS).adjustment.dtype == torch.float32
     assert BalancedSoftmaxLoss(COUNTS).double().adjustment.dtype == torch.float64
+
+
+def test_a_strength_that_is_set_acts_from_then_on() -> None:
+    logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 0])
+    criterion = LogitAdjustedLoss([50, 5, 1], tau=1.0)
+    for tau in (0.0, 0.5, 2):
+        criterion.tau = tau
+        expected = LogitAdjustedLoss([50, 5, 1], tau=tau)
+        assert torch.equal(criterion(logits, target), expected(logits, target))
+        assert f"tau={float(tau)}" in repr(criterion)
+    with pytest.raises(RIDEError, match="`tau`"):
+        criterion.tau = float("nan")
+
+
+def test_the_adjustment_outlives_every_cast() -> None:
+    expected = LogitAdjustedLoss([8000, 90, 5]).adjustment
+    cast = LogitAdjustedLoss([8000, 90, 5]).bfloat16().float()
+    emptied = LogitAdjustedLoss([8000, 90, 5]).to("meta").to_empty(device="cpu")
+    assert torch.equal(cast.adjustment, expected)
+    assert torch.equal(emptied.adjustment, expected)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from ride_plugin import ArgumentError
 from ride_plugin.longtail import PriorEstimate, calibrate_prior
@@ -177,3 +178,51 @@ def test_estimates_refuse_what_does_not_fit():
             calibration.estimate(wrong)
     with pytest.raises(ArgumentError, match="tau"):
         calibration.adjust(torch.zeros(2, CLASSES), math.nan)
+
+
+def held_out(number: int, counts: list[int]):
+    labels = torch.randint(3, (number,))
+    prior = torch.tensor(counts).double() / sum(counts)
+    logits = (F.one_hot(labels, 3) * 2.0 + torch.randn(number, 3).double()) * 2 + prior.log()
+    return logits.float(), labels
+
+
+def test_held_out_data_that_determine_nothing_are_refused() -> None:
+    counts = [100, 10, 1]
+    logits, labels = held_out(600, counts)
+    with pytest.raises(ArgumentError, match="`labels` to hold classes with different"):
+        calibrate_prior(logits[labels == 1], labels[labels == 1], counts)
+    with pytest.raises(ArgumentError, match="`labels` to hold classes with different"):
+        calibrate_prior(logits[labels < 2], labels[labels < 2], [100, 100, 1])
+    prior = (torch.tensor(counts) / sum(counts)).log()
+    for constant in (
+        torch.ones(600, 3),
+        torch.randn(600, 1) + torch.zeros(600, 3),
+        -2 * prior.expand(600, 3),
+    ):
+        with pytest.raises(ArgumentError, match="`logits` to tell something"):
+            calibrate_prior(constant, labels, counts)
+
+
+def test_logits_made_in_inference_mode_are_calibrated() -> None:
+    logits, labels = held_out(600, [100, 10, 1])
+    expected = calibrate_prior(logits.double(), labels, [100, 10, 1])
+    with torch.inference_mode():
+        inside = calibrate_prior(logits.double() + 0, labels, [100, 10, 1])
+        outside = logits.double() + 0
+    for found in (inside, calibrate_prior(outside, labels, [100, 10, 1])):
+        assert (found.scale, found.offset) == (expected.scale, expected.offset)
+
+
+def test_an_exponent_of_counts_that_differ_little_is_found_though_it_is_large() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    calibration = calibrate_prior(
+        F.one_hot(labels, 3) * 2 + torch.randn(300, 3), labels, [60, 50, 40]
+    )
+    shifted = torch.multinomial(torch.tensor([0.05, 0.2, 0.75]), 3000, replacement=True)
+    found = calibration.estimate(F.one_hot(shifted, 3) * 2 + torch.randn(3000, 3))
+    assert found.tau < -5
+    torch.testing.assert_close(
+        found.prior, torch.tensor([0.05, 0.2, 0.75]).double(), atol=0.05, rtol=0
+    )

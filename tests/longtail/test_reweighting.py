@@ -41,8 +41,8 @@ def criteria():
 
 @pytest.mark.parametrize("criterion", criteria(), ids=lambda c: type(c).__name__)
 def test_weights_switch_in_place_at_the_start_epoch(criterion) -> None:
-    buffer = criterion.weight
     drw = DeferredReweighting(criterion, COUNTS, start_epoch=2)
+    buffer = criterion.weight
     seen = []
     for epoch in range(4):
         assert drw.last_epoch == epoch
@@ -119,3 +119,24 @@ def test_compiled_in_one_graph_the_switch_needs_no_recompilation(criterion) -> N
         torch.testing.assert_close(compiled(logits, target), criterion(logits, target))
         drw.step()
         torch.testing.assert_close(compiled(logits, target), criterion(logits, target))
+
+
+def test_a_tensor_that_others_hold_stays_as_it_is() -> None:
+    ones = torch.ones(3)
+    mine, other = (torch.nn.CrossEntropyLoss(weight=ones) for _ in range(2))
+    DeferredReweighting(mine, COUNTS, start_epoch=0)
+    assert ones.tolist() == other.weight.tolist() == [1.0, 1.0, 1.0]
+    assert mine.weight[2] > 2
+
+
+def test_weights_that_the_loop_sets_before_stay_until_the_start_epoch() -> None:
+    criterion = torch.nn.CrossEntropyLoss(weight=torch.ones(3))
+    drw = DeferredReweighting(criterion, COUNTS, start_epoch=2)
+    criterion.weight = torch.tensor([1.0, 2.0, 3.0])
+    drw.step()
+    assert criterion.weight.tolist() == [1.0, 2.0, 3.0]
+    before = copy.deepcopy(drw.state_dict())
+    drw.step()
+    assert torch.equal(criterion.weight, drw.weight)
+    drw.load_state_dict(before)
+    assert criterion.weight.tolist() == [1.0, 2.0, 3.0]

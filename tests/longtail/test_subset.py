@@ -138,3 +138,21 @@ def test_a_stream_of_unknown_length_is_refused() -> None:
 
 def test_a_single_class_has_all_its_images() -> None:
     assert long_tailed_counts(1, 50, 10) == [50]
+
+
+@pytest.mark.parametrize("targets", [torch.arange(400) % 4, [k % 4 for k in range(400)]])
+def test_a_target_transform_is_applied_to_the_labels_too(targets) -> None:
+    class Turned(torch.utils.data.Dataset):  # as torchvision's, whose targets are as in the file
+        def __init__(self) -> None:
+            self.targets, self.target_transform = targets, lambda label: 3 - label
+
+        def __len__(self) -> int:
+            return 400
+
+        def __getitem__(self, index: int):
+            return torch.zeros(1), self.target_transform(int(self.targets[index]))
+
+    data = LongTailedSubset(Turned(), 10)
+    given = torch.tensor([label for _, label in data])
+    assert torch.equal(given, data.labels)
+    assert given.bincount().tolist() == data.class_counts == [100, 46, 21, 10]

@@ -245,3 +245,14 @@ def test_losses_for_long_tails_run_once_for_all_experts(kind: type[nn.Module]) -
     criterion.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
     experts_loss(criterion, torch.rand(4, 3, 3), torch.tensor([0, 1, 2, 0]))
     assert rows == [12]
+
+
+def test_a_class_to_ignore_is_not_blamed_for_another_mistake() -> None:
+    target = torch.tensor([0, -100, 2])
+    criterion = nn.CrossEntropyLoss(weight=torch.ones(5))  # one too many
+    with pytest.raises(RuntimeError, match="weight tensor"):
+        experts_loss(criterion, torch.randn(3, 2, 4), target)
+    ignored = nn.CrossEntropyLoss(ignore_index=7)
+    assert experts_loss(ignored, torch.randn(3, 2, 4), torch.tensor([0, 7, 2])).isfinite()
+    with pytest.raises(ArgumentError, match="from 0 to 9"):
+        experts_loss(ignored, torch.randn(3, 2, 4), torch.tensor([0, 7, 9]))

@@ -1,6 +1,7 @@
 """One criterion in place of a training code's own: both modes, any criterion, epochs, state."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -535,3 +536,77 @@ def test_what_a_loop_sets_on_its_criterion_reaches_the_criterion() -> None:
     assert several.note == "mine"
     assert not any(hasattr(one, "note") for one in several.criterion)
     torch.testing.assert_close(several(logits, target), expected / 2)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "named"),
+    [
+        (partial(F.cross_entropy, reduction="sum"), {}),
+        (F.cross_entropy, {"reduction": "sum"}),
+        (nn.CrossEntropyLoss(reduction="sum"), {}),
+    ],
+)
+def test_the_term_is_a_sum_wherever_the_criterion_says_that_it_sums(criterion, named) -> None:
+    experts = torch.randn(6, 3, 4, requires_grad=True)
+    loss = RIDELoss(criterion, COUNTS)(experts, TARGET, **named)
+    term = loss - sum(F.cross_entropy(experts[:, i], TARGET, reduction="sum") for i in range(3))
+    torch.testing.assert_close(term, 6 * DiversityLoss(COUNTS)(experts, TARGET))
+
+
+def test_a_criterion_that_the_loop_stepped_is_stepped_once_an_epoch() -> None:
+    class Annealed(nn.CrossEntropyLoss):
+        epochs = 0
+
+        def step(self) -> None:
+            self.epochs += 1
+
+    one = Annealed()
+    loss = RIDELoss([one, one, one], COUNTS)
+    loss.step()
+    assert (one.epochs, loss.diversity.schedule.last_epoch) == (1, 1)
+    drw = DeferredReweighting(nn.CrossEntropyLoss(weight=torch.ones(4)), COUNTS, start_epoch=3)
+    RIDELoss(drw.criterion, COUNTS, schedules=[drw]).step()
+    assert drw.last_epoch == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_targets_of_any_whole_numbers_are_taken_with_gradients_and_without(dtype) -> None:
+    loss, experts = RIDELoss(nn.CrossEntropyLoss(), COUNTS), torch.randn(6, 3, 4)
+    expected = F.cross_entropy(experts.mean(1), TARGET)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(experts.mean(1), TARGET.to(dtype)), expected)
+    assert loss(experts.requires_grad_(), TARGET.to(dtype)).isfinite()
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(weight=torch.rand(4)),
+        LDAMLoss(COUNTS, weight=[1.1, 1.2, 1.3, 1.4]),
+        FocalLoss(weight=torch.rand(4)),
+        LogitAdjustedLoss(COUNTS, tau=0.7),
+        BalancedSoftmaxLoss(COUNTS),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_of_the_model_that_holds_it_leaves_the_loss_its_digits(criterion, dtype) -> None:
+    loss = RIDELoss(copy.deepcopy(criterion), COUNTS)
+    experts = 20 * torch.rand(6, 3, 4).to(dtype)
+    before = loss(experts.detach().requires_grad_(), TARGET)
+    nn.ModuleList([loss]).to(dtype)
+    assert torch.equal(loss(experts.detach().requires_grad_(), TARGET), before)
+    assert {buffer.dtype for buffer in loss.buffers()} <= {torch.float32, torch.int64}
+
+
+def test_a_criterion_that_is_no_module_is_moved_as_well() -> None:
+    class Plain:
+        moved = None
+
+        def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(logits, target)
+
+        def to(self, device: str) -> None:
+            self.moved = device
+
+    loss = RIDELoss(Plain(), COUNTS).to("cpu")
+    assert loss.criterion.moved == "cpu"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ride_plugin import ArgumentError, DiversityLoss, RIDELoss
 from ride_plugin.longtail import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
+from ride_plugin.losses._seen_logits import adds_a_prior
 
 COUNTS = [50, 20, 5, 2]
 PRIOR = torch.tensor([50, 20, 5, 2.0]).div(77).log()
@@ -162,3 +163,12 @@ def test_half_precision_is_compared_in_float32() -> None:
     torch.testing.assert_close(
         loss, RIDELoss(BalancedSoftmaxLoss(COUNTS), COUNTS)(out.float(), TARGET)
     )
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda c: c, lambda c: partial(F.cross_entropy, weight=c.weight, label_smoothing=0.1)]
+)
+def test_torchs_cross_entropy_with_weights_and_smoothed_labels_is_no_prior(wrap) -> None:
+    weight = torch.logspace(-2, 1, 4)
+    criterion = wrap(nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1))
+    assert not adds_a_prior(criterion, torch.randn(8, 4), torch.arange(8) % 4)

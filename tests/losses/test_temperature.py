@@ -196,3 +196,13 @@ def test_gamma_that_makes_a_temperature_negative_is_told_its_limit() -> None:
     assert "gamma=0.5" in str(error.value)
     TemperatureSchedule(COUNTS, gamma=0.315, form="paper")
     TemperatureSchedule(COUNTS, gamma=0.5)
+
+
+def test_temperatures_keep_their_digits_where_half_precision_is_the_default() -> None:
+    expected = TemperatureSchedule([300, 100, 20]).temperature
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = TemperatureSchedule([300, 100, 20]).temperature
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
