@@ -65,7 +65,7 @@ def unite(base: Split, splits: Sequence[Split]) -> Parts:
     links = [link for split in splits for link in split.views.links]
     for module in base.views.trunk.modules():
         if isinstance(module, Forked):
-            module.stand_for(experts[0])
+            module.ride_stand_for(experts[0])
     for link in links:
         link.refresh()
     written = frozenset[str]().union(*(split.views.written for split in (base, *splits)))

@@ -65,7 +65,7 @@ def join_parts(
                     copies = (*shared.parameters(), *shared.buffers())
                     tied = {id(a): b for a, b in zip(originals, copies, strict=True)}
                 expert = _expert_view(head, view, running, tied | settings)
-                forked.stand_for(expert)
+                forked.ride_stand_for(expert)
                 views = Views(view, expert, running, [], [(view, expert)])
                 if seen.reader is not None:
                     source.register_forward_hook(seen.reader)
@@ -86,5 +86,5 @@ def _expert_view(head: nn.Module, trunk: Joined, running: Running, tied: dict[in
     own = copy.deepcopy(head, {**detached_activations(head), **tied})
     own.register_forward_pre_hook(ForkHook(running), prepend=True)
     recorded = Recorded(running, "body")
-    recorded.stand_for(trunk)
+    recorded.ride_stand_for(trunk)
     return Joined(recorded, own)

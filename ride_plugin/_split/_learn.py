@@ -23,6 +23,7 @@ from ride_plugin._split._probe import RANDOM, differ, mark_of
 from ride_plugin._split._reentrant import passed_by
 from ride_plugin._split._rows import Rows, find_rows
 from ride_plugin._split._state import Layout, TrunkState
+from ride_plugin._split._tape import Forked, Recorded
 from ride_plugin._split._views import Views
 from ride_plugin._tree import Place, logits_in, map_tensors, tensors_in
 
@@ -262,8 +263,7 @@ def _share_running(views: Views) -> None:
     # Running copies itself anew for each reference outside one deepcopy; inside one, the memo
     # keeps a single copy. Assert what the passes rely on.
     for module in views.expert.modules():
-        running = vars(module).get("running")
-        if running is not None and running is not views.running:
+        if isinstance(module, Recorded | Forked) and module.ride_running is not views.running:
             raise AssertionError("stand-ins lost the pass they belong to")
 
 
@@ -337,7 +337,7 @@ def _watch_expert(
     watch = _Reads()
     with torch.set_grad_enabled(gradients):
         values = [map_tensors(hand, value) for value in state.values]
-        watched = TrunkState(state.batch_size, state.keys, values, None)
+        watched = TrunkState(state.batch_size, state.keys, values, None, numbers=state.numbers)
         with watch:  # below the player's mode: what is replayed reads nothing
             logits = logits_in(play(views.expert, views.running, watched, look))
     flat = [list(tensors_in(value)) for value in state.values]

@@ -160,16 +160,10 @@ class SplitModule(nn.Module):
         stored = self._stored(args, kwargs)
         if stored is not None:
             return stored
-        check_compiles()
-        kwargs = in_order_of(self._inputs[1], kwargs)
-        self._take_up()
-        before = read_attributes(self.trunk, self._attributes)
-        self._keep_hooks()
-        state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
-        return self._settled(replace(state, attributes=before), args, kwargs)
+        return self._settled(self._recorded(args, kwargs), args, kwargs)
 
     def start(self, *args: Any, **kwargs: Any) -> tuple[TrunkState, Tensor, Tensor]:
-        """Run the shared part and expert 0 in one pass; equal to running one after the other.
+        """Run the shared part, then expert 0.
 
         Returns:
             The state for the other experts, and expert 0's logits ``[B, C]`` and features
@@ -338,61 +332,70 @@ class SplitModule(nn.Module):
         stored = self._stored(args, kwargs)
         if stored is not None:
             return (stored, *self.run_expert(0, stored))
-        self._take_up()
+        if torch.compiler.is_compiling() and not self._has_to_stop():
+            return self._first_expert_compiled(args, kwargs)
+        state = self._recorded(args, kwargs)
+        # Where paths are random, each look for one takes long and finds nothing.
+        if state.layout is None and not torch.compiler.is_compiling():
+            watched = _get_current_dispatch_mode() is not None  # by a counter of FLOPs, say
+            if not watched and self._num_looks < _MOST_LOOKS:
+                self._num_looks += 1
+                state = self._settled(state, args, kwargs)
+        return (state, *self.run_expert(0, state))
+
+    def _has_to_stop(self) -> bool:
+        """Whether the trunk's pass must not go on into expert 0.
+
+        It would run expert 0 with the trunk's own mode and attributes, write into what the other
+        experts read, leave behind what belongs to the expert, and pass by hooks of the expert
+        itself. It leads to the expert that was the first when the model was made; somebody may have
+        put another one in its place. Where none of this matters, the exporter needs it: it takes no
+        forward that ends in the middle.
+        """
         changes = self.num_experts > 1 and any(known.changes_in_place for known in self._layouts)
-        # Going on into expert 0 would let it write into what the others read, and would pass by the
-        # hooks of the expert itself (FSDP2's gather its parameters); and DataParallel's replica of
-        # the trunk leads to the original's expert, on another device. What the code after the fork
-        # leaves on modules belongs to the expert's own. The trunk leads to the expert that was the
-        # first when the model was made; somebody may have put another one in its place.
-        if (
+        return bool(
             changes
             or self._late
+            or self.trunk.training != self.experts[0].training
             or _is_hooked(self.experts[0])
             or self._is_replica
             or self.experts[0] is not self._goes_on_into[0]
-        ):
-            state = self.run_trunk(*args, **kwargs)
-            return (state, *self.run_expert(0, state))
+        )
+
+    def _first_expert_compiled(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[TrunkState, Tensor, Tensor]:
+        """Both in one pass of the trunk, which goes on into expert 0."""
         check_compiles()
         kwargs = in_order_of(self._inputs[1], kwargs)
         before = read_attributes(self.trunk, self._attributes)
         watch_classifier(self.experts[0], self.classifier_name, self._running)
-        self._keep_hooks()
         self._running.features = None
-        versions: list[int | None] = []
 
         def stops(values: Sequence[Any], layout: Layout | None) -> bool:
-            """Whether it must be found out first what an expert changes on this path."""
-            if torch.compiler.is_compiling():
-                return layout is None
-            versions.extend(versions_in(values))
-            watched = _get_current_dispatch_mode() is not None  # by a counter of FLOPs, say
-            if layout is not None or watched or self._num_looks == _MOST_LOOKS:
-                return False
-            self._num_looks += 1
-            return True
+            """Whether it is not known what an expert changes on this path."""
+            return layout is None and self.num_experts > 1
 
-        alone = self.num_experts == 1
         try:
-            # The recording goes on into expert 0: one pass fewer over the backbone's own code.
             state, output = record(
-                self.trunk,
-                self._running,
-                self._layouts,
-                args,
-                kwargs,
-                stop_at_fork=False if alone else stops,
+                self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=stops
             )
             state = replace(state, attributes=before)
-            if output is None and not alone:  # it stopped
-                state = self._settled(state, args, kwargs)
+            if output is None:  # it stopped
+                state = state.hollowed()
                 return (state, *self.run_expert(0, state))
-            if versions:
-                _refuse_changed(state, versions)
             return (state, *self._read(output))
         finally:
             self._running.features = None
+
+    def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TrunkState:
+        check_compiles()
+        kwargs = in_order_of(self._inputs[1], kwargs)
+        self._take_up()
+        before = read_attributes(self.trunk, self._attributes)
+        self._keep_hooks()
+        state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
+        return replace(state, attributes=before)
 
     def _check_number(self) -> None:
         if len(self.experts) != self.num_experts:

@@ -47,8 +47,8 @@ def record(
         layouts: paths that are known.
         args: of the forward, and ``kwargs``.
         kwargs: see ``args``.
-        stop_at_fork: whether to stop at the fork; going on into expert 0 saves one traversal of the
-            backbone's forward. A function is asked there, given the tape and its layout if known.
+        stop_at_fork: whether to stop at the fork; the exporter needs a pass that goes on into
+            expert 0. A function is asked there, given the tape and its layout if known.
 
     Returns:
         The trunk's state, and expert 0's output unless it stopped at the fork.
@@ -70,6 +70,7 @@ def record(
         return stop_at_fork if isinstance(stop_at_fork, bool) else stop_at_fork(values, layout)
 
     recorder = Recorder(own, stops, known)
+    recorder.may_go_on = stop_at_fork is not True
     running.recorder = recorder
     output = None
     _begin(recorder, trunk, running)
@@ -96,11 +97,18 @@ def record(
     if layout is None and recorder.dropped:
         args, kwargs = own  # the forward may have popped something from what it was given
         return record(trunk, running, (), args, kwargs, stop_at_fork=stop_at_fork)
-    keys, dropped = tuple(recorder.keys), recorder.dropped
+    keys, dropped, numbers = tuple(recorder.keys), recorder.dropped, recorder.numbers
     recomputes = recorder.recomputes
     values = recorder.values
-    state = TrunkState(batch_size, keys, values, layout, hollow=dropped, recomputes=recomputes)
-    return state, output
+    return TrunkState(
+        batch_size,
+        keys,
+        values,
+        layout,
+        hollow=dropped,
+        recomputes=recomputes,
+        numbers=numbers,
+    ), output
 
 
 def play(
@@ -113,7 +121,7 @@ def play(
 
     ``at_fork`` is called where the expert's own modules begin.
     """
-    player = Player(state.keys, [], at_fork)
+    player = Player(state.keys, [], at_fork, state.numbers)
     player.values = state.own_values(lambda: player.reached_fork)
     args, kwargs = _own_inputs(player.values[0])
     running.player = player

@@ -81,7 +81,7 @@ def _reunite(root: nn.Module, links: Sequence[Link]) -> None:
     """Put the trunk's modules and tensors back to where the backbone had them."""
     for name, module in list(root.named_modules(remove_duplicate=False)):
         if isinstance(module, Recorded):
-            root.set_submodule(name, module.real)
+            root.set_submodule(name, module.ride_real)
     inside = {id(module) for module in root.modules()}
     for link in links:
         if id(link.view) not in inside:

@@ -139,6 +139,7 @@ class TrunkState:
     recomputes: bool = field(
         default=False, repr=False
     )  # in its backward, for the last value's sake
+    numbers: tuple[tuple[int, Any], ...] = field(default=(), repr=False)  # read, then changed
 
     def __len__(self) -> int:
         return self.batch_size
@@ -224,7 +225,8 @@ class TrunkState:
                     "Expected argument `states` to come from one path through the backbone, but "
                     "they differ. Keep inputs of different kinds apart."
                 )
-            if not all(map(_may_join, first.attributes, other.attributes)):
+            same = all(map(_may_join, first.attributes, other.attributes))
+            if not same or first.numbers != other.numbers:
                 raise ArgumentError(
                     "Expected argument `states` to start from the same values, but the backbone "
                     "keeps a number from call to call, a count say, which differs between them. "

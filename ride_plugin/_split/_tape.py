@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from typing_extensions import Self
 
+from ride_plugin._checks import version_of
 from ride_plugin._errors import ReplayError, warn_caller
 from ride_plugin._split._copies import COMPILED_CALL
 from ride_plugin._split._hollow import hollow
@@ -33,6 +34,8 @@ from ride_plugin._split._state import Layout
 from ride_plugin._tree import map_tensors, own_container, tensors_in
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
+_READS = frozenset({"item", "tolist", "numpy", "__int__", "__float__", "__bool__", "__index__"})
+_FREEZES = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _CHECKPOINT = torch.utils.checkpoint.__file__
 _BACKWARD_HOOKS = torch.utils.hooks.__file__
 _ACROSS = (
@@ -113,12 +116,14 @@ class Recorder(_GlueMode):
         self.values: list[Any] = [inputs]
         self.dropped = False
         self.stops = stops
+        self.may_go_on = True  # into expert 0
         self._layouts = list(layouts)
         self.reached_fork = False
         self.recomputes = False  # in reentrant checkpoints that are over when the fork is reached
         self._depth = 0
         self._stepped_aside = False
         self._region: FrameType | None = None  # the reentrant checkpoint of the last value, if any
+        self._read: list[tuple[Tensor, int | None, Any]] = []  # in which version, and as what
         self._with_gradients = not torch.compiler.is_compiling() and torch.is_grad_enabled()
 
     def __torch_function__(
@@ -135,6 +140,8 @@ class Recorder(_GlueMode):
                 self.values[-1] = swapped
             else:
                 self._write(_name(func), result)
+        elif self._depth == 0 and not self.reached_fork and _name(func) in _READS:
+            self._read.append((args[0], version_of(args[0]), result))
         return result
 
     def _write(self, key: str, value: Any) -> None:
@@ -179,20 +186,39 @@ class Recorder(_GlueMode):
         if self.stops():
             raise ForkReached
 
+    @property
+    def numbers(self) -> tuple[tuple[int, Any], ...]:
+        """What was read as a number from a tensor that changed before the fork, by which read.
+
+        A forward may go on from a count, `int(self.step)`, that it then raises.
+        """
+        reads = enumerate(self._read)
+        return tuple((k, number) for k, (t, v, number) in reads if version_of(t) != v)
+
 
 class Player(_GlueMode):
     """Reads the tape back, in order, and refuses any other order."""
 
     def __init__(
-        self, keys: tuple[str, ...], values: list[Any], at_fork: Callable[[], None] | None = None
+        self,
+        keys: tuple[str, ...],
+        values: list[Any],
+        at_fork: Callable[[], None] | None = None,
+        numbers: tuple[tuple[int, Any], ...] = (),
     ) -> None:
         super().__init__()
         self.keys = keys
         self.values = values
+        self._numbers = dict(numbers)
+        self._num_reads = 0
         self.at_fork = at_fork
         self.reached_fork = False
         self.position = 1  # entry 0 holds the inputs
         self.region: object = None  # the checkpointed region of the last value, if any
+        self._random: Tensor | None = None
+        # With several threads, another may draw from the same generator.
+        if not torch.compiler.is_compiling() and threading.active_count() == 1:
+            self._random = torch.get_rng_state()
         self.around = _checkpointed_region()  # that of the whole pass: `checkpoint_experts`
 
     def __torch_function__(
@@ -204,9 +230,16 @@ class Player(_GlueMode):
     ) -> Any:
         if func is Tensor.register_hook and not isinstance(args[0], nn.Parameter):
             return NoHandle()  # the trunk has registered it, on the same tensor
+        if self._numbers and _name(func) in _READS:
+            self._num_reads += 1
+            if self._num_reads - 1 in self._numbers:
+                return self._numbers[self._num_reads - 1]
         if self.position < len(self.keys):
             name = _name(func)
             if self.keys[self.position] == name:
+                if func in _FREEZES and isinstance(args[0], nn.Parameter):
+                    self.position += 1  # of the expert's own, or of the trunk's once more
+                    return func(*args, **(kwargs or {}))
                 return self.next_value()
             result = func(*args, **(kwargs or {}))
             if _leaves_a_trace(func, result):
@@ -253,6 +286,12 @@ class Player(_GlueMode):
         self.reached_fork = True
         if _get_current_function_mode() is self:
             self.leave()
+        if self._random is not None and not torch.equal(self._random, torch.get_rng_state()):
+            raise ReplayError(
+                "An expert's forward draws random numbers before the fork, where it shall read "
+                "what the trunk has drawn: in a function of TorchScript, say, which cannot be seen "
+                "from outside. Put it into a module of the trunk, or write it in plain Python."
+            )
         if self.at_fork is not None:
             self.at_fork()
 
@@ -453,29 +492,48 @@ class _Substitute(nn.Module):
     """Stands where another module stood; has no parameters, but answers for its attributes.
 
     The module it stands for is looked up by name in the view that owns it, at each use: somebody
-    may replace it there, a classifier for example.
+    may replace it there, a classifier for example. Names of its own begin with ``ride_``: any other
+    may be one of that module's.
     """
 
     def __init__(self, running: Running, key: str) -> None:
         super().__init__()
-        self.running = running
-        self.key = key
+        self.ride_running = running
+        self.ride_key = key
 
-    def stand_for(self, owner: nn.Module) -> None:
+    def ride_stand_for(self, owner: nn.Module) -> None:
         """Set the view that owns the module; not registered, since it is no part of this one."""
-        self.__dict__["owner"] = owner
+        self.__dict__["ride_owner"] = owner
 
     @property
-    def real(self) -> nn.Module:
+    def ride_real(self) -> nn.Module:
         """The module that this one stands for."""
-        owner: nn.Module = self.__dict__["owner"]
-        return owner.get_submodule(self.key)
+        owner: nn.Module = self.__dict__["ride_owner"]
+        return owner.get_submodule(self.ride_key)
+
+    @property
+    def ride_in_pass(self) -> bool:
+        """Whether a forward is being recorded or replayed, which means the other module by this."""
+        running = self.__dict__.get("ride_running")
+        return running is not None and (running.recorder or running.player) is not None
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; a forward that does so means the module that this one stands for."""
-        if self.running.recorder is not None or self.running.player is not None:
-            self.real.train(mode)
+        if self.ride_in_pass:
+            self.ride_real.train(mode)
         return super().train(mode)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As for any module; a forward that asks, for a dtype say, means the other module's."""
+        if self.ride_in_pass:
+            return self.ride_real.named_parameters(*args, **kwargs)
+        return super().named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """As for any module; a forward that asks means the other module's."""
+        if self.ride_in_pass:
+            return self.ride_real.named_buffers(*args, **kwargs)
+        return super().named_buffers(*args, **kwargs)
 
     def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
         """As for any module; that the real one has this name as well is no matter."""
@@ -484,46 +542,53 @@ class _Substitute(nn.Module):
 
     def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
         """As for any module, but for what the hook computes, which is none of the forward's."""
-        return super().register_forward_pre_hook(_Aside(self.running, hook), **kwargs)
+        return super().register_forward_pre_hook(_Aside(self.ride_running, hook), **kwargs)
 
     def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
         """As for any module, but for what the hook computes, which is none of the forward's."""
-        return super().register_forward_hook(_Aside(self.running, hook), **kwargs)
+        return super().register_forward_hook(_Aside(self.ride_running, hook), **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; what a forward hands to it, a prompt say, becomes no part of it."""
+        if isinstance(value, nn.Parameter | nn.Module) and self.ride_in_pass:
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "real" or name.startswith("__") or "owner" not in self.__dict__:
+            if name.startswith(("ride_", "__")) or "ride_owner" not in self.__dict__:
                 raise
-            return self.part(getattr(self.real, name))
+            return self.ride_part(getattr(self.ride_real, name))
 
-    def part(self, value: Any) -> Any:
+    def ride_part(self, value: Any) -> Any:
         """An attribute or a part of the module that this one stands for, as callers get it."""
         return value
 
     def __len__(self) -> int:
-        return len(self.real)  # type: ignore[arg-type]
+        return len(self.ride_real)  # type: ignore[arg-type]
 
     def __getitem__(self, index: Any) -> Any:
-        return self.part(self.real[index])  # type: ignore[index]
+        return self.ride_part(self.ride_real[index])  # type: ignore[index]
 
     def __bool__(self) -> bool:
         return True
 
     def extra_repr(self) -> str:
-        return self.key
+        return self.ride_key
 
 
 class Recorded(_Substitute):
     """In an expert: stands for a unit of the trunk and returns what that unit returned."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        player = self.running.player
+        player = self.ride_running.player
         if player is None or player.position >= len(player.keys):
-            return self.real(*args, **kwargs)  # a shared module used after the fork
-        if player.keys[player.position] != self.key:
-            raise player.out_of_step(self.key)
+            return self.ride_real(*args, **kwargs)  # a shared module used after the fork
+        if player.keys[player.position] != self.ride_key:
+            raise player.out_of_step(self.ride_key)
         return player.next_value()
 
 
@@ -531,18 +596,39 @@ class Forked(_Substitute):
     """In the trunk: stands for a forked unit; ends the recording, then runs expert 0's unit."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.begin()
-        return self.real(*args, **kwargs)
+        self.ride_begin()
+        return self.ride_real(*args, **kwargs)
 
-    def begin(self) -> None:
+    def ride_begin(self) -> None:
         """End the recording, if there is one."""
-        recorder = self.running.recorder
+        recorder = self.ride_running.recorder
         if recorder is not None and not recorder.reached_fork:
             recorder.fork_begins()
 
-    def part(self, value: Any) -> Any:
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; what the forward sets is the unit's, if this pass goes on into it."""
+        if name != "training" and self._goes_on():
+            setattr(self.ride_real, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module; to a forward that goes on into the unit, those of the unit."""
+        owner: Any = self.ride_real if self._goes_on() else super()
+        yield from owner.named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module; to a forward that goes on into the unit, those of the unit."""
+        owner: Any = self.ride_real if self._goes_on() else super()
+        yield from owner.named_children()
+
+    def _goes_on(self) -> bool:
+        recorder = self.ride_running.recorder if self.ride_in_pass else None
+        return recorder is not None and recorder.may_go_on
+
+    def ride_part(self, value: Any) -> Any:
         """Wrap what is inside the unit: a forward may call it directly, to checkpoint a block."""
-        recorder = self.running.recorder
+        recorder = self.ride_running.recorder
         if isinstance(value, nn.Module) and recorder is not None and not recorder.reached_fork:
             return _Inside(self, value)
         return value
@@ -553,25 +639,31 @@ class _Inside(nn.Module):
 
     def __init__(self, forked: Forked, module: nn.Module) -> None:
         super().__init__()
-        self.__dict__.update(forked=forked, module=module)  # not registered: it is no part of this
+        # Not registered: it is no part of this.
+        self.__dict__.update(ride_forked=forked, ride_real=module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.forked.begin()
-        return self.module(*args, **kwargs)
+        self.ride_forked.ride_begin()
+        return self.ride_real(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        parameters: Iterator[tuple[str, nn.Parameter]]
+        parameters = self.ride_real.named_parameters(*args, **kwargs)
+        return parameters
 
     def __getattr__(self, name: str) -> Any:
-        return self.forked.part(getattr(self.module, name))
+        return self.ride_forked.ride_part(getattr(self.ride_real, name))
 
     def __len__(self) -> int:
-        return len(self.module)
+        return len(self.ride_real)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.forked.part(self.module[index])
+        return self.ride_forked.ride_part(self.ride_real[index])
 
 
 def leads_to_experts(trunk: nn.Module, running: Running) -> bool:
     """Whether a trunk takes part in this pass; a copy of one has a pass of its own."""
-    return any(isinstance(m, Forked) and m.running is running for m in trunk.modules())
+    return any(isinstance(m, Forked) and m.ride_running is running for m in trunk.modules())
 
 
 def _checkpointed_region() -> object:

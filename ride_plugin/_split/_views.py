@@ -210,7 +210,7 @@ def build_views(
         UnitHooks(running, name).install(trunk_modules[name])
     for stand_in, owner in ((stand_ins, trunk), (replaced, expert)):
         for module in stand_in.values():
-            module.stand_for(owner)
+            module.ride_stand_for(owner)
 
     links: list[Link] = []
     for name, _, key in outside:
