@@ -128,7 +128,10 @@ def run(seed: int, epochs: int, bar: tqdm) -> dict[str, Result]:
         }
     # The threshold: the most accurate on held-out images at no more than the backbone's FLOPs.
     budget = cost.backbone_flops
-    routers = {"RIDE, routed": router, "RIDE, routed by confidence": ConfidenceRouter()}
+    routers = {
+        "RIDE, routed": router,
+        "RIDE, routed by confidence": ConfidenceRouter("max_probability"),
+    }
     for name, gates in routers.items():
         serve = RoutingInference(model, gates)  # RIDE
         serve.calibrate(calibration, max_flops=budget)  # RIDE
