@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ride_plugin._checks import Numbers, as_cpu_tensor, check_instance, refuse
 from ride_plugin._errors import ArgumentError
+from ride_plugin._flops import counted
 from ride_plugin._inputs import as_inputs, rows_of_example, taken_by_model
 from ride_plugin._output import RouterInputs
 from ride_plugin._tree import map_tensors
@@ -152,9 +152,9 @@ def cost_report(
 ) -> CostReport:
     """Count what trunk, experts and router cost, and what a routed row is expected to cost.
 
-    FLOPs are those of ``torch.utils.flop_counter``: matrix products, convolutions and attention,
-    2 for each multiply-add; what else a model does (BatchNorm, activations, pooling, top-k) is not
-    counted. Nothing is trained or changed, and BatchNorm statistics stay as they are.
+    FLOPs are those of matrix products, convolutions, attention and recurrent layers, 2 for each
+    multiply-add; what else a model does (BatchNorm, activations, pooling, top-k) is not counted.
+    Nothing is trained or changed, and BatchNorm statistics stay as they are.
 
     Args:
         model: a ``RIDEWrapper``.
@@ -199,15 +199,15 @@ def cost_report(
         # Not counted: a path that the model has not seen is learned here, by passes of its own.
         with taken_by_model(example_input):
             state = model.run_trunk(*args, **kwargs)
-        everything, _ = _counted(model, model.router_inputs, *args, **kwargs)
+        everything, _ = counted(model, model.router_inputs, *args, **kwargs)
         expert_flops, gate_flops = [], []
         for index in range(model.num_experts):
-            flops, (logits, features) = _counted(model, model.run_expert, index, state)
+            flops, (logits, features) = counted(model, model.run_expert, index, state)
             expert_flops.append(flops)
             if index < model.num_experts - 1:
                 gate = 0
                 if router is not None:
-                    gate, _ = _counted(router, router.gate, index, logits, features)
+                    gate, _ = counted(router, router.gate, index, logits, features)
                 gate_flops.append(gate // rows)
     trunk, shared, own = _by_owner(model)
     return CostReport(
@@ -228,7 +228,7 @@ def cost_report(
 def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """FLOPs of one call of any module, in evaluation mode and without gradients.
 
-    As torch counts them: 2 for each multiply-add, of matrix products, convolutions and attention.
+    2 for each multiply-add of matrix products, convolutions, attention and recurrent layers.
 
     Args:
         module: left in the mode it was in.
@@ -244,31 +244,10 @@ def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
         m.training = False
     try:
         with torch.no_grad():
-            return _counted(module, module, *args, **kwargs)[0]
+            return counted(module, module, *args, **kwargs)[0]
     finally:
         for m in training:
             m.training = True
-
-
-def _counted(
-    module: nn.Module | CountableModel, function: Any, *args: Any, **kwargs: Any
-) -> tuple[int, Any]:
-    # The fused encoder layer is one operation to the counter, of which it knows nothing.
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    # The counter hooks every tensor that wants a gradient and enters a module, which without a
-    # graph fails on a parameter that a backbone hands to a submodule.
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            result = function(*args, **kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    return counter.get_total_flops(), result
 
 
 def _flops_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
