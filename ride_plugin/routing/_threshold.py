@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, cast, get_args
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ride_plugin._checks import (
-    check_callable,
-    check_classes,
-    check_number,
-    check_predictions,
-    check_target,
-    refuse,
-)
-from ride_plugin._cost import CostReport, cost_report
-from ride_plugin._distributed import of_all_ranks
+from ride_plugin._checks import check_callable, check_number, refuse
 from ride_plugin._errors import ArgumentError
-from ride_plugin._inputs import as_inputs
-from ride_plugin._tree import map_tensors, tensors_in
-from ride_plugin.functional import running_means
 from ride_plugin.routing._confidence import ConfidenceRouter, Kind
-from ride_plugin.routing._exit import RoutedStages, gate_logits
-from ride_plugin.routing._protocols import Router
+from ride_plugin.routing._exit import RoutedStages
+from ride_plugin.routing._measure import measure
 
 LONG_TAIL_RATIO = 10
 """Calibration labels whose most and least frequent classes differ by more are long-tailed."""
@@ -152,94 +140,48 @@ def calibrate(
     baselines: dict[str, ConfidenceRouter] = {
         kind: ConfidenceRouter(kind) for kind in get_args(Kind)
     }
-    gates, right, labels, cost = _measure(routed, baselines, loader, progress)
-    _warn_if_long_tailed(labels)
-    curve = _sweep(gates.pop("router"), right, cost)
+    found = measure(routed, baselines, loader, progress)
+    _warn_if_long_tailed(found.labels)
+    whole = float(found.flops[:, -1].double().mean())
+    curve = _sweep(found.gates.pop("router"), found.right, found.routed_flops, whole)
     index = _choose(curve, name, value)
-    free = replace(cost, gate_flops=(0,) * len(cost.gate_flops))
-    curves = {kind: _sweep(logits, right, free) for kind, logits in gates.items()}
-    return CalibrationResult(curve, index, curves, num_samples=len(labels))
-
-
-@torch.no_grad()
-def _measure(
-    routed: RoutedStages,
-    baselines: Mapping[str, Router],
-    loader: Iterable[Any],
-    progress: Callable[[int], object] | None,
-) -> tuple[dict[str, Tensor], Tensor, Tensor, CostReport]:
-    """One pass: gate logits ``[N, E-1]`` by router, hits ``[N, E]``, labels ``[N]``, the cost.
-
-    Of the samples of every rank where ``torch.distributed`` runs.
-    """
-    model, routers = routed.model, {"router": routed.router, **baselines}
-    gates: dict[str, list[Tensor]] = {kind: [] for kind in routers}
-    right: list[Tensor] = []
-    labels: list[Tensor] = []
-    cost: CostReport | None = None
-    for batch in loader:
-        inputs, target = _unpack(batch, routed.threshold_logits.device)
-        args, kwargs = as_inputs(inputs)
-        logits, features = model.router_inputs(*args, **kwargs)
-        target = check_target(target, len(logits), logits.shape[2], soft=False)
-        check_classes(target, "target", logits.shape[2])
-        check_predictions(logits, "the experts' logits")
-        if len(target) == 0:
-            continue
-        means = running_means(logits)  # the bits that inference gives, so the curve is what it does
-        for kind, router in routers.items():
-            columns = [
-                gate_logits(router, index, means[:, index], features[:, index])
-                for index in range(model.num_experts - 1)
-            ]
-            gates[kind].append(torch.stack(columns, dim=1).float().cpu())
-        right.append((means.argmax(dim=2) == target[:, None]).cpu())
-        labels.append(target.cpu())
-        if cost is None:
-            learned = cast("nn.Module", routed.router)
-            cost = cost_report(model, example_input=(args, kwargs), router=learned)
-        if progress is not None:
-            progress(len(target))
-    ranks = of_all_ranks((gates, right, labels, cost), "calibrate")
-    costs = [cost for *_, cost in ranks if cost is not None]
-    if not costs:
-        raise ArgumentError(
-            "Expected argument `loader` to yield at least one sample, but it is empty. If it is a "
-            "generator it may have been used up: pass a DataLoader or a list of batches."
-        )
-    joined = {
-        kind: torch.cat([part for of_rank, *_ in ranks for part in of_rank[kind]])
-        for kind in routers
+    curves = {
+        kind: _sweep(gates, found.right, found.flops, whole) for kind, gates in found.gates.items()
     }
-    hits = torch.cat([part for _, of_rank, *_ in ranks for part in of_rank])
-    return joined, hits, torch.cat([part for *_, of_rank, _ in ranks for part in of_rank]), costs[0]
+    return CalibrationResult(curve, index, curves, num_samples=len(found.labels))
 
 
-def _sweep(gates: Tensor, right: Tensor, report: CostReport) -> ExitCurve:
-    """What every candidate costs and gains, from one count of the samples between candidates."""
+def _sweep(gates: Tensor, right: Tensor, row_flops: Tensor, whole: float) -> ExitCurve:
+    """What every candidate costs and gains, from one count of the samples between candidates.
+
+    Args:
+        gates: ``[N, E-1]``, the gates' logits.
+        right: bool ``[N, E]``, whether the mean of the first 1, 2, ... E experts is right.
+        row_flops: int64 ``[N, E]``, FLOPs of a row that uses 1, 2, ... E experts.
+        whole: mean FLOPs of running every expert without a router.
+    """
     limits, samples = _candidates(gates), len(gates)
-    more_flops = gates.new_tensor(report.flops_by_experts, dtype=torch.float64).diff()
-    more_right = right.double().diff(dim=1)
+    more_flops, more_right = row_flops.diff(dim=1), right.long().diff(dim=1)
     # A sample reaches an expert if the lowest of the gates before it exceeds the limit.
     lowest = gates.clamp(min=torch.finfo(gates.dtype).min).cummin(dim=1).values
     exceeded = torch.bucketize(lowest, limits).masked_fill_(lowest.isnan(), 0)  # limits below it
     # Whole numbers until the end, so that points of equal accuracy are equal.
-    experts = gates.new_full((len(limits),), samples, dtype=torch.float64)
-    flops = experts * report.flops_by_experts[0]
-    hits = right[:, 0].sum(dtype=torch.float64).expand(len(limits)).clone()
-    for gate, extra in enumerate(more_flops):
-        reached = _counts_above(exceeded[:, gate], len(limits))
-        experts += reached
-        flops += extra * reached
-        hits += _counts_above(exceeded[:, gate], len(limits), more_right[:, gate])
-    flops /= samples
-    return ExitCurve(limits, experts / samples, flops, flops / max(report.flops, 1), hits / samples)
+    experts = torch.full((len(limits),), samples, device=gates.device)
+    flops = row_flops[:, 0].sum().expand(len(limits)).clone()
+    hits = right[:, 0].sum().expand(len(limits)).clone()
+    for gate in range(gates.shape[1]):
+        places = exceeded[:, gate]
+        experts += _sum_above(places, len(limits), torch.ones_like(places))
+        flops += _sum_above(places, len(limits), more_flops[:, gate])
+        hits += _sum_above(places, len(limits), more_right[:, gate])
+    experts, flops, hits = (total.double() / samples for total in (experts, flops, hits))
+    return ExitCurve(limits, experts, flops, flops / max(whole, 1), hits)
 
 
-def _counts_above(exceeded: Tensor, num_limits: int, weights: Tensor | None = None) -> Tensor:
-    """How many samples exceed each limit, or the sum of their weights, ``[num_limits]``."""
-    counts = exceeded.bincount(weights, minlength=num_limits + 1).double()
-    return counts.sum() - counts.cumsum(0)[:-1]
+def _sum_above(exceeded: Tensor, num_limits: int, weights: Tensor) -> Tensor:
+    """Sum of the whole-numbered weights of the samples that exceed each limit, ``[P]``."""
+    sums = weights.new_zeros(num_limits + 1).index_add_(0, exceeded, weights)
+    return sums.sum() - sums.cumsum(0)[:-1]
 
 
 def _candidates(gates: Tensor) -> Tensor:
@@ -273,25 +215,6 @@ def _only_one(**targets: float | None) -> tuple[str, float]:
         )
     ((name, value),) = given.items()
     return name, check_number(value, name, 0.0)
-
-
-def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-        raise ArgumentError(
-            "Expected argument `loader` to yield pairs (x, y) with y a tensor of class indices, "
-            f"but got {type(batch).__name__}. Wrap the loader in a generator that yields pairs; x "
-            "may be a tensor, a tuple of positional or a dict of keyword arguments."
-        )
-    inputs, target = batch
-    if isinstance(inputs, list):  # what a DataLoader's default collation makes of tuples
-        inputs = tuple(inputs)
-    if next(tensors_in(inputs), None) is None:
-        raise ArgumentError(
-            "Expected argument `loader` to yield pairs (x, y) with x a tensor, a tuple of "
-            f"positional or a dict of keyword arguments, but got x of {type(inputs).__name__}."
-        )
-    moved: Any = map_tensors(lambda tensor: tensor.to(device), inputs)
-    return moved, target.to(device)
 
 
 def _warn_if_long_tailed(labels: Tensor) -> None:

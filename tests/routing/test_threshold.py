@@ -3,12 +3,18 @@
 import copy
 import math
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ride_plugin import ArgumentError, ConfidenceRouter, ExpertRouter, RoutingInference, cost_report
+from ride_plugin import (
+    ArgumentError,
+    ConfidenceRouter,
+    ExpertRouter,
+    RIDEWrapper,
+    RoutingInference,
+    cost_report,
+)
 from ride_plugin.routing import LongTailedCalibrationWarning
 from ride_plugin.routing._exit import exceeds
 from ride_plugin.routing._threshold import _sweep
@@ -253,8 +259,9 @@ def test_the_sweep_is_a_loop_over_samples_experts_and_limits() -> None:
     gates[1] = torch.tensor([math.inf, -math.inf, 1.0])
     gates[2] = torch.tensor([1.0, math.nan, 1.0])
     right = torch.rand(60, 4, generator=generator) < 0.5
-    report = SimpleNamespace(flops_by_experts=(10, 17, 23, 40), flops=38)
-    curve = _sweep(gates, right, report)  # type: ignore[arg-type]
+    row_flops = torch.tensor([[10, 17, 23, 40], [5, 6, 8, 9]])[torch.arange(60) % 2]
+    curve = _sweep(gates, right, row_flops, 19.0)
+    assert torch.equal(curve.relative_flops, curve.flops / 19)
     for limit, *point in zip(
         curve.threshold_logits, curve.mean_experts, curve.flops, curve.accuracy, strict=True
     ):
@@ -265,7 +272,7 @@ def test_the_sweep_is_a_loop_over_samples_experts_and_limits() -> None:
                 count += 1
             used.append(count)
         hits = [bool(row[count - 1]) for row, count in zip(right, used, strict=True)]
-        flops = [report.flops_by_experts[count - 1] for count in used]
+        flops = [int(row[count - 1]) for row, count in zip(row_flops, used, strict=True)]
         expected = [sum(values) / 60 for values in (used, flops, hits)]
         assert [float(value) for value in point] == expected
 
@@ -362,3 +369,52 @@ def test_classes_without_a_sample_do_not_count_as_rare():
     from ride_plugin.routing._threshold import _warn_if_long_tailed
 
     _warn_if_long_tailed(torch.tensor([0, 2, 2, 5]))  # warnings are errors here
+
+
+class Sequences(torch.nn.Module):
+    """Its cost grows with the length of its sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.late = torch.nn.Linear(6, 8), torch.nn.Linear(8, 12)
+        self.head = torch.nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.late(self.stem(x).relu()).relu().mean(1))
+
+
+def of_lengths(*lengths):
+    return [(torch.randn(8, length, 6), torch.arange(8) % 5) for length in lengths]
+
+
+def test_each_row_costs_what_its_shape_costs():
+    torch.manual_seed(0)
+    model = RIDEWrapper(Sequences(), 3, fork_at="late", example_input=torch.randn(2, 4, 6)).eval()
+    serve = RoutingInference(model, ExpertRouter.for_model(model))
+    loader = of_lengths(2, 64, 16, 64)
+    reports = [cost_report(model, example_input=x, router=serve.router) for x, _ in loader]
+    result = serve.calibrate(loader, max_experts=2.0)
+    curve = result.curve
+    for i in range(0, len(curve.thresholds), 5):
+        serve.threshold_logits.fill_(curve.threshold_logits[i])
+        spent = [
+            report.flops_by_experts[used - 1]
+            for report, (x, _) in zip(reports, loader, strict=True)
+            for used in serve(x, return_routing=True).num_experts_used.tolist()
+        ]
+        assert float(curve.flops[i]) == sum(spent) / len(spent)
+    whole = sum(report.flops for report in reports) / len(reports)
+    for one in (curve, *result.baselines.values()):
+        torch.testing.assert_close(one.relative_flops, one.flops / whole)
+    backwards = serve.calibrate(loader[::-1], max_experts=2.0)
+    assert torch.equal(backwards.curve.flops, curve.flops)
+
+
+def test_the_cost_of_a_shape_is_counted_once():
+    model = small_model()
+    serve = RoutingInference(model, ConfidenceRouter())
+    before = model.trunk_runs
+    sizes = (8, 8, 10, 8, 10)
+    loader = [(torch.randn(5 + k, 3, s, s), torch.arange(5 + k) % 5) for k, s in enumerate(sizes)]
+    serve.calibrate(loader, max_experts=2.0)
+    assert model.trunk_runs - before == len(loader) + 2 * len(set(sizes))

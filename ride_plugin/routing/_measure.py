@@ -1,0 +1,144 @@
+"""What calibration needs to know of held-out data: gates, hits and costs, of one pass over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ride_plugin._checks import check_classes, check_predictions, check_target
+from ride_plugin._cost import CostReport, cost_report
+from ride_plugin._distributed import of_all_ranks
+from ride_plugin._errors import ArgumentError
+from ride_plugin._inputs import Inputs, as_inputs
+from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin.functional import running_means
+from ride_plugin.routing._exit import RoutedStages, gate_logits
+from ride_plugin.routing._protocols import Router
+
+
+class Measured(NamedTuple):
+    """Samples of one batch or of many; all tensors on the CPU.
+
+    Attributes:
+        gates: the gates' logits ``[N, E-1]``, by router.
+        right: bool ``[N, E]``, whether the mean of the first 1, 2, ... E experts is right.
+        labels: int64 ``[N]``.
+        flops: int64 ``[N, E]``, FLOPs of a row that uses 1, 2, ... E experts, without gates.
+        routed_flops: the same with the gates of the router that it passes.
+    """
+
+    gates: dict[str, Tensor]
+    right: Tensor
+    labels: Tensor
+    flops: Tensor
+    routed_flops: Tensor
+
+
+@torch.no_grad()
+def measure(
+    routed: RoutedStages,
+    baselines: Mapping[str, Router],
+    loader: Iterable[Any],
+    progress: Callable[[int], object] | None,
+) -> Measured:
+    """Run the model once over the loader, and each router on what it says.
+
+    Where ``torch.distributed`` runs, the samples are those of every rank.
+
+    Raises:
+        ArgumentError: no rank has a sample, or a batch is no pair of inputs and labels.
+    """
+    costs = _Costs(routed)
+    batches: list[Measured] = []
+    for batch in loader:
+        inputs, target = _unpack(batch, routed.threshold_logits.device)
+        found = _of_batch(routed, baselines, as_inputs(inputs), target, costs)
+        if found is None:
+            continue
+        batches.append(found)
+        if progress is not None:
+            progress(len(found.labels))
+    everything = [one for of_rank in of_all_ranks(batches, "calibrate") for one in of_rank]
+    if not everything:
+        raise ArgumentError(
+            "Expected argument `loader` to yield at least one sample, but it is empty. If it is a "
+            "generator it may have been used up: pass a DataLoader or a list of batches."
+        )
+    gates, *others = zip(*everything, strict=True)
+    joined = {kind: torch.cat([one[kind] for one in gates]) for kind in gates[0]}
+    return Measured(joined, *map(torch.cat, others))
+
+
+def _of_batch(
+    routed: RoutedStages,
+    baselines: Mapping[str, Router],
+    inputs: Inputs,
+    target: Tensor,
+    costs: _Costs,
+) -> Measured | None:
+    """What one batch says; None if it is empty."""
+    model = routed.model
+    logits, features = model.router_inputs(*inputs[0], **inputs[1])
+    target = check_target(target, len(logits), logits.shape[2], soft=False)
+    check_classes(target, "target", logits.shape[2])
+    check_predictions(logits, "the experts' logits")
+    if len(target) == 0:
+        return None
+    means = running_means(logits)  # the bits that inference gives, so the curve is what it does
+    gates = {}
+    for kind, router in {"router": routed.router, **baselines}.items():
+        columns = [
+            gate_logits(router, index, means[:, index], features[:, index])
+            for index in range(model.num_experts - 1)
+        ]
+        gates[kind] = torch.stack(columns, dim=1).float().cpu()
+    right = (means.argmax(dim=2) == target[:, None]).cpu()
+    return Measured(gates, right, target.cpu(), *costs.of_rows(inputs, len(target)))
+
+
+class _Costs:
+    """FLOPs of rows, counted once for each shape that a row has: sequences differ in length."""
+
+    def __init__(self, routed: RoutedStages) -> None:
+        self.routed = routed
+        self.known: dict[tuple[torch.Size, ...], CostReport] = {}
+
+    def of_rows(self, inputs: Inputs, rows: int) -> tuple[Tensor, Tensor]:
+        """FLOPs ``[rows, E]`` of using 1, 2, ... E experts, without and with the router's gates."""
+        shapes = tuple(
+            tensor.shape[1:] if tensor.shape[:1] == (rows,) else tensor.shape
+            for tensor in tensors_in(inputs)
+        )
+        if shapes not in self.known:
+            router = cast("nn.Module", self.routed.router)
+            self.known[shapes] = cost_report(self.routed.model, example_input=inputs, router=router)
+        report = self.known[shapes]
+        alone = [report.trunk_flops + experts for experts in accumulate(report.expert_flops)]
+        free, routed = (
+            torch.tensor(flops, dtype=torch.int64, device="cpu").expand(rows, -1)
+            for flops in (alone, report.flops_by_experts)
+        )
+        return free, routed
+
+
+def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        raise ArgumentError(
+            "Expected argument `loader` to yield pairs (x, y) with y a tensor of class indices, "
+            f"but got {type(batch).__name__}. Wrap the loader in a generator that yields pairs; x "
+            "may be a tensor, a tuple of positional or a dict of keyword arguments."
+        )
+    inputs, target = batch
+    if isinstance(inputs, list):  # what a DataLoader's default collation makes of tuples
+        inputs = tuple(inputs)
+    if next(tensors_in(inputs), None) is None:
+        raise ArgumentError(
+            "Expected argument `loader` to yield pairs (x, y) with x a tensor, a tuple of "
+            f"positional or a dict of keyword arguments, but got x of {type(inputs).__name__}."
+        )
+    moved: Any = map_tensors(lambda tensor: tensor.to(device), inputs)
+    return moved, target.to(device)
