@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ride_plugin._checks import check_predictions, is_finite, refuse
 from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
 from ride_plugin.routing._confidence import ConfidenceRouter
 from ride_plugin.routing._protocols import RoutableModel, Router, Stages, State
 from ride_plugin.routing._router import ExpertRouter
@@ -106,10 +107,13 @@ def exceeds(gate_logits: Tensor, limit: Tensor) -> Tensor:
     """Whether a row needs one more expert: the gate's logit exceeds ``logit(threshold)``.
 
     Probabilities saturate in float32 (a logit of 17 already gives 1.0), logits do not; so the
-    comparison is made between logits. A threshold of 0 (limit -inf) lets every row go on, even one
-    whose logit is -inf; a threshold of 1 (limit +inf) lets none.
+    comparison is made between logits. It is made in float32 or better: torch would round the limit,
+    a single number, to a gate's half precision, and with it the rows that calibration tells apart.
+    A threshold of 0 (limit -inf) lets every row go on, even one whose logit is -inf; a threshold of
+    1 (limit +inf) lets none.
     """
-    return gate_logits.clamp(min=torch.finfo(gate_logits.dtype).min) > limit
+    wide = float32_or_better(gate_logits)
+    return wide.clamp(min=torch.finfo(wide.dtype).min) > float32_or_better(limit)
 
 
 def rows_going_on(stages: Stages, index: int, mean: Tensor, features: Tensor) -> Tensor:

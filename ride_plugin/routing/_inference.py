@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from typing_extensions import Self
 
 from ride_plugin._checks import as_cpu_tensor, refuse
 from ride_plugin._errors import ArgumentError
@@ -30,7 +31,8 @@ class RoutingInference(nn.Module):
     mode; modes and BatchNorm statistics are left as they were. The output carries no expert
     logits, so a loss refuses it. The thresholds are a buffer: saved in the state dict, moved by
     ``.to()``, changed in place by `set_threshold` and `calibrate`. It holds their logits, since
-    trained gates reach logits of 30, where float32 probabilities are all 1.
+    trained gates reach logits of 30, where float32 probabilities are all 1, and stays in float32
+    when the model is cast to half precision.
 
     Args:
         model: a ``RIDEWrapper`` with at least two experts.
@@ -102,6 +104,14 @@ class RoutingInference(nn.Module):
                 f"1 (one expert always), but got {threshold}."
             )
         self.threshold_logits.copy_(values.logit())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = self.threshold_logits
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # A cast of the model would round the limit between gates that lie close to each other.
+        if self.threshold_logits.dtype != exact.dtype:
+            self.threshold_logits = exact.to(self.threshold_logits.device)
+        return self
 
     @overload
     def forward(

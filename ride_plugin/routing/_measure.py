@@ -14,6 +14,7 @@ from ride_plugin._cost import CostReport, cost_report
 from ride_plugin._distributed import of_all_ranks
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import Inputs, as_inputs
+from ride_plugin._numerics import float32_or_better
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin.functional import running_means
 from ride_plugin.routing._exit import RoutedStages, gate_logits
@@ -95,7 +96,7 @@ def _of_batch(
             gate_logits(router, index, means[:, index], features[:, index])
             for index in range(model.num_experts - 1)
         ]
-        gates[kind] = torch.stack(columns, dim=1).float().cpu()
+        gates[kind] = float32_or_better(torch.stack(columns, dim=1)).cpu()
     right = (means.argmax(dim=2) == target[:, None]).cpu()
     return Measured(gates, right, target.cpu(), *costs.of_rows(inputs, len(target)))
 

@@ -164,7 +164,8 @@ def _sweep(gates: Tensor, right: Tensor, row_flops: Tensor, whole: float) -> Exi
     more_flops, more_right = row_flops.diff(dim=1), right.long().diff(dim=1)
     # A sample reaches an expert if the lowest of the gates before it exceeds the limit.
     lowest = gates.clamp(min=torch.finfo(gates.dtype).min).cummin(dim=1).values
-    exceeded = torch.bucketize(lowest, limits).masked_fill_(lowest.isnan(), 0)  # limits below it
+    exceeded = torch.bucketize(lowest, limits.to(lowest.dtype))  # how many limits lie below it
+    exceeded = exceeded.masked_fill_(lowest.isnan(), 0)
     # Whole numbers until the end, so that points of equal accuracy are equal.
     experts = torch.full((len(limits),), samples, device=gates.device)
     flops = row_flops[:, 0].sum().expand(len(limits)).clone()

@@ -8,6 +8,7 @@ import torch
 from ride_plugin import ArgumentError, ExpertRouter, RoutingInference
 from ride_plugin.functional import running_means
 from ride_plugin.routing import RoutingQueue, StagedRunner
+from ride_plugin.routing._exit import exceeds
 from tests.handmade import HandmadeState, small_model
 
 
@@ -162,3 +163,37 @@ def test_logits_that_are_no_numbers_are_refused_whatever_the_router_reads():
     serve.model.experts[2].fc.bias.data[1] = torch.nan
     with pytest.raises(ArgumentError, match="experts' logits to be free of NaN"):
         serve(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("parts", ["model", "router", "both", "whole"])
+def test_calibration_is_what_inference_does_in_every_precision(dtype, parts):
+    serve, x = serving()
+    if parts in ("model", "both"):
+        serve.model.to(dtype)
+    if parts in ("router", "both"):
+        serve.router.to(dtype)
+    if parts == "whole":
+        serve.to(dtype)
+    assert serve.threshold_logits.dtype == torch.float32
+    x = x.to(next(serve.model.parameters()).dtype)
+    labels = torch.arange(len(x)) % 5
+    curve = serve.calibrate([(x, labels)], max_experts=2.0).curve
+    for index in range(len(curve.threshold_logits)):
+        serve.threshold_logits.fill_(curve.threshold_logits[index])
+        # Every row of one batch: in half precision the bits of a row depend on its company.
+        logits, used = serve.dense(x, return_routing=True)
+        assert curve.mean_experts[index] == used.double().mean()
+        assert curve.accuracy[index] == (logits.argmax(1) == labels).double().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_limit_between_two_neighbours_tells_them_apart(dtype):
+    gates = torch.tensor([1.0, 1.0]).to(dtype)
+    gates[1] += torch.finfo(dtype).eps
+    for share in (0.1, 0.5, 0.9):
+        limit = torch.lerp(gates[0].float(), gates[1].float(), share)
+        assert exceeds(gates, limit).tolist() == [False, True]
+    for limit, goes_on in ((-torch.inf, True), (torch.inf, False)):
+        extremes = torch.tensor([-torch.inf, 0.0, torch.inf]).to(dtype)
+        assert exceeds(extremes, torch.tensor(limit)).tolist() == [goes_on] * 3

@@ -399,3 +399,23 @@ def test_one_threshold_that_is_no_probability_is_enough():
         with pytest.raises(ArgumentError, match="`threshold` to be a probability"):
             serve.set_threshold(wrong)
     assert serve.threshold.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda serve: serve.half(),
+        lambda serve: serve.bfloat16(),
+        lambda serve: serve.to("cpu", torch.bfloat16),
+        lambda serve: serve.bfloat16().float(),
+        lambda serve: nn.Sequential(serve).half()[0],
+        lambda serve: serve.double(),
+    ],
+)
+def test_thresholds_survive_a_cast_of_the_model(cast):
+    serve, _ = serving()
+    serve.threshold_logits.copy_(torch.tensor([1.0001, 17.004]))
+    served = cast(serve)
+    assert torch.equal(served.threshold_logits, torch.tensor([1.0001, 17.004]))
+    assert "threshold_logits" in served.state_dict()
+    assert served.to("meta").threshold_logits.is_meta
