@@ -69,6 +69,7 @@ TESTS = {  # module -> the tests that mirror it, nearest first
         for name in ("ldam", "focal", "logit_adjustment", "reweighting", "sampler")
     },
     "routing/_runner": ("routing/test_export.py",),
+    "routing/_measure": ("routing/test_threshold.py", "routing/test_exit.py", "test_devices.py"),
     "routing/_fused": ("routing/test_fused.py",),
     "routing/_int8": ("routing/test_int8.py",),
     "routing/*": (

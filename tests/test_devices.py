@@ -29,7 +29,7 @@ from ride_plugin import (
     longtail,
 )
 from ride_plugin.routing._exit import exceeds
-from ride_plugin.routing._threshold import _unpack
+from ride_plugin.routing._measure import _unpack
 
 COUNTS = [50, 20, 5]
 Function = Callable[..., torch.Tensor]
