@@ -77,8 +77,12 @@ class RoutingInference(nn.Module):
 
     @property
     def threshold(self) -> Tensor:
-        """The thresholds as probabilities ``[E-1]``; change them with `set_threshold`."""
-        return self.threshold_logits.sigmoid()
+        """The thresholds as probabilities ``[E-1]``; change them with `set_threshold`.
+
+        In float64, whose probabilities tell logits apart up to about 36; to hand on larger ones,
+        copy ``threshold_logits`` or the state dict.
+        """
+        return self.threshold_logits.double().sigmoid()
 
     def set_threshold(self, threshold: float | Sequence[float] | Tensor) -> None:
         """Change the thresholds in place, which makes no compiled graph stale.
@@ -283,7 +287,9 @@ class RoutingInference(nn.Module):
 
     def extra_repr(self) -> str:
         """The thresholds, for ``repr``."""
-        return f"threshold={[round(value, 4) for value in self.threshold.tolist()]}"
+        # Four digits, but all of them where four would show a threshold that exits always or never.
+        shown = [(round(value, 4), value) for value in self.threshold.tolist()]
+        return f"threshold={[value if short in (0, 1) else short for short, value in shown]}"
 
 
 def _check_fit(model: nn.Module, router: nn.Module) -> None:

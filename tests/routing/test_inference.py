@@ -355,7 +355,7 @@ def test_what_is_no_probability_is_refused(threshold):
 )
 def test_numbers_of_other_libraries_are_thresholds(threshold):
     serve = RoutingInference(small_model(), ConfidenceRouter(), threshold)
-    assert serve.threshold.tolist() == [0.25, 0.25]
+    assert serve.threshold.tolist() == pytest.approx([0.25, 0.25], abs=1e-7)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -419,3 +419,41 @@ def test_thresholds_survive_a_cast_of_the_model(cast):
     assert torch.equal(served.threshold_logits, torch.tensor([1.0001, 17.004]))
     assert "threshold_logits" in served.state_dict()
     assert served.to("meta").threshold_logits.is_meta
+
+
+class Sure(nn.Module):
+    """Its gates lie close to a logit of 25, of which float32 makes a probability of 1."""
+
+    def gate(self, index, mean_logits, features):
+        return mean_logits.amax(1) + 25
+
+
+def test_thresholds_close_to_one_can_be_read_and_set():
+    torch.manual_seed(0)
+    model, x = small_model(), torch.randn(64, 3, 8, 8)
+    serve = RoutingInference(model, Sure())
+    gates = model.router_inputs(x).expert_logits[:, 0].amax(1) + 25
+    serve.threshold_logits.fill_(gates.quantile(0.5))
+    expected = serve(x, return_routing=True).num_experts_used
+    assert len(expected.unique()) > 1
+    assert serve.threshold.dtype == torch.float64
+    copied = RoutingInference(model, Sure(), threshold=serve.threshold.tolist())
+    other = RoutingInference(model, Sure())
+    other.set_threshold(serve.threshold)
+    loaded = RoutingInference(model, Sure())
+    loaded.load_state_dict(serve.state_dict())
+    for one in (copied, other, loaded):
+        torch.testing.assert_close(one.threshold_logits, serve.threshold_logits)
+        assert torch.equal(one(x, return_routing=True).num_experts_used, expected)
+
+
+def test_repr_tells_a_threshold_close_to_one_from_one():
+    serve = RoutingInference(small_model(), ConfidenceRouter(), [1 / 3, 0.5])
+    assert serve.extra_repr() == "threshold=[0.3333, 0.5]"
+    serve.set_threshold([0.0, 1.0])
+    assert serve.extra_repr() == "threshold=[0.0, 1.0]"
+    serve.set_threshold([1 - 1e-9, 1e-9])
+    shown = eval(serve.extra_repr().removeprefix("threshold="))
+    assert shown[0] == pytest.approx(1 - 1e-9, abs=1e-14)
+    assert shown[0] < 1
+    assert shown[1] == pytest.approx(1e-9, rel=1e-5)
