@@ -6,7 +6,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -115,6 +115,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                     del _borrowed[part]
                     part.training = True
             _lock.notify_all()
+
+
+def evaluating_any(part: object) -> AbstractContextManager[None]:
+    """Evaluation mode where there is one: a router made by hand may be no module."""
+    return evaluating(part) if isinstance(part, nn.Module) else nullcontext()
 
 
 @contextmanager

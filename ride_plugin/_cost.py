@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._checks import Numbers, as_cpu_tensor, check_instance, refuse
+from ride_plugin._contexts import evaluating_any
 from ride_plugin._errors import ArgumentError
 from ride_plugin._flops import counted
 from ride_plugin._inputs import as_inputs, rows_of_example, taken_by_model
@@ -195,7 +196,7 @@ def cost_report(
     checked = None if shares is None else check_shares(shares, model.num_experts)
     args, kwargs = model.example_input() if example_input is None else as_inputs(example_input)
     rows = rows_of_example((args, kwargs))
-    with model.evaluating(), torch.no_grad():
+    with model.evaluating(), evaluating_any(router), torch.no_grad():
         # Not counted: a path that the model has not seen is learned here, by passes of its own.
         with taken_by_model(example_input):
             state = model.run_trunk(*args, **kwargs)
@@ -213,7 +214,7 @@ def cost_report(
     return CostReport(
         trunk_parameters=trunk,
         expert_parameters=own,
-        router_parameters=0 if router is None else _parameters(router),
+        router_parameters=_parameters(router),
         trunk_flops=(everything - sum(expert_flops)) // rows,
         expert_flops=tuple(flops // rows for flops in expert_flops),
         gate_flops=tuple(gate_flops),
@@ -280,8 +281,9 @@ def _by_owner(model: CountableModel) -> tuple[int, int, tuple[int, ...]]:
     return trunk, sum(sizes.values()) - trunk - sum(own), tuple(own)
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _parameters(module: object) -> int:
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def check_shares(shares: Numbers, num_experts: int) -> tuple[float, ...]:

@@ -93,6 +93,18 @@ def small_model(num_experts=3, num_classes=5, width=12):
     return HandmadeModel(trunk, experts, num_classes, width, torch.zeros(1, 3, 8, 8))
 
 
+class Moody(nn.Module):
+    """A router whose gate depends on its mode: at random in training, the same in evaluation."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(num_classes), nn.Dropout(0.5)
+        self.linear = nn.Linear(num_classes, 1)
+
+    def gate(self, index, mean_logits, features):
+        return self.linear(self.drop(self.norm(mean_logits))).squeeze(1)
+
+
 class Cosine(nn.Module):
     def __init__(self, in_features, num_classes):
         super().__init__()

@@ -13,7 +13,7 @@ from ride_plugin import (
     count_flops,
 )
 from tests.backbones import VisionTransformer
-from tests.handmade import resnet32_plain, resnet32_ride, small_model
+from tests.handmade import Moody, resnet32_plain, resnet32_ride, small_model
 
 TRUNK = 2 * 8 * (3 * 9) * 8 * 8
 EXPERT = 2 * 12 * (8 * 9) * 4 * 4 + 2 * 12 * 5
@@ -190,3 +190,22 @@ def test_a_parameter_handed_to_a_layer_is_counted() -> None:
     assert report.backbone_flops == 2 * (6 * 8 + 8 * 8 + 8 * 5)
     assert report.flops == 2 * (6 * 8 + 2 * (8 * 8 + 8 * 5))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_the_routers_modes_and_statistics_stay_as_they_were() -> None:
+    router = Moody(5)
+    before = {key: value.clone() for key, value in router.state_dict().items()}
+    report = cost_report(small_model(), router=router)  # an example of one row
+    assert report.gate_flops == (2 * 5,) * 2
+    assert all(torch.equal(value, before[key]) for key, value in router.state_dict().items())
+    assert all(module.training for module in router.modules())
+
+
+def test_a_router_that_is_no_module_is_counted() -> None:
+    class Plain:
+        def gate(self, index: int, mean_logits: torch.Tensor, features: torch.Tensor) -> object:
+            return mean_logits @ torch.ones(5)
+
+    report = cost_report(small_model(), router=Plain())  # type: ignore[arg-type]
+    assert report.gate_flops == (2 * 5,) * 2
+    assert report.router_parameters == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,13 +11,16 @@ import torch
 from torch import Tensor
 
 from ride_plugin._checks import check_predictions, is_finite, refuse
+from ride_plugin._contexts import evaluating_any
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
+from ride_plugin.functional import running_means
 from ride_plugin.routing._confidence import ConfidenceRouter
 from ride_plugin.routing._protocols import RoutableModel, Router, Stages, State
 from ride_plugin.routing._router import ExpertRouter
 
-_LOOK_THEMSELVES = (ConfidenceRouter, ExpertRouter)  # for NaN; each look waits for the CPU
+# They look for NaN themselves (each look waits for the CPU), and their gates know no modes.
+_OURS = (ConfidenceRouter, ExpertRouter)
 
 
 class RoutingOutput(NamedTuple):
@@ -65,6 +70,19 @@ class RoutedStages:
         """``E``."""
         return self.model.num_experts
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode of model and router for the duration of a block."""
+        with self.model.evaluating(), evaluating_any(self.router):
+            yield
+
+    def in_training_mode(self) -> str:
+        """Which of model and router is in training mode and depends on it, or nothing."""
+        for name, part in (("model", self.model), ("router", self.router)):
+            if type(part) not in _OURS and getattr(part, "training", False):
+                return name
+        return ""
+
     def start(self, *args: Any, **kwargs: Any) -> tuple[State, Tensor, Tensor]:
         """Run trunk and expert 0, in one pass where the model can."""
         if hasattr(self.model, "start"):
@@ -94,7 +112,7 @@ def gate_logits(router: Router, index: int, mean_logits: Tensor, features: Tenso
     rows = mean_logits.shape[:1]
     if not isinstance(gate, Tensor) or not gate.is_floating_point() or gate.shape != rows:
         refuse("router", "one whose `gate` returns floating-point logits [b], for each row", gate)
-    checked = type(router) in _LOOK_THEMSELVES or is_finite(gate)
+    checked = type(router) in _OURS or is_finite(gate)
     if not checked and bool(gate.isnan().any()):
         raise ArgumentError(
             "Expected argument `router` to decide for every row, but its gate returned NaN for "
@@ -170,4 +188,24 @@ def walk(stages: Stages, *args: Any, **kwargs: Any) -> RoutingOutput:
             used.index_fill_(0, places, index + 1)
     # Once, at the end: what is no number in any expert's logits stays in a row's mean.
     check_predictions(logits, "the experts' logits")
+    return RoutingOutput(logits, used)
+
+
+def run_everything(stages: RoutedStages, *args: Any, **kwargs: Any) -> RoutingOutput:
+    """Run every expert on every row and select afterwards; no shape depends on a value.
+
+    Args:
+        stages: trunk, experts and gates.
+        *args: what the trunk takes, and ``**kwargs``.
+        **kwargs: see ``*args``.
+    """
+    experts, features = stages.model.router_inputs(*args, **kwargs)
+    means = running_means(experts)
+    logits = means[:, 0]
+    active = torch.ones_like(logits[:, 0], dtype=torch.bool)
+    used = active.to(torch.int64)
+    for index in range(1, stages.num_experts):
+        active = active & stages.goes_on(index - 1, means[:, index - 1], features[:, index - 1])
+        logits = torch.where(active[:, None], means[:, index], logits)
+        used = used + active
     return RoutingOutput(logits, used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
@@ -12,8 +13,7 @@ from typing_extensions import Self
 
 from ride_plugin._checks import as_cpu_tensor, refuse
 from ride_plugin._errors import ArgumentError
-from ride_plugin.functional import running_means
-from ride_plugin.routing._exit import RoutedStages, RoutingOutput, walk
+from ride_plugin.routing._exit import RoutedStages, RoutingOutput, run_everything, walk
 from ride_plugin.routing._export import export_stages
 from ride_plugin.routing._protocols import RoutableModel, Router
 from ride_plugin.routing._threshold import CalibrationResult, calibrate
@@ -27,8 +27,8 @@ class RoutingInference(nn.Module):
     the mean of the logits of the experts it used. (Paper, section 3, "Routing"; the authors' code
     uses 0.5 for every gate.) Threshold 0 runs every expert on every row, threshold 1 runs one.
 
-    A call always runs without gradients and evaluates the model in evaluation mode, whatever its
-    mode; modes and BatchNorm statistics are left as they were. The output carries no expert
+    A call always runs without gradients and with model and router in evaluation mode, whatever
+    their modes; modes and BatchNorm statistics are left as they were. The output carries no expert
     logits, so a loss refuses it. The thresholds are a buffer: saved in the state dict, moved by
     ``.to()``, changed in place by `set_threshold` and `calibrate`. It holds their logits, since
     trained gates reach logits of 30, where float32 probabilities are all 1, and stays in float32
@@ -36,7 +36,8 @@ class RoutingInference(nn.Module):
 
     Args:
         model: a ``RIDEWrapper`` with at least two experts.
-        router: an ``ExpertRouter``, a ``ConfidenceRouter``, or any module with such a ``gate``.
+        router: an ``ExpertRouter``, a ``ConfidenceRouter``, or any module or other object with such
+            a ``gate``.
         threshold: one probability for all gates, or one for each (E-1 of them), from 0 to 1.
 
     Raises:
@@ -150,8 +151,9 @@ class RoutingInference(nn.Module):
             ArgumentError: (on the CPU only) an expert's logits hold NaN. On an accelerator the
                 check would stall the device; there such rows come back as NaN.
         """
-        with cast("RoutableModel", self.model).evaluating():
-            output = walk(self.stages, *args, **kwargs)
+        stages = self.stages
+        with stages.evaluating():
+            output = walk(stages, *args, **kwargs)
         return output if return_routing else output.logits
 
     if TYPE_CHECKING:
@@ -178,24 +180,18 @@ class RoutingInference(nn.Module):
 
         No shape depends on a value, so this path compiles into one graph, captures and exports.
         It saves no work. Arguments and return as in ``forward``; under ``torch.compile`` and
-        ``torch.export`` the model must be in evaluation mode already.
+        ``torch.export`` the model, and a router made by hand, must be in evaluation mode already.
         """
-        model = cast("RoutableModel", self.model)
-        if torch.compiler.is_compiling() and self.model.training:
+        stages, compiling = self.stages, torch.compiler.is_compiling()
+        if compiling and (training := stages.in_training_mode()):
             raise ArgumentError(
-                "Expected the model to be in evaluation mode when the dense path is compiled or "
-                "exported, but it is in training mode. Call `.eval()` first."
+                f"Expected the {training} to be in evaluation mode when the dense path is compiled "
+                "or exported, but it is in training mode. Call `.eval()` first."
             )
-        experts, features = model.router_inputs(*args, **kwargs)
-        means, stages = running_means(experts), self.stages
-        logits = means[:, 0]
-        active = torch.ones_like(logits[:, 0], dtype=torch.bool)
-        used = active.to(torch.int64)
-        for index in range(1, model.num_experts):
-            active = active & stages.goes_on(index - 1, means[:, index - 1], features[:, index - 1])
-            logits = torch.where(active[:, None], means[:, index], logits)
-            used = used + active
-        return RoutingOutput(logits, used) if return_routing else logits
+        # A graph cannot restore modes.
+        with nullcontext() if compiling else stages.evaluating():
+            output = run_everything(stages, *args, **kwargs)
+        return output if return_routing else output.logits
 
     def calibrate(
         self,

@@ -57,7 +57,8 @@ def measure(
     batches: list[Measured] = []
     for batch in loader:
         inputs, target = _unpack(batch, routed.threshold_logits.device)
-        found = _of_batch(routed, baselines, as_inputs(inputs), target, costs)
+        with routed.evaluating():
+            found = _of_batch(routed, baselines, as_inputs(inputs), target, costs)
         if found is None:
             continue
         batches.append(found)

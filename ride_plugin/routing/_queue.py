@@ -127,7 +127,7 @@ class RoutingQueue:
         """
         # Rows that wait may hold parts of the inputs, and the caller may fill his buffer anew.
         args, kwargs = map_tensors(torch.clone, (args, kwargs))
-        with cast("RoutableModel", self.serve.model).evaluating():
+        with self.serve.stages.evaluating():
             rows, logits, features = run_first(self.serve.stages, *args, **kwargs)
             check_predictions(logits, "the experts' logits")
             if not hasattr(type(rows.state), "cat"):
@@ -158,7 +158,7 @@ class RoutingQueue:
     @torch.no_grad()
     def flush(self) -> dict[int, RoutingOutput]:
         """Finish everything that waits, and return `results`."""
-        with cast("RoutableModel", self.serve.model).evaluating():
+        with self.serve.stages.evaluating():
             self._run_what_is_due(newest=self._next_ticket)
         return self.results()
 

@@ -1,5 +1,6 @@
 """The one walk: every way of serving gives the bits of a walk written in plain Python."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,7 @@ from ride_plugin import ArgumentError, ExpertRouter, RoutingInference
 from ride_plugin.functional import running_means
 from ride_plugin.routing import RoutingQueue, StagedRunner
 from ride_plugin.routing._exit import exceeds
-from tests.handmade import HandmadeState, small_model
+from tests.handmade import HandmadeState, Moody, small_model
 
 
 @dataclass(frozen=True)
@@ -197,3 +198,79 @@ def test_a_limit_between_two_neighbours_tells_them_apart(dtype):
     for limit, goes_on in ((-torch.inf, True), (torch.inf, False)):
         extremes = torch.tensor([-torch.inf, 0.0, torch.inf]).to(dtype)
         assert exceeds(extremes, torch.tensor(limit)).tolist() == [goes_on] * 3
+
+
+def by_queue(serve, x):
+    queue = RoutingQueue(serve, batch_size=64, max_wait=9)
+    ticket = queue.submit(x)
+    return queue.flush()[ticket]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda serve, x: serve(x, return_routing=True),
+        lambda serve, x: serve.dense(x, return_routing=True),
+        by_queue,
+    ],
+)
+def test_a_router_decides_in_evaluation_mode_and_is_left_as_it_was(run):
+    served, x = serving()
+    router = Moody(5)
+    with torch.no_grad():
+        router.linear.weight.mul_(10)
+    serve = RoutingInference(served.model, router)
+    logits, used = naive(RoutingInference(served.model, copy.deepcopy(router).eval()), x)
+    assert len(used.unique()) > 1
+    before = {key: value.clone() for key, value in serve.state_dict().items()}
+    serve.train()
+    output = run(serve, x)
+    assert torch.equal(output.num_experts_used, used)
+    assert torch.equal(output.logits, logits)
+    assert all(module.training for module in router.modules())
+    labels = torch.arange(len(x)) % 5
+    curves = [serve.calibrate([(x, labels)], max_experts=2.0).curve for _ in range(2)]
+    assert torch.equal(curves[0].mean_experts, curves[1].mean_experts)
+    assert all(
+        torch.equal(value, before[key])
+        for key, value in serve.state_dict().items()
+        if key != "threshold_logits"
+    )
+    assert all(module.training for module in router.modules())
+
+
+class Plain:
+    """A router that is no module."""
+
+    def gate(self, index, mean_logits, features):
+        return mean_logits.amax(1)
+
+
+def test_a_router_that_is_no_module_serves_and_is_calibrated():
+    served, x = serving()
+    first = served.model.router_inputs(x).expert_logits[:, 0].amax(1).double()
+    serve = RoutingInference(served.model, Plain(), float(first.quantile(0.5).sigmoid()))
+    logits, used = naive(serve, x)
+    assert len(used.unique()) > 1
+    for output in (
+        serve(x, return_routing=True),
+        serve.dense(x, return_routing=True),
+        by_queue(serve, x),
+    ):
+        assert torch.equal(output.num_experts_used, used)
+        assert torch.equal(output.logits, logits)
+    result = serve.calibrate([(x, torch.arange(len(x)) % 5)], max_experts=2.0)
+    assert result.curve.mean_experts[result.index] <= 2
+
+
+@pytest.mark.compiles
+def test_a_router_in_training_mode_is_not_compiled():
+    served, x = serving()
+    serve = RoutingInference(served.model, Moody(5)).eval()
+    compiled = torch.compile(serve.dense, backend="eager", fullgraph=True)
+    expected = serve.dense(x)
+    torch.testing.assert_close(compiled(x), expected)
+    serve.router.train()
+    with pytest.raises(Exception, match="router to be in evaluation mode"):
+        compiled(x)
+    torch._dynamo.reset()
