@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,28 +40,31 @@ def folded_copy(model: Model) -> Model:
 
 def _pairs(model: RIDEWrapper) -> list[tuple[str, str]]:
     """Names of (convolution or linear layer, BatchNorm) where one feeds the other."""
-    made_by: dict[int, str] = {}
+    made_by: dict[int, tuple[str, _Channels]] = {}
     found: list[tuple[str, str]] = []
     alive: list[Tensor] = []
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
+        if _is_foldable(module):
 
-            def remember(
-                layer: nn.Module, inputs: object, result: Tensor, name: str = name
-            ) -> None:
-                alive.append(result)  # an address names a tensor only while that tensor lives
-                made_by[result.data_ptr()] = name
+            def remember(layer: Any, inputs: object, result: object, name: str = name) -> None:
+                if isinstance(result, Tensor):
+                    alive.append(result)  # an address names a tensor only while that tensor lives
+                    channels = _Channels.of(result, result.dim() - layer.weight.dim() + 1)
+                    made_by[result.data_ptr()] = name, channels
 
             handles.append(module.register_forward_hook(remember))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+        elif _is_plain_batchnorm(module):
 
-            def match(layer: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                source = made_by.get(inputs[0].data_ptr())
-                if source is not None:
+            def match(
+                layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], name: str = name
+            ) -> None:
+                x = inputs[0] if inputs else named["input"]
+                source, channels = made_by.get(x.data_ptr(), (None, None))
+                if source is not None and channels == _Channels.of(x, 1):
                     found.append((source, name))
 
-            handles.append(module.register_forward_pre_hook(match))
+            handles.append(module.register_forward_pre_hook(match, with_kwargs=True))
     args, kwargs = model.example_input(2)
     try:
         model(*args, **kwargs)
@@ -70,6 +73,38 @@ def _pairs(model: RIDEWrapper) -> list[tuple[str, str]]:
             handle.remove()
     # A layer that runs twice, or feeds two BatchNorms, has no single place to fold into.
     return [pair for pair in found if sum(pair[0] == f[0] or pair[1] == f[1] for f in found) == 1]
+
+
+class _Channels(NamedTuple):
+    """Where a tensor has its channels: views of one tensor agree if these are the same for both."""
+
+    number: int
+    stride: int
+    elements: int  # of the whole tensor; a part of it is another tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor, dim: int) -> _Channels:
+        return cls(tensor.shape[dim], tensor.stride(dim), tensor.numel())
+
+
+def _is_foldable(module: nn.Module) -> bool:
+    """A layer whose weight and bias are parameters of its own, and not computed in each pass."""
+    plain = module._parameters
+    return (
+        isinstance(module, (*_CONVOLUTIONS, nn.Linear))
+        and plain.get("weight") is not None
+        and "bias" in plain
+    )
+
+
+def _is_plain_batchnorm(module: nn.Module) -> bool:
+    """A BatchNorm with statistics that does nothing else, as a subclass with a ReLU does."""
+    forwards = nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward
+    return (
+        isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and type(module).forward in forwards
+        and module.running_var is not None
+    )
 
 
 def _fold(layer: Any, bn: Any) -> None:
@@ -84,4 +119,6 @@ def _identity_in_place_of(bn: nn.Module) -> nn.Module:
     identity = nn.Identity().eval()
     identity._forward_hooks = bn._forward_hooks
     identity._forward_pre_hooks = bn._forward_pre_hooks
+    identity._forward_hooks_with_kwargs = bn._forward_hooks_with_kwargs
+    identity._forward_pre_hooks_with_kwargs = bn._forward_pre_hooks_with_kwargs
     return identity

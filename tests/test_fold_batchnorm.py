@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from ride_plugin import RIDEWrapper
 from tests.backbones import BACKBONES
@@ -12,7 +17,7 @@ from tests.backbones import BACKBONES
 
 def trained(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.normal_(module.weight)
@@ -67,3 +72,119 @@ def test_a_model_in_another_precision_is_folded(dtype: torch.dtype) -> None:
     assert not any(isinstance(m, nn.BatchNorm2d) for m in served.modules())
     error = (served(x) - model(x)).abs().max() / model(x).abs().max()
     assert error < (1e-12 if dtype == torch.float64 else 20 * torch.finfo(dtype).eps)
+
+
+class Net(nn.Module):
+    """A stem, then what ``between`` makes of a layer and a BatchNorm, then a classifier."""
+
+    def __init__(
+        self,
+        between: Callable[[nn.Module, nn.Module, Tensor], Tensor],
+        layer: nn.Module,
+        norm: nn.Module,
+    ) -> None:
+        super().__init__()
+        conv = isinstance(layer, nn.Conv2d)
+        self.stem = nn.Conv2d(3, 8, 3) if conv else nn.Linear(12, 8)
+        self.between, self.layer, self.norm = between, layer, norm
+        self.head = nn.LazyLinear(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(self.layer, self.norm, self.stem(x).relu()).relu()
+        return self.head(x.flatten(2).mean(2) if x.dim() == 4 else x.flatten(1))
+
+
+def by_halves(layer: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    x = layer(x)
+    return torch.cat([norm(x[:, :8]), x[:, 8:]], 1)
+
+
+IMAGES, ROWS, SEQUENCES = (3, 8, 8), (12,), (6, 12)
+FORMS: dict[str, tuple[Any, Any, Any, tuple[int, ...], bool]] = {
+    "as it is": (lambda f, bn, x: bn(f(x)), nn.Conv2d(8, 16, 3), 16, IMAGES, True),
+    "by keyword": (lambda f, bn, x: bn(input=f(x)), nn.Conv2d(8, 16, 3), 16, IMAGES, True),
+    "linear": (lambda f, bn, x: bn(f(x)), nn.Linear(8, 16), 16, ROWS, True),
+    "channels last": (
+        lambda f, bn, x: bn(f(x).transpose(1, 2)), nn.Linear(8, 7), 7, SEQUENCES, True
+    ),
+    "square, channels last": (
+        lambda f, bn, x: bn(f(x).transpose(1, 2)), nn.Linear(8, 6), 6, SEQUENCES, True
+    ),
+    "heads": (lambda f, bn, x: bn(f(x).view(-1, 4, 4)), nn.Linear(8, 16), 4, ROWS, False),
+    "a slice": (by_halves, nn.Conv2d(8, 16, 3), 8, IMAGES, False),
+    "positions": (lambda f, bn, x: bn(f(x)), nn.Linear(8, 7), 6, SEQUENCES, False),
+    "as many positions": (lambda f, bn, x: bn(f(x)), nn.Linear(8, 6), 6, SEQUENCES, False),
+    "rows of one": (
+        lambda f, bn, x: torch.cat([bn(f(x)[:1]), f(x)[1:]]), nn.Conv2d(8, 16, 3), 16, IMAGES, False
+    ),
+    "old weight norm": (
+        lambda f, bn, x: bn(f(x)), lambda: weight_norm(nn.Conv2d(8, 16, 3)), 16, IMAGES, False
+    ),
+    "old spectral norm": (
+        lambda f, bn, x: bn(f(x)), lambda: spectral_norm(nn.Conv2d(8, 16, 3)), 16, IMAGES, False
+    ),
+    "weight norm": (
+        lambda f, bn, x: bn(f(x)),
+        lambda: parametrizations.weight_norm(nn.Conv2d(8, 16, 3)), 16, IMAGES, False,
+    ),
+    "spectral norm": (
+        lambda f, bn, x: bn(f(x)),
+        lambda: parametrizations.spectral_norm(nn.Linear(8, 16)), 16, ROWS, False,
+    ),
+    "bias norm": (
+        lambda f, bn, x: bn(f(x)),
+        lambda: parametrizations.weight_norm(nn.Linear(8, 16), "bias", None), 16, ROWS, False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", list(FORMS))
+def test_what_is_folded_and_what_stays(name: str) -> None:
+    torch.manual_seed(0)
+    between, layer, size, shape, folded = FORMS[name]
+    norm = nn.BatchNorm2d(size) if shape == IMAGES else nn.BatchNorm1d(size)
+    net = Net(between, copy.deepcopy(layer) if isinstance(layer, nn.Module) else layer(), norm)
+    example = torch.randn(2, *shape)
+    net.eval()(example)
+    model = trained(RIDEWrapper(net, 2, fork_at="layer", example_input=example)).eval()
+    served = model.optimize_for_inference()
+    x = torch.randn(6, *shape)
+    torch.testing.assert_close(served(x), model(x), rtol=1e-4, atol=1e-5)
+    kept = [isinstance(expert.norm, type(norm)) for expert in served.experts]
+    assert kept == [not folded] * 2
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(x).relu()
+
+
+def test_a_batchnorm_that_does_more_stays() -> None:
+    net = Net(lambda f, bn, x: bn(f(x), 2.0), nn.Conv2d(8, 16, 3), NormAndReLU(16))
+    example = torch.randn(2, *IMAGES)
+    net.eval()(example)
+    model = trained(RIDEWrapper(net, 2, fork_at="layer", example_input=example)).eval()
+    served = model.optimize_for_inference()
+    x = torch.randn(6, *IMAGES)
+    torch.testing.assert_close(served(x), model(x))
+    assert all(isinstance(expert.norm, NormAndReLU) for expert in served.experts)
+
+
+def test_a_hook_that_takes_keywords_is_called_with_them() -> None:
+    net = Net(lambda f, bn, x: bn(input=f(x)), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16))
+    example = torch.randn(2, *IMAGES)
+    net.eval()(example)
+    model = trained(RIDEWrapper(net, 2, fork_at="layer", example_input=example)).eval()
+    seen: list[list[str]] = []
+    for expert in model.experts:
+        expert.norm.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(list(kwargs)), with_kwargs=True
+        )
+        expert.norm.register_forward_hook(
+            lambda module, args, kwargs, result: seen.append(list(kwargs)), with_kwargs=True
+        )
+    served = model.optimize_for_inference()
+    seen.clear()
+    served(torch.randn(6, *IMAGES))
+    assert seen == [["input"]] * 4
