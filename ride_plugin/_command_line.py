@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._budget import plan
-from ride_plugin._checks import check_floating
+from ride_plugin._checks import as_labels, check_floating
 from ride_plugin._cost import cost_report
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._split import reason_of_fork
 from ride_plugin._wrapper import RIDEWrapper, parameters_by_child
 from ride_plugin.longtail import analyze, shot_report
+from ride_plugin.routing import routing_report
 
 _BACKBONE = """\
 MODULE:FACTORY names what makes the backbone, for example torchvision.models:resnet50 or
@@ -33,8 +34,9 @@ mymodels.resnet:resnet32. It is imported from the current directory or the envir
 called without arguments."""
 _PREDICTIONS = """\
 The file holds arrays as numpy.savez writes them: `target` [N], `class_counts` [C], and one of
-`expert_logits` [N, E, C], `logits` [N, C] or `predictions` [N]; with `expert_logits` also
-`num_experts_used` [N] if the model was routed."""
+`expert_logits` [N, E, C], `logits` [N, C] or `predictions` [N]; beside it `num_experts_used` [N]
+if the model was routed."""
+_KINDS = ("expert_logits", "logits", "predictions")
 _OPTIONS = {  # what the library's errors call them, and what the command line does
     "`num_experts`": "--num-experts",
     "`expert_width`": "--expert-width",
@@ -187,21 +189,25 @@ def _report(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     arrays = _arrays(options.predictions)
     cuts = {"many": options.many, "few": options.few}
     target, class_counts = arrays["target"], arrays["class_counts"]
+    used, logits = arrays.get("num_experts_used"), arrays.get("expert_logits")
+    values: dict[str, Any] = {}
     if "predictions" in arrays:
         report = shot_report(arrays["predictions"], target, class_counts, **cuts)
-        text, values = str(report), {}
+        text = str(report)
     else:
-        if "expert_logits" not in arrays:
-            arrays["expert_logits"] = check_floating(arrays["logits"], "logits", "N", "C")[:, None]
-        found = analyze(
-            arrays["expert_logits"],
-            target,
-            class_counts,
-            num_experts_used=arrays.get("num_experts_used"),
-            **cuts,
-        )
+        if logits is None:  # of the experts used: as those of one expert
+            of_one = check_floating(arrays["logits"], "logits", "N", "C")[:, None]
+            found = analyze(of_one, target, class_counts, **cuts)
+        else:
+            found = analyze(logits, target, class_counts, num_experts_used=used, **cuts)
         report, text = found.report, str(found)
-        values = {"calibration_error": vars(found.calibration_error)}
+        values["calibration_error"] = vars(found.calibration_error)
+    if used is not None:
+        largest = int(as_labels(used, "num_experts_used").max())
+        num_experts = max(1, largest) if logits is None else logits.shape[1]
+        routing = routing_report(used, target, class_counts, num_experts=num_experts, **cuts)
+        text += f"\n\n{routing}"
+        values["experts_used"] = vars(routing)
     accuracy = {name: getattr(report, name) for name in ("overall", "many", "medium", "few")}
     if options.csv is not None:
         report.per_class_csv(options.csv)
@@ -256,6 +262,6 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     except (ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise ArgumentError(f"Cannot read {path} as an .npz file of numbers ({error}).") from error
     missing = {"target", "class_counts"} - arrays.keys()
-    if missing or not {"expert_logits", "logits", "predictions"} & arrays.keys():
+    if missing or sum(kind in arrays for kind in _KINDS) != 1:
         raise ArgumentError(f"{_PREDICTIONS}\n{path} holds {sorted(arrays) or 'nothing'}.")
     return arrays

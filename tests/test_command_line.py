@@ -13,6 +13,7 @@ from torch import nn
 from ride_plugin import RIDEWrapper, cost_report, plan
 from ride_plugin._command_line import main
 from ride_plugin.longtail import analyze, shot_report
+from ride_plugin.routing import routing_report
 from tests.backbones import plain_convnet
 
 CONVNET = "tests.backbones:plain_convnet"
@@ -71,12 +72,20 @@ def arrays():
     }
 
 
+def shares_of(arrays, **cuts):
+    used, target, counts = (
+        torch.from_numpy(arrays[name]) for name in ("num_experts_used", "target", "class_counts")
+    )
+    return routing_report(used, target, counts, num_experts=3, **cuts)
+
+
 def test_report_is_the_librarys_own(capsys, tmp_path, arrays):
     np.savez(tmp_path / "routed.npz", **arrays)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     expected = analyze(**tensors)
+    shares = shares_of(arrays)
     assert main(["report", str(tmp_path / "routed.npz"), "--csv", str(tmp_path / "out.csv")]) == 0
-    assert capsys.readouterr().out == f"{expected}\n"
+    assert capsys.readouterr().out == f"{expected}\n\n{shares}\n"
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + 4
     values = values_of(capsys, "report", str(tmp_path / "routed.npz"))
     assert values["accuracy"]["overall"] == expected.report.overall
@@ -95,6 +104,44 @@ def test_report_takes_one_models_logits_or_predicted_classes(capsys, tmp_path, a
     expected = shot_report(*tensors, many=200, few=100)
     assert values["accuracy"]["few"] == expected.few
     assert ("calibration_error" in values) == (name == "logits")
+
+
+@pytest.mark.parametrize("name", ["logits", "predictions"])
+def test_report_shows_how_many_experts_a_routed_model_used(capsys, tmp_path, arrays, name):
+    logits = arrays.pop("expert_logits").mean(axis=1)
+    file = tmp_path / "p.npz"
+    np.savez(file, **arrays, **{name: logits if name == "logits" else logits.argmax(1)})
+    shares = shares_of(arrays, many=200, few=100)
+    cuts = ("--many", "200", "--few", "100")
+    values = values_of(capsys, "report", str(file), *cuts)
+    assert values["experts_used"]["overall"] == list(shares.overall)
+    assert values["experts_used"]["few"] == list(shares.few)
+    assert main(["report", str(file), *cuts]) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"\n\n{shares}\n")
+    alone = {key: value for key, value in arrays.items() if key != "num_experts_used"}
+    np.savez(file, **alone, **{name: logits if name == "logits" else logits.argmax(1)})
+    assert main(["report", str(file), *cuts]) == 0
+    assert capsys.readouterr().out == printed.removesuffix(f"\n{shares}\n")
+
+
+@pytest.mark.parametrize("used", [np.full(40, 0), np.full(40, 1.5), np.full(39, 1), np.full(40, 4)])
+def test_numbers_of_experts_that_cannot_be_are_refused(capsys, tmp_path, arrays, used):
+    np.savez(tmp_path / "p.npz", **arrays | {"num_experts_used": used})
+    assert main(["report", str(tmp_path / "p.npz")]) == 2
+    assert "num_experts_used" in capsys.readouterr().err
+    if used[0] != 4:
+        arrays["logits"] = arrays.pop("expert_logits")[:, 0]
+        np.savez(tmp_path / "p.npz", **arrays | {"num_experts_used": used})
+        assert main(["report", str(tmp_path / "p.npz")]) == 2
+        assert "num_experts_used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", ["logits", "predictions"])
+def test_predictions_of_two_kinds_are_refused(capsys, tmp_path, arrays, more):
+    np.savez(tmp_path / "p.npz", **arrays, **{more: arrays["target"]})
+    assert main(["report", str(tmp_path / "p.npz")]) == 2
+    assert "and one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
