@@ -59,17 +59,18 @@ def mean_logits(experts: Tensor) -> Tensor:
 def running_means(experts: Tensor) -> Tensor:
     """Mean of the first 1, 2, ... E experts' logits, ``[B, E, C] -> [B, E, C]``.
 
-    Added one by one, as early exit adds them, so that both give the same bits.
+    Added one by one, as early exit adds them, so that both give the same bits. In half precision
+    the sum is one of float32, and each mean is rounded once, as `mean_logits` does it.
 
     Example:
         >>> running_means(torch.tensor([[[2.0], [4.0], [0.0]]])).flatten().tolist()
         [2.0, 3.0, 2.0]
     """
-    total = check_floating(experts, "experts", "B", "E", "C")[:, 0]
-    means = [total]
+    first = check_floating(experts, "experts", "B", "E", "C")[:, 0]
+    total, means = float32_or_better(first), [first]
     for index in range(1, experts.shape[1]):
         total = total + experts[:, index]
-        means.append(total / (index + 1))
+        means.append((total / (index + 1)).to(experts.dtype))
     return torch.stack(means, dim=1)
 
 

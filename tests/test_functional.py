@@ -334,3 +334,18 @@ def test_values_are_not_asked_for_where_there_are_none(form: Literal["paper", "o
         torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0, 1], [1, 1]])
     )
     assert gathered.tolist() == [[1.0, 2.0], [4.0, 4.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_running_means_of_half_precision_are_rounded_once(dtype: torch.dtype) -> None:
+    experts = torch.randn(50, 6, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    means = functional.running_means(experts)
+    assert means.dtype == dtype
+    for count in range(1, 7):
+        exact = experts[:, :count].double().mean(1)
+        assert (means[:, count - 1] - exact).abs().max() <= (
+            exact.abs().max() * torch.finfo(dtype).eps / 2 * 1.01
+        )
+        assert torch.equal(means[:, count - 1], functional.mean_logits(experts[:, :count]))
+    large = torch.full((1, 3, 2), 6e4, dtype=dtype)
+    assert functional.running_means(large).isfinite().all()

@@ -40,7 +40,8 @@ class Underway(NamedTuple):
 
     Attributes:
         state: the trunk's result for these rows.
-        total: ``[b, C]``, sum of the logits of the experts that they have seen.
+        total: ``[b, C]``, sum of the logits of the experts that they have seen, in float32 or
+            better.
     """
 
     state: State
@@ -145,7 +146,7 @@ def rows_going_on(stages: Stages, index: int, mean: Tensor, features: Tensor) ->
 def run_first(stages: Stages, *args: Any, **kwargs: Any) -> tuple[Underway, Tensor, Tensor]:
     """Run trunk and expert 0 on a batch; returns what `run_next` does."""
     state, logits, features = stages.start(*args, **kwargs)
-    return Underway(state, logits), logits, features
+    return Underway(state, float32_or_better(logits)), logits, features
 
 
 def run_next(stages: Stages, index: int, rows: Underway) -> tuple[Underway, Tensor, Tensor]:
@@ -156,7 +157,7 @@ def run_next(stages: Stages, index: int, rows: Underway) -> tuple[Underway, Tens
     """
     more, features = stages.run_expert(index, rows.state)
     total = rows.total + more
-    return Underway(rows.state, total), total / (index + 1), features
+    return Underway(rows.state, total), (total / (index + 1)).to(more.dtype), features
 
 
 def walk(stages: Stages, *args: Any, **kwargs: Any) -> RoutingOutput:

@@ -274,3 +274,21 @@ def test_a_router_in_training_mode_is_not_compiled():
     with pytest.raises(Exception, match="router to be in evaluation mode"):
         compiled(x)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("num_experts", [2, 3, 4])
+def test_threshold_zero_gives_the_bits_of_the_model_itself(dtype, num_experts):
+    serve, x = serving(num_experts)
+    serve.to(dtype).set_threshold(0.0)
+    x = x.to(dtype)
+    expected = serve.model(x)
+    for output in (
+        serve(x, return_routing=True),
+        serve.dense(x, return_routing=True),
+        runner_of(serve)(x, return_routing=True),
+        by_queue(serve, x),
+    ):
+        assert output.num_experts_used.tolist() == [num_experts] * len(x)
+        assert output.logits.dtype == dtype
+        assert torch.equal(output.logits, expected)
