@@ -50,10 +50,11 @@ class ExpertRouter(nn.Module):
     $$g_i = w^\top [m_i \,;\, \mathrm{relu}(W_i x_i + b_i)] + b, \qquad
     x_i = \bigl[s(\bar z) \,;\, \textstyle\sum_{c \in \mathrm{top}_k} p_c\, v_c\bigr],$$
 
-    where $m_i$ is the margin of the largest probability over the second, $s$ holds the $k$ largest
-    logits less the mean of all, the largest probability, $m_i$ and the entropy, each brought to
-    zero mean and unit deviation over the samples seen in training, and $v_c$ is a learned vector of
-    8 numbers for each class. The probability that one more expert is needed is $\sigma(g_i)$. A new
+    where $m_i$ is the margin of the largest probability over the second (with $k = 1$, where only
+    one class is looked at, over all the others together: twice the largest probability less one),
+    $s$ holds the $k$ largest logits less the mean of all, the largest probability, $m_i$ and the
+    entropy, each brought to zero mean and unit deviation over the samples seen in training, and
+    $v_c$ is a learned vector of 8 numbers for each class. The probability that one more expert is needed is $\sigma(g_i)$. A new
     router has $g_i = 6\,(1/2 - m_i)$: it exits by the margin, and learns where to depart from
     that. Not in the paper: at equal cost it was more accurate than the paper's gate, and on most
     models than exits by confidence, see the results page.
