@@ -54,10 +54,10 @@ class ExpertRouter(nn.Module):
     one class is looked at, over all the others together: twice the largest probability less one),
     $s$ holds the $k$ largest logits less the mean of all, the largest probability, $m_i$ and the
     entropy, each brought to zero mean and unit deviation over the samples seen in training, and
-    $v_c$ is a learned vector of 8 numbers for each class. The probability that one more expert is needed is $\sigma(g_i)$. A new
-    router has $g_i = 6\,(1/2 - m_i)$: it exits by the margin, and learns where to depart from
-    that. Not in the paper: at equal cost it was more accurate than the paper's gate, and on most
-    models than exits by confidence, see the results page.
+    $v_c$ is a learned vector of 8 numbers for each class. The probability that one more expert is
+    needed is $\sigma(g_i)$. A new router has $g_i = 6\,(1/2 - m_i)$: it exits by the margin, and
+    learns where to depart from that. Not in the paper: at equal cost it was more accurate than the
+    paper's gate, and on most models than exits by confidence, see the results page.
 
     ``inputs="paper"`` is the layout of the authors' code (paper, section 3, "Routing"), into which
     their checkpoints load. It reads expert $i$'s pooled feature $f_i$,
