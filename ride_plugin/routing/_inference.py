@@ -80,8 +80,8 @@ class RoutingInference(nn.Module):
     def threshold(self) -> Tensor:
         """The thresholds as probabilities ``[E-1]``; change them with `set_threshold`.
 
-        In float64, whose probabilities tell logits apart up to about 36; to hand on larger ones,
-        copy ``threshold_logits`` or the state dict.
+        In float64, whose probabilities tell logits apart up to about 36, to three digits at 30; to
+        hand on the very same limits, copy ``threshold_logits`` or the state dict.
         """
         return self.threshold_logits.double().sigmoid()
 
