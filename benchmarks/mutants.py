@@ -71,6 +71,9 @@ TESTS = {  # module -> the tests that mirror it, nearest first
     "routing/_runner": ("routing/test_export.py",),
     "routing/_measure": ("routing/test_threshold.py", "routing/test_exit.py", "test_devices.py"),
     "routing/_fused": ("routing/test_fused.py",),
+    "routing/_fused_conv": ("routing/test_fused.py",),
+    "routing/_rewrite": ("routing/test_fused.py", "routing/test_rewrite.py"),
+    "routing/_memory": ("routing/test_rewrite.py",),
     "routing/_int8": ("routing/test_int8.py",),
     "routing/*": (
         "routing/test_{}.py", "routing/test_router.py", "routing/test_exit.py",

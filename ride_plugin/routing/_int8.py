@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError
 from ride_plugin._tree import tensors_in
-from ride_plugin.routing._fused import FusedConv2d, FusedStage
+from ride_plugin.routing._fused import FusedStage
+from ride_plugin.routing._fused_conv import FusedConv2d
 
 _CONVOLUTION: Any = getattr(torch.ops.onednn, "qconv2d_pointwise", None)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from benchmarks.resnets import ImageNetResNet
 from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInference
 from ride_plugin.routing import StagedRunner, fuse_stages
-from ride_plugin.routing._fused import FusedConv2d, FusedStage
+from ride_plugin.routing._fused import FusedStage
+from ride_plugin.routing._fused_conv import FusedConv2d
 from tests.backbones import VisionTransformer
 
 pytestmark = pytest.mark.exports

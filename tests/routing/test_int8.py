@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ride_plugin import ArgumentError, ConfidenceRouter, RIDEWrapper, RoutingInference
 from ride_plugin.routing import StagedRunner, fuse_stages, quantize_stages
-from ride_plugin.routing._fused import FusedConv2d
+from ride_plugin.routing._fused_conv import FusedConv2d
 from ride_plugin.routing._int8 import Int8Conv2d
 
 

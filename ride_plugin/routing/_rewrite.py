@@ -1,0 +1,249 @@
+"""The graph of an exported stage rewritten: fewer operations, and faster ones.
+
+BatchNorm goes into the convolution before it, the addition of a residual and a ReLU into the
+convolution whose result they take, and whatever depends on parameters alone is computed once.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from ride_plugin.routing._fused_conv import FusedConv2d
+
+_ATEN = torch.ops.aten
+_TYPICAL_BATCH = 32  # weights are laid out for it; any batch runs
+
+
+def rewritten(program: ExportedProgram) -> fx.GraphModule:
+    """The program as a graph of fused operations."""
+    exported = program.module()
+    # A plain signature: what export's own calling convention does at each call is not needed.
+    exported.graph.set_codegen(fx.graph.CodeGen())
+    exported.graph._tracer_cls = None  # the one of export cannot be made again after pickling
+    module = fx.GraphModule(exported, exported.graph).eval()
+    graph = module.graph
+    _inline_autocast(module)
+    _drop_what_does_nothing(graph)
+    _lay_out_images(graph)
+    _fold_batch_norms(module)
+    _fuse_convolutions(module)
+    graph.eliminate_dead_code()
+    _compute_constants(module)
+    graph.eliminate_dead_code()
+    _write_over_residuals(module)
+    graph.lint()
+    module.delete_all_unused_submodules()
+    read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    for name in set(module._buffers) - read:  # constants that later steps took over
+        delattr(module, name)
+    module.recompile()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+def _inline_autocast(module: fx.GraphModule) -> None:
+    """Regions that switch autocast off are put in place: a stage runs without autocast anyway."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if getattr(node.target, "__name__", "") != "wrap_with_autocast" or node.args[2]:
+            continue
+        inner = cast("fx.GraphModule", module.get_submodule(node.args[4].target))
+        values = dict(zip(inner.graph.find_nodes(op="placeholder"), node.args[5:], strict=True))
+        with graph.inserting_before(node):
+            results = graph.graph_copy(inner.graph, values)
+        results = results if isinstance(results, tuple | list) else (results,)
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def _drop_what_does_nothing(graph: fx.Graph) -> None:
+    """Drop export's checks of types, and calls that return what they are given."""
+    node: Any
+    for node in list(graph.nodes):
+        if (
+            node.target == "_guards_fn"
+            or node.target is torch.ops.aten._assert_tensor_metadata.default
+        ):
+            graph.erase_node(node)
+            continue
+        value: Any = node.args[0] if node.args else None
+        if node.target is _ATEN.cat.default:
+            parts = list(value)
+            if len({part.meta["val"].dtype for part in parts}) == 1:  # else they make a wider type
+                parts = [part for part in parts if not _is_empty(part)] or parts[:1]
+            node.args = (parts, *node.args[1:])
+            value = parts[0]
+        if _does_nothing(node):
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+
+
+def _does_nothing(node: Any) -> bool:
+    if node.target is _ATEN.to.dtype:
+        return bool(node.args[0].meta["val"].dtype == node.args[1])
+    if node.target is _ATEN.slice.Tensor:
+        given = list(node.args[2:])
+        return given in ([], [0], [0, sys.maxsize], [0, sys.maxsize, 1])
+    if node.target is _ATEN.movedim.int:
+        return bool(node.args[1] == node.args[2])
+    return bool(node.target is _ATEN.cat.default and len(node.args[0]) == 1)
+
+
+def _is_empty(node: Any) -> bool:
+    return any(size == 0 for size in node.meta["val"].shape if isinstance(size, int))
+
+
+def _lay_out_images(graph: fx.Graph) -> None:
+    """Images go through channels-last, in which convolutions are fastest."""
+    for node in graph.find_nodes(op="placeholder"):
+        users = [u for u in node.users if u.target is _ATEN.conv2d.default and u.args[0] is node]
+        if users:
+            with graph.inserting_after(node):
+                laid_out = graph.call_method(
+                    "contiguous", (node,), {"memory_format": torch.channels_last}
+                )
+            laid_out.meta = dict(node.meta)
+            for user in users:
+                user.replace_input_with(node, laid_out)
+
+
+def _constant(module: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor that an argument reads from the module, or None."""
+    if isinstance(node, fx.Node) and node.op == "get_attr":
+        value = operator.attrgetter(str(node.target))(module)
+        return value if isinstance(value, Tensor) else None
+    return None
+
+
+def _fold_batch_norms(module: fx.GraphModule) -> None:
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=_ATEN.batch_norm.default):
+        before, *statistics = node.args[:5]
+        training, _, eps = node.args[5:8]
+        if before.target is not _ATEN.conv2d.default or len(before.users) > 1 or training:
+            continue
+        gamma, beta, mean, var = (_constant(module, value) for value in statistics)
+        weight = _constant(module, before.args[1])
+        bias = _constant(module, before.args[2] if len(before.args) > 2 else None)
+        if weight is None or mean is None or var is None:
+            continue
+        new_weight, new_bias = fuse_conv_bn_weights(weight, bias, mean, var, eps, gamma, beta)
+        with graph.inserting_before(before):
+            arguments = [
+                _new_constant(module, f"{before.name}_{what}", value)
+                for what, value in (("weight", new_weight), ("bias", new_bias))
+            ]
+        before.args = (before.args[0], *arguments, *before.args[3:])
+        node.replace_all_uses_with(before)
+        graph.erase_node(node)
+
+
+def _new_constant(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    while hasattr(module, name):
+        name += "_"
+    module.register_buffer(name, value)
+    return module.graph.get_attr(name)
+
+
+def _fuse_convolutions(module: fx.GraphModule) -> None:
+    graph = module.graph
+    for index, node in enumerate(graph.find_nodes(op="call_function", target=_ATEN.conv2d.default)):
+        weight = _constant(module, node.args[1])
+        bias = _constant(module, node.args[2] if len(node.args) > 2 else None)
+        if weight is None:
+            continue
+        chain, other = [node], None
+        added = _only_user(node, _ATEN.add.Tensor, _ATEN.add_.Tensor)
+        if added is not None and not added.kwargs:
+            left, right = added.args
+            value = right if left is node else left
+            overwritten = node if added.target is _ATEN.add.Tensor else left
+            # The fused call stands where the addition stood, so its other operand exists there.
+            if overwritten is node and value is not node and _same_shape(node, value):
+                chain, other = [node, added], value
+        relu = _only_user(chain[-1], _ATEN.relu.default, _ATEN.relu_.default)
+        if relu is not None:
+            chain.append(relu)
+        options = (
+            list(node.args[3]) if len(node.args) > 3 else [1, 1],
+            list(node.args[4]) if len(node.args) > 4 else [0, 0],
+            list(node.args[5]) if len(node.args) > 5 else [1, 1],
+            node.args[6] if len(node.args) > 6 else 1,
+        )
+        fused = FusedConv2d(weight, bias, options, relu is not None, _sizes(node.args[0]))
+        module.add_submodule(f"fused_{index}", fused)
+        with graph.inserting_before(chain[-1]):
+            inputs = (node.args[0],) if other is None else (node.args[0], other)
+            call = graph.call_module(f"fused_{index}", inputs)
+        call.meta = dict(chain[-1].meta)
+        chain[-1].replace_all_uses_with(call)
+        for replaced in reversed(chain):  # what works in place outlives a search for dead code
+            graph.erase_node(replaced)
+
+
+def _write_over_residuals(module: fx.GraphModule) -> None:
+    """Let a sum take the place of its residual, which saves fresh memory in every block.
+
+    The residual must be what another convolution returned, so that it is no input of the stage, and
+    only convolutions may read it, all of them before, so that no view of it is read later.
+    """
+    order = {node: place for place, node in enumerate(module.graph.nodes)}
+    submodules = dict(module.named_modules())
+
+    def convolution(node: Any) -> bool:
+        return node.op == "call_module" and isinstance(submodules[node.target], FusedConv2d)
+
+    for node in filter(convolution, module.graph.nodes):
+        x, *rest = node.args
+        if not rest or rest[0] is x or not convolution(rest[0]):
+            continue
+        readers = [user for user in rest[0].users if user is not node]
+        if all(convolution(user) and order[user] < order[node] for user in readers):
+            submodules[node.target].onto = True
+
+
+def _only_user(node: fx.Node, *targets: Any) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in targets else None
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    if not isinstance(b, fx.Node):
+        return False
+    shapes = [getattr(node.meta.get("val"), "shape", None) for node in (a, b)]
+    return shapes[0] is not None and str(shapes[0]) == str(shapes[1])
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    return [s if isinstance(s, int) else _TYPICAL_BATCH for s in node.meta["val"].shape]
+
+
+def _compute_constants(module: fx.GraphModule) -> None:
+    """Compute once what depends on parameters alone, such as a cosine classifier's directions."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        inputs = node.all_input_nodes
+        values = {source: _constant(module, source) for source in inputs}
+        if not inputs or None in values.values() or node.target._schema.is_mutable:
+            continue
+        result = node.target(
+            *fx.map_arg(node.args, values.__getitem__),
+            **fx.map_arg(node.kwargs, values.__getitem__),
+        )
+        if isinstance(result, Tensor):
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_new_constant(module, f"{node.name}_value", result))
+            graph.erase_node(node)
