@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,8 +17,10 @@ from torch.export import ExportedProgram
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ride_plugin.routing._fused_conv import FusedConv2d
+from ride_plugin.routing._memory import Memory
 
 _ATEN = torch.ops.aten
+_RELU = (_ATEN.relu.default, _ATEN.relu_.default)
 _TYPICAL_BATCH = 32  # weights are laid out for it; any batch runs
 
 
@@ -30,14 +33,16 @@ def rewritten(program: ExportedProgram) -> fx.GraphModule:
     module = fx.GraphModule(exported, exported.graph).eval()
     graph = module.graph
     _inline_autocast(module)
-    _drop_what_does_nothing(graph)
-    _lay_out_images(graph)
-    _fold_batch_norms(module)
-    _fuse_convolutions(module)
-    graph.eliminate_dead_code()
-    _compute_constants(module)
-    graph.eliminate_dead_code()
-    _write_over_residuals(module)
+    _drop_checks(graph)
+    memory = Memory(module)
+    if not memory.depends_on_layout:  # else any other layout may change what is computed
+        _drop_what_does_nothing(graph, memory)
+        _compute_constants(module, memory)
+        _choose_layouts(graph, memory)
+        _fold_batch_norms(module, memory)
+        _fuse_convolutions(module, memory)
+        graph.eliminate_dead_code()
+        _write_over_residuals(module)
     graph.lint()
     module.delete_all_unused_submodules()
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
@@ -67,16 +72,20 @@ def _inline_autocast(module: fx.GraphModule) -> None:
         graph.erase_node(node)
 
 
-def _drop_what_does_nothing(graph: fx.Graph) -> None:
-    """Drop export's checks of types, and calls that return what they are given."""
-    node: Any
+def _drop_checks(graph: fx.Graph) -> None:
+    """Drop export's checks of types and sizes."""
     for node in list(graph.nodes):
         if (
             node.target == "_guards_fn"
             or node.target is torch.ops.aten._assert_tensor_metadata.default
         ):
             graph.erase_node(node)
-            continue
+
+
+def _drop_what_does_nothing(graph: fx.Graph, memory: Memory) -> None:
+    """Drop calls that return what they are given, or a copy of it that nobody needs."""
+    node: Any
+    for node in list(graph.nodes):
         value: Any = node.args[0] if node.args else None
         if node.target is _ATEN.cat.default:
             parts = list(value)
@@ -84,9 +93,13 @@ def _drop_what_does_nothing(graph: fx.Graph) -> None:
                 parts = [part for part in parts if not _is_empty(part)] or parts[:1]
             node.args = (parts, *node.args[1:])
             value = parts[0]
-        if _does_nothing(node):
-            node.replace_all_uses_with(value)
-            graph.erase_node(node)
+        if not _does_nothing(node):
+            continue
+        if _copies(node) and (memory.written(value, after=node) or memory.written(node)):
+            continue
+        memory.join(value, node)
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
 
 
 def _does_nothing(node: Any) -> bool:
@@ -100,51 +113,74 @@ def _does_nothing(node: Any) -> bool:
     return bool(node.target is _ATEN.cat.default and len(node.args[0]) == 1)
 
 
+def _copies(node: Any) -> bool:
+    asked = node.args[3] if len(node.args) > 3 else node.kwargs.get("copy", False)
+    return node.target is _ATEN.cat.default or (node.target is _ATEN.to.dtype and asked)
+
+
 def _is_empty(node: Any) -> bool:
     return any(size == 0 for size in node.meta["val"].shape if isinstance(size, int))
 
 
-def _lay_out_images(graph: fx.Graph) -> None:
+def _choose_layouts(graph: fx.Graph, memory: Memory) -> None:
     """Images go through channels-last, in which convolutions are fastest."""
     for node in graph.find_nodes(op="placeholder"):
         users = [u for u in node.users if u.target is _ATEN.conv2d.default and u.args[0] is node]
-        if users:
+        if users and not memory.written(node):
             with graph.inserting_after(node):
                 laid_out = graph.call_method(
                     "contiguous", (node,), {"memory_format": torch.channels_last}
                 )
             laid_out.meta = dict(node.meta)
+            memory.join(laid_out, node)
             for user in users:
                 user.replace_input_with(node, laid_out)
+    for node in graph.find_nodes(op="call_function", target=_ATEN.view.default):
+        node.target = _ATEN.reshape.default  # of channels-last there is not always a view
 
 
-def _constant(module: fx.GraphModule, node: Any) -> Tensor | None:
-    """The tensor that an argument reads from the module, or None."""
-    if isinstance(node, fx.Node) and node.op == "get_attr":
+def _constant(module: fx.GraphModule, memory: Memory, node: Any) -> Tensor | None:
+    """The tensor that an argument reads from the module, where nobody writes it; or None."""
+    if isinstance(node, fx.Node) and node.op == "get_attr" and not memory.written(node):
         value = operator.attrgetter(str(node.target))(module)
         return value if isinstance(value, Tensor) else None
     return None
 
 
-def _fold_batch_norms(module: fx.GraphModule) -> None:
+def _constants(
+    module: fx.GraphModule, memory: Memory, arguments: Sequence[Any]
+) -> list[Tensor | None] | None:
+    """The constants of all arguments, None for one that is absent; or None if one is computed."""
+    values = [_constant(module, memory, argument) for argument in arguments]
+    pairs = zip(values, arguments, strict=True)
+    known = all(value is not None or argument is None for value, argument in pairs)
+    return values if known else None
+
+
+def _weight_and_bias(conv: fx.Node) -> tuple[Any, Any]:
+    return conv.args[1], conv.args[2] if len(conv.args) > 2 else None
+
+
+def _fold_batch_norms(module: fx.GraphModule, memory: Memory) -> None:
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=_ATEN.batch_norm.default):
         before, *statistics = node.args[:5]
         training, _, eps = node.args[5:8]
         if before.target is not _ATEN.conv2d.default or len(before.users) > 1 or training:
             continue
-        gamma, beta, mean, var = (_constant(module, value) for value in statistics)
-        weight = _constant(module, before.args[1])
-        bias = _constant(module, before.args[2] if len(before.args) > 2 else None)
-        if weight is None or mean is None or var is None:
+        values = _constants(module, memory, [*_weight_and_bias(before), *statistics])
+        if values is None:
             continue
-        new_weight, new_bias = fuse_conv_bn_weights(weight, bias, mean, var, eps, gamma, beta)
+        weight, bias, gamma, beta, mean, var = values
+        given: Any = (weight, bias, mean, var, eps, gamma, beta)
+        new_weight, new_bias = fuse_conv_bn_weights(*given)
         with graph.inserting_before(before):
             arguments = [
                 _new_constant(module, f"{before.name}_{what}", value)
                 for what, value in (("weight", new_weight), ("bias", new_bias))
             ]
         before.args = (before.args[0], *arguments, *before.args[3:])
+        memory.join(before, node)
         node.replace_all_uses_with(before)
         graph.erase_node(node)
 
@@ -156,40 +192,54 @@ def _new_constant(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     return module.graph.get_attr(name)
 
 
-def _fuse_convolutions(module: fx.GraphModule) -> None:
+def _fuse_convolutions(module: fx.GraphModule, memory: Memory) -> None:
     graph = module.graph
     for index, node in enumerate(graph.find_nodes(op="call_function", target=_ATEN.conv2d.default)):
-        weight = _constant(module, node.args[1])
-        bias = _constant(module, node.args[2] if len(node.args) > 2 else None)
-        if weight is None:
+        values = _constants(module, memory, _weight_and_bias(node))
+        if values is None:
             continue
-        chain, other = [node], None
-        added = _only_user(node, _ATEN.add.Tensor, _ATEN.add_.Tensor)
-        if added is not None and not added.kwargs:
-            left, right = added.args
-            value = right if left is node else left
-            overwritten = node if added.target is _ATEN.add.Tensor else left
-            # The fused call stands where the addition stood, so its other operand exists there.
-            if overwritten is node and value is not node and _same_shape(node, value):
-                chain, other = [node, added], value
-        relu = _only_user(chain[-1], _ATEN.relu.default, _ATEN.relu_.default)
-        if relu is not None:
-            chain.append(relu)
+        weight, bias = values
+        assert weight is not None
+        chain, other = _chain(node, memory)
         options = (
             list(node.args[3]) if len(node.args) > 3 else [1, 1],
             list(node.args[4]) if len(node.args) > 4 else [0, 0],
             list(node.args[5]) if len(node.args) > 5 else [1, 1],
             node.args[6] if len(node.args) > 6 else 1,
         )
-        fused = FusedConv2d(weight, bias, options, relu is not None, _sizes(node.args[0]))
+        relu = chain[-1].target in _RELU
+        fused = FusedConv2d(weight, bias, options, relu, _sizes(node.args[0]))
         module.add_submodule(f"fused_{index}", fused)
         with graph.inserting_before(chain[-1]):
             inputs = (node.args[0],) if other is None else (node.args[0], other)
             call = graph.call_module(f"fused_{index}", inputs)
         call.meta = dict(chain[-1].meta)
+        memory.join(call, chain[-1])
         chain[-1].replace_all_uses_with(call)
         for replaced in reversed(chain):  # what works in place outlives a search for dead code
             graph.erase_node(replaced)
+
+
+def _chain(node: fx.Node, memory: Memory) -> tuple[list[fx.Node], fx.Node | None]:
+    """A convolution with the addition and the ReLU that can be one call with it; the addend.
+
+    The fused call stands where the last of them stood, so nobody may write what the others read in
+    between.
+    """
+    x, chain, other = node.args[0], [node], None
+    added = _only_user(node, _ATEN.add.Tensor, _ATEN.add_.Tensor)
+    if added is not None and not added.kwargs and not memory.written(x, node, added):
+        left, right = added.args
+        value = right if left is node else left
+        overwritten = node if added.target is _ATEN.add.Tensor else left
+        if overwritten is node and value is not node and _alike(node, value):
+            chain, other = [node, added], cast("fx.Node", value)
+    relu = _only_user(chain[-1], *_RELU)
+    if relu is not None and not (
+        memory.written(x, node, relu) or memory.written(other, chain[-1], relu)
+    ):
+        chain.append(relu)
+    return chain, other
 
 
 def _write_over_residuals(module: fx.GraphModule) -> None:
@@ -218,26 +268,31 @@ def _only_user(node: fx.Node, *targets: Any) -> fx.Node | None:
     return users[0] if len(users) == 1 and users[0].target in targets else None
 
 
-def _same_shape(a: Any, b: Any) -> bool:
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values have one shape and one dtype."""
     if not isinstance(b, fx.Node):
         return False
-    shapes = [getattr(node.meta.get("val"), "shape", None) for node in (a, b)]
-    return shapes[0] is not None and str(shapes[0]) == str(shapes[1])
+    first, second = (node.meta.get("val") for node in (a, b))
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return False
+    return first.dtype == second.dtype and str(first.shape) == str(second.shape)
 
 
 def _sizes(node: fx.Node) -> list[int]:
     return [s if isinstance(s, int) else _TYPICAL_BATCH for s in node.meta["val"].shape]
 
 
-def _compute_constants(module: fx.GraphModule) -> None:
+def _compute_constants(module: fx.GraphModule, memory: Memory) -> None:
     """Compute once what depends on parameters alone, such as a cosine classifier's directions."""
     graph = module.graph
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         inputs = node.all_input_nodes
-        values = {source: _constant(module, source) for source in inputs}
-        if not inputs or None in values.values() or node.target._schema.is_mutable:
+        values = {source: _constant(module, memory, source) for source in inputs}
+        if not inputs or None in values.values() or memory.written(node):
+            continue
+        if node.target._schema.is_mutable:
             continue
         result = node.target(
             *fx.map_arg(node.args, values.__getitem__),
