@@ -292,7 +292,7 @@ def _compute_constants(module: fx.GraphModule, memory: Memory) -> None:
         values = {source: _constant(module, memory, source) for source in inputs}
         if not inputs or None in values.values() or memory.written(node):
             continue
-        if node.target._schema.is_mutable:
+        if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:
             continue
         result = node.target(
             *fx.map_arg(node.args, values.__getitem__),

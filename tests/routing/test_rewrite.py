@@ -225,3 +225,20 @@ def test_a_view_of_convolutions_is_one_of_any_layout() -> None:
     network, x = Viewed(), torch.randn(4, *SIZE)
     for got, wanted in zip(results(rewritten(network), x), results(network, x), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_drawn_anew_at_each_call_stays_so() -> None:
+    class Noisy(Parts):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + (torch.randn_like(self.gain) * self.gain)[:, None, None]
+
+    network, x = Noisy(), torch.randn(4, *SIZE)
+    stage = rewritten(network)
+    drawn = []
+    for seed in (1, 2):
+        for function in (stage, network):
+            torch.manual_seed(seed)
+            drawn += results(function, x)
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drawn[2], drawn[3], rtol=1e-5, atol=1e-5)
+    assert not torch.equal(drawn[0], drawn[2])
