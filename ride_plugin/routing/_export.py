@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ride_plugin._compiler import check_exports
+from ride_plugin._contexts import evaluating
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._inputs import Inputs, as_inputs, resize_batch, taken_by_model
 from ride_plugin._split import Rows, TrunkState, hollow
@@ -158,14 +159,13 @@ def _export(
     refused: Exception | None = None
     for tracer in (True,) if strict else (False, True):
         try:
-            with warnings.catch_warnings():
+            # The router is no part of the model, which is in evaluation mode already.
+            with evaluating(module), warnings.catch_warnings():
                 # What the wrapper notes while it runs is undone by the end of the pass.
                 warnings.filterwarnings(
                     "ignore", message=".*certain side effects", category=UserWarning
                 )
-                return torch.export.export(
-                    module.eval(), inputs, dynamic_shapes=shapes, strict=tracer
-                )
+                return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=tracer)
         except RIDEError:
             raise
         except Exception as error:  # each obstacle in a forward has a class of its own in torch

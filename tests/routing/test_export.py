@@ -61,9 +61,11 @@ def serving(kind):
 @cache
 def exported(kind):
     serve, _ = serving(kind)
-    serve.model.train()
+    serve.train()
+    before = [module.training for module in serve.modules()]
     stages = serve.export_stages()
-    assert all(module.training for module in serve.model.modules())
+    assert [module.training for module in serve.modules()] == before
+    assert serve.router.training
     return stages
 
 
