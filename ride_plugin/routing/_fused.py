@@ -6,8 +6,8 @@ fewer and faster. No compiler is needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ def fuse_stages(stages: Mapping[str, ExportedProgram]) -> dict[str, nn.Module]:
     Returns:
         Modules by the same names, for `StagedRunner`. They are in evaluation mode and their
         weights do not require gradients. They take any batch size, can be pickled, and can serve
-        several threads.
+        several threads. As the programs do, they refuse (`ArgumentError`) inputs of other sizes or
+        dtypes than the exported ones.
 
     Raises:
         ArgumentError: a stage is not an ``ExportedProgram``.
@@ -68,10 +69,46 @@ class FusedStage(nn.Module):
         super().__init__()
         with torch.no_grad():
             self.graph_module = rewritten(program)
+        taken = [node.meta["val"] for node in self.graph_module.graph.find_nodes(op="placeholder")]
+        self.dtypes: list[torch.dtype] = [value.dtype for value in taken]
+        self.sizes = [
+            [size if isinstance(size, int) else str(size) for size in value.shape]
+            for value in taken
+        ]
+        """Of each input; what is free has a name, and one size wherever that stands."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the stage; images are taken in either memory format."""
+        self._check(tensors)
         if torch.is_autocast_enabled(tensors[0].device.type):
             with without_autocast(tensors[0]):
                 return cast("tuple[Tensor, ...]", self.graph_module.forward(*tensors))
         return cast("tuple[Tensor, ...]", self.graph_module.forward(*tensors))
+
+    def _check(self, tensors: tuple[Tensor, ...]) -> None:
+        """Refuse inputs unlike the exported ones: the graph holds what follows from their sizes."""
+        free: dict[str, int] = {}
+        fits = len(tensors) == len(self.sizes)
+        for tensor, dtype, sizes in zip(tensors, self.dtypes, self.sizes, strict=False):
+            fits = fits and tensor.dtype == dtype and len(tensor.shape) == len(sizes)
+            for size, expected in zip(tensor.shape, sizes, strict=False):
+                if isinstance(expected, str):
+                    expected = free.setdefault(expected, size)
+                fits = fits and size == expected
+        if not fits:
+            wanted = [_described(*kind) for kind in zip(self.dtypes, self.sizes, strict=True)]
+            found = [_described(tensor.dtype, tensor.shape) for tensor in tensors]
+            raise ArgumentError(
+                f"Expected the inputs of this stage to be {', '.join(wanted)}, as they were at the "
+                f"export, but got {', '.join(found)}. Export the stages with an `example_input` "
+                "like the batches to be served."
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedStage:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtypes = [fn(torch.empty(0, dtype=dtype)).dtype for dtype in self.dtypes]
+        return self
+
+
+def _described(dtype: torch.dtype, sizes: Iterable[int | str]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} [{', '.join(map(str, sizes))}]"

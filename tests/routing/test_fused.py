@@ -382,3 +382,42 @@ def test_a_bottleneck_network_and_a_transformer_are_served_equally(
 def test_only_programs_can_be_fused() -> None:
     with pytest.raises(ArgumentError, match=r"stages\['trunk'\].*export_stages"):
         fuse_stages({"trunk": nn.Identity()})  # type: ignore[dict-item]
+
+
+class SizeDependent(nn.Module):
+    """Reads sizes of its inputs, which the graph holds as constants but for the batch's."""
+
+    def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        return (x.sum((2, 3)) / (x.shape[2] * x.shape[3]) + m.to(torch.float32),)
+
+
+def test_inputs_unlike_the_exported_ones_are_refused() -> None:
+    x, m = torch.randn(4, 3, 8, 9), torch.randn(4, 1)
+    free = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(SizeDependent(), (x, m), dynamic_shapes=(free, free))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    for each in (program, torch.export.load(buffer)):
+        stage = FusedStage(each)
+        for rows in (1, 3, 4):
+            expected = SizeDependent()(x[:rows], m[:rows])
+            torch.testing.assert_close(stage(x[:rows], m[:rows]), expected)
+        unlike = [
+            (torch.randn(4, 3, 12, 9), m),
+            (torch.randn(4, 3, 8, 12), m),
+            (x[0], m),
+            (x[..., None], m),
+            (x, m[:1]),  # would be broadcast
+            (x, m.double()),
+            (x.to(torch.uint8), m),
+            (x,),
+            (x, m, m),
+        ]
+        for tensors in unlike:
+            with pytest.raises(ArgumentError, match=r"float32 \[\w+, 3, 8, 9\].*`example_input`"):
+                stage(*tensors)
+        double = copy.deepcopy(stage).double()
+        assert double(x.double(), m.double())[0].dtype == torch.float64
+        with pytest.raises(ArgumentError, match=r"float64 \[\w+, 3, 8, 9\].* got float32"):
+            double(x, m)
