@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checks import may_read
+from ride_plugin._errors import ArgumentError
+
 _POINTWISE: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 _ONTO: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)  # writes over the addend
 _SMALL = 12_000  # elements of a single image below which torch's own convolution is faster
+
+
+class AllFinite(nn.Module):
+    """Hands on a value if all of it is finite; on an accelerator or in a graph it is not read.
+
+    oneDNN makes zeros of NaN where it fuses a ReLU, so a broken image would become a prediction
+    like any other. A sum is not finite either then, and costs a small part of looking at each.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` itself; raises ArgumentError."""
+        if may_read(x) and not math.isfinite(x.sum().item()):
+            broken = ~x.isfinite()
+            if bool(broken.any()):
+                raise ArgumentError(
+                    "Expected what enters a stage's convolutions to be finite, but got NaN or "
+                    f"infinite values in {int(broken.flatten(1).any(dim=1).sum())} of {len(x)} "
+                    "rows. Skip the bad samples, or look at what makes them."
+                )
+        return x
 
 
 class FusedConv2d(nn.Module):

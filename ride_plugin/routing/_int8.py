@@ -141,7 +141,13 @@ def _ranges(
     try:
         for batch in batches:
             seen = True
-            crossing = stages["trunk"](*tensors_in(batch))
+            try:
+                crossing = stages["trunk"](*tensors_in(batch))
+            except ArgumentError as error:
+                raise ArgumentError(
+                    "Expected argument `batches` to yield finite inputs like those to be served, "
+                    f"but the trunk refuses one of them. {error}"
+                ) from error
             for name, stage in stages.items():
                 if name.startswith("expert_"):
                     stage(*crossing)

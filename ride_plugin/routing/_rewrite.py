@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ride_plugin.routing._fused_conv import FusedConv2d
+from ride_plugin._errors import ArgumentError
+from ride_plugin.routing._fused_conv import AllFinite, FusedConv2d
 from ride_plugin.routing._memory import Memory
 
 _ATEN = torch.ops.aten
@@ -43,6 +44,7 @@ def rewritten(program: ExportedProgram) -> fx.GraphModule:
         _fuse_convolutions(module, memory)
         graph.eliminate_dead_code()
         _write_over_residuals(module)
+        _look_at_what_enters(module)
     graph.lint()
     module.delete_all_unused_submodules()
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
@@ -200,6 +202,7 @@ def _fuse_convolutions(module: fx.GraphModule, memory: Memory) -> None:
             continue
         weight, bias = values
         assert weight is not None
+        _check_weights(node, weight, bias)
         chain, other = _chain(node, memory)
         options = (
             list(node.args[3]) if len(node.args) > 3 else [1, 1],
@@ -261,6 +264,42 @@ def _write_over_residuals(module: fx.GraphModule) -> None:
         readers = [user for user in rest[0].users if user is not node]
         if all(convolution(user) and order[user] < order[node] for user in readers):
             submodules[node.target].onto = True
+
+
+def _look_at_what_enters(module: fx.GraphModule) -> None:
+    """Check what comes to a fused convolution from outside, past no other, for NaN and infinity.
+
+    What follows from finite values is taken to be finite, so that each input is looked at once.
+    """
+    graph, submodules = module.graph, dict(module.named_modules())
+    outside: set[fx.Node] = set()
+    node: Any
+    for node in list(graph.nodes):
+        if not isinstance(submodules.get(str(node.target)), FusedConv2d):
+            inner = [i for i in node.all_input_nodes if isinstance(i.meta.get("val"), Tensor)]
+            if node.op == "placeholder" or not outside.isdisjoint(inner):
+                outside.add(node)
+            continue
+        for value in outside.intersection(node.all_input_nodes):
+            readers = [user for user in value.users if user.op == "call_module"]
+            name = f"{value.name}_finite"
+            module.add_submodule(name, AllFinite())
+            with graph.inserting_before(node):
+                checked = graph.call_module(name, (value,))
+            checked.meta = dict(value.meta)
+            for reader in readers:
+                reader.replace_input_with(value, checked)
+            outside.remove(value)
+
+
+def _check_weights(conv: fx.Node, *constants: Tensor | None) -> None:
+    for constant in constants:
+        if constant is not None and not bool(constant.isfinite().all()):
+            raise ArgumentError(
+                f"Expected the weights of every stage to be finite, but those of `{conv.args[1]}` "
+                "(with a BatchNorm after it, if there is one) hold NaN or infinity. The training "
+                "has probably diverged."
+            )
 
 
 def _only_user(node: fx.Node, *targets: Any) -> fx.Node | None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks.resnets import ImageNetResNet
 from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInference
-from ride_plugin.routing import StagedRunner, fuse_stages
+from ride_plugin.routing import StagedRunner, fuse_stages, quantize_stages
 from ride_plugin.routing._fused import FusedStage
-from ride_plugin.routing._fused_conv import FusedConv2d
+from ride_plugin.routing._fused_conv import AllFinite, FusedConv2d
 from tests.backbones import VisionTransformer
 
 pytestmark = pytest.mark.exports
@@ -421,3 +421,42 @@ def test_inputs_unlike_the_exported_ones_are_refused() -> None:
         assert double(x.double(), m.double())[0].dtype == torch.float64
         with pytest.raises(ArgumentError, match=r"float64 \[\w+, 3, 8, 9\].* got float32"):
             double(x, m)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("fork_at", ["0", "2"])
+def test_images_that_are_no_numbers_are_refused_and_not_classified(
+    bad: float, fork_at: str
+) -> None:
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
+    )  # fmt: skip
+    model = RIDEWrapper(backbone, 2, fork_at=fork_at, example_input=torch.randn(2, 3, 9, 9))
+    serve = RoutingInference(model, ExpertRouter.for_model(model), 0.0)
+    fused = fuse_stages(serve.export_stages())
+    x = torch.randn(4, 3, 9, 9)
+    stages = {"fused": fused, "int8": quantize_stages(fused, [x])}
+    for rows in (4, 1):
+        broken = x[:rows].clone()
+        broken[-1, 1, 4, 4] = bad
+        for runner in (serve, *map(StagedRunner, stages.values())):
+            with pytest.raises(ArgumentError, match=f"in 1 of {rows} rows"):
+                runner(broken)
+
+
+def test_large_numbers_are_numbers() -> None:
+    x = torch.full((2, 3, 4, 4), torch.finfo(torch.float32).max)
+    assert AllFinite()(x) is x
+
+
+def test_each_input_is_looked_at_once() -> None:
+    stage = FusedStage(exported(bottleneck_network(), torch.randn(2, 3, 64, 64)))
+    assert sum(isinstance(module, AllFinite) for module in stage.modules()) == 1
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    network, x = Network("plain"), torch.randn(2, 3, 17, 17)
+    network.block.norm.running_var[2] = float("nan")
+    with pytest.raises(ArgumentError, match=r"finite.*conv2d_1_weight"):
+        FusedStage(exported(network, x))
