@@ -68,7 +68,8 @@ TESTS = {  # module -> the tests that mirror it, nearest first
         )
         for name in ("ldam", "focal", "logit_adjustment", "reweighting", "sampler")
     },
-    "routing/_runner": ("routing/test_export.py",),
+    "routing/_call": ("routing/test_call.py",),
+    "routing/_runner": ("routing/test_export.py", "routing/test_call.py"),
     "routing/_measure": ("routing/test_threshold.py", "routing/test_exit.py", "test_devices.py"),
     "routing/_fused": ("routing/test_fused.py",),
     "routing/_fused_conv": ("routing/test_fused.py",),

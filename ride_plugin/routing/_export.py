@@ -18,6 +18,7 @@ from ride_plugin._inputs import Inputs, as_inputs, resize_batch, taken_by_model
 from ride_plugin._split import Rows, TrunkState, hollow
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._wrapper import RIDEWrapper
+from ride_plugin.routing._call import describe_call, keep_call
 from ride_plugin.routing._exit import RoutedStages, exceeds, gate_logits
 
 
@@ -46,6 +47,7 @@ def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, 
         trunk = _Trunk(model, inputs, state)
         # Stopping at the fork unwinds the backbone's forward, which only the strict tracer follows.
         stages["trunk"] = _export("trunk", trunk, given, (shapes,), strict=True)
+        keep_call(stages["trunk"], describe_call(model.trunk.forward, inputs))
         crossing = trunk(*given)
         for index in range(model.num_experts):
             expert = _Expert(model, index, state)

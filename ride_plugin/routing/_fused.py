@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import without_autocast
+from ride_plugin.routing._call import call_of
 from ride_plugin.routing._rewrite import rewritten
 
 
@@ -69,6 +70,7 @@ class FusedStage(nn.Module):
         super().__init__()
         with torch.no_grad():
             self.graph_module = rewritten(program)
+        self.call = call_of(program)
         taken = [node.meta["val"] for node in self.graph_module.graph.find_nodes(op="placeholder")]
         self.dtypes: list[torch.dtype] = [value.dtype for value in taken]
         self.sizes = [

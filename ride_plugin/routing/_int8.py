@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin._tree import tensors_in
+from ride_plugin._inputs import as_inputs
+from ride_plugin.routing._call import call_of, tensors_of_call
 from ride_plugin.routing._fused import FusedStage
 from ride_plugin.routing._fused_conv import FusedConv2d
 
@@ -142,7 +143,8 @@ def _ranges(
         for batch in batches:
             seen = True
             try:
-                crossing = stages["trunk"](*tensors_in(batch))
+                inputs = as_inputs(tuple(batch) if isinstance(batch, list) else batch)
+                crossing = stages["trunk"](*tensors_of_call(call_of(stages["trunk"]), inputs))
             except ArgumentError as error:
                 raise ArgumentError(
                     "Expected argument `batches` to yield finite inputs like those to be served, "

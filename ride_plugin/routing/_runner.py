@@ -14,6 +14,7 @@ from ride_plugin._checks import refuse
 from ride_plugin._errors import ArgumentError
 from ride_plugin._split import Rows, take_rows
 from ride_plugin._tree import tensors_in
+from ride_plugin.routing._call import call_of, tensors_of_call
 from ride_plugin.routing._exit import RoutingOutput, walk
 
 _FIRST_DIM = Rows(0, 1)
@@ -44,7 +45,9 @@ class StagedRunner:
     Args:
         stages: what `export_stages` returned, or the same programs loaded from files. In place of
             a program, any function that takes and returns the same tensors, for example a session
-            of another runtime; several results as a tuple or a list.
+            of another runtime; several results as a tuple or a list. Programs and fused stages
+            know the names of the model's arguments; for any other function as the trunk the
+            tensors of a call are taken in the order in which they come.
 
     Raises:
         ArgumentError: a stage is missing, or is neither a program nor a function.
@@ -62,7 +65,7 @@ class StagedRunner:
                 f"Expected argument `stages` to hold all that `export_stages` returned, but "
                 f"{sorted(missing)} are missing."
             )
-        self._trunk = _function("trunk", stages)
+        self._trunk, self._call = _function("trunk", stages), call_of(stages["trunk"])
         self._experts = [_function(name, stages) for name in experts]
         self._gates = [_function(name, stages) for name in gates]
 
@@ -85,13 +88,18 @@ class StagedRunner:
     def __call__(
         self, *args: Any, return_routing: bool = False, **kwargs: Any
     ) -> Tensor | RoutingOutput:
-        """Run the stages on a batch; arguments and return as for `RoutingInference`."""
+        """Run the stages on a batch; arguments and return as for `RoutingInference`.
+
+        Raises:
+            ArgumentError: names of arguments, or values beside the tensors, are not those of the
+                export.
+        """
         output = walk(self, *args, **kwargs)
         return output if return_routing else output.logits
 
     def start(self, *args: Any, **kwargs: Any) -> tuple[Crossing, Tensor, Tensor]:
         """Run trunk and expert 0."""
-        crossing = tuple(tensors_in(self._trunk(*tensors_in((args, kwargs)))))
+        crossing = tuple(tensors_in(self._trunk(*tensors_of_call(self._call, (args, kwargs)))))
         state = Crossing(crossing)
         return (state, *self.run_expert(0, state))
 
