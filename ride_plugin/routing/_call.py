@@ -43,9 +43,7 @@ def describe_call(forward: Callable[..., Any], inputs: Inputs) -> Call:
     return {
         "names": names,
         "given": {name: _describe(value) for name, value in given.items()},
-        "defaults": {
-            name: _describe(v) for name, v in defaults.items() if next(tensors_in(v), None) is None
-        },
+        "defaults": {name: _describe(value) for name, value in plain.items()},
     }
 
 

@@ -32,11 +32,12 @@ def fuse_stages(stages: Mapping[str, ExportedProgram]) -> dict[str, nn.Module]:
     Returns:
         Modules by the same names, for `StagedRunner`. They are in evaluation mode and their
         weights do not require gradients. They take any batch size, can be pickled, and can serve
-        several threads. As the programs do, they refuse (`ArgumentError`) inputs of other sizes or
-        dtypes than the exported ones.
+        several threads. They raise ArgumentError where inputs are of other sizes or dtypes than
+        the exported ones and, on the CPU, where NaN or infinity comes to a convolution.
 
     Raises:
-        ArgumentError: a stage is not an ``ExportedProgram``.
+        ArgumentError: a stage is not an ``ExportedProgram``, or a convolution's weights are not
+            finite.
 
     Example:
         >>> from torch import nn

@@ -25,6 +25,7 @@ class Batch:
 
 
 def plain(x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0) -> None: ...
+def prompted(x: Tensor, prompt: Tensor = A) -> None: ...
 def anything(*args: object, **kwargs: object) -> None: ...
 
 
@@ -68,6 +69,8 @@ def test_tensors_come_in_the_order_of_the_example(
         (plain, (([A, A],), {}), (([A],), {})),
         (plain, ((Batch(A, A),), {}), ((Batch(A, A, 2.0),), {})),
         (anything, ((A,), {}), ((A, 3), {})),
+        (prompted, ((A,), {}), ((A, B), {})),
+        (prompted, ((A, B), {}), ((A,), {})),
     ],
 )
 def test_other_names_and_values_are_refused(
