@@ -1,7 +1,9 @@
 """Hooks and functions on a backbone: what follows its copies works, what cannot is refused."""
 
+import gc
 import types
 import warnings
+import weakref
 from functools import partial
 
 import pytest
@@ -63,6 +65,67 @@ def test_other_functions_that_captured_a_part_are_refused():
     net.late.register_forward_pre_hook(lambda module, args: (args[0] + parts[0].mean(),))
     with pytest.raises(SplitError, match=r"forward pre-hook of `late`.*`middle.weight`"):
         wrapped(net)
+
+
+@pytest.mark.parametrize("kind", [lambda f: {"scaled": f}, lambda f: [f], lambda f: (f, 1)])
+def test_functions_in_containers_that_captured_a_part_are_refused(kind):
+    net = Net()
+    net.late.acts = kind(lambda x: x * net.middle.weight.mean())
+    with pytest.raises(SplitError, match=r"attribute `acts` of `late`.*captured"):
+        wrapped(net)
+    net.late.acts = kind(lambda x: x.relu())
+    wrapped(net)
+
+
+def captures(parent):
+    return lambda x: x * parent().early.bias.mean()
+
+
+WEAK = {
+    "reference": weakref.ref,
+    "proxy": weakref.proxy,
+    "method": lambda net: weakref.WeakMethod(net.keep),
+    "in a list": lambda net: [weakref.ref(net)],
+    "set": lambda net: weakref.WeakSet([net]),
+    "keys": lambda net: weakref.WeakKeyDictionary({net: 1}),
+    "values": lambda net: weakref.WeakValueDictionary({1: net}),
+    "captured": lambda net: captures(weakref.ref(net)),
+}
+
+
+@pytest.mark.parametrize("kind", WEAK)
+def test_weak_references_to_a_part_are_refused(kind):
+    net = Net()
+    object.__setattr__(net.late, "parent", WEAK[kind](net))
+    with pytest.raises(SplitError, match=r"attribute `parent` of `late`.*the backbone itself"):
+        wrapped(net)
+
+
+def test_weak_references_to_others_and_to_what_is_gone_are_kept():
+    net, other = Net(), nn.Linear(2, 2)
+    net.late.others = [weakref.ref(other), weakref.ref(nn.Linear(2, 2))]
+    net.late.proxies = (weakref.proxy(other),)
+    net.lstm = nn.LSTM(8, 8)  # holds weak references to its own weights
+    wrapped(net)
+
+
+class Child(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * self.parent[0].early.weight.mean()
+
+
+def test_a_parent_in_a_tuple_as_the_error_advises_leads_to_the_part_of_each_expert():
+    net, x = Net(), torch.randn(5, 6)
+    net.late = Child(8, 8)
+    net.late.parent = (net,)
+    expected = net.eval()(x)
+    single = RIDEWrapper(net, 1, fork_at="late", example_input=torch.randn(2, 6)).eval()
+    model = wrapped(net).train()
+    del net
+    gc.collect()
+    torch.testing.assert_close(single(x), expected)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 class Counting(nn.Linear):
