@@ -82,9 +82,9 @@ def initialise(parts: Parts, init: Literal["fresh", "copy"], expert_width: float
         left, *_ = [reinitialise(expert, shared) for expert in parts.experts]  # equal lists
         if left:
             warn_caller(
-                "Not re-initialised, because the positions of their zeros matter (identity, dirac "
-                f"or pruned weights): {left}. To make experts differ there, set them in "
-                "`model.experts[k]`."
+                "Not re-initialised, because their values seem to have their places (identity, "
+                "dirac or pruned weights, ranges, tables of positions, equal rows): "
+                f"{left}. To make experts differ there, set them in `model.experts[k]`."
             )
     else:
         parts.redrawn = redraw_inert(parts)

@@ -3,7 +3,8 @@
 Calling ``reset_parameters`` would change the spread of most weights (a backbone's constructor
 usually initialises over them), and misses parameters of the backbone's own modules. Shuffling a
 parameter's own entries is an independent draw for every initialisation with independent entries,
-and leaves constants (zero-initialised gains, LayerScale) as they are.
+and leaves constants (zero-initialised gains, LayerScale, the row of a padding index) as they are.
+Values that have their places are left as they are, and named.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import warn_caller
+from ride_plugin._structure import is_structured
 
 _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
 _FEW = 8  # entries or rows that are looked at first
@@ -34,9 +36,10 @@ def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
     """
     left: list[str] = []
     with torch.no_grad():
+        gates = _gates_in(expert)
         for name, parameter in expert.named_parameters():
             drawn = parameter.requires_grad and id(parameter) not in keep
-            if drawn and not redraw(parameter):
+            if drawn and not _redraw_gates(parameter, gates.get(id(parameter), 1)):
                 left.append(name)
     for module in expert.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and not any(
@@ -54,7 +57,8 @@ def renew_classifier(classifier: nn.Module) -> None:
             reset()
         else:
             for parameter in classifier.parameters():
-                redraw(parameter)
+                if not is_sparse(parameter):
+                    _draw(parameter)  # neighbours may be alike in trained weights
 
 
 def break_tie(classifier: nn.Module) -> None:
@@ -136,10 +140,30 @@ def warn_if_frozen(module: nn.Module, keep: set[int], why: str) -> None:
 
 
 def redraw(parameter: Tensor) -> bool:
-    if not parameter.is_floating_point() or parameter.numel() < 2 or is_constant(parameter):
+    """Draw a parameter anew in place; False if its values have their places, so that it is left."""
+    if not _can_be_drawn(parameter):
         return True
     if is_sparse(parameter):
         return False
+    constant = constant_rows(parameter)
+    if constant is not None:
+        rows = parameter[~constant]
+        drawn = rows.numel() > 0 and redraw(rows)
+        parameter[~constant] = rows
+        return drawn
+    if is_structured(parameter):
+        return False
+    _draw(parameter)
+    return True
+
+
+def _can_be_drawn(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.numel() > 1 and not is_constant(parameter)
+
+
+def _draw(parameter: Tensor) -> None:
+    if not _can_be_drawn(parameter):
+        return
     if has_orthogonal_rows(parameter):
         # Shuffled entries would not be orthogonal; signed permutations of rows and columns are.
         matrix = parameter.flatten(1)
@@ -150,9 +174,28 @@ def redraw(parameter: Tensor) -> bool:
             shape = [size, 1] if dim == 0 else [1, size]
             matrix = matrix.index_select(dim, order) * sign.view(shape).to(matrix.dtype)
         parameter.copy_(matrix.view_as(parameter))
-        return True
-    parameter.copy_(shuffled(parameter, parameter.numel()).view_as(parameter))
-    return True
+    else:
+        parameter.copy_(shuffled(parameter, parameter.numel()).view_as(parameter))
+
+
+def _redraw_gates(parameter: Tensor, gates: int) -> bool:
+    """Draw a parameter of a recurrent layer anew gate by gate, since gates start differently."""
+    parts = parameter.chunk(gates)
+    if gates > 1 and has_orthogonal_rows(parameter) and not has_orthogonal_rows(parts[0]):
+        parts = (parameter,)  # drawn orthogonal as a whole
+    drawn = [redraw(part) for part in parts]  # all of them, whatever the first says
+    return all(drawn)
+
+
+def _gates_in(expert: nn.Module) -> dict[int, int]:
+    """How many gates have their rows in a parameter of a recurrent layer, by its id."""
+    return {
+        id(parameter): parameter.shape[0] // module.hidden_size
+        for module in expert.modules()
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() and parameter.shape[0] % module.hidden_size == 0
+    }
 
 
 def shuffled(values: Tensor, count: int) -> Tensor:
@@ -179,6 +222,19 @@ def is_constant(parameter: Tensor) -> bool:
     if bool((first != first[0]).any()):
         return False
     return bool((parameter == parameter.flatten()[0]).all())
+
+
+def constant_rows(parameter: Tensor) -> Tensor | None:
+    """Which rows hold one value each, zeros for a padding index say; None if no row does."""
+    if parameter.dim() < 2:
+        return None
+    rows = parameter.flatten(1)
+    # Of two values, plus or minus one say, short rows are equal by chance, but not zero.
+    constant = rows[:, 0] == rows[:, -1] if rows.shape[1] >= _FEW else rows[:, 0] == 0
+    if rows.shape[1] < 2 or not bool(constant.any()):
+        return None
+    constant = (rows == rows[:, :1]).all(1) & constant
+    return constant if bool(constant.any()) else None
 
 
 def is_sparse(parameter: Tensor) -> bool:

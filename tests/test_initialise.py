@@ -173,6 +173,97 @@ def test_a_matrix_most_of_which_is_zero_is_sparse_wherever_the_zeros_are(size: i
     assert not is_sparse(few)
 
 
+@pytest.mark.parametrize("width", [3, 16])
+@pytest.mark.parametrize("padding_idx", [0, 4])
+def test_the_row_of_a_padding_index_stays_zero(width: int, padding_idx: int) -> None:
+    for kind in (nn.Embedding, nn.EmbeddingBag):
+        table = kind(10, width, padding_idx=padding_idx)
+        before = table.weight.detach().clone()
+        assert reinitialise(table, keep=set()) == []
+        others = torch.arange(10) != padding_idx
+        assert (table.weight[padding_idx] == 0).all()
+        assert not torch.equal(table.weight[others], before[others])
+        assert torch.equal(
+            table.weight[others].flatten().sort().values, before[others].flatten().sort().values
+        )
+
+
+RECURRENT = {
+    "LSTM": (lambda: nn.LSTM(6, 8, num_layers=2, bidirectional=True, proj_size=3), 4),
+    "GRU": (lambda: nn.GRU(6, 8), 3),
+    "RNN": (lambda: nn.RNN(6, 8), 1),
+    "LSTMCell": (lambda: nn.LSTMCell(6, 8), 4),
+    "GRUCell": (lambda: nn.GRUCell(6, 8), 3),
+}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent_layers_are_drawn_gate_by_gate(kind: str) -> None:
+    make, gates = RECURRENT[kind]
+    layer = make()
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            for index, part in enumerate(parameter.chunk(gates)):
+                if "hr" not in name:
+                    part.add_(10 * index)
+                if "bias_ih" in name and index == 1:
+                    part.fill_(1.0)  # the forget gate of an LSTM
+    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    assert reinitialise(layer, keep=set()) == []
+    for name, parameter in layer.named_parameters():
+        assert not torch.equal(parameter, before[name])
+        number = 1 if "hr" in name else gates
+        for new, old in zip(parameter.chunk(number), before[name].chunk(number), strict=True):
+            assert torch.equal(new.flatten().sort().values, old.flatten().sort().values)
+
+
+@pytest.mark.parametrize("how", ["as a whole", "by gates"])
+def test_orthogonal_recurrent_weights_stay_so(how: str) -> None:
+    layer = nn.GRU(8, 8)
+    whole = layer.weight_hh_l0
+    number = 1 if how == "as a whole" else 3
+    with torch.no_grad():
+        for part in whole.chunk(number):
+            part.copy_(nn.init.orthogonal_(torch.empty_like(part)))
+    before = whole.detach().clone()
+    assert reinitialise(layer, keep=set()) == []
+    assert not torch.equal(whole, before)
+    for part in whole.detach().chunk(number):
+        torch.testing.assert_close(part.t() @ part, torch.eye(8), atol=1e-5, rtol=0)
+
+
+class Scan(nn.Module):
+    """As state-space models have it: rates that are ranges, and the same for every channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.arange(1, 9.0).repeat(16, 1).log())
+        self.D = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (-self.A_log.exp().mean(1)).exp() + x * self.D
+
+
+def test_values_that_have_their_places_are_left_and_named() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), Scan(), nn.Linear(16, 5))
+    with pytest.warns(UserWarning, match=r"seem to have their places.*\['3\.A_log'\]"):
+        model = RIDEWrapper(net, 2, fork_at="2")
+    for expert in model.experts:
+        assert torch.equal(expert[3].A_log, net[3].A_log)
+        assert not torch.equal(expert[2].weight, net[2].weight)
+
+
+def test_a_classifier_whose_rows_resemble_their_neighbours_is_renewed_all_the_same() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.linspace(-1, 1, 32).repeat(8, 1))
+
+    head = Head()
+    renew_classifier(head)
+    assert not torch.equal(head.weight, Head().weight)
+
+
 def test_tied_tensors_are_kept() -> None:
     expert = nn.Linear(6, 5)
     before = expert.weight.clone()

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ride_plugin._initialise import has_orthogonal_rows, is_constant, is_sparse, shuffled
+from ride_plugin._initialise import (
+    constant_rows,
+    has_orthogonal_rows,
+    is_constant,
+    is_sparse,
+    shuffled,
+)
+from ride_plugin._structure import is_structured
 
 
 class Kind(NamedTuple):
@@ -100,9 +107,17 @@ def redrawn(new: Tensor, old: Tensor, fan_ratio: float) -> Tensor:
 
     They are the old tensor's entries in random order, times ``sqrt(old fan-in / new fan-in)``: so
     what a unit computes keeps its variance, whatever the initialisation was. A constant tensor
-    stays constant, an orthogonal matrix is drawn orthogonal, and an identity stays an identity.
+    stays constant, as does the row of a padding index, an orthogonal matrix is drawn orthogonal,
+    and what has its places (an identity, a range) keeps its first entries.
     """
     if is_constant(old) or is_sparse(old):
+        return new
+    constant = constant_rows(old) if len(old) == len(new) else None
+    if constant is not None and not bool(constant.all()):
+        new = new.clone()
+        new[~constant] = redrawn(new[~constant], old[~constant], fan_ratio)
+        return new
+    if is_structured(old):
         return new
     scale = fan_ratio**0.5
     if has_orthogonal_rows(old):

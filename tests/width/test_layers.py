@@ -69,6 +69,19 @@ def test_a_constant_stays() -> None:
     assert redrawn(torch.ones(3), torch.ones(4), 2.0).tolist() == [1, 1, 1]
 
 
+def test_the_row_of_a_padding_index_stays_zero() -> None:
+    old = nn.Embedding(10, 8, padding_idx=2).weight.detach()
+    new = redrawn(resized(old, {1: 6}), old, 1.0)
+    assert (new == 0).all(1).nonzero().flatten().tolist() == [2]
+    assert torch.isin(new, old).all()
+    assert not torch.equal(new, old[:, :6])
+
+
+def test_a_range_keeps_its_first_entries() -> None:
+    old = torch.arange(1, 9.0).repeat(8, 1).log()
+    assert torch.equal(redrawn(resized(old, {0: 6}), old, 1.0), old[:6])
+
+
 class Shortcut(nn.Module):
     """Subsamples or averages, then puts zeros after the channels or on both sides."""
 
