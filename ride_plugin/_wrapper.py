@@ -35,10 +35,12 @@ from ride_plugin._split import (
     SplitModule,
     check_logits_choice,
     feature_dim_of,
+    held_together_by,
     join_parts,
     losses_beside,
     plain_modules,
     reader_in,
+    unchanged,
     whole_outputs,
 )
 from ride_plugin._watch import TrainingWatch
@@ -184,6 +186,7 @@ class RIDEWrapper(SplitModule):
         self.expert_width = expert_width
         self.return_experts = return_experts
         self.checkpoint_experts = check_bool(checkpoint_experts, "checkpoint_experts")
+        self._settings = held_together_by((self.trunk, *self.experts))
         self._watch = TrainingWatch()
 
     @property
@@ -408,6 +411,12 @@ class RIDEWrapper(SplitModule):
         return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        if not self._settings or self.num_experts == 1 or torch.compiler.is_compiling():
+            return self._logits_of_each(args, kwargs)
+        with unchanged(self._settings):
+            return self._logits_of_each(args, kwargs)
+
+    def _logits_of_each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         if self.checkpoint_experts and torch.is_grad_enabled():
             return self._checkpointed_experts(args, kwargs)
         return [logits for logits, _ in self._all_experts(args, kwargs)]

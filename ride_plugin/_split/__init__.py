@@ -19,6 +19,7 @@ from ride_plugin._split._plain import plain_modules
 from ride_plugin._split._plain_state import refuse_plain_state
 from ride_plugin._split._probe import Call
 from ride_plugin._split._rows import Rows, take_rows
+from ride_plugin._split._settings import held_together_by, unchanged
 from ride_plugin._split._sharing import held_by_all
 from ride_plugin._split._state import TrunkState
 from ride_plugin._split._tape import Recorded
@@ -39,6 +40,7 @@ __all__ = [
     "feature_dim_of",
     "graft_experts",
     "held_by_all",
+    "held_together_by",
     "hollow",
     "inert_parameters",
     "join_parts",
@@ -57,6 +59,7 @@ __all__ = [
     "split_backbone",
     "take_rows",
     "throwaway",
+    "unchanged",
     "whole_outputs",
     "write_attributes",
 ]

@@ -2,6 +2,8 @@
 
 Training code keeps a configuration in its hand that the model holds as well, and sets something in
 it later: ``args.epoch = epoch``, ``model.config.use_cache = False``. Copies would not hear of it.
+What a forward was seen to change is no settings; where it begins to change some later, the pass
+ends in an error, as each expert would go on from what the one before it left.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from ride_plugin._checks import version_of
 from ride_plugin._contexts import is_stream
+from ride_plugin._errors import ReplayError
 from ride_plugin._tree import OF_MODULES, Place
 
 _ATOMS = (
@@ -29,6 +33,9 @@ _ATOMS = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 _MOST = 10_000  # values in one settings object; what holds more is something else
+_OURS = __name__.partition(".")[0]
+_MOST_IN_A_PASS = 2000  # values, the names left out: about a millisecond
+_LARGE = 4096  # bytes of an array that is looked at in every pass
 _PICKLING = ("__reduce__", "__reduce_ex__")
 
 
@@ -57,19 +64,80 @@ def contents_in(root: nn.Module) -> dict[Place, list[Any]]:
     return {place: contents for place, contents in found.items() if holders[id(contents)] > 1}
 
 
-def contents_of(settings: Any) -> list[Any] | None:
+def held_together_by(parts: Sequence[nn.Module]) -> dict[str, Any]:
+    """The settings that are one object in several parts of a model, by a name that one holds."""
+    names: dict[int, str] = {}
+    found: dict[int, Any] = {}
+    holders: dict[int, set[int]] = {}
+    for index, part in enumerate(parts):
+        for path, module in part.named_modules():
+            for name, value in vars(module).items():
+                if name in OF_MODULES or isinstance(value, (*_ATOMS, Tensor, nn.Module)):
+                    continue
+                if type(value).__module__.startswith(_OURS) or not _can_be_settings(value):
+                    continue
+                names.setdefault(id(value), f"{path}.{name}".lstrip("."))
+                found[id(value)] = value
+                holders.setdefault(id(value), set()).add(index)
+    shared = [key for key, those in holders.items() if len(those) > 1]
+    return {names[key]: found[key] for key in shared if _is_quickly_read(found[key])}
+
+
+def _is_quickly_read(settings: Any) -> bool:
+    """Whether it may be looked at in every pass: not if an `args` holds a whole data set."""
+    contents = contents_of(settings, _mark_at_a_glance, names=False)
+    return contents is not None and len(contents) <= _MOST_IN_A_PASS
+
+
+@contextmanager
+def unchanged(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Raise if what runs in this block changes settings; between such blocks anybody may.
+
+    A name that a forward fills in, as that of transformers fills in `config.problem_type`, is the
+    same for all experts.
+
+    Raises:
+        ReplayError: it has changed some; the message names them.
+    """
+    before = [contents_of(value, _mark_at_a_glance, names=False) for value in settings.values()]
+    yield
+    for (name, value), old in zip(settings.items(), before, strict=True):
+        if contents_of(value, _mark_at_a_glance, names=False) != old:
+            raise ReplayError(
+                f"The forward has changed `{name}` ({type(value).__name__}), which trunk, experts "
+                "and the backbone hold together: it changed nothing in it when the model was "
+                "wrapped, so that it was taken for settings, and each expert has gone on from what "
+                "the one before it left. Keep what a forward counts or collects in a buffer or an "
+                "attribute of a module, change settings outside of the forward, or wrap the "
+                "backbone in a state in which its forward changes them; then each part gets its "
+                "own."
+            )
+
+
+def contents_of(
+    settings: Any, mark: Callable[[Any], Any] | None = None, *, names: bool = True
+) -> list[Any] | None:
     """All that a settings object holds, in a list that differs once something in it is changed.
 
     None if anything is in it that no settings hold: a tensor, a module, an open file. A namespace
     is made for settings, whatever they are.
+
+    Args:
+        settings: the object.
+        mark: of what is no plain value, what differs once it is changed.
+        names: whether texts, and None in their place, are listed.
     """
+    mark = _mark_of if mark is None else mark
     takes_all = isinstance(settings, SimpleNamespace | Namespace)
     found: list[Any] = []
     seen: dict[int, int] = {}
     waiting = [settings]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, _ATOMS):
+        if value is None or type(value) is str:
+            if names:
+                found.append(value)
+        elif isinstance(value, _ATOMS):
             found.append(value)
         elif id(value) in seen:
             found.append((seen[id(value)],))
@@ -78,7 +146,7 @@ def contents_of(settings: Any) -> list[Any] | None:
             if (inside is None and not takes_all) or len(seen) > _MOST:
                 return None
             seen[id(value)] = len(seen)
-            found.append((type(value), _mark_of(value) if inside is None else len(inside)))
+            found.append((type(value), mark(value) if inside is None else len(inside)))
             waiting += inside or ()
     return found
 
@@ -100,6 +168,13 @@ def _mark_of(value: Any) -> Any:
         return value.tobytes()
     if isinstance(value, torch.Generator) or is_stream(value):
         return object()  # equal to nothing: whoever draws from one changes it
+    return id(value), version_of(value) if isinstance(value, Tensor) else None
+
+
+def _mark_at_a_glance(value: Any) -> Any:
+    """The same in a pass, where nothing large is read and who draws random numbers may go on."""
+    if isinstance(value, np.ndarray) and value.nbytes <= _LARGE:
+        return value.tobytes()
     return id(value), version_of(value) if isinstance(value, Tensor) else None
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import RIDEWrapper, expert_logits
-from ride_plugin._split._settings import contents_in, contents_of
+from ride_plugin import ReplayError, RIDEWrapper, expert_logits
+from ride_plugin._split._settings import contents_in, contents_of, unchanged
 
 X = torch.randn(6, 8)
 COUNTS = np.array([9, 5, 1])
@@ -152,6 +152,100 @@ def test_what_a_forward_writes_is_no_settings_and_stays_each_part_s_own(kind: st
     assert settings.calls == 0
     held = [part.settings for part in (model.trunk, *model.experts)]
     assert len({id(one) for one in held}) == 4
+
+
+class AfterWarmUp(Backbone):
+    """Changes its settings in training, once its warm-up is over."""
+
+    warm = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.warm:
+            set_scale(self.settings, scale_of(self.settings) + 1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("checkpoint_experts", [False, True])
+@pytest.mark.parametrize("kind", MADE)
+def test_settings_that_a_forward_begins_to_change_are_refused(
+    kind: str, checkpoint_experts: bool
+) -> None:
+    model = RIDEWrapper(
+        AfterWarmUp(MADE[kind]()), 3, fork_at="late", checkpoint_experts=checkpoint_experts
+    )
+    model.train()
+    for epoch in range(3):
+        set_scale(model.settings, epoch + 1.0)  # a loop may, between passes
+        model(X)
+    model.eval()
+    model.warm = False
+    model(X)
+    model.train()
+    with pytest.raises(ReplayError, match=r"has changed `settings`.*in a buffer or an attribute"):
+        model(X)
+
+
+class CountsAfterWarmUp(nn.Sequential):
+    warm = False
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5))
+        self.state = {"calls": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.warm:
+            self.state["calls"] += 1
+        return super().forward(x) * (1 + self.state["calls"])
+
+
+def test_what_a_forward_writes_when_the_model_is_wrapped_is_each_part_s_own() -> None:
+    backbone = CountsAfterWarmUp()  # in the state that the error advises
+    model = RIDEWrapper(backbone, 3, fork_at="1").train()
+    model(X)
+    model(X)
+    parts = (model.trunk, *model.experts[1:])  # the trunk's pass goes on into the first expert
+    assert [part.state["calls"] for part in parts] == [2] * 3
+    assert backbone.state == {"calls": 0}
+
+
+class Filling(Backbone):
+    """Fills in a name in its first training pass, as transformers do with labels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.settings.filled and self.settings.kind is None:
+            self.settings.kind = "single_label"
+        return super().forward(x)
+
+
+def test_a_name_may_be_filled_in_and_a_generator_drawn_from_and_large_arrays_are_not_read() -> None:
+    settings = SimpleNamespace(scale=1.0, kind=None, filled=False)
+    model = RIDEWrapper(Filling(settings), 3, fork_at="late").train()
+    settings.filled = True
+    settings.generator, settings.data = torch.Generator(), np.zeros(10_000)
+    model(X)
+    assert settings.kind == "single_label"
+    settings.counts = torch.zeros(1)
+    with pytest.raises(ReplayError), unchanged({"settings": settings}):
+        settings.counts += 1
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_watch_their_own_settings(how: str) -> None:
+    model = RIDEWrapper(AfterWarmUp({"scale": 1.0}), 3, fork_at="late").train()
+    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    copied.warm = False
+    with pytest.raises(ReplayError, match="has changed `settings`"):
+        copied(X)
+    model(X)
+    assert scale_of(model.settings) == 1.0
+
+
+def test_one_expert_changes_settings_as_the_backbone_does() -> None:
+    model = RIDEWrapper(AfterWarmUp({"scale": 1.0}), 1, fork_at="late").train()
+    model.warm = False
+    model(X)
+    model(X)
+    assert scale_of(model.settings) == 3.0
 
 
 class Adapted(nn.Module):
