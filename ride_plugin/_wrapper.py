@@ -101,7 +101,8 @@ class RIDEWrapper(SplitModule):
             ``"outputs"`` is for losses that need more than logits (features, prototypes): in
             training mode a list of what the backbone returns, once for each expert.
         checkpoint_experts: compute the experts' activations a second time in the backward pass
-            instead of keeping them; can be set at any time. BatchNorm statistics are updated once.
+            instead of keeping them; can be set at any time. Statistics and other state that a
+            forward writes are updated once.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -493,7 +494,8 @@ class RIDEWrapper(SplitModule):
             return self.run_expert(index, state)[0]
 
         return [
-            checkpointed(partial(logits_of, k), self.experts[k]) for k in range(len(self.experts))
+            checkpointed(partial(logits_of, k), expert, self._written)
+            for k, expert in enumerate(self.experts)
         ]
 
 

@@ -14,7 +14,13 @@ from ride_plugin._split._meta import on_meta
 from ride_plugin._split._module import SplitModule
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
-from ride_plugin._split._passes import play, read_attributes, record, write_attributes
+from ride_plugin._split._passes import (
+    own_containers,
+    play,
+    read_attributes,
+    record,
+    write_attributes,
+)
 from ride_plugin._split._plain import plain_modules
 from ride_plugin._split._plain_state import refuse_plain_state
 from ride_plugin._split._probe import Call
@@ -47,6 +53,7 @@ __all__ = [
     "losses_beside",
     "merged_groups",
     "on_meta",
+    "own_containers",
     "plain_modules",
     "play",
     "read_attributes",
