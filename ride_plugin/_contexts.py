@@ -8,13 +8,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from ride_plugin._errors import RIDEError
+
+M = TypeVar("M", bound=nn.Module)
 
 _NUMPY = "numpy.random"  # which takes long to import: who has not imported it draws nothing
 
@@ -78,6 +80,12 @@ def seed_everything() -> None:
     random.seed(0)
     if _NUMPY in sys.modules:
         sys.modules[_NUMPY].seed(0)
+
+
+def in_mode(module: M, training: bool) -> M:
+    """Set the mode of a module and return it: many a ``train`` that is overridden returns None."""
+    module.train(training)
+    return module
 
 
 _PATIENCE = 600.0  # seconds that a thread waits for another, which may be waiting for this one

@@ -50,7 +50,9 @@ def train_both(
         before_each: called before the model and before each copy: puts a random state back.
     """
     model.train()
-    copies = [each.train() for each in copies_of(backbone, model)]
+    copies = copies_of(backbone, model)
+    for each in copies:
+        each.train()  # which may return None
     shared = {name.removeprefix("trunk.") for name, _ in model.trunk.named_parameters()}
     for step, batch in enumerate(batches):
         args, kwargs = batch if isinstance(batch, tuple) else ((batch,), {})

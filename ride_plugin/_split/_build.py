@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from ride_plugin._contexts import random_state_kept
+from ride_plugin._contexts import in_mode, random_state_kept
 from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._check import WrittenBehind, check
@@ -171,7 +171,7 @@ def examine(
     reader = LogitsReader(logits)
 
     def copied(training: bool, meta: bool = False) -> nn.Module:
-        return running_copy(backbone, (backbone,), written, meta).train(training)
+        return in_mode(running_copy(backbone, (backbone,), written, meta), training)
 
     def differentiable() -> Any:
         module = copied(False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._contexts import random_state, seed_everything
+from ride_plugin._contexts import in_mode, random_state, seed_everything
 from ride_plugin._errors import RIDEError, SplitError, listed
 from ride_plugin._inputs import Inputs, own_inputs, resize_batch
 from ride_plugin._split._check_rows import check_rows
@@ -55,7 +55,7 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState]:
     evaluated: TrunkState | None = None
 
     def backbone(training: bool) -> nn.Module:
-        return running_copy(source, (source,), views.written).train(training)
+        return in_mode(running_copy(source, (source,), views.written), training)
 
     for training in (False, True):
         prefix = _prefix(split.fork_at, training)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._contexts import in_mode
 from ride_plugin._cosine import CosineClassifier
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._split._parts import Parts
@@ -98,7 +99,7 @@ def replace_classifiers(
                 f"num_classes) = {(in_features, num_classes)}, but it returned "
                 f"{type(new).__name__}."
             )
-        new = new.to(parameter.device, parameter.dtype).train(old.training)
+        new = in_mode(new.to(parameter.device, parameter.dtype), old.training)
         expert.set_submodule(str(parts.classifier), new)
         watch_classifier(expert, parts.classifier, parts.running)
     return replace(parts, num_classes=num_classes)

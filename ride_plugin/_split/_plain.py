@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._closeness import close
-from ride_plugin._contexts import random_state_kept, seed_everything
+from ride_plugin._contexts import in_mode, random_state_kept, seed_everything
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._copies import clone_module, copy_with_hooks, detached_activations
@@ -105,7 +105,7 @@ def _strip_hooks(root: nn.Module) -> None:
 
 def _check(parts: Parts, index: int, module: nn.Module, reader: LogitsReader) -> None:
     inputs = resize_batch(parts.inputs, 2)
-    probe = clone_module(module).eval()  # a forward may leave caches behind
+    probe = in_mode(clone_module(module), False)  # a forward may leave caches behind
     args, kwargs = inputs
     with torch.no_grad(), random_state_kept(probe):
         seed_everything()  # a forward may choose its path at random

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ride_plugin._contexts import seed_everything
+from ride_plugin._contexts import in_mode, seed_everything
 from ride_plugin._inputs import Inputs
 from ride_plugin._split import (
     Split,
@@ -23,7 +23,7 @@ def trunk_state(split: Split, views: Views, training: bool, batch: Inputs) -> Tr
     """What the trunk of ``views``, a throwaway copy, returns; its expert has not run yet."""
     start = read_attributes(views.expert, split.attributes)
     write_attributes(views.trunk, split.attributes, start)
-    trunk = views.trunk.train(training)
+    trunk = in_mode(views.trunk, training)
     state, _ = record(trunk, views.running, split.layouts, *batch, stop_at_fork=True)
     return replace(state, attributes=start)
 
@@ -37,6 +37,6 @@ def player_of(
         seed_everything()
         write_attributes(views.expert, split.attributes, state.attributes)
         views.trunk.train(training)  # an expert may call modules of the trunk again
-        return play(views.expert.train(training), views.running, state)
+        return play(in_mode(views.expert, training), views.running, state)
 
     return run
