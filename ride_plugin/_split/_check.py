@@ -18,11 +18,13 @@ from ride_plugin._split._check_rows import check_rows
 from ride_plugin._split._copies import running_copy
 from ride_plugin._split._hidden import advice, hidden
 from ride_plugin._split._learn import memory_of, throwaway, throwaway_expert
+from ride_plugin._split._once import Attributes, changed_again
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._results import logits_of, same, seeded, unfused
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._views import Views
+from ride_plugin._tree import Place
 
 _BATCH = 3
 
@@ -145,9 +147,12 @@ def _passes(
     goes_on = not split.late and not any(known.changes_in_place for known in split.layouts)
     other = throwaway_expert(split.views, views) if goes_on else views
     at_fork: list[Callable[[], None]] = []
+    of_expert = Attributes(views.expert, [own for _, own in views.spine])
+    ahead: set[Place] = set()
 
     def stops(values: Sequence[Any], layout: Layout | None) -> bool:
         at_fork.append(random_state(views.expert))
+        ahead.update(of_expert.changed())
         return not goes_on
 
     seed_everything()
@@ -157,13 +162,52 @@ def _passes(
             views.trunk, views.running, split.layouts, args, kwargs, stop_at_fork=stops
         )
         state = replace(state, attributes=start)
+    if ahead:
+        _refuse_counting_ahead(split, views.trunk.training, inputs, ahead, prefix)
     if output is not None:
         yield views, state, logits_of(output), set()
     contents = _Contents(other.trunk)
-    write_attributes(other.expert, split.attributes, start)
-    with torch.no_grad(), _called(prefix, state):
-        output = play(other.expert, other.running, state.hollowed(), at_fork[-1])
-    yield other, state, logits_of(output), contents.written()
+    of_trunk = Attributes(other.trunk, [own for own, _ in views.spine])
+
+    def played(ran: Views) -> Any:
+        write_attributes(ran.expert, split.attributes, start)
+        with torch.no_grad(), _called(prefix, state):
+            return play(ran.expert, ran.running, state.hollowed(), at_fork[-1])
+
+    output, behind, places = played(other), contents.written(), of_trunk.changed()
+    if places and not behind:
+        another = throwaway_expert(split.views, other)
+        _refuse_counting(changed_again(other.trunk, places, lambda: played(another)), prefix)
+    yield other, state, logits_of(output), behind
+
+
+def _refuse_counting_ahead(
+    split: Split, training: bool, inputs: Inputs, places: set[Place], prefix: str
+) -> None:
+    """Refuse a trunk that counts on an expert's module: that expert's own pass counts as well."""
+    views = throwaway(split.views, training)
+
+    def recorded() -> None:
+        seed_everything()
+        args, kwargs = own_inputs(inputs, tensors=True)
+        with torch.no_grad():
+            record(views.trunk, views.running, split.layouts, args, kwargs, stop_at_fork=True)
+
+    recorded()
+    _refuse_counting(changed_again(views.expert, places, recorded), prefix)
+
+
+def _refuse_counting(places: set[Place], prefix: str) -> None:
+    if not places:
+        return
+    module, attribute = min(places)
+    raise SplitError(
+        f"{prefix}: each expert's pass changes {listed({f'{path}.{key}' for path, key in places})} "
+        f"once more, beside the first pass. The forward calls a method of `{module}` that sets "
+        f"`{attribute}` (`step()`, say), or calls `{module}` on both sides of the fork. Call the "
+        "method outside of the forward, in the training loop, or inside of that module's own "
+        "forward; or pass another `fork_at=`."
+    )
 
 
 @contextmanager
