@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ride_plugin._tree import OF_MODULES, tensors_in
 
@@ -87,6 +88,8 @@ def copy_with_hooks(value: T, modules: Iterable[nn.Module], memo: dict[int, Any]
     A module that says itself how it is copied may be made anew from a few settings, as einops'
     layers are. Without its hooks a pass would not know where a unit of the trunk ends.
     """
+    modules = list(modules)
+    _copy_modules([module for module in modules if isinstance(module, GraphModule)], memo)
     result = copy.deepcopy(value, memo)
     for module in modules:
         copied = memo.get(id(module))
@@ -102,16 +105,20 @@ def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
     """Put copies of modules into a deepcopy memo: what ``deepcopy`` does, many times faster.
 
     Most attributes of most modules are numbers, names and empty dictionaries of hooks. Modules that
-    say themselves how they are copied are left to ``deepcopy``.
+    say themselves how they are copied are left to ``deepcopy``, but for those of torch.fx, which
+    make anew only what their graph calls, and no place where something stands in for others.
     """
     plain = {
         id(module): module
         for module in modules
-        if id(module) not in memo and all(_inherits(type(module), name) for name in _COPYING)
+        if id(module) not in memo
+        if isinstance(module, GraphModule)
+        or all(_inherits(type(module), name) for name in _COPYING)
     }
     shells = {key: type(module).__new__(type(module)) for key, module in plain.items()}
     memo.update(shells)
-    for key, shell in shells.items():
+    # From inside to outside: a module that says itself how it is copied may use what is in it.
+    for key, shell in reversed(shells.items()):
         attributes = shell.__dict__
         for name, attribute in vars(plain[key]).items():
             kind = type(attribute)
@@ -126,6 +133,8 @@ def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
                     attributes[name].update((k, _copied(v, memo)) for k, v in attribute.items())
             else:
                 attributes[name] = _copied(attribute, memo)
+        if isinstance(shell, GraphModule):  # each has a class of its own, with the code as method
+            shell.graph = shell.graph
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
