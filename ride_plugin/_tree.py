@@ -38,6 +38,19 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
+def parameters_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's parameters under all their names, as torch sees them in a module around it.
+
+    The module's own ``named_parameters`` may be overridden, with the arguments of older versions.
+    """
+    return nn.Module.named_parameters(module, remove_duplicate=False)
+
+
+def buffers_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's buffers, in the way of :func:`parameters_of`."""
+    return nn.Module.named_buffers(module, remove_duplicate=False)
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Return the value with ``function`` applied to its tensors, in :func:`tensors_in`'s order."""
     if isinstance(value, Tensor):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ride_plugin import RIDEWrapper, expert_logits
-from ride_plugin._tree import tensors_in
+from ride_plugin._tree import buffers_of, parameters_of, tensors_in
 
 
 def copies_of(backbone: nn.Module, model: RIDEWrapper) -> list[nn.Module]:
@@ -101,10 +101,7 @@ def _state_of(model: RIDEWrapper, index: int) -> dict[str, Tensor]:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
+    return [*parameters_of(module), *buffers_of(module)]
 
 
 def _logits(output: Any) -> Tensor:

@@ -28,6 +28,7 @@ from ride_plugin._split._example import find_example
 from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._learn import learn, place_of
+from ride_plugin._split._lend import refuse_unsavable
 from ride_plugin._split._logits import (
     Choice,
     LogitsReader,
@@ -345,6 +346,7 @@ def learned(
     forked = name is not None and any(f"{name}.".startswith(f"{unit}.") for unit in forked_units)
     classifier = name if forked else None
     watch_classifier(split.views.expert, classifier, split.views.running)
+    refuse_unsavable(source, split.views.trunk, split.views.expert)
     views = replace(split.views, written=split.views.written | written)
     # More attributes may start where the trunk started than were known when it ran.
     state = replace(state, attributes=read_attributes(views.expert, split.attributes))

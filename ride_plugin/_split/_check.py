@@ -24,7 +24,7 @@ from ride_plugin._split._passes import play, read_attributes, record, write_attr
 from ride_plugin._split._results import logits_of, same, seeded, unfused
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._views import Views
-from ride_plugin._tree import Place
+from ride_plugin._tree import Place, buffers_of
 
 _BATCH = 3
 
@@ -227,9 +227,8 @@ def _called(prefix: str, state: TrunkState | None = None) -> Iterator[None]:
 def _check_buffers(
     reference: nn.Module, views: Views, prefix: str, exact: Callable[[], bool]
 ) -> None:
-    ours = dict(views.trunk.named_buffers(remove_duplicate=False))
-    ours.update(views.expert.named_buffers(remove_duplicate=False))
-    for name, buffer in reference.named_buffers(remove_duplicate=False):
+    ours = dict((*buffers_of(views.trunk), *buffers_of(views.expert)))
+    for name, buffer in buffers_of(reference):
         if name in ours and not same(ours[name], buffer, exact):
             raise SplitError(
                 f"{prefix}: buffer `{name}` differs from the backbone's after one forward. Pass "

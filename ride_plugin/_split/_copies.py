@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ride_plugin._tree import OF_MODULES, tensors_in
+from ride_plugin._tree import OF_MODULES, parameters_of, tensors_in
 
 T = TypeVar("T")
 _ATOMS = frozenset(
@@ -182,10 +182,10 @@ def written_parameters(backbone: nn.Module, modules: Iterable[nn.Module]) -> fro
     ``modules`` are parts of a copy of ``backbone``, under its names; the backbone itself has run
     nothing, so its values are the right ones.
     """
-    theirs = dict(backbone.named_parameters(remove_duplicate=False))
+    theirs = dict(parameters_of(backbone))
     written = set()
     for module in modules:
-        for name, parameter in module.named_parameters(remove_duplicate=False):
+        for name, parameter in parameters_of(module):
             original = theirs.get(name)
             if original is not None and not same_values(parameter.detach(), original.detach()):
                 written.add(name)

@@ -29,6 +29,7 @@ from ride_plugin._split._copies import COMPILED_CALL, copy_with_hooks, detached_
 from ride_plugin._split._form import versions_in
 from ride_plugin._split._groups import G, merged_groups
 from ride_plugin._split._learn import learn_at_run_time
+from ride_plugin._split._lend import Lent, lend_entries
 from ride_plugin._split._logits import LogitsReader, describe, whole_outputs
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import (
@@ -118,6 +119,7 @@ class SplitModule(nn.Module):
         }
         self._held_together: list[Group] = []  # between a change of tensors and `relink`
         self._versions: list[int | None] = []  # of all tensors, when the state was last asked for
+        self._lent: Lent | None = None  # while a state is loaded
         self._num_looks = 0  # at paths that training took and the build did not
         self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
 
@@ -607,6 +609,7 @@ class SplitModule(nn.Module):
             tell_of_nothing_new(state_dict, prefix, self)
         complete_shared(state_dict, prefix, self.experts, fill=False)
         self._held_together = held_together(self.experts)  # `assign=True` replaces each by itself
+        self._lent = lend_entries(state_dict, prefix, (self.trunk, *self.experts))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -647,5 +650,8 @@ def _is_hooked(expert: nn.Module) -> bool:
     return bool(expert._forward_pre_hooks) or not all(ours)
 
 
-def _relink(module: SplitModule, *_: Any) -> None:
+def _relink(module: SplitModule, keys: Any) -> None:
     module.relink()
+    if module._lent is not None:
+        module._lent.take_back(keys.unexpected_keys)
+        module._lent = None

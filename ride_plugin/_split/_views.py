@@ -18,6 +18,7 @@ from ride_plugin._split._fork import Fork
 from ride_plugin._split._probe import Call
 from ride_plugin._split._settings import as_they_are
 from ride_plugin._split._tape import Forked, ForkHook, Recorded, Running, UnitHooks
+from ride_plugin._tree import buffers_of, parameters_of
 
 
 @dataclass
@@ -98,8 +99,8 @@ class Views:
         for name, module in self.trunk.named_modules(remove_duplicate=False):
             memo[id(module)] = trunk.get_submodule(name)
         for name, tensor in (
-            *self.trunk.named_parameters(remove_duplicate=False),
-            *self.trunk.named_buffers(remove_duplicate=False),
+            *parameters_of(self.trunk),
+            *buffers_of(self.trunk),
         ):
             path, _, attribute = name.rpartition(".")
             memo[id(tensor)] = getattr(trunk.get_submodule(path), attribute)
