@@ -365,12 +365,38 @@ def _source_of(backbone: nn.Module) -> nn.Module:
             "The backbone, or a part of it, is compiled. The experts are made of what was there "
             "before: compile the wrapped model instead, `torch.compile(model)`."
         )
-    source = copy_with_hooks(backbone, backbone.modules(), memo)
+    try:
+        copy.deepcopy(settings)  # which passes that are thrown away have copies of
+        source = copy_with_hooks(backbone, backbone.modules(), memo)
+    except Exception as error:
+        _refuse_uncopied(backbone, error)
+        raise
     for module in source.modules():
         for owner in (module, *hook_owners(module)):
             kept = getattr(owner, "__dict__", {})
             kept.update({key: _without_handles(value) for key, value in kept.items()})
     return source
+
+
+def _refuse_uncopied(backbone: nn.Module, error: Exception) -> None:
+    """Name the attribute that cannot be copied: a lock, an open file, a generator; if it is one."""
+    kept: dict[int, Any] = detached_activations(backbone)
+    kept |= {id(module): module for module in backbone.modules()}  # each is asked by itself
+    for path, module in backbone.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value, dict(kept))
+            except Exception as own:
+                name = ".".join(filter(None, (path, key)))
+                raise SplitError(
+                    "Expected argument `backbone` to be a module that `copy.deepcopy` can copy, as "
+                    f"each expert is a copy, but its attribute `{name}` ({type(value).__name__}) "
+                    f"raises {type(own).__name__}: {own}. Remove it before wrapping, keep it "
+                    f"outside of the module, or give {type(module).__name__} a `__getstate__` that "
+                    "leaves it out and a `__setstate__` that makes a new one."
+                ) from error
 
 
 def _without_handles(value: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import random
+import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import ReplayError, RIDEWrapper
+from ride_plugin import ReplayError, RIDEWrapper, SplitError
 from ride_plugin._split._copies import running_copy, same_values
 from tests.naive import train_both
 
@@ -189,3 +191,65 @@ def test_a_model_that_keeps_what_it_saw_is_copied_and_saved_as_a_whole() -> None
         assert torch.equal(torch.load(file, weights_only=False)(x), alone(x))
     with pytest.raises(ReplayError, match="what `teacher` returned before the fork"):
         copy.deepcopy(model).experts[1].seen[1].sum()
+
+
+class Held:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self, *args: Any) -> None:
+        assert self.value
+
+
+UNCOPIED: list[Callable[[], Any]] = [threading.Lock, threading.local, lambda: iter(i for i in "a")]
+
+
+@pytest.mark.parametrize("make", UNCOPIED, ids=["lock", "local", "generator"])
+@pytest.mark.parametrize("inside", [lambda value: value, lambda value: [value], Held])
+@pytest.mark.parametrize("place", ["net", "0.net", "5.net"])
+def test_what_cannot_be_copied_is_named(
+    place: str, inside: Callable[[Any], Any], make: Callable[[], Any]
+) -> None:
+    net = network()
+    path, _, name = place.rpartition(".")
+    setattr(net.get_submodule(path), name, inside(make()))
+    with pytest.raises(SplitError, match=rf"attribute `{place}` \(\w+\) raises TypeError.*Remove"):
+        wrapped(net, "2")
+
+
+def test_a_file_and_a_hook_that_cannot_be_copied_are_named() -> None:
+    net = network()
+    net[2].register_forward_hook(Held(threading.Lock()))
+    with pytest.raises(SplitError, match=r"attribute `2\._forward_hooks`"):
+        wrapped(net, "2")
+    with open(__file__, encoding="utf-8") as file:
+        net = network()
+        net[4].log = file
+        with pytest.raises(SplitError, match=r"attribute `4\.log` \(TextIOWrapper\)"):
+            wrapped(net, "2")
+
+
+class LeavesOut(nn.Linear):
+    """What the message advises."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("fork_at", ["2", "5"])
+def test_a_class_that_leaves_it_out_is_copied(fork_at: str) -> None:
+    net = network()
+    net[2] = LeavesOut()
+    train_both(net, wrapped(net, fork_at), [torch.randn(5, 6) for _ in range(2)])
