@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError, SplitError
-from ride_plugin._inputs import Inputs, as_inputs, own_inputs, resize_batch
+from ride_plugin._inputs import Inputs, as_inputs, batch_size_of, own_inputs, resize_batch
 from ride_plugin._split._logits import LogitsReader, describe
 from ride_plugin._tree import matrices_in
 
 _SMALL_FIRST = (32, 224, 28, 64, 16, 8, 96, 128, 160, 192, 240, 256, 288, 299, 331, 384, 448, 512)
 _LARGE_FIRST = (224, 32, 256, 299, 384, 240, 288, 192, 160, 128, 96, 64, 28, 331, 448, 512, 16, 8)
+_ROWS = (
+    "A batch is cut along the first dimension of its tensors, here and where rows are routed, so "
+    "each row has to be a sample. Let the forward take one tensor of them, `torch.stack(crops)`, "
+    "in place of a list with a tensor for each; and padded graphs [B, N, D] with a mask in place "
+    "of nodes [N, D] with a vector that says whose they are."
+)
 _LENGTHS = (64, 256, 1024, 4096, 16000, 16, 512)
 
 
@@ -29,14 +35,24 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
         SplitError: no guess runs, or the given example does not; the message holds the cause.
     """
     if example is not None:
-        inputs = resize_batch(as_inputs(example), 2)
+        given = as_inputs(example)
+        inputs = resize_batch(given, 2)
         try:
-            return inputs, _run(backbone, inputs)
+            output = _run(backbone, inputs)
         except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            if _runs(backbone, given):
+                raise SplitError(
+                    "The backbone runs on `example_input` as it is, but not on two rows of it "
+                    f"({cause}). {_ROWS}"
+                ) from error
             raise SplitError(
-                f"The backbone does not run on `example_input`: {type(error).__name__}: {error}. "
-                "Pass a batch as its forward receives it."
+                f"The backbone does not run on `example_input`: {cause}. Pass a batch as its "
+                "forward receives it."
             ) from error
+        if not _has_rows(reader, output):
+            _refuse_other_rows(backbone, given, reader)
+        return inputs, output
     furthest, best = -1, "it has no layer whose input shape is known"
     with _calls_counted(backbone) as count:
         for inputs in _guesses(backbone):
@@ -57,6 +73,26 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
         "Pass `example_input=`: a batch as its forward receives it (a tensor, a tuple of arguments "
         "or a dict of keyword arguments)."
     )
+
+
+def _refuse_other_rows(backbone: nn.Module, given: Inputs, reader: LogitsReader) -> None:
+    """Refuse an example, as it is, for whose rows a backbone returns another number of rows."""
+    if not _runs(backbone, given):
+        return
+    logits, rows = reader.logits_of(_run(backbone, given)), batch_size_of(given)
+    if logits is not None and len(logits) != rows:
+        raise SplitError(
+            f"The backbone returns {describe(logits)} for `example_input`, of which the first "
+            f"tensor has {rows} rows. {_ROWS}"
+        )
+
+
+def _runs(backbone: nn.Module, inputs: Inputs) -> bool:
+    try:
+        _run(backbone, inputs)
+    except Exception:
+        return False
+    return True
 
 
 def _run(backbone: nn.Module, inputs: Inputs) -> Any:

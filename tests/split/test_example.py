@@ -198,3 +198,35 @@ def test_what_is_not_logits_is_described() -> None:
 def test_without_parameters_there_is_nothing_to_guess_from() -> None:
     with pytest.raises(ArgumentError, match="with parameters, but it has none"):
         find_example(nn.Flatten(), None, LogitsReader())
+
+
+class Crops(nn.Module):
+    """Takes a list with a tensor for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        return self.net(torch.stack(crops) if isinstance(crops, list) else crops)
+
+
+class Graphs(Crops):
+    """Takes the nodes of all graphs, and whose each node is."""
+
+    def forward(self, nodes: Tensor, owner: Tensor) -> Tensor:  # type: ignore[override]
+        sums = torch.zeros(int(owner.max()) + 1, 6).index_add_(0, owner, nodes)
+        return self.net(sums)
+
+
+def test_rows_that_are_no_samples_are_told_from_an_example_that_does_not_run() -> None:
+    reader = LogitsReader()
+    crops = ([torch.randn(6) for _ in range(5)],)
+    with pytest.raises(SplitError, match=r"runs on `example_input` as it is, but not on two rows"):
+        find_example(Crops(), crops, reader)
+    find_example(Crops(), torch.stack(crops[0]), reader)
+    nodes = torch.randn(9, 6), torch.tensor([0, 0, 1, 1, 2, 2, 2, 3, 4])
+    with pytest.raises(SplitError, match=r"shape \[5, 4\] for `example_input`.*has 9 rows.*padded"):
+        find_example(Graphs(), nodes, reader)
+    with pytest.raises(SplitError, match="does not run on `example_input`"):
+        find_example(Crops(), torch.randn(5, 7), reader)
