@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import nn
 
 from ride_plugin._checks import version_of
+from ride_plugin._contexts import is_stream
 from ride_plugin._split._copies import same_values
 from ride_plugin._split._passes import own_containers
 from ride_plugin._split._probe import differ, mark_of
@@ -66,7 +68,17 @@ def _inside(value: Any) -> Any:
 
 def _snapshot(root: nn.Module, place: Place) -> tuple[Any, Any]:
     value = vars(root.get_submodule(place[0])).get(place[1], Absent)
-    return map_tensors(lambda t: t.detach().clone(), own_containers(value)), contents_of(value)
+    copied = map_tensors(lambda t: t.detach().clone(), own_containers(value))
+    if isinstance(value, torch.Generator) or is_stream(value):
+        return copied, mark_of(value)[1:]  # how far it has drawn
+    contents = contents_of(value)
+    return copied, None if contents is None else [_without_identity(entry) for entry in contents]
+
+
+def _without_identity(entry: Any) -> Any:
+    """What is in a settings object, but for a mark that says only which object it is."""
+    marked = isinstance(entry, tuple) and len(entry) == 2 and not isinstance(entry[1], int | bytes)
+    return entry[:1] if marked else entry
 
 
 def _same(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:

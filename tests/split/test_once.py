@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,8 @@ class Scheduled(nn.Module):
         self.settings = SimpleNamespace(count=0)
         self.seen: list[int] = []
         self.last: Any = None
+        self.stream = random.Random(0)
+        self.kept = SimpleNamespace(last=None, stream=random.Random(0))
 
     def step(self) -> None:
         self.strength = min(0.5, self.strength + 0.05)
@@ -33,7 +36,11 @@ class Scheduled(nn.Module):
     def remember(self) -> None:
         self.seen.append(len(self.seen))
 
+    def draw(self) -> None:
+        self.stream.random()
+
     def look(self) -> None:
+        self.kept.last = torch.ones(2)
         self.last = {"rows": [1000, 2000], "shape": torch.zeros(2, 3).shape, "what": object}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +78,7 @@ def wrapped(net: nn.Module, fork_at: str) -> RIDEWrapper:
 )
 @pytest.mark.parametrize(
     ("method", "attribute"),
-    [("step", "strength"), ("count", "settings"), ("remember", "seen")],
+    [("step", "strength"), ("count", "settings"), ("remember", "seen"), ("draw", "stream")],
 )
 def test_what_would_count_too_often_is_refused(
     method: str, attribute: str, where: str, fork_at: str
