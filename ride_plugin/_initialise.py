@@ -180,8 +180,10 @@ def _draw(parameter: Tensor) -> None:
 
 def _redraw_gates(parameter: Tensor, gates: int) -> bool:
     """Draw a parameter of a recurrent layer anew gate by gate, since gates start differently."""
+    if gates == 1:  # or it has no dimension
+        return redraw(parameter)
     parts = parameter.chunk(gates)
-    if gates > 1 and has_orthogonal_rows(parameter) and not has_orthogonal_rows(parts[0]):
+    if has_orthogonal_rows(parameter) and not has_orthogonal_rows(parts[0]):
         parts = (parameter,)  # drawn orthogonal as a whole
     drawn = [redraw(part) for part in parts]  # all of them, whatever the first says
     return all(drawn)

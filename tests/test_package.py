@@ -201,6 +201,8 @@ TORCHS_OWN = {  # private in name, but the only way to what torch keeps there
     "_forward_hooks_with_kwargs",
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
+    "_load_from_state_dict",
+    "_load_state_dict_pre_hooks",
     "_modules",
     "_non_persistent_buffers_set",
     "_parameters",

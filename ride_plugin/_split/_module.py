@@ -119,7 +119,7 @@ class SplitModule(nn.Module):
         }
         self._held_together: list[Group] = []  # between a change of tensors and `relink`
         self._versions: list[int | None] = []  # of all tensors, when the state was last asked for
-        self._lent: Lent | None = None  # while a state is loaded
+        self.lent: Lent | None = None  # while a state is loaded
         self._num_looks = 0  # at paths that training took and the build did not
         self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
 
@@ -184,6 +184,9 @@ class SplitModule(nn.Module):
         Returns:
             Its logits ``[B, C]``, and what its classifier received, pooled to ``[B, D]``.
         """
+        return self._run_expert(index, state)
+
+    def _run_expert(self, index: int, state: TrunkState) -> tuple[Tensor, Tensor]:
         check_compiles()
         self._check_number()
         expert = self.experts[index]
@@ -333,9 +336,9 @@ class SplitModule(nn.Module):
         self._check_number()
         stored = self._stored(args, kwargs)
         if stored is not None:
-            return (stored, *self.run_expert(0, stored))
-        if torch.compiler.is_compiling() and not self._has_to_stop():
-            return self._first_expert_compiled(args, kwargs)
+            return (stored, *self._run_expert(0, stored))
+        if (self.num_experts == 1 or torch.compiler.is_compiling()) and not self._has_to_stop():
+            return self._in_one_pass(args, kwargs)
         state = self._recorded(args, kwargs)
         # Where paths are random, each look for one takes long and finds nothing.
         if state.layout is None and not torch.compiler.is_compiling():
@@ -343,7 +346,7 @@ class SplitModule(nn.Module):
             if not watched and self._num_looks < _MOST_LOOKS:
                 self._num_looks += 1
                 state = self._settled(state, args, kwargs)
-        return (state, *self.run_expert(0, state))
+        return (state, *self._run_expert(0, state))
 
     def _has_to_stop(self) -> bool:
         """Whether the trunk's pass must not go on into expert 0.
@@ -351,8 +354,8 @@ class SplitModule(nn.Module):
         It would run expert 0 with the trunk's own mode and attributes, write into what the other
         experts read, leave behind what belongs to the expert, and pass by hooks of the expert
         itself. It leads to the expert that was the first when the model was made; somebody may have
-        put another one in its place. Where none of this matters, the exporter needs it: it takes no
-        forward that ends in the middle.
+        put another one in its place. Where none of this matters, the exporter needs it, which takes
+        no forward that ends in the middle; and a single expert then runs as the backbone does.
         """
         changes = self.num_experts > 1 and any(known.changes_in_place for known in self._layouts)
         return bool(
@@ -364,11 +367,12 @@ class SplitModule(nn.Module):
             or self.experts[0] is not self._goes_on_into[0]
         )
 
-    def _first_expert_compiled(
+    def _in_one_pass(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[TrunkState, Tensor, Tensor]:
         """Both in one pass of the trunk, which goes on into expert 0."""
         check_compiles()
+        self._keep_hooks()
         kwargs = in_order_of(self._inputs[1], kwargs)
         before = read_attributes(self.trunk, self._attributes)
         watch_classifier(self.experts[0], self.classifier_name, self._running)
@@ -385,7 +389,7 @@ class SplitModule(nn.Module):
             state = replace(state, attributes=before)
             if output is None:  # it stopped
                 state = state.hollowed()
-                return (state, *self.run_expert(0, state))
+                return (state, *self._run_expert(0, state))
             return (state, *self._read(output))
         finally:
             self._running.features = None
@@ -609,7 +613,7 @@ class SplitModule(nn.Module):
             tell_of_nothing_new(state_dict, prefix, self)
         complete_shared(state_dict, prefix, self.experts, fill=False)
         self._held_together = held_together(self.experts)  # `assign=True` replaces each by itself
-        self._lent = lend_entries(state_dict, prefix, (self.trunk, *self.experts))
+        self.lent = lend_entries(state_dict, prefix, (self.trunk, *self.experts))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -652,6 +656,6 @@ def _is_hooked(expert: nn.Module) -> bool:
 
 def _relink(module: SplitModule, keys: Any) -> None:
     module.relink()
-    if module._lent is not None:
-        module._lent.take_back(keys.unexpected_keys)
-        module._lent = None
+    if module.lent is not None:
+        module.lent.take_back(keys.unexpected_keys)
+        module.lent = None
