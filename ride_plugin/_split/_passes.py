@@ -180,7 +180,8 @@ def write_attributes(
 
 def own_containers(value: Any) -> Any:
     """The same value, but copies of containers and generators, so that each part has its own."""
-    if is_stream(value):
+    # A compiler cannot ask whether something is Python's generator, and copies none.
+    if not torch.compiler.is_compiling() and is_stream(value):
         return copy.deepcopy(value)
     if not isinstance(value, CONTAINERS):
         return value

@@ -264,3 +264,17 @@ def test_random_numbers_that_cannot_be_seen_are_named(monkeypatch: pytest.Monkey
     SCRIPTED.append(torch.jit.script(drop_and_add))
     with pytest.raises(SplitError, match="draws random numbers before the fork"):
         wrapped(DrawsInTorchScript())
+
+
+class KeepsFeatures(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = self.b(self.a(x).relu()).relu()
+        return self.c(self.features)
+
+
+@pytest.mark.skipif(not COMPILES, reason="torch is too old")
+def test_a_model_that_keeps_features_as_an_attribute_compiles() -> None:
+    model = wrapped(KeepsFeatures()).eval()
+    with torch.no_grad():
+        expected = model(X)
+        torch.testing.assert_close(torch.compile(model, backend="eager")(X), expected)
