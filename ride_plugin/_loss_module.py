@@ -111,6 +111,8 @@ class RIDEModule(nn.Module):
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Arguments by position as this signature has them, where the backbone takes `labels`."""
+        if not args:  # as trainers call it, at each step
+            return args, kwargs
         backbone = list(inspect.signature(self.model.trunk.forward).parameters)
         if "labels" not in backbone:
             return args, kwargs

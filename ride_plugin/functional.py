@@ -297,8 +297,7 @@ def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Te
     """
     logits = float32_or_better(check_floating(expert_logits, "expert_logits", "B", "E", "C"))
     divergence = kl_from_reference(logits, mean_logits(logits), temperature)
-    constant = isinstance(temperature, Tensor)
-    mean = temperature.detach().mean() if constant else float(temperature)  # type: ignore[union-attr]
+    mean = temperature.detach().mean() if isinstance(temperature, Tensor) else float(temperature)
     return mean**2 * divergence
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cifar.data import Split, normalise
-from ride_plugin import RIDEWrapper
+from ride_plugin import RIDEWrapper, count_flops
 from ride_plugin.longtail import adjust_logits, analyze, shot_report
 from ride_plugin.routing import RouterInputs
 
@@ -83,7 +82,4 @@ def flops(model: nn.Module) -> int:
     """FLOPs of one image, two for each multiply-add, all experts running."""
     device = next(model.parameters()).device
     image = torch.zeros(1, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    model.eval()
-    with FlopCounterMode(display=False) as counter:
-        model(image)
-    return int(counter.get_total_flops())
+    return count_flops(model.eval(), image)

@@ -34,7 +34,8 @@ from ride_plugin._split._state import Layout
 from ride_plugin._tree import map_tensors, own_container, tensors_in
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
-_READS = frozenset({"item", "tolist", "numpy", "__int__", "__float__", "__bool__", "__index__"})
+# Copies; an array of numpy would share the memory that changes.
+_READS = frozenset({"item", "tolist", "__int__", "__float__", "__bool__", "__index__"})
 _FREEZES = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _CHECKPOINT = torch.utils.checkpoint.__file__
 _BACKWARD_HOOKS = torch.utils.hooks.__file__
@@ -215,10 +216,9 @@ class Player(_GlueMode):
         self.reached_fork = False
         self.position = 1  # entry 0 holds the inputs
         self.region: object = None  # the checkpointed region of the last value, if any
-        self._random: Tensor | None = None
         # With several threads, another may draw from the same generator.
-        if not torch.compiler.is_compiling() and threading.active_count() == 1:
-            self._random = torch.get_rng_state()
+        alone = not torch.compiler.is_compiling() and threading.active_count() == 1
+        self._random = _state_of_generator() if alone else None
         self.around = _checkpointed_region()  # that of the whole pass: `checkpoint_experts`
 
     def __torch_function__(
@@ -286,7 +286,7 @@ class Player(_GlueMode):
         self.reached_fork = True
         if _get_current_function_mode() is self:
             self.leave()
-        if self._random is not None and not torch.equal(self._random, torch.get_rng_state()):
+        if self._random is not None and self._random != _state_of_generator():
             raise ReplayError(
                 "An expert's forward draws random numbers before the fork, where it shall read "
                 "what the trunk has drawn: in a function of TorchScript, say, which cannot be seen "
@@ -685,6 +685,11 @@ def _checkpointed_region() -> object:
 
 def _name(func: Callable[..., Any]) -> str:
     return getattr(func, "__name__", None) or type(func).__name__
+
+
+def _state_of_generator() -> bytes:
+    """The state of torch's common generator; as bytes, since to compare tensors is an operation."""
+    return torch.get_rng_state().numpy().tobytes()
 
 
 def _own(value: Any) -> Any:
