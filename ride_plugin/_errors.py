@@ -38,8 +38,11 @@ class WidthError(RIDEError, ValueError):
     """A layer of the forked part cannot be narrowed; the message names it."""
 
 
-class CheckpointError(RIDEError, ValueError):
-    """A checkpoint does not fit the model, or cannot be read safely."""
+class CheckpointError(RIDEError, ValueError, RuntimeError):
+    """A checkpoint does not fit the model, or cannot be read safely.
+
+    Also a ``RuntimeError``, as torch raises: code catches that to load under other names.
+    """
 
 
 class VersionError(RIDEError, RuntimeError):

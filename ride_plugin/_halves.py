@@ -18,6 +18,7 @@ from ride_plugin._split import (
     plain_modules,
     reader_in,
     refuse_plain_state,
+    tell_of_nothing_loaded,
 )
 from ride_plugin._tree import OF_MODULES, Path, at_path
 
@@ -72,9 +73,17 @@ class _Half(nn.Module):
         """The modules of this half that exist once, in the trunk."""
         return ()
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As for any module."""
+        found = super().load_state_dict(state_dict, strict, assign)
+        tell_of_nothing_loaded(state_dict, found.unexpected_keys)
+        return found
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # with hooks, which may rename
         refuse_plain_state(state_dict, prefix, self)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Half:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ from ride_plugin._split._passes import (
     write_attributes,
 )
 from ride_plugin._split._plain import plain_modules
-from ride_plugin._split._plain_state import refuse_plain_state
+from ride_plugin._split._plain_state import refuse_plain_state, tell_of_nothing_loaded
 from ride_plugin._split._probe import Call
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._settings import held_together_by, unchanged
@@ -65,6 +65,7 @@ __all__ = [
     "replicate",
     "split_backbone",
     "take_rows",
+    "tell_of_nothing_loaded",
     "throwaway",
     "unchanged",
     "whole_outputs",

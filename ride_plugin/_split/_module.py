@@ -40,7 +40,11 @@ from ride_plugin._split._passes import (
     record,
     write_attributes,
 )
-from ride_plugin._split._plain_state import refuse_plain_state, tell_of_nothing_new
+from ride_plugin._split._plain_state import (
+    refuse_plain_state,
+    tell_of_nothing_loaded,
+    tell_of_nothing_new,
+)
 from ride_plugin._split._probe import RANDOM
 from ride_plugin._split._sharing import (
     Group,
@@ -596,16 +600,20 @@ class SplitModule(nn.Module):
 
         Raises:
             CheckpointError: it holds different values for experts that share a tensor here, or is
-                one of the plain backbone.
+                one of the plain backbone, or has a prefix before every name.
         """
         if strict:
             state_dict = copy.copy(state_dict)
             complete_shared(state_dict, "", self.experts, fill=True)
         elif not state_dict:
             tell_of_nothing_new(state_dict, "", self)
-        return super().load_state_dict(state_dict, strict, assign)
+        found = super().load_state_dict(state_dict, strict, assign)
+        tell_of_nothing_loaded(state_dict, found.unexpected_keys)
+        return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Somebody's hooks run in it, which may rename entries; the parts load theirs only later.
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         refuse_plain_state(state_dict, prefix, self)
         # None may mean that a module around this one loads others only; and something may have
         # written into the state since it was asked for, as torch.distributed.checkpoint does.
@@ -614,7 +622,6 @@ class SplitModule(nn.Module):
         complete_shared(state_dict, prefix, self.experts, fill=False)
         self._held_together = held_together(self.experts)  # `assign=True` replaces each by itself
         self.lent = lend_entries(state_dict, prefix, (self.trunk, *self.experts))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._held_together = held_together(self.experts)

@@ -1,49 +1,85 @@
-"""A checkpoint of the plain backbone, which a wrapped model cannot load."""
+"""States that a wrapped model cannot load: of the plain backbone, under a prefix, of nothing."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._errors import CheckpointError, warn_caller
+from ride_plugin._errors import CheckpointError, listed, warn_caller
 
 _PART = re.compile(r"^(?:trunk|experts\.\d+)\.")
 
 
-def refuse_plain_state(state: Iterable[str], prefix: str, model: nn.Module) -> None:
-    """Refuse a state that holds the backbone's names where the model's are expected.
+def refuse_plain_state(state: Mapping[str, Any], prefix: str, model: nn.Module) -> None:
+    """Refuse a state that holds the backbone's names, or the model's own behind a prefix too many.
 
     With ``strict=False`` torch would load nothing of it, and say so in what nobody reads.
 
     Args:
-        state: names of what shall be loaded.
-        prefix: of those that belong to the model.
+        state: what shall be loaded.
+        prefix: of the names that belong to the model.
         model: with trunk and experts, or one of the two modules of a pair.
 
     Raises:
         CheckpointError: it does.
     """
-    names = _named_tensors(model).keys()
-    given = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
-    if any(name in names for name in given):
+    own = _named_tensors(model)
+    given = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    if any(name in own for name in given):
         return
     plain = {}
-    for name in names:
+    for name in own:
         plain[_PART.sub("", name)] = name
         plain[_PART.sub("", name).removeprefix("feature_extractor.")] = name  # a pair's first half
-    for name in given:
-        mine = plain.get(name.removeprefix("module."))  # as DataParallel saves it
-        if mine is not None:
+    for name, value in given.items():
+        for added, rest in _beginnings(name):
+            mine = rest if rest in own else plain.get(rest)
+            # Another module may end in the same short name, `weight` say; shapes tell them apart.
+            if mine is None or (added and _shape_of(value) != _shape_of(own[mine])):
+                continue
+            if mine == rest:
+                raise CheckpointError(
+                    f"Expected a state dict with names such as `{prefix}{mine}`, but got "
+                    f"`{prefix}{name}`, so that nothing would be loaded. Remove the prefix "
+                    f"`{added}`: load {_renamed(prefix + added, prefix)}."
+                )
+            behind, bare = "", "`net.load_state_dict(state)`"
+            if added:
+                behind = f" behind the prefix `{added}`"
+                bare += f" with `state` = {_renamed(prefix + added, '')}"
             raise CheckpointError(
                 f"Expected a state dict of the wrapped model, with names such as `{mine}`, but got "
-                f"`{name}`, as the plain backbone calls it. To start from the weights of the plain "
-                "one, load them before wrapping and keep them: `net.load_state_dict(state)`, then "
+                f"`{name}`, as the plain backbone calls it{behind}. To start from the weights of "
+                f"the plain one, load them before wrapping and keep them: {bare}, then "
                 '`RIDEWrapper(net, init="copy")`. To go on with a training, load what was saved '
                 "of the wrapped model."
             )
+
+
+def tell_of_nothing_loaded(state: Mapping[str, Any], unexpected: Collection[str]) -> None:
+    """Warn of a state of which nothing was loaded, because no name in it is one of the model's.
+
+    Args:
+        state: what was handed over.
+        unexpected: the names for which torch found no place, after all hooks have renamed theirs.
+    """
+    if not state or len(unexpected) < len(state):
+        return
+    part = next((name for name, value in state.items() if isinstance(value, Mapping)), None)
+    warn_caller(
+        f"Nothing of this state dict was loaded: none of its names ({listed(list(state))}) is one "
+        "of the model's. "
+        + (
+            "Names of a wrapped model begin with `trunk.` or `experts.0.`; those of the plain "
+            'network are loaded before wrapping, into the backbone, which `init="copy"` keeps.'
+            if part is None
+            else f"It holds dicts, as a whole checkpoint does: load `checkpoint[{part!r}]`, or "
+            "whichever of them is the model's."
+        )
+    )
 
 
 def tell_of_nothing_new(state: Mapping[str, Any], prefix: str, model: nn.Module) -> None:
@@ -67,6 +103,30 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under all their names."""
     named = (model.named_parameters, model.named_buffers)
     return {name: t for tensors in named for name, t in tensors(remove_duplicate=False)}
+
+
+def _beginnings(name: str) -> Iterator[tuple[str, str]]:
+    """A name as what stands before it and the rest: nothing first, then more and more of it.
+
+    Nothing is taken from what belongs to a part: hooks of the part's own may rename it.
+    """
+    yield "", name
+    if not _PART.match(name):
+        for dot in re.finditer(r"\.", name):
+            yield name[: dot.end()], name[dot.end() :]
+
+
+def _renamed(old: str, new: str) -> str:
+    """The code that keeps what has one prefix in a state's names, and puts another in its place."""
+    stem = f'"{new}" + ' if new else ""
+    return (
+        f'`{{{stem}name.removeprefix("{old}"): value for name, value in state.items() '
+        f'if name.startswith("{old}")}}`'
+    )
+
+
+def _shape_of(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _is_same(tensor: Tensor, value: Any) -> bool:

@@ -1,12 +1,15 @@
-"""A checkpoint of the plain backbone is refused with the way to use it, strict or not."""
+"""States of the plain backbone, behind prefixes, or of nothing: never loaded without a word."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import OrderedDict
+from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ride_plugin import CheckpointError, RIDEWrapper
 
@@ -41,9 +44,8 @@ def test_what_is_the_models_own_is_loaded_and_what_is_nobodys_is_left_to_torch()
     model, other = RIDEWrapper(mlp(), 2), RIDEWrapper(mlp(), 2)
     some = {name: value for name, value in other.state_dict().items() if "trunk" in name}
     assert model.load_state_dict(some, strict=False).unexpected_keys == []
-    assert model.load_state_dict({"other": some.popitem()[1]}, strict=False).unexpected_keys == [
-        "other"
-    ]
+    more = {"other": torch.zeros(3), **some}
+    assert model.load_state_dict(more, strict=False).unexpected_keys == ["other"]
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({})
 
@@ -86,3 +88,110 @@ def test_a_state_with_anything_new_in_it_is_loaded_without_a_word() -> None:
         nn.ModuleDict({"model": model, "loss": nn.Linear(2, 2)}).load_state_dict(
             {"loss.weight": nn.Linear(2, 2).weight}, strict=False
         )
+
+
+PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "model.", "backbone.", "net.encoder."]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_prefix_is_named_with_the_names_to_load(
+    strict: bool, prefix: str, parallel: bool
+) -> None:
+    """What the message says, evaluated, loads what was saved."""
+    saved: dict[str, Tensor] = RIDEWrapper(mlp(), 2).state_dict()
+    wrapped = RIDEWrapper(mlp(), 2)
+    model = nn.DataParallel(wrapped) if parallel else wrapped
+    outer = "module." if parallel else ""
+    state = {f"{outer}{prefix}{name}": value for name, value in saved.items()}
+    state["criterion.weight"] = torch.ones(7)  # as a checkpoint of a whole training module has
+    with pytest.raises(CheckpointError, match=f"Remove the prefix `{re.escape(prefix)}`") as error:
+        model.load_state_dict(state, strict=strict)
+    assert isinstance(error.value, RuntimeError)  # which code catches that then renames
+    code = str(error.value).split("load `")[1].removesuffix("`.")
+    model.load_state_dict(eval(code, {"state": state}))
+    for name, value in wrapped.state_dict().items():
+        assert torch.equal(value, saved[name])
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_of_the_plain_backbone_is_named_with_the_names_to_load(prefix: str) -> None:
+    saved, net = mlp().state_dict(), mlp()
+    model = RIDEWrapper(net, 2)
+    state = {f"{prefix}{name}": value for name, value in saved.items()}
+    with pytest.raises(CheckpointError, match=f"behind the prefix `{re.escape(prefix)}`") as error:
+        model.load_state_dict(state, strict=False)
+    code = str(error.value).split("with `state` = `")[1].split("`, then")[0]
+    net.load_state_dict(eval(code, {"state": state}))
+    assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.encoder."])
+def test_halves_of_a_pair_name_a_prefix_and_say_that_nothing_was_loaded(prefix: str) -> None:
+    extractor, classifier = nn.Sequential(CifarResNet(5, n=1), nn.ReLU()), nn.Linear(5, 3)
+    halves = RIDEWrapper.from_pair(extractor, classifier, 2).as_pair()
+    for half, plain in zip(halves, (extractor, classifier), strict=True):
+        for saved in (half.state_dict(), plain.state_dict()):
+            state = {f"{prefix}{name}": value for name, value in saved.items()}
+            with pytest.raises(CheckpointError, match=f"the prefix `{prefix}`"):
+                half.load_state_dict(state, strict=False)
+            with pytest.warns(UserWarning, match="Nothing of this state dict was loaded"):
+                half.load_state_dict({"state_dict": saved}, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("state", "advice"),
+    [
+        ({"epoch": 3, "model": mlp().state_dict()}, r"load `checkpoint\['model'\]`"),
+        ({"other.weight": torch.zeros(3)}, "begin with `trunk.`"),
+        (
+            {"features.0.weight": torch.zeros(64, 3, 11, 11)},
+            "begin with `trunk.`",
+        ),  # not `0.weight`
+    ],
+)
+def test_a_state_of_which_nothing_was_loaded_is_warned_of(
+    state: dict[str, Any], advice: str
+) -> None:
+    model = RIDEWrapper(mlp(), 2)
+    with pytest.warns(UserWarning, match=f"Nothing of this state dict.*{advice}") as record:
+        found = model.load_state_dict(state, strict=False)
+    assert found.unexpected_keys == list(state)
+    assert record[0].filename == __file__
+
+
+def test_what_hooks_rename_or_modules_around_it_strip_is_loaded_without_a_word() -> None:
+    other = RIDEWrapper(mlp(), 2).state_dict()
+
+    def strip(state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in [name for name in state if name.startswith("_orig_mod.")]:
+            state[name.removeprefix("_orig_mod.")] = state.pop(name)
+
+    model = RIDEWrapper(mlp(), 2)
+    model.register_load_state_dict_pre_hook(lambda module, *given: strip(*given))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict({f"_orig_mod.{name}": value for name, value in other.items()})
+        assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
+        averaged = torch.optim.swa_utils.AveragedModel(RIDEWrapper(mlp(), 2))
+        averaged.load_state_dict(averaged.state_dict() | {f"module.{n}": other[n] for n in other})
+        outer = nn.ModuleDict({"model": RIDEWrapper(mlp(), 2), "teacher": mlp()})
+        outer.load_state_dict({"teacher.0.bias": torch.zeros(32)}, strict=False)
+        model.trunk.load_state_dict({"other": torch.zeros(3)}, strict=False)
+
+
+def test_a_backbones_own_hook_may_rename_every_entry() -> None:
+    class Renames(nn.Sequential):
+        def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+            for name in [name for name in state if name.startswith(f"{prefix}old.")]:
+                state[prefix + name.removeprefix(f"{prefix}old.")] = state.pop(name)
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    model, other = (RIDEWrapper(Renames(*mlp()), 2, fork_at="4") for _ in range(2))
+    wanted = other.state_dict()
+    old = {re.sub(r"^(trunk|experts\.\d)\.", r"\1.old.", n): v for n, v in wanted.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(old, strict=False)
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
