@@ -12,12 +12,13 @@ import dis
 import os
 import re
 from collections.abc import Callable
+from inspect import signature
 from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_integer
+from ride_plugin._checks import check_integer, refuse
 from ride_plugin._errors import caller, warn_caller
 from ride_plugin._split import SplitModule, merged_groups, replace_classifiers, write_attributes
 from ride_plugin._tree import tensors_in
@@ -223,17 +224,41 @@ def _get_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[...
 
 
 def _reset_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[..., None]:
-    def reset_classifier(num_classes: int) -> None:
+    def reset_classifier(num_classes: int, *args: Any, **kwargs: Any) -> None:
+        given = dict(signature(own).bind(num_classes, *args, **kwargs).arguments)
+        for name in list(given)[1:]:  # what pools before the classifier, in timm's models
+            value, present = given[name], _settings_of(model.experts[0], name)
+            if value is not None and not any(_alike([value, held]) for held in present):
+                refuse(
+                    name,
+                    "left out, None or what the backbone has now, since `reset_classifier` of a "
+                    "wrapped model makes the experts' classifiers anew and changes nothing else",
+                    value,
+                    "Call it on the backbone before wrapping.",
+                )
         number = check_integer(num_classes, "num_classes", 2)
         model.num_classes = replace_classifiers(model.parts(), None, number).num_classes
 
     return reset_classifier
 
 
+def _settings_of(expert: nn.Module, name: str) -> list[object]:
+    """What a network or a module in it has under this name; of a pooling, also its kind."""
+    held = [getattr(module, name, None) for module in expert.modules()]
+    return held + [getattr(value, "pool_type", None) for value in held]
+
+
+def _set_checkpointing(model: SplitModule, own: Callable[..., Any]) -> Callable[..., None]:
+    def set_grad_checkpointing(enable: bool = True, *_: Any, **__: Any) -> None:
+        model.checkpoint_experts = bool(enable)  # type: ignore[assignment]
+
+    return set_grad_checkpointing
+
+
 def _checkpointing(enabled: bool) -> Callable[[SplitModule, Callable[..., Any]], Any]:
     def method(model: SplitModule, own: Callable[..., Any]) -> Callable[..., None]:
-        def set_checkpointing(enable: bool = enabled, **_: Any) -> None:
-            model.checkpoint_experts = bool(enable)  # type: ignore[assignment]
+        def set_checkpointing(*_: Any, **__: Any) -> None:  # how to checkpoint, not whether
+            model.checkpoint_experts = enabled  # type: ignore[assignment]
 
         return set_checkpointing
 
@@ -248,5 +273,5 @@ _METHODS: dict[str, Callable[[SplitModule, Callable[..., Any]], Any]] = {
     "no_weight_decay": _no_weight_decay,
     "no_weight_decay_keywords": _no_weight_decay_keywords,
     "reset_classifier": _reset_classifier,
-    "set_grad_checkpointing": _checkpointing(True),
+    "set_grad_checkpointing": _set_checkpointing,
 }

@@ -22,14 +22,19 @@ class TrainingWatch:
     """Compares the parameters after 1, 2, 4, ... training passes, and when evaluation begins.
 
     Once one has changed, which in an ordinary loop is at the second pass, a last look is for those
-    that an optimizer should have and has not. A copy or an unpickled one begins anew.
+    that an optimizer should have and has not. A copy or an unpickled one begins anew, and may be
+    frozen without a word, as teachers and averages of weights are.
+
+    Args:
+        could_train: whether some parameter required gradients when the model was wrapped.
 
     Attributes:
         done: whether there is nothing left to watch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, could_train: bool = False) -> None:
         self.done = False
+        self._could_train = could_train
         self._learns = False  # something has changed; it remains to be seen whether all does
         self._passes = 0
         self._reached: set[str] = set()  # outputs to which gradients have come back
@@ -61,6 +66,10 @@ class TrainingWatch:
 
     def trains(self, module: nn.Module, output: ExpertOutput) -> None:
         """Take note of one training pass with gradients, and warn once where it is in vain."""
+        if self._could_train and not output.logits.requires_grad:
+            self._look_for_gradients(module)
+        if self.done:
+            return
         self._passes += 1
         if self._passes == 1:
             self._versions, self._values = _versions_in(module), _values_in(module)
@@ -76,6 +85,8 @@ class TrainingWatch:
 
     def evaluates(self, module: nn.Module, output: ExpertOutput) -> None:
         """Take note of one pass in evaluation mode: after an epoch something has to be changed."""
+        if self.done:
+            return
         if self._passes >= _EPOCH and not self._learns:
             self._judge(module, output.expert_logits.shape[1], last=True)
         if self._passes >= _EPOCH and self._learns:
@@ -116,6 +127,22 @@ class TrainingWatch:
                 '(a checkpoint loaded into each, a constant initialisation, `init="copy"` of a '
                 "classifier that shares its weight with the trunk) has to leave them different."
             )
+
+    def _look_for_gradients(self, module: nn.Module) -> None:
+        """Warn of a model in which everything was frozen after wrapping; torch only says later."""
+        parameters = list(module.parameters())  # other tensors while `functional_call` runs
+        if not all(_has_values(p) and not p.requires_grad for p in parameters) or not parameters:
+            return
+        self._could_train = False
+        warn_caller(
+            "No parameter of the wrapped model trains, while some did when it was wrapped, so "
+            "`backward()` will find nothing that requires gradients. A loop that freezes all but "
+            "what it knows by name leaves nothing: names of a wrapped model begin with `trunk.` or "
+            "`experts.0.`. Choose by the backbone's names with `model.parameter_groups_by`: `for p "
+            "in model.parameter_groups_by(lambda net: [p for n, p in net.named_parameters() if "
+            'n in ("fc.weight", "fc.bias")]): p.requires_grad_(True)`. (If the model shall not '
+            "learn, as a teacher, nothing is wrong; call it under `torch.no_grad()`.)"
+        )
 
     def _look_for_strays(self, module: nn.Module) -> None:
         """Warn of what has gradients that no optimizer takes, where that can hardly be meant.

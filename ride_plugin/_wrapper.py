@@ -188,7 +188,7 @@ class RIDEWrapper(SplitModule):
         self.return_experts = return_experts
         self.checkpoint_experts = check_bool(checkpoint_experts, "checkpoint_experts")
         self._settings = held_together_by((self.trunk, *self.experts))
-        self._watch = TrainingWatch()
+        self._watch = TrainingWatch(any(p.requires_grad for p in self.parameters()))
 
     @property
     def return_experts(self) -> ReturnExperts:
@@ -425,7 +425,7 @@ class RIDEWrapper(SplitModule):
     def _output(self, each: Sequence[Tensor]) -> Tensor | ExpertOutput:
         """What the model returns, of its experts' logits."""
         output = joined(list(each))
-        if not self._watch.done and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             if not self.training:
                 self._watch.evaluates(self, output)
             elif torch.is_grad_enabled():

@@ -195,6 +195,55 @@ def test_gradient_checkpointing_is_that_of_the_experts() -> None:
     assert model.checkpoint_experts is False
 
 
+@pytest.mark.parametrize("value", [None, {}, False, {"use_reentrant": False}])
+def test_checkpointing_is_enabled_whatever_says_how(value: Any) -> None:
+    model = wrapped()
+    model.gradient_checkpointing_enable(value)  # Hugging Face's first argument
+    assert model.checkpoint_experts is True
+    model.gradient_checkpointing_disable()
+    assert model.checkpoint_experts is False
+    model.set_grad_checkpointing(True, value)
+    assert model.checkpoint_experts is True
+    model.set_grad_checkpointing(enable=False)
+    assert model.checkpoint_experts is False
+
+
+class Pooled(Backbone):
+    """Resets its classifier as timm's models do, which hold the pooling in one of three places."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        pool = nn.Identity()
+        pool.pool_type = "avg"
+        if place == "setting":
+            self.global_pool = "avg"
+        elif place == "module":
+            self.global_pool = pool
+        else:
+            self._act.global_pool = pool
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        raise AssertionError("must not be called")
+
+
+@pytest.mark.parametrize("place", ["setting", "module", "in a module"])
+def test_a_classifier_is_reset_with_the_pooling_that_there_is(place: str) -> None:
+    model = RIDEWrapper(Pooled(place), 2, fork_at="blocks.2")
+    model.reset_classifier(6, "avg")
+    model.reset_classifier(7, global_pool=None)
+    model.reset_classifier(num_classes=8, global_pool="avg")
+    assert expert_logits(model(torch.randn(3, 8))).shape == (3, 2, 8)
+    for reset in (
+        lambda: model.reset_classifier(9, "max"),
+        lambda: model.reset_classifier(9, global_pool=torch.ones(2)),
+    ):
+        with pytest.raises(ArgumentError, match=r"`global_pool` to be left out, None.*before wrap"):
+            reset()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'distilled'"):
+        model.reset_classifier(9, distilled=True)
+    assert model.num_classes == 8
+
+
 def test_a_backbone_without_such_methods_offers_none() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
     model = RIDEWrapper(net, 2, fork_at="2")

@@ -233,6 +233,55 @@ def test_gradients_of_the_inputs_before_a_step_are_left_in_peace(attacks: int) -
             optimizer.step()
 
 
+def freeze_by_plain_names(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Linear probing, as training code for plain networks begins it."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_a_loop_by_plain_names_that_freezes_everything_is_noticed_once(
+    trained_before: bool,
+) -> None:
+    model = RIDEWrapper(mlp(), 3)
+    if trained_before:  # stage one, of which the watch has seen all that it wants
+        train(model, model.parameters())
+        assert model._watch.done
+    freeze_by_plain_names(model, ("6.weight", "6.bias"))
+    x = torch.randn(4, 20)
+    with pytest.warns(UserWarning, match="begin with `trunk.` or `experts.0.`") as record:
+        first, *_ = [model(x) for _ in range(3)]
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        first.sum().backward()
+    code = str(record[0].message).split("`model.parameter_groups_by`: `")[1]
+    exec(code.split("`. (If")[0].replace("fc", "6"), {"model": model})  # what it says
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"experts.{k}.6.{kind}" for k in range(3) for kind in ("weight", "bias")}
+    model(x).sum().backward()
+
+
+def test_what_is_frozen_with_reason_is_left_in_peace() -> None:
+    x = torch.randn(4, 20, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RIDEWrapper(mlp().requires_grad_(False), 1)(x.detach())  # before wrapping
+        teacher = copy.deepcopy(RIDEWrapper(mlp(), 2)).requires_grad_(False)
+        teacher(x.detach())
+        model = RIDEWrapper(mlp(), 2).requires_grad_(False)
+        with torch.no_grad():
+            model(x)
+        model.eval()(x.detach())
+        for mode in (True, False):  # attacks and saliency
+            model.train(mode)
+            (gradient,) = torch.autograd.grad(model(x).sum(), x)
+            assert gradient.any()
+        model.train().router_inputs(x)
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        torch.func.functional_call(model, weights, x.detach())
+
+
 class Beside(nn.Module):
     """Returns something beside its logits, in training or always."""
 
