@@ -23,6 +23,7 @@ from ride_plugin._initialise import (
 )
 from ride_plugin._split import (
     Choice,
+    Pair,
     Parts,
     graft_experts,
     held_by_all,
@@ -46,6 +47,7 @@ def construct(
     example_input: Any,
     logits: Choice,
     num_classes: int | None,
+    return_experts: object,
 ) -> Parts:
     """The parts of a wrapped model; arguments and errors are those of :class:`RIDEWrapper`."""
     split = split_backbone(backbone, fork_at, example_input, logits, num_classes)
@@ -54,6 +56,11 @@ def construct(
             f"The fork was put at {split.fork_at!r}, but {split.doubt}, or "
             f"`fork_at={split.fork_at!r}` if it is meant so."
         )
+    # A pair is called as a whole by code that was written for the wrapped model, and an output of
+    # logits and experts' logits is a tuple that somebody has asked for.
+    expected = logits is not None or return_experts is True or isinstance(backbone, Pair)
+    if split.sequence is not None and not expected:
+        warn_caller(split.sequence)
     drawn = expert_factory is None and (num_experts > 1 or expert_width < 1)
     if drawn and init == "fresh":
         warn_if_trained(split.views.expert)  # before narrowing, which starts the statistics anew

@@ -331,6 +331,8 @@ TOLD = {
 def test_a_loss_beside_the_logits_is_told_once(kind: str, options: dict[str, Any]) -> None:
     if kind == "two classifiers in one":
         options = {"logits": 0, "num_classes": 7, **options}
+    if kind == "a number":
+        options = {"logits": 0, **options}
     model = RIDEWrapper(Beside(kind), 2, fork_at="late", **options)
     with torch.no_grad():
         model(torch.randn(4, 20))  # no training yet, so nothing to tell
@@ -361,7 +363,7 @@ def test_what_no_loss_is_made_of_or_is_asked_for_is_left_in_peace(kind: str) -> 
             Beside(kind),
             2,
             fork_at="late",
-            logits=0 if kind in ("probabilities", "two classifiers in one") else None,
+            logits=0 if kind in ("probabilities", "two classifiers in one", "a number") else None,
             return_experts="outputs" if asked else False,
         )
         if asked:

@@ -1,4 +1,4 @@
-"""What a backbone returns in training beside its logits, and a loss may be made of."""
+"""What a backbone returns beside its logits: what a loss may be made of, or code takes apart."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ride_plugin._split._logits import LogitsReader, depends, spelled
+from ride_plugin._split._logits import LogitsReader, depends, proposed, spelled
 from ride_plugin._tree import places_in
 
 
@@ -38,3 +38,30 @@ def losses_beside(reader: LogitsReader, output: Any) -> list[str]:
         and path[-1:] != ("loss",)
         and (tensor.dim() == 0 or second_classifier(tensor))
     ]
+
+
+def sequence_around(reader: LogitsReader, output: Any, in_training: Any) -> str | None:
+    """What to say of an output that is a tuple or a list; None of any other.
+
+    A wrapped model returns a tensor in its place, which can be indexed and unpacked as well: no
+    error tells code that did so with the backbone that it takes rows. (A dict or a dataclass is
+    asked for a name, which a tensor does not have.)
+
+    Args:
+        reader: takes the logits out of it.
+        output: what the backbone returned in evaluation mode.
+        in_training: in training mode; None if it did not run.
+    """
+    if not isinstance(output, list | tuple):
+        return None
+    kind = "named tuple" if hasattr(output, "_fields") else type(output).__name__
+    place = reader.place_in(output)
+    elsewhere = in_training is not None and reader.place_in(in_training) not in (place, ())
+    answer = "`logits=`, a function of the output," if elsewhere or not place else proposed(place)
+    return (
+        f"The backbone returns a {kind} of {len(output)}, but the wrapped model returns the logits "
+        "[B, C] alone: `model(x)[0]` is their first row, and unpacking takes rows apart. Write "
+        "`logits = model(x)` where the backbone's output is indexed or unpacked. (The rest of it "
+        'is there in training with `return_experts="outputs"`.) Pass '
+        f"{answer} to say that you know."
+    )

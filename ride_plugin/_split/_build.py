@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ride_plugin._contexts import in_mode, random_state_kept
 from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
 from ride_plugin._inputs import Inputs, own_inputs
+from ride_plugin._split._beside import sequence_around
 from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._copies import (
     COMPILED_CALL,
@@ -67,6 +68,7 @@ class Examined:
         num_classes: ``C``.
         by_shapes: whether it runs on tensors without contents.
         settings: where modules hold settings that the forward leaves as they are.
+        sequence: what to say of code that takes the output apart, if that is a tuple or a list.
     """
 
     inputs: Inputs
@@ -77,6 +79,7 @@ class Examined:
     num_classes: int
     by_shapes: bool
     settings: frozenset[Place]
+    sequence: str | None
 
 
 def split_backbone(
@@ -146,7 +149,8 @@ def _split(
 
     outside = spine_tensors(source, [*trunk_units, *forked_units])
     split = learned(source, cut(frozenset()), seen, fork.name, forked_units, outside, cut)
-    return replace(split, doubt=None if fork_at is not None else fork.doubt)
+    doubt = None if fork_at is not None else fork.doubt
+    return replace(split, doubt=doubt, sequence=seen.sequence)
 
 
 def reason_of_fork(backbone: nn.Module, fork_at: str | None, example_input: Any) -> tuple[str, str]:
@@ -210,6 +214,7 @@ def examine(
         found.shape[1],
         by_shapes,
         root.settings if training_root is None else root.settings & training_root.settings,
+        sequence_around(reader, output, training_output),
     )
 
 

@@ -145,7 +145,7 @@ def find_logits(
         if path is None:
             raise SplitError(
                 f"Which part of the backbone's output is the logits? It returned "
-                f"{describe(output)}. {_FUNCTION}; for example {_advice(found)}."
+                f"{describe(output)}. {_FUNCTION}; for example {proposed(found[-1][0])}."
             )
         reader.known[tuple(path for path, _ in found)] = path
         logits = reader.logits_of(output)
@@ -174,7 +174,7 @@ def learn_training_output(reader: LogitsReader, root: Call, output: Any, head: H
     raise SplitError(
         "In training mode the backbone returns something else than in evaluation, and which part "
         f"of it is the logits is not certain: {describe(output)}. {_FUNCTION}; for example "
-        f"{_advice(found) if found else '`logits=0`'}."
+        f"{proposed(found[-1][0]) if found else '`logits=0`'}."
     )
 
 
@@ -309,8 +309,6 @@ def spelled(path: Path) -> str:
     return "output" + "".join(f"[{key!r}]" for key in path)
 
 
-def _advice(found: Sequence[tuple[Path, Tensor]]) -> str:
-    path = found[-1][0]
-    if len(path) == 1:
-        return f"`logits={path[0]!r}`"
-    return f"`logits=lambda output: {spelled(path)}`"
+def proposed(path: Path) -> str:
+    """The argument that says that the logits lie at a place, as code."""
+    return f"`logits={path[0]!r}`" if len(path) == 1 else f"`logits=lambda output: {spelled(path)}`"

@@ -38,6 +38,7 @@ class Split:
         fork_at: name of the first forked submodule.
         classifier: name of the classifier inside an expert, or None if there is no such module.
         doubt: why the fork that was chosen makes little sense, in words.
+        sequence: what to say of code that takes the backbone's output apart, a tuple or a list.
         calls: those of the backbone's forward in evaluation mode.
         state: what the trunk returned for three rows in evaluation mode.
     """
@@ -51,6 +52,7 @@ class Split:
     fork_at: str
     classifier: str | None
     doubt: str | None = None
+    sequence: str | None = None
     calls: Call | None = None
     state: TrunkState | None = None
 

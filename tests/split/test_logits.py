@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -64,6 +65,16 @@ class Cosine(nn.Module):
         return (x.detach() if self.detached else x), logits
 
 
+def indexing_is_told_of(net: nn.Module) -> Any:
+    """A warning where the backbone returns what code indexes, in evaluation mode."""
+    output = net.eval()(torch.randn(2, 8))
+    net.train()
+    if not isinstance(output, tuple | list):
+        return nullcontext()
+    kind = "named tuple" if hasattr(output, "_fields") else type(output).__name__
+    return pytest.warns(UserWarning, match=rf"a {kind} of {len(output)}.*`model\(x\)\[0\]`")
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -79,7 +90,8 @@ class Cosine(nn.Module):
 )
 def test_logits_are_found_wherever_they_lie(shape: Callable[[Tensor, Tensor], Any]) -> None:
     net = Net(shape)
-    model = RIDEWrapper(net, 2, fork_at="late", init="copy")
+    with indexing_is_told_of(net):
+        model = RIDEWrapper(net, 2, fork_at="late", init="copy")
     assert model.num_classes == 5
     assert model.feature_dim == 16
     assert model.classifiers == [expert.fc for expert in model.experts]
@@ -92,6 +104,57 @@ def test_logits_are_found_wherever_they_lie(shape: Callable[[Tensor, Tensor], An
         torch.testing.assert_close(expert_logits(model(x))[:, k], plain(x))
     model(x).sum().backward()
     assert all(head.weight.grad.abs().sum() > 0 for head in model.classifiers)
+
+
+class Named(NamedTuple):
+    features: Tensor
+    scores: Tensor
+
+
+@pytest.mark.parametrize(
+    ("shape", "answer"),
+    [
+        (lambda f, z: (z, f), "`logits=0`"),
+        (lambda f, z: [f, z], "`logits=1`"),
+        (lambda f, z: (z,), "`logits=0`"),
+        (lambda f, z: Named(f, z), "`logits='scores'`"),
+        (lambda f, z: (f, {"out": [z]}), "`logits=lambda output: output[1]['out'][0]`"),
+    ],
+)
+def test_code_that_indexes_a_tuple_is_told_that_it_would_get_rows(
+    shape: Callable[[Tensor, Tensor], Any], answer: str
+) -> None:
+    """Once, at wrapping; and the answer that the warning names gives the same model."""
+    net = Net(shape)
+    with pytest.warns(UserWarning, match="their first row.*`logits = model") as record:
+        model = RIDEWrapper(net, 2, init="copy")
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    assert f"Pass {answer} to say" in str(record[0].message)
+    options = eval(f"dict({answer[1:-1]})")
+    x = torch.randn(6, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = RIDEWrapper(net, 2, init="copy", **options)
+        same.load_state_dict(model.state_dict())
+        for mode in (True, False):
+            torch.testing.assert_close(same.train(mode)(x), model.train(mode)(x))
+        assert RIDEWrapper(net, 2, return_experts=True)(x)[0].shape == (6, 5)  # as code has it
+    with pytest.warns(UserWarning, match="first row"):  # in evaluation mode it returns the logits
+        RIDEWrapper(net, 2, return_experts="training")
+
+
+def test_the_answer_holds_in_training_mode_too() -> None:
+    class More(Net):
+        def forward(self, x: Tensor) -> Any:
+            features, logits = super().forward(x)
+            return (features, features.tanh(), logits) if self.training else (logits, features)
+
+    net, x = More(lambda f, z: (f, z)), torch.randn(4, 8)
+    with pytest.warns(UserWarning, match="Pass `logits=`, a function of the output, to say"):
+        model = RIDEWrapper(net, 1)
+    torch.testing.assert_close(model(x), net(x)[2])
+    torch.testing.assert_close(model.eval()(x), net.eval()(x)[0])
 
 
 @pytest.mark.parametrize(
