@@ -12,6 +12,7 @@ import dis
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -19,12 +20,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ride_plugin._checks import check_integer, refuse
-from ride_plugin._errors import caller, warn_caller
+from ride_plugin._errors import caller, is_of_package, warn_caller
 from ride_plugin._split import SplitModule, merged_groups, replace_classifiers, write_attributes
-from ride_plugin._tree import tensors_in
+from ride_plugin._tree import OF_MODULES, tensors_in
 
 _STDLIB = os.path.dirname(os.__file__)
 _PARTS = r"(?:trunk|experts\.\d+)\."
+_OPTIONS = frozenset({"return_experts", "checkpoint_experts"})  # to be set at any time
 # Names under which backbones return parameters for an optimizer: `get_param_groups`,
 # `optim_parameters`, `get_1x_lr_params`, `get_parameters`. Code asks with `hasattr` and trains
 # otherwise, without a word, where there is none.
@@ -35,7 +37,35 @@ _GROUPS = re.compile(
 )
 
 
-def from_backbone(model: SplitModule, name: str) -> Any:
+@dataclass
+class Names:
+    """Names that the backbone had when it was wrapped; what engines add later is not among them.
+
+    Attributes:
+        private: its plain attributes that begin with an underscore.
+        taken: names of its own that the wrapped model has as well.
+        answered: private names that were set on the model, which it therefore answers for.
+    """
+
+    private: frozenset[str]
+    taken: frozenset[str]
+    answered: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, model: SplitModule, kind: type[SplitModule]) -> Names:
+        """Those of the backbone of a model of this kind, which may be of a subclass."""
+        trunk = model.trunk
+        known = OF_MODULES.union(dir(nn.Module))
+        plain = {*vars(trunk), *(set(dir(type(trunk))) - known)} - OF_MODULES
+        held = {*trunk._modules, *trunk._parameters, *trunk._buffers}
+        ours = {*vars(model), *dir(kind)} - known - _OPTIONS - set(model._modules)
+        return cls(
+            private=frozenset(name for name in plain if re.match("_(?!_)", name)),
+            taken=frozenset((plain | held) & ours),
+        )
+
+
+def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
     """The backbone's attribute of this name, or a method that does the same for all parts.
 
     Raises:
@@ -78,8 +108,10 @@ def from_backbone(model: SplitModule, name: str) -> Any:
             f"part.{name}(...)`. Weights of a wrapped model are saved with `model.state_dict()` "
             "and loaded with `model.load_state_dict()`.",
         )
-    if name.startswith("_"):  # engines ask for such: names of parts, say, which are others now
+    # Engines ask for private ones: names of parts, say, which are others now.
+    if name.startswith("_") and name not in names.answered:
         raise AttributeError(f"'{kind}' object has no attribute '{name}'")
+    model.hand_out(name)
     return value
 
 
@@ -108,18 +140,27 @@ def _is_question() -> bool:
     return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("CALL", "PRECALL"))
 
 
-def set_on_parts(model: SplitModule, name: str, value: Any) -> bool:
+def set_on_parts(model: SplitModule, names: Names, name: str, value: Any) -> bool:
     """Set an attribute of the backbone on trunk and experts, whose forwards may all read it.
 
     Returns:
         Whether the backbone has such an attribute; otherwise it is the wrapped model's own.
 
     Raises:
-        AttributeError: it is a submodule or a tensor, of which each part has its own.
+        AttributeError: it is a submodule or a tensor, of which each part has its own; or backbone
+            and wrapped model both have the name, and which is meant is not certain.
     """
+    if name in names.taken and not is_of_package(level=2):  # not the model's own code
+        raise AttributeError(
+            f"Cannot set `{name}`: both the wrapped model and the backbone have an attribute of "
+            "this name, and the backbone's forward would not see what is set on the model. Set it "
+            f"on each part, `for part in (model.trunk, *model.experts): part.{name} = ...`, or on "
+            "the backbone before wrapping it. The wrapped model's own is not to be set."
+        )
     if name in vars(model) or name in model._modules or hasattr(type(model), name):
         return False
-    if name.startswith("_") or not hasattr(model.trunk, name):
+    is_private = name.startswith("_")
+    if not hasattr(model.trunk, name) or (is_private and name not in names.private):
         return False
     old, parts = getattr(model.trunk, name), (model.trunk, *model.experts)
     if isinstance(old, nn.Module):
@@ -138,6 +179,8 @@ def set_on_parts(model: SplitModule, name: str, value: Any) -> bool:
             write_attributes(part, [("", name)], (value,))
         else:
             setattr(part, name, value)
+    if is_private:
+        names.answered.add(name)
     return True
 
 

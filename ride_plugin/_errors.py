@@ -54,6 +54,11 @@ def caller() -> FrameType | None:
     return _caller_and_level(_PACKAGE)[0]
 
 
+def is_of_package(level: int) -> bool:
+    """Whether the package itself has called the function that asks, so many calls further out."""
+    return sys._getframe(level + 1).f_code.co_filename.startswith(_PACKAGE)
+
+
 def warn_caller(message: str) -> None:
     """Warn at the line of the user's code, however deep inside the package the cause was found."""
     warnings.warn(message, UserWarning, stacklevel=_caller_and_level(_PACKAGE, _TORCH)[1])

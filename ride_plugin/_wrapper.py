@@ -23,7 +23,7 @@ from ride_plugin._checks import (
 from ride_plugin._compiler import check_compiles, refuse_tracing
 from ride_plugin._construct import construct
 from ride_plugin._contexts import training_pass
-from ride_plugin._delegate import from_backbone, refuse_added, set_on_parts
+from ride_plugin._delegate import Names, from_backbone, refuse_added, set_on_parts
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._fold_batchnorm import folded_copy
 from ride_plugin._halves import halves_of
@@ -191,6 +191,7 @@ class RIDEWrapper(SplitModule):
         self.return_experts = return_experts
         self.checkpoint_experts = check_bool(checkpoint_experts, "checkpoint_experts")
         self._settings = held_together_by((self.trunk, *self.experts))
+        self._of_backbone = Names.of(self, RIDEWrapper)
         self._watch = TrainingWatch(any(p.requires_grad for p in self.parameters()))
 
     @property
@@ -415,9 +416,9 @@ class RIDEWrapper(SplitModule):
         return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        if not self._settings or self.num_experts == 1 or torch.compiler.is_compiling():
+        if self.num_experts == 1 or torch.compiler.is_compiling():
             return self._logits_of_each(args, kwargs)
-        with unchanged(self._settings):
+        with unchanged(self._settings | self.shared_later):
             return self._logits_of_each(args, kwargs)
 
     def _logits_of_each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -477,7 +478,7 @@ class RIDEWrapper(SplitModule):
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module; what the backbone has is set in trunk and experts, which read it."""
         built = "_watch" in vars(self)
-        if not built or not set_on_parts(self, name, value):
+        if not built or not set_on_parts(self, self._of_backbone, name, value):
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -485,9 +486,10 @@ class RIDEWrapper(SplitModule):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "trunk" not in self.__dict__.get("_modules", ()):
+            names = vars(self).get("_of_backbone")
+            if name.startswith("__") or names is None:
                 raise
-            return from_backbone(self, name)
+            return from_backbone(self, names, name)
 
     def _checkpointed_experts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         self._explain_unfreezing()

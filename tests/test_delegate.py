@@ -277,11 +277,12 @@ def test_a_module_that_would_not_run_is_refused(name: str) -> None:
 class Follows(Backbone):
     """Its forward reads plain attributes that training code sets from epoch to epoch."""
 
-    factor = 1.0
+    factor, _slope = 1.0, 1.0
 
     def __init__(self) -> None:
         super().__init__()
         self.epoch, self.act, self.weights = 0, nn.functional.relu, torch.ones(5)
+        self._step = 0
 
     @property
     def doubled(self) -> float:
@@ -292,9 +293,9 @@ class Follows(Backbone):
         self.factor = value / 2
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.stem(x)) * (1 + self.epoch) * self.factor
+        x = self.act(self.stem(x)) * (1 + self.epoch) * self.factor * self._slope
         for block in self.blocks:
-            x = self.act(block(x)) * (1 + self.epoch)
+            x = self.act(block(x)) * (1 + self.epoch + self._step)
         return self.head(x * self.scale) * self.factor * self.weights
 
 
@@ -302,7 +303,7 @@ class Follows(Backbone):
     ("name", "value"),
     [
         *(("epoch", 3), ("factor", 0.5), ("doubled", 3.0), ("act", torch.tanh)),
-        ("weights", torch.arange(5.0)),
+        *(("weights", torch.arange(5.0)), ("_step", 3), ("_slope", 2.0)),
     ],
 )
 def test_what_the_forward_reads_is_set_in_every_part(name: str, value: Any) -> None:
@@ -362,6 +363,74 @@ def test_attributes_of_nobody_and_of_the_wrapped_model_are_its_own() -> None:
     assert not any("note" in vars(part) for part in (model.trunk, *model.experts))
     assert all(isinstance(part._act, nn.ReLU) for part in (model.trunk, *model.experts))
     assert model.note == "mine"
+
+
+def test_private_names_are_the_backbones_where_it_had_them_when_it_was_wrapped() -> None:
+    model = RIDEWrapper(Follows(), 2, fork_at="blocks.1")
+    assert not hasattr(model, "_step")
+    model._step = 3
+    model.trunk._step += 1  # as its forward may
+    assert model._step == 4
+    for module in (*model.trunk.modules(), model):  # as engines mark every module
+        module._mark = id(module)
+    assert model._mark == id(model)
+    assert model.trunk._mark == id(model.trunk)
+    again = pickle.loads(pickle.dumps(model))
+    again._step = 5
+    assert [part._step for part in (again.trunk, *again.experts)] == [5] * 3
+    model._step = model.trunk._names
+    assert model._step == ["stem"]
+
+
+class Namesake(Follows):
+    """Has attributes of names that the wrapped model has."""
+
+    num_classes, checkpoint_experts = 5, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.lent, self._links, self._versions = 1.0, 0, 2.0, 3
+
+    def parts(self) -> int:
+        return 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.start
+
+
+class Subclass(RIDEWrapper):
+    epoch = 0
+
+
+@pytest.mark.parametrize(
+    "name", ["start", "parts", "lent", "num_classes", "_links", "_versions", "run_trunk"]
+)
+def test_a_name_of_both_is_not_set_on_the_wrapped_model_alone(name: str) -> None:
+    model = RIDEWrapper(Namesake(), 2, fork_at="blocks.1").eval()
+    x = torch.randn(3, 8)
+    if name == "run_trunk":  # the backbone does not have it
+        model.run_trunk = model.run_trunk
+        return
+    with pytest.raises(AttributeError, match=rf"both.*of this name.*experts\): part\.{name} = "):
+        setattr(model, name, 10.0)
+    before = model(x)
+    for part in (model.trunk, *model.experts):
+        part.start = 10.0
+    torch.testing.assert_close(model(x), 10 * before)
+    model.load_state_dict(
+        copy.deepcopy(model.state_dict())
+    )  # which writes attributes of the model's own
+    model.reset_classifier(5)
+    model.checkpoint_experts, model.return_experts = True, "training"
+    model.train(False).to(torch.float64)
+    assert model(x.double()).shape == (3, 5)
+
+
+def test_a_subclass_sets_what_it_defines() -> None:
+    model = Subclass(Follows(), 2, fork_at="blocks.1")
+    model.epoch = 3
+    assert model.epoch == 3
+    assert model.trunk.epoch == 0
 
 
 def test_what_cannot_be_the_same_in_every_part_is_told() -> None:

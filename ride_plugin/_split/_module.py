@@ -28,6 +28,7 @@ from ride_plugin._inputs import Inputs, in_order_of, resize_batch
 from ride_plugin._split._copies import COMPILED_CALL, copy_with_hooks, detached_activations
 from ride_plugin._split._form import versions_in
 from ride_plugin._split._groups import G, merged_groups
+from ride_plugin._split._handed_out import HandedOut
 from ride_plugin._split._learn import learn_at_run_time
 from ride_plugin._split._lend import Lent, lend_entries
 from ride_plugin._split._logits import LogitsReader, describe, whole_outputs
@@ -124,11 +125,13 @@ class SplitModule(nn.Module):
         self._held_together: list[Group] = []  # between a change of tensors and `relink`
         self._versions: list[int | None] = []  # of all tensors, when the state was last asked for
         self.lent: Lent | None = None  # while a state is loaded
+        self._handed_out = HandedOut()
         self._num_looks = 0  # at paths that training took and the build did not
         self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
 
     def parts(self) -> Parts:
         """What the model is made of now; the modules themselves, not copies."""
+        self._handed_out.follow(self.trunk, self.experts)
         return Parts(
             self.trunk,
             list(self.experts),
@@ -150,6 +153,18 @@ class SplitModule(nn.Module):
     def set_by_experts(self) -> list[Place]:
         """Attributes and buffers outside units that the code after the fork sets or fills."""
         return self._late
+
+    def hand_out(self, name: str) -> None:
+        """Note that somebody got the trunk's value of this name, and may change what is in it."""
+        # What the trunk's forward writes, experts get from there in each pass.
+        written = ("", name) in self._attributes or ("", name) in self._late
+        if not written and not torch.compiler.is_compiling():
+            self._handed_out.note(name, self.trunk, self.experts)
+
+    @property
+    def shared_later(self) -> dict[str, Any]:
+        """Values that all parts hold together since somebody changed what the model handed out."""
+        return self._handed_out.shared
 
     @property
     def classifiers(self) -> list[nn.Module]:
@@ -217,6 +232,7 @@ class SplitModule(nn.Module):
             raise
         finally:
             self._running.features = None
+            self._look_again()
 
     @contextmanager
     def evaluating(self) -> Iterator[Self]:
@@ -397,6 +413,7 @@ class SplitModule(nn.Module):
             return (state, *self._read(output))
         finally:
             self._running.features = None
+            self._look_again()
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TrunkState:
         check_compiles()
@@ -405,6 +422,7 @@ class SplitModule(nn.Module):
         before = read_attributes(self.trunk, self._attributes)
         self._keep_hooks()
         state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
+        self._look_again()
         return replace(state, attributes=before)
 
     def _check_number(self) -> None:
@@ -510,7 +528,13 @@ class SplitModule(nn.Module):
             module_at(self, "trunk")
             for place in self._units:
                 place.keep_hooks()
+            self._handed_out.follow(self.trunk, self.experts)
             self._follow_tensors()
+
+    def _look_again(self) -> None:
+        """Know what a pass has written from what somebody changes between two passes."""
+        if not torch.compiler.is_compiling():
+            self._handed_out.look_again(self.trunk, self.experts)
 
     def _follow_tensors(self) -> None:
         """Read the tensors that the modules hold now.

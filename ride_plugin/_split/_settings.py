@@ -11,11 +11,17 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import PurePath
-from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MemberDescriptorType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -43,10 +49,12 @@ def contents_in(root: nn.Module) -> dict[Place, list[Any]]:
     """Where modules of ``root`` hold settings as plain attributes, and what is in them.
 
     Settings are dictionaries and lists with something in them and objects of classes written in
-    Python, in which there are numbers, names, and containers and objects of such, nothing else.
+    Python, in which there are numbers, names, and containers and objects of such, nothing else; in
+    an object there may be tensors and arrays as well, but none that the modules own.
     What a plain dictionary or list of one layer alone holds (the scales of its adapters, say) is
     that layer's own state: methods of the layer write it.
     """
+    owned = frozenset(map(id, (*root.modules(), *root.parameters(), *root.buffers())))
     known: dict[int, list[Any] | None] = {}
     holders: dict[int, int] = {}
     found: dict[Place, list[Any]] = {}
@@ -55,7 +63,8 @@ def contents_in(root: nn.Module) -> dict[Place, list[Any]]:
             if name in OF_MODULES or isinstance(value, (*_ATOMS, Tensor, nn.Module)):
                 continue
             if id(value) not in known:  # many modules may hold one configuration
-                known[id(value)] = contents_of(value) if _can_be_settings(value) else None
+                can_be = _can_be_settings(value)
+                known[id(value)] = contents_of(value, owned=owned) if can_be else None
             contents = known[id(value)]
             if contents is not None:
                 found[path, name] = contents
@@ -99,10 +108,10 @@ def unchanged(settings: Mapping[str, Any]) -> Iterator[None]:
     Raises:
         ReplayError: it has changed some; the message names them.
     """
-    before = [contents_of(value, _mark_at_a_glance, names=False) for value in settings.values()]
+    before = [_at_a_glance(value) for value in settings.values()]
     yield
-    for (name, value), old in zip(settings.items(), before, strict=True):
-        if contents_of(value, _mark_at_a_glance, names=False) != old:
+    for (name, value), (old, _) in zip(settings.items(), before, strict=True):
+        if _at_a_glance(value)[0] != old:
             raise ReplayError(
                 f"The forward has changed `{name}` ({type(value).__name__}), which trunk, experts "
                 "and the backbone hold together: it changed nothing in it when the model was "
@@ -114,21 +123,36 @@ def unchanged(settings: Mapping[str, Any]) -> Iterator[None]:
             )
 
 
+def _at_a_glance(settings: Any) -> tuple[list[Any], list[Any]]:
+    """The contents, as far as a pass looks at them, and what has to stay alive meanwhile."""
+    contents = contents_of(settings, _mark_at_a_glance, names=False)
+    if contents is not None:
+        return contents, []
+    state = state_of(settings) or []  # of what became common later, see `_handed_out`
+    return list(map(id, state)), state
+
+
 def contents_of(
-    settings: Any, mark: Callable[[Any], Any] | None = None, *, names: bool = True
+    settings: Any,
+    mark: Callable[[Any], Any] | None = None,
+    *,
+    names: bool = True,
+    owned: Set[int] = frozenset(),
 ) -> list[Any] | None:
     """All that a settings object holds, in a list that differs once something in it is changed.
 
-    None if anything is in it that no settings hold: a tensor, a module, an open file. A namespace
-    is made for settings, whatever they are.
+    None if anything is in it that no settings hold: a module, an open file, a tensor with
+    gradients, and in a container any tensor. A namespace is made for settings, whatever they are.
 
     Args:
         settings: the object.
         mark: of what is no plain value, what differs once it is changed.
         names: whether texts, and None in their place, are listed.
+        owned: modules and tensors, by id, of which each part of a model has its own.
     """
     mark = _mark_of if mark is None else mark
     takes_all = isinstance(settings, SimpleNamespace | Namespace)
+    takes_tensors = _is_plain_object(settings)
     found: list[Any] = []
     seen: dict[int, int] = {}
     waiting = [settings]
@@ -143,12 +167,23 @@ def contents_of(
             found.append((seen[id(value)],))
         else:
             inside = _inside(value)
-            if (inside is None and not takes_all) or len(seen) > _MOST:
+            taken = inside is not None or takes_all or (takes_tensors and _is_fixed_tensor(value))
+            if not taken or id(value) in owned or len(seen) > _MOST:
                 return None
             seen[id(value)] = len(seen)
             found.append((type(value), mark(value) if inside is None else len(inside)))
             waiting += inside or ()
     return found
+
+
+def state_of(value: Any) -> list[Any] | None:
+    """What is in a container or an object of Python, one level deep; None of what has no state."""
+    if isinstance(value, (*_ATOMS, Tensor, nn.Module, tuple, frozenset)) or callable(value):
+        return None
+    inside = _inside(value)
+    if inside is None and hasattr(value, "__dict__"):
+        return [*vars(value), *vars(value).values()]
+    return inside
 
 
 def settings_at(root: nn.Module, places: Iterable[Place]) -> list[Any]:
@@ -184,17 +219,43 @@ def _can_be_settings(value: Any) -> bool:
     return _is_plain_object(value)
 
 
+def _is_fixed_tensor(value: Any) -> bool:
+    """Whether this is a table of numbers that is no weight."""
+    return isinstance(value, np.ndarray) or (isinstance(value, Tensor) and not value.requires_grad)
+
+
 def _inside(value: Any) -> list[Any] | None:
     if isinstance(value, dict):
         return [*dict.keys(value), *dict.values(value), *getattr(value, "__dict__", {}).values()]
     if isinstance(value, list | tuple | set | frozenset | deque):
         return list(value)
-    return [*vars(value), *vars(value).values()] if _is_plain_object(value) else None
+    if not _is_plain_object(value):
+        return None
+    state = getattr(value, "__dict__", {}) | _slots_of(value)
+    return [*state, *state.values()]
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether all of its state is in its ``__dict__``: not so with what says how it is pickled."""
-    if isinstance(value, Tensor | nn.Module) or not hasattr(value, "__dict__"):
+    """Whether all of its state is in its ``__dict__`` and in slots that its classes name.
+
+    Not so with what says how it is pickled.
+    """
+    if isinstance(value, (Tensor, nn.Module, *_ATOMS)):
+        return False
+    kinds = type(value).__mro__[:-1]
+    if not hasattr(value, "__dict__") and not all("__slots__" in vars(kind) for kind in kinds):
         return False
     usual = all(getattr(type(value), name) is getattr(object, name) for name in _PICKLING)
     return usual or isinstance(value, SimpleNamespace)
+
+
+def _slots_of(value: Any) -> dict[str, Any]:
+    """What is in the slots of an object, by name."""
+    found: dict[str, Any] = {}
+    for kind in type(value).__mro__:
+        if "__slots__" in vars(kind):
+            for name, slot in vars(kind).items():
+                if type(slot) is MemberDescriptorType:
+                    with suppress(AttributeError):  # nothing is in it
+                        found[name] = slot.__get__(value)
+    return found

@@ -29,6 +29,33 @@ class Options:
     nested: dict[str, list[int]] = field(default_factory=lambda: {"depths": [2, 2]})
 
 
+@dataclass(slots=True)
+class Slots:
+    scale: float = 1.0
+    depths: list[int] = field(default_factory=lambda: [2, 2])
+
+
+class Pickled(Slots):
+    """Has both kinds of state, and says what of it is pickled, as classes of attrs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "run"
+
+    def __getstate__(self) -> tuple[float, list[int], str]:
+        return self.scale, self.depths, self.name
+
+    def __setstate__(self, state: tuple[float, list[int], str]) -> None:
+        self.scale, self.depths, self.name = state
+
+
+class Prior:
+    """What a loss or a forward is told of the data."""
+
+    def __init__(self) -> None:
+        self.scale, self.prior, self.counts = 1.0, torch.zeros(5), COUNTS
+
+
 class Configuration(dict[str, Any]):
     """As yacs and easydict have them: a dictionary whose entries are attributes."""
 
@@ -81,6 +108,9 @@ MADE = {
         scale=1.0, lr=[0.1, 0.01], device=torch.device("cpu"), weight=torch.ones(5), counts=COUNTS
     ),
     "a dataclass": Options,
+    "an object with slots": Slots,
+    "slots and attributes": Pickled,
+    "an object with a tensor": Prior,
     "a dictionary": lambda: {"scale": 1.0, "nested": {"a": (1, 2)}},
     "a dictionary with attributes": lambda: Configuration(scale=1.0),
     "a list": lambda: [1.0, 2.0],
@@ -140,18 +170,41 @@ class Counts(Backbone):
         return out
 
 
+@pytest.mark.parametrize("made", [SimpleNamespace, Prior])
 @pytest.mark.parametrize("kind", ["number", "tensor", "array", "stream"])
-def test_what_a_forward_writes_is_no_settings_and_stays_each_part_s_own(kind: str) -> None:
+def test_what_a_forward_writes_is_no_settings_and_stays_each_part_s_own(
+    kind: str, made: type[Any]
+) -> None:
     calls = {"tensor": torch.zeros(1), "array": np.zeros(1)}.get(kind, 0)
-    settings = SimpleNamespace(scale=1.0, calls=calls, stream=np.random.default_rng(0))
-    if kind != "stream":
-        del settings.stream
+    settings = made()
+    settings.scale, settings.calls = 1.0, calls
+    if kind == "stream":
+        settings.stream = np.random.default_rng(0)
     backbone = Backbone(settings) if kind == "stream" else Counts(settings)
     model = RIDEWrapper(backbone, 3, fork_at="late").eval()
     model(X)
     assert settings.calls == 0
     held = [part.settings for part in (model.trunk, *model.experts)]
     assert len({id(one) for one in held}) == 4
+
+
+@pytest.mark.parametrize("made", [SimpleNamespace, Prior])
+@pytest.mark.parametrize("which", ["layer", "buffer", "weight", "with gradients"])
+def test_what_belongs_to_modules_or_trains_is_no_settings(which: str, made: type[Any]) -> None:
+    settings = made()
+    settings.scale = 1.0
+    backbone = Backbone(settings)
+    backbone.fc.requires_grad_(False)
+    backbone.register_buffer("table", torch.zeros(5))
+    backbone.settings.held = {
+        "layer": backbone.fc,
+        "buffer": backbone.table,
+        "weight": backbone.fc.weight,
+        "with gradients": torch.zeros(1, requires_grad=True),
+    }[which]
+    model = RIDEWrapper(backbone, 2, fork_at="late")
+    is_common = model.trunk.settings is settings
+    assert is_common is (which == "with gradients" and made is SimpleNamespace)  # takes anything
 
 
 class AfterWarmUp(Backbone):
@@ -182,6 +235,22 @@ def test_settings_that_a_forward_begins_to_change_are_refused(
     model(X)
     model.train()
     with pytest.raises(ReplayError, match=r"has changed `settings`.*in a buffer or an attribute"):
+        model(X)
+
+
+class CountsInSettings(AfterWarmUp):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.warm:
+            self.settings.prior += 1
+        return super().forward(x)
+
+
+def test_a_tensor_in_settings_that_a_forward_begins_to_write_is_refused() -> None:
+    model = RIDEWrapper(CountsInSettings(Prior()), 3, fork_at="late").eval()
+    model.settings.prior += 1  # a loop may, between passes
+    model(X)
+    model.warm = False
+    with pytest.raises(ReplayError, match=r"has changed `settings`"):
         model(X)
 
 
@@ -283,6 +352,18 @@ def test_contents_differ_once_something_inside_is_changed() -> None:
     assert contents_of(value) == before
     inner.itself = inner
     assert contents_of(value) not in (None, before)
+
+
+def test_contents_are_those_of_slots_too() -> None:
+    class Secret:
+        __slots__ = ("__inside", "unset")
+
+        def __init__(self, inside: Any) -> None:
+            self.__inside = inside
+
+    assert contents_of(Secret(1)) == contents_of(Secret(1))
+    assert contents_of(Secret(1)) != contents_of(Secret(2))
+    assert contents_of(Secret(threading.Lock())) is None
 
 
 @pytest.mark.parametrize(
