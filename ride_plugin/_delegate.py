@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from ride_plugin._checks import check_integer, refuse
 from ride_plugin._errors import caller, is_of_package, warn_caller
-from ride_plugin._split import SplitModule, merged_groups, replace_classifiers, write_attributes
+from ride_plugin._split import (
+    SplitModule,
+    is_real,
+    merged_groups,
+    replace_classifiers,
+    write_attributes,
+)
 from ride_plugin._tree import OF_MODULES, tensors_in
 
 _STDLIB = os.path.dirname(os.__file__)
@@ -93,9 +99,8 @@ def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
         raise _refused(
             kind,
             name,
-            "The backbone's exists once in the trunk or once for each expert: "
-            f"`model.trunk.{name}` or `model.experts[k].{name}`. Groups of parameters for an "
-            "optimizer, made as of the backbone: `model.parameter_groups_by(function)`.",
+            f"The backbone's exists {_where(model, name)}. Groups of parameters for an optimizer, "
+            "made as of the backbone: `model.parameter_groups_by(function)`.",
         )
     if callable(value) or _holds_parts(value):
         raise _refused(
@@ -113,6 +118,23 @@ def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
         raise AttributeError(f"'{kind}' object has no attribute '{name}'")
     model.hand_out(name)
     return value
+
+
+def _where(model: SplitModule, name: str) -> str:
+    """Where the backbone's module or tensor of this name is, in words."""
+
+    def is_in(part: nn.Module) -> bool:
+        value = getattr(part, name, None)
+        if isinstance(value, nn.Module):
+            return is_real(value)
+        return name in part._parameters or name in part._buffers
+
+    in_trunk, in_experts = is_in(model.trunk), is_in(model.experts[0])
+    shared = f"once, in the trunk: `model.trunk.{name}`"
+    forked = f"once for each expert: `model.experts[k].{name}`"
+    if in_trunk is in_experts:  # a container in two halves, or a tensor that is plain attribute
+        return f"{shared}, and {forked}"
+    return shared if in_trunk else forked
 
 
 def _refused(kind: str, name: str, advice: str) -> AttributeError:
@@ -164,9 +186,9 @@ def set_on_parts(model: SplitModule, names: Names, name: str, value: Any) -> boo
         return False
     old, parts = getattr(model.trunk, name), (model.trunk, *model.experts)
     if isinstance(old, nn.Module):
-        raise _replaced_too_late(name, "module")
+        raise _replaced_too_late(model, name, "module")
     if any(name in part._parameters or name in part._buffers for part in parts):
-        raise _replaced_too_late(name, "tensor")
+        raise _replaced_too_late(model, name, "tensor")
     if isinstance(value, nn.Module | nn.Parameter | MethodType) or _holds_modules(old):
         warn_caller(
             f"The backbone has `{name}`, but it is set on the wrapped model alone, so that the "
@@ -193,16 +215,15 @@ def refuse_added(model: SplitModule) -> None:
     for name in model._modules:
         shadowed = name not in ("trunk", "experts") and getattr(model.trunk, name, None)
         if isinstance(shadowed, nn.Module):
-            raise _replaced_too_late(name, "module")
+            raise _replaced_too_late(model, name, "module")
 
 
-def _replaced_too_late(name: str, kind: str) -> AttributeError:
+def _replaced_too_late(model: SplitModule, name: str, kind: str) -> AttributeError:
     return AttributeError(
         f"Expected the backbone's `{name}` to be replaced before wrapping, but got another "
-        f"{kind} for it afterwards, which the model would not run: the backbone's exists once "
-        "in the trunk or once for each expert. Replace it in the backbone and wrap that; for "
-        "another number of classes pass `num_classes=` when wrapping; or set "
-        f"`model.experts[k].{name}` for each expert."
+        f"{kind} for it afterwards, which the model would not run: the backbone's exists "
+        f"{_where(model, name)}. Replace it in the backbone and wrap that; for another number of "
+        "classes pass `num_classes=` when wrapping; or replace it there."
     )
 
 

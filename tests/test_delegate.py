@@ -143,10 +143,38 @@ def test_what_sets_something_in_each_module_can_be_called_on_every_part() -> Non
 
 
 @pytest.mark.filterwarnings("ignore:This code asks the model")
-@pytest.mark.parametrize("name", ["stem", "head", "token", "_act"])
-def test_parts_are_named_where_they_are(name: str) -> None:
-    with pytest.raises(AttributeError, match=rf"`model\.trunk\.{name}` or `model\.experts\[k\]"):
-        getattr(wrapped(), name)
+@pytest.mark.parametrize(
+    ("name", "in_trunk", "in_experts"),
+    [
+        *(("stem", True, False), ("_act", True, False)),
+        *(("head", False, True), ("blocks", True, True)),
+    ],
+)
+def test_parts_are_named_where_they_are_and_nowhere_else(
+    name: str, in_trunk: bool, in_experts: bool
+) -> None:
+    model = wrapped()
+    with pytest.raises(AttributeError, match="The backbone's exists once") as refused:
+        getattr(model, name)
+    assert (f"`model.trunk.{name}`" in str(refused.value)) is in_trunk
+    assert (f"`model.experts[k].{name}`" in str(refused.value)) is in_experts
+    model.add_module(name, nn.Linear(16, 5))
+    with pytest.raises(AttributeError, match="to be replaced before wrapping") as replaced:
+        model(torch.randn(2, 8))
+    assert (f"`model.trunk.{name}`" in str(replaced.value)) is in_trunk
+    assert (f"`model.experts[k].{name}`" in str(replaced.value)) is in_experts
+
+
+@pytest.mark.filterwarnings("ignore:This code asks the model")
+@pytest.mark.parametrize(
+    ("name", "place"), [("token", "model.trunk.token"), ("scale", "model.experts[k].scale")]
+)
+def test_tensors_are_named_where_they_are_and_nowhere_else(name: str, place: str) -> None:
+    model = wrapped()
+    for ask in (lambda: getattr(model, name), lambda: setattr(model, name, torch.ones(8))):
+        with pytest.raises(AttributeError, match="exists once") as told:
+            ask()
+        assert re.findall(r"`(model\.(?:trunk|experts).*?)`", str(told.value)) == [place]
 
 
 def test_parameters_without_weight_decay_have_the_models_names() -> None:

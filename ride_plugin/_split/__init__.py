@@ -27,6 +27,7 @@ from ride_plugin._split._probe import Call
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._settings import held_together_by, unchanged
 from ride_plugin._split._sharing import held_by_all
+from ride_plugin._split._stand_ins import is_real
 from ride_plugin._split._state import TrunkState
 from ride_plugin._split._tape import Recorded
 from ride_plugin._split._views import Views
@@ -49,6 +50,7 @@ __all__ = [
     "held_together_by",
     "hollow",
     "inert_parameters",
+    "is_real",
     "join_parts",
     "losses_beside",
     "merged_groups",

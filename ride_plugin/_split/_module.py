@@ -58,6 +58,11 @@ from ride_plugin._split._sharing import (
     trains,
     unchanging,
 )
+from ride_plugin._split._stand_ins import (
+    has_unrun_hooks,
+    keep_stand_ins,
+    places_of_stand_ins,
+)
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import (
     belongs_to,
@@ -111,6 +116,10 @@ class SplitModule(nn.Module):
         self.experts = nn.ModuleList(parts.experts)
         self._units = places_of_units(self.trunk)
         self._forks = [places_of_forks(expert) for expert in self.experts]
+        self._stand_ins = [
+            place for part in (self.trunk, *self.experts) for place in places_of_stand_ins(part)
+        ]
+        self._told_of_hooks = False  # of the trunk, which do not run
         self._goes_on_into = (parts.experts[0],)  # the trunk's pass; a tuple, so not registered
         self._frozen_layers = [
             layer
@@ -421,6 +430,7 @@ class SplitModule(nn.Module):
         self._take_up()
         before = read_attributes(self.trunk, self._attributes)
         self._keep_hooks()
+        self._tell_of_hooks()
         state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
         self._look_again()
         return replace(state, attributes=before)
@@ -526,10 +536,24 @@ class SplitModule(nn.Module):
     def _keep_hooks(self) -> None:
         if not torch.compiler.is_compiling():
             module_at(self, "trunk")
+            keep_stand_ins(self._stand_ins, self.trunk, self.experts)
             for place in self._units:
                 place.keep_hooks()
             self._handed_out.follow(self.trunk, self.experts)
             self._follow_tensors()
+
+    def _tell_of_hooks(self) -> None:
+        """Warn once of hooks on the trunk that do not run."""
+        if self._told_of_hooks or torch.compiler.is_compiling():
+            return
+        if has_unrun_hooks(self.trunk, self.experts):
+            self._told_of_hooks = True
+            warn_caller(
+                "Hooks are registered on `model.trunk` that run after its forward, which ends at "
+                "the fork, so that they never run when the model is called. Register them on a "
+                "module of the trunk (the shared result comes from `model.run_trunk(x)`), on "
+                "`model.experts[k]`, or on the model itself."
+            )
 
     def _look_again(self) -> None:
         """Know what a pass has written from what somebody changes between two passes."""

@@ -31,7 +31,7 @@ from ride_plugin._split._copies import COMPILED_CALL
 from ride_plugin._split._hollow import hollow
 from ride_plugin._split._reentrant import region_without_gradients
 from ride_plugin._split._state import Layout
-from ride_plugin._tree import map_tensors, own_container, tensors_in
+from ride_plugin._tree import OF_MODULES, map_tensors, own_container, tensors_in
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
 # Copies; an array of numpy would share the memory that changes.
@@ -39,6 +39,8 @@ _READS = frozenset({"item", "tolist", "__int__", "__float__", "__bool__", "__ind
 _FREEZES = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _CHECKPOINT = torch.utils.checkpoint.__file__
 _BACKWARD_HOOKS = torch.utils.hooks.__file__
+_OF_ANY = OF_MODULES.union(dir(nn.Module))
+FREEZING, HOOKING = "requires_grad_()", "a hook"  # what is done to a stand-in; names are set
 _ACROSS = (
     "The backbone's forward checkpoints one region (torch.utils.checkpoint) that begins in the "
     "trunk and ends in an expert"
@@ -488,12 +490,16 @@ class _Aside:
             mode.enter()
 
 
-class _Substitute(nn.Module):
+class StandIn(nn.Module):
     """Stands where another module stood; has no parameters, but answers for its attributes.
 
     The module it stands for is looked up by name in the view that owns it, at each use: somebody
     may replace it there, a classifier for example. Names of its own begin with ``ride_``: any other
     may be one of that module's.
+
+    What somebody does to it outside of a pass does nothing to that module, and is kept until the
+    model looks at it (:mod:`ride_plugin._split._stand_ins`). Not so where it is one of all modules
+    that a loop comes by: then that module, or the loop, is meant.
     """
 
     def __init__(self, running: Running, key: str) -> None:
@@ -504,6 +510,9 @@ class _Substitute(nn.Module):
     def ride_stand_for(self, owner: nn.Module) -> None:
         """Set the view that owns the module; not registered, since it is no part of this one."""
         self.__dict__["ride_owner"] = owner
+        real = self.ride_real
+        held = {*vars(real), *real._modules, *real._parameters, *real._buffers} - OF_MODULES
+        self.__dict__["ride_names"] = frozenset(held)
 
     @property
     def ride_real(self) -> nn.Module:
@@ -517,11 +526,40 @@ class _Substitute(nn.Module):
         running = self.__dict__.get("ride_running")
         return running is not None and (running.recorder or running.player) is not None
 
+    def ride_keep(self, what: str, value: Any) -> None:
+        """Keep what somebody does to this one, and not to all modules."""
+        if not self.ride_in_pass and not self.__dict__.get("ride_met"):
+            self.__dict__.setdefault("ride_done", {})[what] = value
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode; a forward that does so means the module that this one stands for."""
         if self.ride_in_pass:
             self.ride_real.train(mode)
         return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As for any module, of whose parameters this one has none."""
+        self.ride_keep(FREEZING, requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module; what a loop does with this one on its way is told from the rest."""
+        found = super().named_modules(*args, **kwargs)
+        return found if self.ride_in_pass else self._met(found)
+
+    def _met(self, found: Iterator[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in found:
+            self.__dict__["ride_met"] = self.__dict__.get("ride_met", 0) + 1
+            try:
+                yield name, module
+            finally:
+                self.__dict__["ride_met"] -= 1
+
+    def apply(self, fn: Callable[[nn.Module], Any]) -> Self:
+        """As for any module."""
+        for module in self.modules():
+            fn(module)
+        return self
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """As for any module; a forward that asks, for a dtype say, means the other module's."""
@@ -542,18 +580,42 @@ class _Substitute(nn.Module):
 
     def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
         """As for any module, but for what the hook computes, which is none of the forward's."""
+        self.ride_keep(HOOKING, hook)
         return super().register_forward_pre_hook(_Aside(self.ride_running, hook), **kwargs)
 
     def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
         """As for any module, but for what the hook computes, which is none of the forward's."""
+        self.ride_keep(HOOKING, hook)
         return super().register_forward_hook(_Aside(self.ride_running, hook), **kwargs)
+
+    def register_full_backward_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any module."""
+        self.ride_keep(HOOKING, hook)
+        return super().register_full_backward_hook(hook, *args, **kwargs)
+
+    def register_full_backward_pre_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any module."""
+        self.ride_keep(HOOKING, hook)
+        return super().register_full_backward_pre_hook(hook, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module; what a forward hands to it, a prompt say, becomes no part of it."""
-        if isinstance(value, nn.Parameter | nn.Module) and self.ride_in_pass:
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
+        if self.ride_in_pass:
+            if isinstance(value, nn.Parameter | nn.Module):
+                self.__dict__[name] = value
+                return
+        elif self._is_of_real(name):
+            self.ride_keep(name, value)
+            if isinstance(value, nn.Parameter | nn.Module):
+                return  # torch would say that the attribute exists already
+        super().__setattr__(name, value)
+
+    def _is_of_real(self, name: str) -> bool:
+        """Whether the real module begins with an attribute of this name; loops leave marks too."""
+        names = self.__dict__.get("ride_names")
+        if names is None or name in _OF_ANY or name.startswith("ride_"):
+            return False
+        return name in names or hasattr(type(self.ride_real), name)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -580,7 +642,7 @@ class _Substitute(nn.Module):
         return self.ride_key
 
 
-class Recorded(_Substitute):
+class Recorded(StandIn):
     """In an expert: stands for a unit of the trunk and returns what that unit returned."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -592,7 +654,7 @@ class Recorded(_Substitute):
         return player.next_value()
 
 
-class Forked(_Substitute):
+class Forked(StandIn):
     """In the trunk: stands for a forked unit; ends the recording, then runs expert 0's unit."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -615,7 +677,8 @@ class Forked(_Substitute):
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As for any module; to a forward that goes on into the unit, those of the unit."""
         owner: Any = self.ride_real if self._goes_on() else super()
-        yield from owner.named_modules(*args, **kwargs)
+        found: Iterator[tuple[str, nn.Module]] = owner.named_modules(*args, **kwargs)
+        return found
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As for any module; to a forward that goes on into the unit, those of the unit."""
