@@ -5,19 +5,21 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ride_plugin._errors import RIDEError
+from ride_plugin._tree import buffers_of, parameters_of
 
 M = TypeVar("M", bound=nn.Module)
 
+_mine = threading.local()  # see `_roots` and `_kept_generators`
 _NUMPY = "numpy.random"  # which takes long to import: who has not imported it draws nothing
 
 
@@ -46,40 +48,79 @@ class RandomState:
         return sys.intern(f"{hash(self.python)} {hash(self.numpy)}")
 
 
-def random_state(module: nn.Module) -> Callable[[], None]:
+def random_state(held: nn.Module | Tensor) -> Callable[[], None]:
     """Note the random state of torch, numpy and Python; what is returned puts it back.
 
-    Of torch's generators these are the CPU's and those of the module's devices.
+    Of torch's common generators these are the CPU's and those of the devices where ``held`` is.
     """
-    found = {p.device for p in module.parameters() if p.device.type == "cuda"}
-    on_devices = [(device, torch.cuda.get_rng_state(device)) for device in found]
-    common, here = RandomState.now(), torch.get_rng_state()
-
-    def restore() -> None:
-        common.restore()
-        torch.set_rng_state(here)
-        for device, state in on_devices:
-            torch.cuda.set_rng_state(state, device)
-
-    return restore
+    return _noted(_common_generators(held))
 
 
 @contextmanager
-def random_state_kept(module: nn.Module) -> Iterator[None]:
+def random_state_kept(held: nn.Module | Tensor) -> Iterator[None]:
     """Restore the random state of torch, numpy and Python after a block."""
-    restore = random_state(module)
+    generators = _common_generators(held)
+    restore, kept = _noted(generators), _kept_generators()
+    kept += generators
     try:
         yield
     finally:
+        for generator in generators:
+            kept.remove(generator)
         restore()
 
 
 def seed_everything() -> None:
-    """Seed torch, numpy and Python alike, within :func:`random_state_kept`."""
-    torch.manual_seed(0)
+    """Seed torch, numpy and Python alike, within :func:`random_state_kept`.
+
+    Of torch's generators only those are seeded whose states the blocks around this call restore:
+    ``torch.manual_seed`` would seed every device, and replace the seed that waits for CUDA's start.
+    """
+    for generator in (torch.default_generator, *_kept_generators()):
+        generator.manual_seed(0)
     random.seed(0)
     if _NUMPY in sys.modules:
         sys.modules[_NUMPY].seed(0)
+
+
+def _common_generators(held: nn.Module | Tensor) -> list[torch.Generator]:
+    """What torch draws from where nobody passes a generator: the CPU's and those of devices.
+
+    A device that has not started has none yet.
+    """
+    if isinstance(held, Tensor):
+        devices = {held.device}
+    else:
+        devices = {tensor.device for _, tensor in (*parameters_of(held), *buffers_of(held))}
+    found = [torch.default_generator]
+    for device in devices:
+        if device.type == "mps":
+            found.append(torch.mps._get_default_mps_generator())
+        elif device.index is not None:
+            of_kind = getattr(getattr(torch, device.type, None), "default_generators", ())
+            found += of_kind[device.index : device.index + 1]
+    return found
+
+
+def _noted(generators: Iterable[torch.Generator]) -> Callable[[], None]:
+    states = [(generator, generator.get_state()) for generator in generators]
+    common = RandomState.now()
+
+    def restore() -> None:
+        common.restore()
+        for generator, state in states:
+            generator.set_state(state)
+
+    return restore
+
+
+def _kept_generators() -> list[torch.Generator]:
+    """Those whose states this thread restores at the end of the blocks that it is in."""
+    try:
+        kept: list[torch.Generator] = _mine.generators
+    except AttributeError:
+        kept = _mine.generators = []
+    return kept
 
 
 def in_mode(module: M, training: bool) -> M:
@@ -92,7 +133,6 @@ _PATIENCE = 600.0  # seconds that a thread waits for another, which may be waiti
 _lock = threading.Condition()
 _borrowed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # in evaluation for a while
 _training: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # running a pass that trains
-_mine = threading.local()  # roots that this thread evaluates or trains now
 
 
 @contextmanager

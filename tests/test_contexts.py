@@ -1,13 +1,16 @@
-"""Borrowed states under threads: many evaluate one model that is in training mode."""
+"""Borrowed states: modes under threads, where many evaluate one model, and random states."""
 
 from __future__ import annotations
 
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.zoo.images import conv_bn
 from ride_plugin import (
@@ -16,9 +19,13 @@ from ride_plugin import (
     RIDEWrapper,
     RoutingInference,
     _contexts,
+    cost_report,
+    count_flops,
     expert_logits,
+    plan,
 )
-from ride_plugin._contexts import evaluating
+from ride_plugin._contexts import evaluating, random_state, random_state_kept, seed_everything
+from ride_plugin.routing import fuse_stages
 
 
 def small_model(num_experts: int = 3) -> RIDEWrapper:
@@ -120,3 +127,86 @@ def test_threads_that_wait_for_each_other_are_told(
     model.router_inputs(x)
     assert model.training
     assert not all(map(torch.equal, before, statistics(model)))
+
+
+@pytest.fixture
+def seeded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds of devices that somebody has seeded, whether they have started or not."""
+    kinds: list[str] = []
+    for kind, name in (("cuda", "manual_seed_all"), ("mps", "manual_seed"), ("xpu", "manual_seed")):
+        module = getattr(torch, kind)
+        for each in {name, "manual_seed"}:
+            monkeypatch.setattr(module, each, lambda seed, kind=kind: kinds.append(kind))
+    torch.manual_seed(3)
+    assert "cuda" in kinds
+    kinds.clear()
+    return kinds
+
+
+def test_a_seed_that_waits_for_an_accelerator_goes_on_waiting(seeded: list[str]) -> None:
+    """`torch.manual_seed(s)` leaves one where CUDA has not started, for `model.cuda()` later."""
+    backbone = nn.Sequential(
+        conv_bn(3, 8), nn.Dropout(), conv_bn(8, 16, 2), nn.Dropout(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    for options in ({}, {"expert_width": 0.5}, {"init": "copy"}, {"num_classes": 7}):
+        model = RIDEWrapper(backbone, 2, example_input=x, **options)
+    plan(backbone, num_experts=(2,), expert_widths=(0.5,), example_input=x)
+    cost_report(model)
+    count_flops(model, x)
+    model.eval()(torch.randn(3, 3, 16, 16))  # a path that the build has not seen
+    model.optimize_for_inference()
+    model.to_module(1)
+    serve = RoutingInference(model, ExpertRouter.for_model(model))
+    fuse_stages(serve.export_stages())
+    torch.export.export(model, (x,))
+    assert seeded == []
+
+
+@pytest.mark.parametrize("holds", [nn.Parameter, nn.Buffer])
+def test_what_is_seeded_is_restored_on_the_devices_of_a_module(
+    holds: type[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = {kind: tuple(torch.Generator() for _ in range(2)) for kind in ("cuda", "xpu")}
+    for kind, generators in started.items():
+        monkeypatch.setattr(getattr(torch, kind), "default_generators", generators)
+    mps = torch.Generator()
+    monkeypatch.setattr(torch.mps, "_get_default_mps_generator", lambda: mps)
+    module = nn.Module()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for index, device in enumerate(("cuda:1", "xpu:0", "mps", "cpu", "meta")):
+            setattr(module, f"t{index}", holds(torch.empty(2, device=device)))
+    kept = [torch.default_generator, started["cuda"][1], started["xpu"][0], mps]
+    others = [started["cuda"][0], started["xpu"][1]]
+
+    def draw() -> list[object]:
+        drawn = [torch.rand((), generator=g).item() for g in (*kept, *others)]
+        return [*drawn, random.random(), np.random.random()]  # noqa: NPY002
+
+    back = random_state(module)
+    first = draw()
+    back()
+    before = [generator.get_state() for generator in (*kept, *others)]
+    with random_state_kept(module), random_state_kept(nn.Linear(2, 2)):
+        seed_everything()
+        assert [generator.initial_seed() for generator in kept] == [0] * 4
+        assert all(map(torch.equal, before[4:], (generator.get_state() for generator in others)))
+        again = draw()
+        seed_everything()
+        assert draw()[:4] == again[:4]
+        assert all(generator.initial_seed() != 0 for generator in others)
+    after = draw()
+    assert after[:4] == first[:4]
+    assert after[6:] == first[6:]
+
+
+def test_devices_that_have_not_started_have_no_state() -> None:
+    with FakeTensorMode():
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.empty(2, device="cuda:0"))
+    if torch.cuda.is_initialized():
+        pytest.skip("CUDA has started")
+    with random_state_kept(module):
+        seed_everything()
+    random_state(module)()

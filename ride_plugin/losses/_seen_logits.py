@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ride_plugin._contexts import random_state_kept
 from ride_plugin._numerics import float32_or_better
 
 _RATIO = 1.5  # of two probabilities that should be the same
@@ -71,12 +72,11 @@ def adds_a_prior(
     if function is F.cross_entropy or type(function) is nn.CrossEntropyLoss:
         return False
     equal = torch.zeros_like(logits, requires_grad=True)
-    devices = [equal.device] if equal.is_cuda else []
     try:
         apart = _apart(criterion)
         if apart is None:
             return False
-        with torch.random.fork_rng(devices=devices):
+        with random_state_kept(equal):
             loss = apart(equal, target, *args, **(kwargs or {}))
         (gradient,) = torch.autograd.grad(loss.sum(), equal)
         others = gradient.scatter(1, target.long()[:, None], torch.nan)
