@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import RIDEError
-from ride_plugin._tree import buffers_of, parameters_of
+from ride_plugin._tree import CONTAINERS, buffers_of, parameters_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -234,3 +235,24 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 def is_stream(value: Any) -> bool:
     """Whether a value is a generator of random numbers of Python or numpy."""
     return isinstance(value, random.Random) or type(value).__module__.startswith(_NUMPY + ".")
+
+
+def streams_in(value: Any) -> Iterator[Any]:
+    """The generators of torch, Python and numpy in a value, its containers and tuples."""
+    if isinstance(value, (*CONTAINERS, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from streams_in(item)
+    elif type(value).__name__.endswith("SeedSequence"):  # numpy's seeds, which draw nothing
+        return
+    elif isinstance(value, torch.Generator) or is_stream(value):
+        yield value
+
+
+def stream_state(stream: Any) -> Callable[[], None]:
+    """Note the state of a generator of random numbers; what is returned puts it back."""
+    if isinstance(stream, random.Random):
+        return partial(stream.setstate, stream.getstate())
+    if hasattr(stream, "set_state"):  # torch's, and numpy's of old
+        return partial(stream.set_state, stream.get_state())
+    bits = getattr(stream, "bit_generator", stream)
+    return partial(setattr, bits, "state", bits.state)

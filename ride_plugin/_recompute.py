@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from ride_plugin._checks import version_of
+from ride_plugin._contexts import random_state, stream_state, streams_in
 from ride_plugin._errors import ReplayError, listed
 from ride_plugin._split import own_containers
 from ride_plugin._tree import OF_MODULES, tensors_in
@@ -22,8 +23,8 @@ def checkpointed(
 ) -> Tensor:
     """Run ``compute`` without keeping what its backward needs; that is computed again then.
 
-    The second computation sees the same random state and starts from what the expert's modules
-    held before the first. Whatever it writes is dropped: the first has written it already.
+    The second computation starts from the random state and from what the expert's modules held
+    before the first. Whatever it draws and writes is dropped: the first has done so already.
 
     Args:
         compute: a pass of the expert.
@@ -61,17 +62,22 @@ class _Again:
 
 
 class _Start:
-    """What the modules of an expert hold before a pass."""
+    """What the modules of an expert hold before a pass, and the random state."""
 
     def __init__(self, expert: nn.Module, written: frozenset[str]) -> None:
+        self._expert = expert
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._tensors: list[tuple[dict[str, Any], str, Tensor]] = []
         self._others: list[tuple[str, Tensor, int | None]] = []
+        self._streams: dict[int, Any] = {}
         clones: dict[int, Tensor] = {}  # tied tensors stay tied
+        memo: dict[int, Any] = {}  # and containers that several modules hold
         for path, module in expert.named_modules():
             prefix = f"{path}." if path else ""
             own = {key: value for key, value in vars(module).items() if key not in OF_MODULES}
-            kept = {key: own_containers(value) for key, value in own.items()}
+            self._streams.update((id(s), s) for value in own.values() for s in streams_in(value))
+            memo.update(self._streams)  # they stay what they are, and get their states back
+            kept = {key: own_containers(value, memo) for key, value in own.items()}
             self._attributes.append((vars(module), kept))
             self._watch(prefix, own)
             if _is_counted_by_torch(module):
@@ -83,6 +89,17 @@ class _Start:
                         self._tensors.append((held, key, clone))
                     else:
                         self._watch(prefix, {key: tensor})
+        self._restore_random = self._random_state()
+
+    def _random_state(self) -> Callable[[], None]:
+        """Note the state of every generator that the expert may draw from."""
+        restores = [random_state(self._expert), *map(stream_state, self._streams.values())]
+
+        def restore() -> None:
+            for each in restores:
+                each()
+
+        return restore
 
     def _watch(self, prefix: str, values: dict[str, Any]) -> None:
         for key, value in values.items():
@@ -104,7 +121,7 @@ class _Start:
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
-        """Let modules hold in this block what they held then; what is written there is lost.
+        """Let modules and generators be in this block as they were; what is written there is lost.
 
         Other tensors take the places of those that are written, which autograd may have saved.
         """
@@ -114,13 +131,17 @@ class _Start:
             {key: value for key, value in own.items() if key not in OF_MODULES}
             for own, _ in self._attributes
         ]
+        restore_later, memo = self._random_state(), dict(self._streams)
         for held, key, clone in self._tensors:
             held[key] = fresh[id(clone)]
         for own, values in self._attributes:
-            _set_attributes(own, {key: own_containers(value) for key, value in values.items()})
+            kept = {key: own_containers(value, memo) for key, value in values.items()}
+            _set_attributes(own, kept)
+        self._restore_random()
         try:
             yield
         finally:
+            restore_later()
             for held, key, tensor in ended:
                 held[key] = tensor
             for (own, _), values in zip(self._attributes, later, strict=True):

@@ -104,7 +104,7 @@ class RIDEWrapper(SplitModule):
             training mode a list of what the backbone returns, once for each expert.
         checkpoint_experts: compute the experts' activations a second time in the backward pass
             instead of keeping them; can be set at any time. Statistics and other state that a
-            forward writes are updated once.
+            forward writes are updated once, and what it draws at random is drawn again.
 
     Raises:
         ArgumentError: an argument is out of range.

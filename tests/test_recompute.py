@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import ReplayError, RIDEWrapper, expert_logits
+from ride_plugin import ReplayError, RIDEWrapper, _contexts, expert_logits
 
 
 class InPlace(nn.Module):
@@ -69,6 +71,71 @@ class CustomNorm(nn.BatchNorm1d):
         return x - self.running_mean.clone()
 
 
+class Drawing(nn.Module):
+    """Multiplies by random numbers, one of each of its generators or of the common ones."""
+
+    def __init__(self, *generators: Any) -> None:
+        super().__init__()
+        self.generators = generators
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            for generator in self.generators or (torch.default_generator, random, np.random):
+                x = x * drawn_from(generator)
+        return x
+
+
+def drawn_from(generator: Any) -> float:
+    if isinstance(generator, torch.Generator):
+        return 0.5 + torch.rand((), generator=generator).item()
+    if isinstance(generator, np.random.BitGenerator):
+        return 0.5 + generator.random_raw() % 100 / 100
+    return 0.5 + float(generator.random())
+
+
+def of_numpy() -> list[Any]:
+    kinds = np.random
+    return [kinds.default_rng(1), kinds.RandomState(1), kinds.MT19937(1), kinds.PCG64(1)]
+
+
+class Nested(Drawing):
+    """Holds generators in containers, beside a seed, which is no generator."""
+
+    def __init__(self) -> None:
+        super().__init__(*of_numpy())
+        self.more = {"a": [random.Random(1), (torch.Generator().manual_seed(1),)]}
+        self.seed = np.random.SeedSequence(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            first, (second,) = self.more["a"]
+            x = x * drawn_from(first) * drawn_from(second)
+        return super().forward(x)
+
+
+class Collects(nn.Module):
+    """Fills a list that another module looks into."""
+
+    def __init__(self, seen: list[float], fills: bool) -> None:
+        super().__init__()
+        self.seen, self.fills = seen, fills
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.fills:
+            self.seen.append(float(x.detach().mean()))
+        return x if self.fills or not self.seen else x * (len(self.seen) + self.seen[-1])
+
+
+def with_one_generator() -> nn.Module:
+    ours = [torch.Generator().manual_seed(1), random.Random(1), *of_numpy()]
+    return nn.Sequential(Drawing(*ours), nn.Linear(8, 8), Drawing(*ours))
+
+
+def with_one_list() -> nn.Module:
+    seen: list[float] = []
+    return nn.Sequential(Collects(seen, True), nn.Linear(8, 8), Collects(seen, False))
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "in place": InPlace,
     "bound anew": Anew,
@@ -78,6 +145,10 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "own statistics": lambda: CustomNorm(8, affine=False),
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
     "dropout": lambda: nn.Dropout(0.5),
+    "common generators": Drawing,
+    "own generators": Nested,
+    "two modules with one generator": with_one_generator,
+    "two modules with one list": with_one_list,
 }
 
 
@@ -87,6 +158,12 @@ def attributes_of(model: nn.Module) -> list[Any]:
         for module in model.modules()
         if isinstance(module, Attributes)
     ]
+
+
+def seed(number: int) -> None:
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,15 +176,18 @@ def test_state_and_gradients_are_those_of_one_computation(kind: str) -> None:
         for flag in (False, True)
     ]
     models[1].load_state_dict(models[0].state_dict())
+    drawn: list[list[float]] = []
     for step in range(3):
         x = torch.randn(5, 6)
         for model in models:
             model.zero_grad()
-            torch.manual_seed(step)
+            seed(step)
             loss = expert_logits(model(x)).square().mean()
             if kind != "a parameter":  # which a second pass would write under the first one's graph
                 loss = loss + model(-x).square().mean()
             loss.backward()
+            drawn.append([drawn_from(generator) for generator in (torch.default_generator, random)])
+        assert drawn[-1] == drawn[-2]
         plain, checkpointed = models
         for name, value in plain.state_dict().items():
             torch.testing.assert_close(checkpointed.state_dict()[name], value, msg=name)
@@ -117,6 +197,27 @@ def test_state_and_gradients_are_those_of_one_computation(kind: str) -> None:
             assert a.grad is not None, name
             torch.testing.assert_close(b.grad, a.grad, msg=name)
         torch.testing.assert_close(attributes_of(checkpointed), attributes_of(plain))
+
+
+def test_what_a_device_draws_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch looks at the arguments for the devices whose generators it keeps; there are none."""
+    device, common = torch.Generator(), _contexts._common_generators
+    monkeypatch.setattr(_contexts, "_common_generators", lambda held: [*common(held), device])
+
+    class Dropout(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (torch.rand(x.shape, generator=device) > 0.5) if self.training else x
+
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), Dropout(), nn.Linear(8, 4))
+    model = RIDEWrapper(net, 2, fork_at="1", init="copy").train()
+    gradients, x = [], torch.randn(5, 6)
+    for flag in (False, True):
+        model.checkpoint_experts = flag
+        model.zero_grad()
+        device.manual_seed(3)
+        expert_logits(model(x)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()] + [torch.rand(2, generator=device)])
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_second_backward_computes_from_the_same_start() -> None:

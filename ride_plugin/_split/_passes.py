@@ -178,18 +178,28 @@ def write_attributes(
             attributes[attribute] = own_containers(value)
 
 
-def own_containers(value: Any) -> Any:
-    """The same value, but copies of containers and generators, so that each part has its own."""
+def own_containers(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """The same value, but copies of containers and generators, so that each part has its own.
+
+    Args:
+        value: what a module holds as an attribute.
+        memo: copies that exist, by the id of the original, as in ``copy.deepcopy``: what several
+            attributes hold stays one object.
+    """
+    if memo is not None and id(value) in memo:
+        return memo[id(value)]
     # A compiler cannot ask whether something is Python's generator, and copies none.
     if not torch.compiler.is_compiling() and is_stream(value):
-        return copy.deepcopy(value)
+        return copy.deepcopy(value, memo)
     if not isinstance(value, CONTAINERS):
         return value
     copied: Any = copy.copy(value)
+    if memo is not None:
+        memo[id(value)] = copied
     if isinstance(copied, dict):
-        copied.update((key, own_containers(item)) for key, item in copied.items())
+        copied.update((key, own_containers(item, memo)) for key, item in copied.items())
     elif isinstance(copied, list):
-        copied[:] = map(own_containers, copied)
+        copied[:] = [own_containers(item, memo) for item in copied]
     return copied
 
 
