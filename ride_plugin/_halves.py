@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._output import ExpertOutput
 from ride_plugin._split import (
+    COMPILED_CALL,
+    Forked,
+    Holder,
     Pair,
     Recorded,
     SplitModule,
+    own_containers,
     plain_modules,
     reader_in,
-    refuse_plain_state,
-    tell_of_nothing_loaded,
 )
-from ride_plugin._tree import OF_MODULES, Path, at_path
+from ride_plugin._tree import OF_MODULES, Path, at_path, emptied, filled
 
-Combine = Callable[[Sequence[Tensor]], "Tensor | ExpertOutput"]
+Combine: TypeAlias = Callable[[Sequence[Tensor]], "Tensor | ExpertOutput"]
 """What a wrapped model makes of its experts' logits."""
+
+Around: TypeAlias = Callable[[], AbstractContextManager[None]]
+"""What a wrapped model runs in."""
 
 
 class _Reached(Exception):
@@ -45,50 +53,80 @@ class _Stop:
             raise _Reached(args[0])
 
 
-class _Half(nn.Module):
-    """Holds some of a model's parameters and leads to the model, which is not registered in it."""
+class _Half(Holder):
+    """Holds some of a model's parameters and leads to the model, which is not registered in it.
 
-    def __init__(self, model: SplitModule) -> None:
+    Attributes:
+        called: what the pair calls the module of which this has the parts.
+    """
+
+    called = ""
+
+    def __init__(self, model: SplitModule, around: Around) -> None:
         super().__init__()
         self.__dict__["model"] = model
+        self.around = around
         self.training = model.training
 
-    def train(self, mode: bool = True) -> _Half:
-        """Set the mode of this half, and the model's own."""
+    @property
+    def whole(self) -> SplitModule:
+        """The model."""
+        model: SplitModule = self.__dict__["model"]
+        return model
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of this half, and the model's own; what was frozen stays in evaluation."""
         super().train(mode)
-        self.__dict__["model"].training = mode
+        self.whole.training = mode
+        self.whole.eval_frozen_layers()
         return self
 
+    def note_shared(self) -> None:
+        """See the model's; this half holds some of its tensors."""
+        self.whole.note_shared()
+
+    def relink(self) -> None:
+        """See the model's; this half holds some of its tensors."""
+        self.whole.relink()
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """As for any module, and in the parts where the plain module has this attribute."""
-        super().__setattr__(name, value)
+        """As for any module, and in the parts where the plain module has this attribute.
+
+        Raises:
+            AttributeError: it is a submodule or a tensor, of which each part has its own.
+        """
         own = name.startswith("_") or hasattr(nn.Module, name) or name in OF_MODULES
-        if own or isinstance(value, nn.Module | nn.Parameter) or "experts" not in self._modules:
+        if own or "experts" not in self._modules or name in self._modules:
+            super().__setattr__(name, value)
             return
-        for part in (*self.shared(), *self.get_submodule("experts").children()):
-            if not isinstance(getattr(part, name, part), nn.Module | Tensor):
-                setattr(part, name, value)
+        parts = [part for part in (*self.shared(), *self.experts) if hasattr(part, name)]
+        parts = [part for part in parts if not isinstance(part, Forked | Recorded)]
+        if any(name in {*part._modules, *part._parameters, *part._buffers} for part in parts):
+            raise AttributeError(
+                f"Expected `{name}` to be replaced in the plain module before wrapping, but got "
+                "another one for a half of the pair afterwards, which it would not run: it exists "
+                "once in the trunk or once for each expert. Wrap a pair in which it is replaced, "
+                f"or set it in the parts: `model.experts[k].{self.called}.{name}`, say."
+            )
+        held = [getattr(part, name) for part in parts]
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module | nn.Parameter):
+            return
+        is_one = len(set(map(id, held))) == 1  # settings, say; a list that each fills is not
+        for part in parts:
+            setattr(part, name, value if is_one else own_containers(value))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copy.deepcopy(self.whole, memo)  # the parts by the model's own way, which survives more
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        held = {name: value for name, value in vars(self).items() if name != COMPILED_CALL}
+        copied.__dict__ = copy.deepcopy(held, memo)
+        return copied
 
     def shared(self) -> Sequence[nn.Module]:
         """The modules of this half that exist once, in the trunk."""
         return ()
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As for any module."""
-        found = super().load_state_dict(state_dict, strict, assign)
-        tell_of_nothing_loaded(state_dict, found.unexpected_keys)
-        return found
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # with hooks, which may rename
-        refuse_plain_state(state_dict, prefix, self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Half:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.__dict__["model"].relink()
-        return self
 
 
 class ExpertFeatures(_Half):
@@ -98,17 +136,27 @@ class ExpertFeatures(_Half):
     this, with None in the other places.
     """
 
-    def __init__(self, model: SplitModule, output: Any, path: Path) -> None:
-        super().__init__(model)
+    called = "feature_extractor"
+
+    def __init__(self, model: SplitModule, around: Around, place: Any) -> None:
+        super().__init__(model, around)
         self.trunk = model.trunk
-        self.place = _place(output, path)
+        self.place = place
         self.experts = nn.ModuleList(  # last: what is set from here on, the parts have as well
-            expert.get_submodule("feature_extractor") for expert in model.experts
+            expert.get_submodule(self.called) for expert in model.experts
         )
 
     def shared(self) -> Sequence[nn.Module]:
         """The extractor's part in the trunk."""
-        return (self.trunk.get_submodule("feature_extractor"),)
+        return (self.trunk.get_submodule(self.called),)
+
+    def parts_by_prefix(self) -> dict[str, nn.Module]:
+        """The extractor's parts in trunk and experts by the prefix of their names."""
+        return {f"trunk.{self.called}.": self.shared()[0], **super().parts_by_prefix()}
+
+    def follow_with_inputs(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Keep the model's example input where the extractor is, which takes it."""
+        self.whole.follow_with_inputs(fn)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the trunk once and every expert up to its classifier."""
@@ -117,7 +165,12 @@ class ExpertFeatures(_Half):
                 "DataParallel cannot run the two halves of a wrapped model on several devices. "
                 "Use one process for each device (DistributedDataParallel), or the model itself."
             )
-        model, stop = self.__dict__["model"], _Stop()
+        self._check_parts()
+        with self.around():
+            return filled(self.place, torch.cat(self._features(args, kwargs), dim=1))
+
+    def _features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        model, stop = self.whole, _Stop()
         state = model.run_trunk(*args, **kwargs)
         handles = [
             expert.get_submodule("classifier").register_forward_pre_hook(stop)
@@ -133,7 +186,19 @@ class ExpertFeatures(_Half):
         finally:
             for handle in handles:
                 handle.remove()
-        return _filled(self.place, torch.cat(features, dim=1))
+        return features
+
+    def _check_parts(self) -> None:
+        """Raise RIDEError if this half does not hold what the model runs."""
+        model = self.whole
+        ours = (self.trunk, *self.experts)
+        theirs = [expert.get_submodule(self.called) for expert in model.experts]
+        if any(a is not b for a, b in zip(ours, (model.trunk, *theirs), strict=False)):
+            raise RIDEError(
+                "The first half of this pair holds another module than the model, which runs its "
+                "own. Replace it in the model (`model.experts[k].feature_extractor = ...`), and "
+                "then take the halves anew: `model.as_pair()`."
+            )
 
 
 class ExpertClassifiers(_Half):
@@ -143,15 +208,23 @@ class ExpertClassifiers(_Half):
     with None in the other places.
     """
 
+    called = "classifier"
+
     def __init__(
-        self, model: SplitModule, output: Any, path: Path, combine: Combine, width: int
+        self,
+        model: SplitModule,
+        around: Around,
+        place: Any,
+        path: Path,
+        combine: Combine,
+        width: int,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, around)
         self.path = path
-        self.place = _place(output, path)
+        self.place = place
         self.combine = combine
         self.width = width
-        self.experts = nn.ModuleList(expert.get_submodule("classifier") for expert in model.experts)
+        self.experts = nn.ModuleList(expert.get_submodule(self.called) for expert in model.experts)
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run each classifier on its expert's features; further arguments go to each of them."""
@@ -163,15 +236,23 @@ class ExpertClassifiers(_Half):
                 f"Expected argument `features` to be [B, {columns}], the features of {number} "
                 f"experts side by side, but got {came}. Pass what the first half returned."
             )
-        each = [
-            at_path(head(part, *args, **kwargs), self.path)
-            for head, part in zip(self.experts, features.chunk(number, dim=1), strict=True)
-        ]
-        return _filled(self.place, self.combine(each))
+        with self.around():
+            each = [
+                at_path(head(part, *args, **kwargs), self.path)
+                for head, part in zip(self.experts, features.chunk(number, dim=1), strict=True)
+            ]
+            return filled(self.place, self.combine(each))
 
 
-def halves_of(model: SplitModule, combine: Combine) -> tuple[ExpertFeatures, ExpertClassifiers]:
+def halves_of(
+    model: SplitModule, combine: Combine, around: Around
+) -> tuple[ExpertFeatures, ExpertClassifiers]:
     """The two modules of a model that was made of a pair.
+
+    Args:
+        model: the model.
+        combine: makes of the experts' logits what the model returns.
+        around: makes the context in which a half runs.
 
     Raises:
         ArgumentError: it was not.
@@ -201,32 +282,32 @@ def halves_of(model: SplitModule, combine: Combine) -> tuple[ExpertFeatures, Exp
             "Expected features and logits to be entries of what the two modules return, but a "
             "function computes them (`features=`, `logits=`). Call the model as a whole."
         )
+    places = _checked_place(output, first), _checked_place(returned, second)
     return (
-        ExpertFeatures(model, output, first),
-        ExpertClassifiers(model, returned, second, combine, features.shape[1]),
+        ExpertFeatures(model, around, places[0]),
+        ExpertClassifiers(model, around, places[1], second, combine, features.shape[1]),
     )
 
 
-def _place(output: Any, path: Path) -> Any:
-    """The containers of ``output`` with ``...`` at ``path`` and None everywhere else."""
-    if not path:
-        return ...
-    first, rest = path[0], path[1:]
-    if isinstance(output, Mapping):
-        return {key: _place(v, rest) if key == first else None for key, v in output.items()}
-    names = list(getattr(output, "_fields", range(len(output))))
-    index = first % len(output) if isinstance(first, int) else names.index(first)
-    items = [_place(v, rest) if k == index else None for k, v in enumerate(output)]
-    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+def _checked_place(output: Any, path: Path) -> Any:
+    """See :func:`emptied`.
+
+    Raises:
+        ArgumentError: nothing that is like the output can be made of another tensor.
+    """
+    probe = object()
+    try:
+        place = emptied(output, path)
+        if at_path(filled(place, probe), path) is probe:
+            return place
+    except Exception as error:  # whatever its class does where somebody copies it
+        raise _not_alike(output) from error
+    raise _not_alike(output)
 
 
-def _filled(place: Any, value: Any) -> Any:
-    """``place`` with ``value`` where it has ``...``."""
-    if place is ...:
-        return value
-    if isinstance(place, dict):
-        return {key: _filled(item, value) for key, item in place.items()}
-    if isinstance(place, list | tuple):
-        items = [_filled(item, value) for item in place]
-        return type(place)(*items) if hasattr(place, "_fields") else type(place)(items)
-    return None
+def _not_alike(output: Any) -> ArgumentError:
+    return ArgumentError(
+        "Expected feature extractor and classifier to return tensors, or tuples, lists, dicts or "
+        f"dataclasses that hold them, but got a {type(output).__name__}, of which none can be made "
+        "with the values of all experts. Call the model as a whole."
+    )

@@ -118,6 +118,46 @@ def at_path(value: Any, path: Path) -> Any:
     return value
 
 
+def emptied(value: Any, path: Path) -> Any:
+    """What is like ``value``, with ``...`` at a place in it and None everywhere else."""
+    if not path:
+        return ...
+    first, rest = path[0], path[1:]
+    if isinstance(first, int) and isinstance(value, list | tuple):
+        first = getattr(value, "_fields", range(len(value)))[first]
+    return _with_items(value, lambda key, item: emptied(item, rest) if key == first else None)
+
+
+def filled(empty: Any, value: Any) -> Any:
+    """What :func:`emptied` returned, with ``value`` where it has ``...``."""
+    if empty is None or empty is ...:
+        return None if empty is None else value
+    return _with_items(empty, lambda key, item: filled(item, value))
+
+
+def _with_items(value: Any, function: Callable[[Any, Any], Any]) -> Any:
+    """A copy of a container or an object, with ``function(key, item)`` in the place of each item.
+
+    No constructor of somebody's own object runs, which may check what it is given.
+    """
+    if isinstance(value, list | tuple):
+        names = getattr(value, "_fields", range(len(value)))
+        items = [function(key, item) for key, item in zip(names, value, strict=True)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        return {key: function(key, item) for key, item in value.items()}
+    copied = copy.copy(value)
+    if isinstance(value, dict):
+        copied.update((key, function(key, item)) for key, item in value.items())
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            item = function(field.name, getattr(value, field.name))
+            object.__setattr__(copied, field.name, item)  # it may be frozen
+    else:
+        vars(copied).update((key, function(key, item)) for key, item in vars(value).items())
+    return copied
+
+
 def is_matrix(value: object) -> bool:
     """Whether a value is a floating-point tensor ``[B, C]``."""
     return isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()

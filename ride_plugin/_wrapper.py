@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -317,12 +317,16 @@ class RIDEWrapper(SplitModule):
         The first returns the features of all experts side by side, ``[B, E * D]``, which survive
         whatever is done to rows; the second runs each expert's classifier on its part and returns
         what the model returns, logits that carry the experts'. Where extractor or classifier
-        returned a tuple or a dict, so do these, with None in the other places.
+        returned a tuple, a dict or a dataclass, so do these, with None in the other places.
+
+        What a model refuses or keeps together (loading, moving, modes, writes into what experts
+        share) the two refuse and keep as well. ``checkpoint_experts`` and ``torch.compile`` are for
+        the model as a whole.
 
         Raises:
             ArgumentError: the model was not made by :meth:`from_pair`.
         """
-        return halves_of(self, self._output)
+        return halves_of(self, self._output, self._around_half)
 
     def to_module(self, expert: int = 0) -> nn.Module:
         """One expert as a plain module: the backbone's class with trunk and expert put together.
@@ -416,10 +420,20 @@ class RIDEWrapper(SplitModule):
         return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        with self._settings_kept():
+            return self._logits_of_each(args, kwargs)
+
+    def _settings_kept(self) -> AbstractContextManager[None]:
         if self.num_experts == 1 or torch.compiler.is_compiling():
-            return self._logits_of_each(args, kwargs)
-        with unchanged(self._settings | self.shared_later):
-            return self._logits_of_each(args, kwargs)
+            return nullcontext()
+        return unchanged(self._settings | self.shared_later)
+
+    @contextmanager
+    def _around_half(self) -> Iterator[None]:
+        """What one of the two modules of a pair runs in: what guards a forward of the model."""
+        alone = training_pass(self) if torch.is_grad_enabled() else nullcontext()
+        with alone, self._settings_kept(), self.refusing_writes():
+            yield
 
     def _logits_of_each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         if self.checkpoint_experts and torch.is_grad_enabled():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ride_plugin import ArgumentError, RIDEWrapper, SplitError, expert_logits, experts_loss
+from ride_plugin import (
+    ArgumentError,
+    CheckpointError,
+    ReplayError,
+    RIDEError,
+    RIDEWrapper,
+    SplitError,
+    _contexts,
+    expert_logits,
+    experts_loss,
+)
 
 from .backbones import CifarResNet
 
@@ -234,3 +247,298 @@ def test_a_swapped_pair_is_named() -> None:
     with pytest.raises(SplitError, match="accepts") as caught:  # wrong in either order
         RIDEWrapper.from_pair(extractor, nn.Linear(17, 7), 2)
     assert "Swap" not in str(caught.value)
+
+
+def frozen_pair(**options: Any) -> RIDEWrapper:
+    """Experts share a linear layer's weights and a normalisation layer that counts no more."""
+    extractor = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16))
+    extractor.requires_grad_(False)
+    extractor[3].eval()
+    options = {"init": "copy", "fork_at": "feature_extractor.2", **options}
+    return RIDEWrapper.from_pair(extractor, nn.Linear(16, 5), 2, **options)
+
+
+def plus_one(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() + 1 for name, tensor in module.state_dict().items()}
+
+
+def test_a_state_of_experts_that_share_nothing_is_refused_by_a_half() -> None:
+    net, head = frozen_pair().as_pair()
+    before = [tensor.clone() for tensor in (*net.parameters(), *net.buffers())]
+    state = net.state_dict()
+    state["experts.1.2.weight"] = state["experts.1.2.weight"] + 1
+    for strict in (True, False):
+        for holder, prefix in ((net, ""), (nn.ModuleDict({"net": net, "head": head}), "net.")):
+            given = {prefix + name: tensor for name, tensor in state.items()}
+            with pytest.raises(CheckpointError, match=r"another `2\.weight` for each expert"):
+                holder.load_state_dict(given, strict=strict and not prefix)
+    assert all(map(torch.equal, before, (*net.parameters(), *net.buffers())))
+
+
+def test_a_half_loads_a_shared_tensor_from_one_name() -> None:
+    model = frozen_pair()
+    net, _ = model.as_pair()
+    state = plus_one(net)
+    given = {name: tensor for name, tensor in state.items() if not name.startswith("experts.1.2.")}
+    assert str(net.load_state_dict(given)) == "<All keys matched successfully>"
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_experts_share_is_one_tensor_after_a_half_is_loaded_or_moved(assign: bool) -> None:
+    model = frozen_pair()
+    net, head = model.as_pair()
+    net.load_state_dict(plus_one(net), assign=assign)
+    head.load_state_dict(plus_one(head), assign=assign)
+    net.double()
+    head.double()
+    first, second = (expert.feature_extractor for expert in model.experts)
+    assert first[2].weight is second[2].weight
+    assert first[3].running_mean is second[3].running_mean
+    (x,), _ = model.example_input(6)
+    assert x.dtype == torch.float64
+    torch.testing.assert_close(head.eval()(net.eval()(x)), model.eval()(x))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_half_keeps_frozen_layers_in_evaluation(index: int) -> None:
+    model = frozen_pair()
+    layers = [expert.feature_extractor[3] for expert in model.experts]
+    half = model.eval().as_pair()[index]
+    half.train()
+    assert [layer.training for layer in layers] == [False, False]
+    assert half.training
+    assert model.training
+    layers[0].requires_grad_(True)  # weights of both: layers that train count again
+    if index == 0:
+        half.train()
+        assert [layer.training for layer in layers] == [True, True]
+
+
+class Writes(nn.Module):
+    """Counts in a table that all experts share, once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(2, 2, dtype=torch.long))
+        self.writes = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes:
+            self.table += 1
+        return x * (1 + self.table.sum())
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.scale, self.grows = 1.0, False
+
+
+class Configured(nn.Linear):
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(16, 16)
+        self.settings = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.settings.grows:
+            self.settings.scale += 1
+        return super().forward(x) * self.settings.scale
+
+
+def test_a_half_refuses_the_passes_that_the_model_refuses() -> None:
+    settings = Settings()
+    body = [nn.Linear(8, 16), nn.ReLU(), Configured(settings), Writes()]
+    model = RIDEWrapper.from_pair(
+        nn.Sequential(*body), nn.Linear(16, 5), 2, fork_at="feature_extractor.2"
+    )
+    net, head = model.as_pair()
+    x = torch.randn(6, 8)
+    head(net(x))
+    for expert in model.experts:
+        expert.feature_extractor[3].writes = True
+    with pytest.raises(ReplayError, match=r"written.*3\.table.*all experts share"):
+        net(x)
+    for expert in model.experts:
+        expert.feature_extractor[3].writes = False
+    settings.grows = True
+    with pytest.raises(ReplayError, match=r"changed `feature_extractor\.2\.settings`"):
+        net(x)
+
+
+def test_a_half_tells_what_was_unfrozen_too_late() -> None:
+    model = frozen_pair()
+    net, _ = model.as_pair()
+    net.requires_grad_(True)
+    with pytest.warns(UserWarning, match="frozen when the model was wrapped"):
+        net(torch.randn(6, 8))
+
+
+def test_a_half_waits_for_threads_that_evaluate_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_contexts, "_PATIENCE", 0.1)
+    model = frozen_pair()
+    net, head = model.as_pair()
+    x = torch.randn(6, 8)
+    features = net(x)
+    with ThreadPoolExecutor(1) as worker, model.evaluating():
+        for half, given in ((net, x), (head, features)):
+            with pytest.raises(RIDEError, match="has it in evaluation mode"):
+                worker.submit(half, given).result()
+            with torch.no_grad():
+                half(given)
+
+
+class Compares(nn.Sequential):
+    """A loader that looks up what the other side of the cut holds."""
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in ("0.weight", "2.weight"):
+            assert state[prefix + name].dim() == 2
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def test_a_loader_of_the_extractor_finds_what_the_other_side_holds() -> None:
+    net = Compares(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16))
+    model = RIDEWrapper.from_pair(net, nn.Linear(16, 5), 2, fork_at="feature_extractor.2")
+    for half in model.as_pair():
+        state = plus_one(half)
+        assert str(half.load_state_dict(state)) == "<All keys matched successfully>"
+        assert all(torch.equal(t, state[name]) for name, t in half.state_dict().items())
+
+
+def test_a_half_says_that_a_state_holds_nothing_new() -> None:
+    for half in frozen_pair().as_pair():
+        with pytest.warns(UserWarning, match="nothing but the model's own tensors"):
+            half.load_state_dict(half.state_dict())
+        half.load_state_dict(plus_one(half))
+
+
+def test_halves_that_keep_activations_are_copied() -> None:
+    class Keeps(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            self.kept = super().forward(x)
+            return self.kept
+
+    net = Keeps(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16))
+    model = RIDEWrapper.from_pair(net, nn.Linear(16, 5), 2, fork_at="feature_extractor.2")
+    halves, x = model.as_pair(), torch.randn(6, 8)
+    expected = halves[1](halves[0](x))
+    twins = copy.deepcopy(halves)
+    assert torch.equal(twins[1](twins[0](x)), expected)
+    assert not {*map(id, twins[0].parameters())} & {*map(id, model.parameters())}
+    assert twins[0].trunk is twins[0].whole.trunk
+    assert twins[0].whole is twins[1].whole
+    alone = copy.deepcopy(halves[0])
+    assert torch.equal(halves[1](alone(x)), expected)
+
+
+def test_a_module_that_was_replaced_in_the_first_half_is_told() -> None:
+    net, head = frozen_pair().as_pair()
+    x = torch.randn(6, 8)
+    head.experts[0] = nn.Linear(16, 5)  # which the second half runs
+    head(net(x))
+    net.experts[0] = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(RIDEError, match=r"as_pair\(\)"):
+        net(x)
+
+
+@dataclass(frozen=True)
+class Output:
+    features: Tensor
+    hidden: Tensor
+    size: int
+
+
+class ReturnsFields(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.a(x).relu()
+        return Output(self.b(hidden), hidden, len(x))
+
+
+class Slots:
+    __slots__ = ("logits",)
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class ReturnsObject(nn.Linear):
+    def __init__(self, kind: Any) -> None:
+        super().__init__(16, 5)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        return self.kind(logits=super().forward(x))
+
+
+def test_a_pair_returns_dataclasses_and_objects_where_its_modules_did() -> None:
+    model = RIDEWrapper.from_pair(
+        ReturnsFields(), ReturnsObject(SimpleNamespace), 2, features="features",
+        fork_at="feature_extractor.b",
+    )  # fmt: skip
+    net, head = model.eval().as_pair()
+    x = torch.randn(6, 8)
+    output = net(x)
+    assert type(output) is Output
+    assert output.features.shape == (6, 32)
+    assert (output.hidden, output.size) == (None, None)
+    logits = head(output.features)
+    assert type(logits) is SimpleNamespace
+    assert torch.equal(logits.logits, model(x))
+
+
+def test_an_output_of_which_none_can_be_made_is_refused() -> None:
+    model = RIDEWrapper.from_pair(
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU()), ReturnsObject(Slots), 2, fork_at="classifier"
+    )
+    with pytest.raises(ArgumentError, match=r"a Slots, of which none.*Call the model as a whole"):
+        model.as_pair()
+
+
+class Fills(nn.Sequential):
+    """Each expert fills a list of its own; settings that several modules hold are one object."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__(*parts)
+        self.seen: list[float] = []
+        self.settings = self[-1].settings = {"scale": 2.0}
+        self.register_buffer("one", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Any:
+        x = super().forward(x)
+        self.seen.append(float(x.detach().mean()))
+        return x * len(self.seen) * self.settings["scale"]
+
+
+def test_a_list_that_is_set_on_a_half_is_each_experts_own_and_settings_are_all_experts() -> None:
+    body = Fills(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16))
+    last = Fills(nn.Linear(16, 5))
+    model = RIDEWrapper.from_pair(body, last, 2, fork_at="feature_extractor.2")
+    halves, x = model.as_pair(), torch.randn(6, 8)
+    for half in halves:
+        half.seen, half.settings = [], {"scale": 3.0}
+    halves[1](halves[0](x))
+    for name in ("feature_extractor", "classifier"):
+        first, second = (expert.get_submodule(name) for expert in model.experts)
+        assert (len(first.seen), len(second.seen)) == (1, 1)
+        assert first.settings is second.settings
+        assert first.settings == {"scale": 3.0}
+
+
+def test_what_is_set_on_a_half_and_would_not_run_is_refused() -> None:
+    body = Fills(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16))
+    last = nn.Sequential(nn.Linear(16, 5))
+    for fork_at in ("feature_extractor.2", "classifier"):
+        model = RIDEWrapper.from_pair(body, last, 2, fork_at=fork_at)
+        net, head = model.as_pair()
+        for name, value in (("one", 2.0), ("one", torch.zeros(())), ("0", nn.Identity())):
+            with pytest.raises(AttributeError, match=f"`{name}`.*{name}`, say"):
+                setattr(net, name, value)
+        with pytest.raises(AttributeError, match=r"`model\.experts\[k\]\.classifier\.0`"):
+            setattr(head, "0", nn.Identity())
+        net.head = nn.Linear(2, 2)  # nobody else's
+        assert len(list(net.children())) == 3

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections import OrderedDict, UserDict, deque
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from ride_plugin._tree import at_path, logits_in, map_tensors, matrices_in, tensors_in
+from ride_plugin._tree import (
+    at_path,
+    emptied,
+    filled,
+    logits_in,
+    map_tensors,
+    matrices_in,
+    tensors_in,
+)
 
 
 class Pair(NamedTuple):
@@ -90,3 +98,45 @@ def test_no_logits() -> None:
     assert logits_in(torch.rand(2, 3, 4)) is None
     assert logits_in(("a", 1)) is None
     assert logits_in((torch.rand(2, 7), torch.rand(2, 5))) is None  # which one?
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Refuses what is no tensor."""
+
+    features: Tensor
+    size: int = 3
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.features, Tensor)
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        (torch.rand(1), ()),
+        ([1, torch.rand(1)], (1,)),
+        ((torch.rand(1), 2), (-2,)),
+        (Pair(torch.rand(1), torch.rand(1)), ("second",)),
+        (Pair(torch.rand(1), torch.rand(1)), (1,)),
+        (torch.max(torch.rand(3, 4), dim=1), (0,)),
+        ({"a": 1, "b": [torch.rand(1), None]}, ("b", 0)),
+        (OrderedDict(a=torch.rand(1), b=2), ("a",)),
+        (UserDict(a=torch.rand(1), b=2), ("a",)),
+        (Checked(torch.rand(1)), ("features",)),
+        (Output(None, torch.rand(1)), ("logits",)),
+        (SimpleNamespace(logits=torch.rand(1), other=torch.rand(1)), ("logits",)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_another_tensor_takes_its_place_and_nothing_else_stays(value: Any, path: Any) -> None:
+    old, new = at_path(value, path), torch.ones(2)
+    made = filled(emptied(value, path), new)
+    assert at_path(made, path) is new
+    assert [tensor for tensor in tensors_in(made) if tensor is not new] == []
+    assert at_path(value, path) is old  # the original is not written
+    if not isinstance(value, UserDict):
+        assert type(made) is type(value)
+    if path and not isinstance(path[0], int):
+        held = made if isinstance(made, dict) else getattr(made, "__dict__", {})
+        assert all(item is None for key, item in held.items() if key != path[0])

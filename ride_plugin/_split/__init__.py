@@ -3,8 +3,10 @@
 from ride_plugin._split._beside import losses_beside
 from ride_plugin._split._build import reason_of_fork, split_backbone
 from ride_plugin._split._classifier import replace_classifiers
+from ride_plugin._split._copies import COMPILED_CALL
 from ride_plugin._split._graft import graft_experts
 from ride_plugin._split._groups import merged_groups
+from ride_plugin._split._holder import Holder
 from ride_plugin._split._hollow import hollow
 from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
@@ -22,19 +24,21 @@ from ride_plugin._split._passes import (
     write_attributes,
 )
 from ride_plugin._split._plain import plain_modules
-from ride_plugin._split._plain_state import refuse_plain_state, tell_of_nothing_loaded
 from ride_plugin._split._probe import Call
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._settings import held_together_by, unchanged
 from ride_plugin._split._sharing import held_by_all
 from ride_plugin._split._stand_ins import is_real
 from ride_plugin._split._state import TrunkState
-from ride_plugin._split._tape import Recorded
+from ride_plugin._split._tape import Forked, Recorded
 from ride_plugin._split._views import Views
 
 __all__ = [
+    "COMPILED_CALL",
     "Call",
     "Choice",
+    "Forked",
+    "Holder",
     "Pair",
     "Parts",
     "Recorded",
@@ -62,12 +66,10 @@ __all__ = [
     "reader_in",
     "reason_of_fork",
     "record",
-    "refuse_plain_state",
     "replace_classifiers",
     "replicate",
     "split_backbone",
     "take_rows",
-    "tell_of_nothing_loaded",
     "throwaway",
     "unchanged",
     "whole_outputs",

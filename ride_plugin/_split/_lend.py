@@ -7,7 +7,7 @@ entries. It runs for the trunk and for each expert, and each has a part of the e
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,6 @@ from torch import nn
 
 from ride_plugin._errors import SplitError
 from ride_plugin._split._tape import Forked, Recorded
-
-_TRUNK, _EXPERTS = "trunk.", "experts."
 
 
 @dataclass(frozen=True)
@@ -33,22 +31,21 @@ class Lent:
         unexpected[:] = [name for name in unexpected if name not in lent]
 
 
-def lend_entries(state: dict[str, Any], prefix: str, parts: Iterable[nn.Module]) -> Lent | None:
+def lend_entries(state: dict[str, Any], prefix: str, parts: Mapping[str, nn.Module]) -> Lent | None:
     """Give a state, under each part's names, what the other side has there, if a loader may ask.
 
     Args:
         state: what is being loaded.
         prefix: of the entries that belong to the model.
-        parts: the trunk, then the experts.
+        parts: the trunk, then the experts, by the prefix of their names.
 
     Returns:
         What takes them back; None if there is no such loader.
     """
-    trunk, *experts = parts
-    if not any(map(_has_loaders, (trunk, *experts))):
+    if not any(map(_has_loaders, parts.values())):
         return None
     lent = Lent(prefix, frozenset(state))
-    sides = [f"{prefix}{_TRUNK}", *(f"{prefix}{_EXPERTS}{k}." for k in range(len(experts)))]
+    sides = [prefix + part for part in parts]
     held = [
         {name.removeprefix(side): value for name, value in state.items() if name.startswith(side)}
         for side in sides

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -29,8 +28,8 @@ from ride_plugin._split._copies import COMPILED_CALL, copy_with_hooks, detached_
 from ride_plugin._split._form import versions_in
 from ride_plugin._split._groups import G, merged_groups
 from ride_plugin._split._handed_out import HandedOut
+from ride_plugin._split._holder import Holder
 from ride_plugin._split._learn import learn_at_run_time
-from ride_plugin._split._lend import Lent, lend_entries
 from ride_plugin._split._logits import LogitsReader, describe, whole_outputs
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import (
@@ -41,15 +40,9 @@ from ride_plugin._split._passes import (
     record,
     write_attributes,
 )
-from ride_plugin._split._plain_state import (
-    refuse_plain_state,
-    tell_of_nothing_loaded,
-    tell_of_nothing_new,
-)
 from ride_plugin._split._probe import RANDOM
 from ride_plugin._split._sharing import (
     Group,
-    complete_shared,
     count_parameters,
     frozen_layers,
     held_by_all,
@@ -77,7 +70,7 @@ _MOST_LAYOUTS = 64  # a number among the arguments may be another at each call
 _MOST_LOOKS = 16  # each takes as long as a few passes; where paths are random they find nothing
 
 
-class SplitModule(nn.Module):
+class SplitModule(Holder):
     """Trunk and experts; knows nothing of losses, routing or initialisation.
 
     Attributes:
@@ -132,11 +125,8 @@ class SplitModule(nn.Module):
             if not tensors[key].requires_grad
         }
         self._held_together: list[Group] = []  # between a change of tensors and `relink`
-        self._versions: list[int | None] = []  # of all tensors, when the state was last asked for
-        self.lent: Lent | None = None  # while a state is loaded
         self._handed_out = HandedOut()
         self._num_looks = 0  # at paths that training took and the build did not
-        self.register_load_state_dict_post_hook(_relink)  # type: ignore[no-untyped-call]
 
     def parts(self) -> Parts:
         """What the model is made of now; the modules themselves, not copies."""
@@ -337,6 +327,10 @@ class SplitModule(nn.Module):
                 )
         self.load_state_dict(dict(state), strict=False)
 
+    def note_shared(self) -> None:
+        """Note which tensors experts hold together, before something replaces each by itself."""
+        self._held_together = held_together(self.experts)
+
     def relink(self) -> None:
         """Follow tensors that something other than ``.to()`` or loading has replaced."""
         hold_together(self._held_together)
@@ -344,18 +338,39 @@ class SplitModule(nn.Module):
         for link in self._links:
             link.refresh()
 
+    def follow_with_inputs(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Keep the example input where the parameters are."""
+        self._inputs = map_tensors(lambda example: _following(example, fn(example)), self._inputs)
+
+    def parts_by_prefix(self) -> dict[str, nn.Module]:
+        """Trunk and experts by the prefix of their names."""
+        return {"trunk.": self.trunk, **super().parts_by_prefix()}
+
+    def eval_frozen_layers(self) -> None:
+        """Leave normalisation layers in evaluation that were frozen there, see :meth:`train`."""
+        for layer in self._frozen_layers:
+            if not trains(layer.parameters(recurse=False)):
+                layer.eval()
+
+    def refusing_writes(self) -> AbstractContextManager[None]:
+        """Around a pass: an error if an expert writes what all share; tells what trains as one."""
+        return nullcontext() if torch.compiler.is_compiling() else self._refusing_writes()
+
+    @contextmanager
+    def _refusing_writes(self) -> Iterator[None]:
+        if self.training and torch.is_grad_enabled():
+            self._explain_unfreezing()
+        fixed = [(name, held[key]) for name, (held, key) in self._shared_and_frozen.items()]
+        versions = [version_of(tensor) for _, tensor in fixed]
+        yield
+        if versions != [version_of(tensor) for _, tensor in fixed]:
+            self._refuse_written(fixed, versions)
+
     def _all_experts(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[tuple[Tensor, Tensor]]:
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._explain_unfreezing()
-        fixed: list[tuple[str, Tensor]] = []
-        if self.num_experts > 1 and not torch.compiler.is_compiling():
-            fixed = [(name, d[key]) for name, (d, key) in self._shared_and_frozen.items()]
-        versions = [version_of(tensor) for _, tensor in fixed]
-        state, logits, features = self._first_expert(args, kwargs)
-        if versions != [version_of(tensor) for _, tensor in fixed]:
-            self._refuse_written(fixed, versions)
+        with self.refusing_writes():
+            state, logits, features = self._first_expert(args, kwargs)
         rest = [self.run_expert(index, state) for index in range(1, self.num_experts)]
         return [(logits, features), *rest]
 
@@ -628,54 +643,7 @@ class SplitModule(nn.Module):
         unless their parameters have been unfrozen since.
         """
         super().train(mode)
-        for layer in self._frozen_layers:
-            if not trains(layer.parameters(recurse=False)):
-                layer.eval()
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As for any module."""
-        self._versions = versions_in([*self.parameters(), *self.buffers()])
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As for any module; a tensor that experts share may stand under one expert's name only.
-
-        With ``strict=False`` its other names are reported as missing, as torch does for tied
-        weights.
-
-        Raises:
-            CheckpointError: it holds different values for experts that share a tensor here, or is
-                one of the plain backbone, or has a prefix before every name.
-        """
-        if strict:
-            state_dict = copy.copy(state_dict)
-            complete_shared(state_dict, "", self.experts, fill=True)
-        elif not state_dict:
-            tell_of_nothing_new(state_dict, "", self)
-        found = super().load_state_dict(state_dict, strict, assign)
-        tell_of_nothing_loaded(state_dict, found.unexpected_keys)
-        return found
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Somebody's hooks run in it, which may rename entries; the parts load theirs only later.
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        refuse_plain_state(state_dict, prefix, self)
-        # None may mean that a module around this one loads others only; and something may have
-        # written into the state since it was asked for, as torch.distributed.checkpoint does.
-        if state_dict and self._versions == versions_in([*self.parameters(), *self.buffers()]):
-            tell_of_nothing_new(state_dict, prefix, self)
-        complete_shared(state_dict, prefix, self.experts, fill=False)
-        self._held_together = held_together(self.experts)  # `assign=True` replaces each by itself
-        self.lent = lend_entries(state_dict, prefix, (self.trunk, *self.experts))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._held_together = held_together(self.experts)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._inputs = map_tensors(lambda example: _following(example, fn(example)), self._inputs)
-        self.relink()
+        self.eval_frozen_layers()
         return self
 
 
@@ -707,10 +675,3 @@ def _is_hooked(expert: nn.Module) -> bool:
     """Tell whether somebody has registered forward hooks on an expert itself."""
     ours = (isinstance(hook, LogitsReader) for hook in expert._forward_hooks.values())
     return bool(expert._forward_pre_hooks) or not all(ours)
-
-
-def _relink(module: SplitModule, keys: Any) -> None:
-    module.relink()
-    if module.lent is not None:
-        module.lent.take_back(keys.unexpected_keys)
-        module.lent = None

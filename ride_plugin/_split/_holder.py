@@ -1,0 +1,106 @@
+"""Loading, saving and moving a module whose experts hold some tensors together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ride_plugin._split._form import versions_in
+from ride_plugin._split._lend import Lent, lend_entries
+from ride_plugin._split._plain_state import (
+    refuse_plain_state,
+    tell_of_nothing_loaded,
+    tell_of_nothing_new,
+)
+from ride_plugin._split._sharing import complete_shared
+
+
+class Holder(nn.Module):
+    """A wrapped model, or one of the two modules of a pair: a part of it with parts of all experts.
+
+    What replaces tensors replaces each by itself; afterwards they are held together again.
+
+    Attributes:
+        experts: one module for each expert.
+    """
+
+    experts: nn.ModuleList
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._versions: list[int | None] = []  # of all tensors, when the state was last asked for
+        self._lent: Lent | None = None  # while a state is loaded
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+
+    def note_shared(self) -> None:
+        """Note which tensors of the model are held together, before they are replaced."""
+
+    def relink(self) -> None:
+        """Follow tensors that something has replaced, and hold together what was before."""
+
+    def follow_with_inputs(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Go with what goes where this module's tensors have gone by ``fn``."""
+
+    def parts_by_prefix(self) -> dict[str, nn.Module]:
+        """Trunk and experts by the prefix of their names, or what this module holds of them."""
+        return {f"experts.{index}.": expert for index, expert in enumerate(self.experts)}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As for any module."""
+        self._versions = versions_in([*self.parameters(), *self.buffers()])
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As for any module; a tensor that experts share may stand under one expert's name only.
+
+        With ``strict=False`` its other names are reported as missing, as torch does for tied
+        weights.
+
+        Raises:
+            CheckpointError: it holds different values for experts that share a tensor here, or is
+                one of the plain backbone, or has a prefix before every name.
+        """
+        if strict:
+            state_dict = copy.copy(state_dict)
+            complete_shared(state_dict, "", self.experts, fill=True)
+        elif not state_dict:
+            tell_of_nothing_new(state_dict, "", self)
+        found = super().load_state_dict(state_dict, strict, assign)
+        tell_of_nothing_loaded(state_dict, found.unexpected_keys)
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Somebody's hooks run in it, which may rename entries; the parts load theirs only later.
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        refuse_plain_state(state_dict, prefix, self)
+        # None may mean that a module around this one loads others only; and something may have
+        # written into the state since it was asked for, as torch.distributed.checkpoint does.
+        if state_dict and self._versions == versions_in([*self.parameters(), *self.buffers()]):
+            tell_of_nothing_new(state_dict, prefix, self)
+        complete_shared(state_dict, prefix, self.experts, fill=False)
+        self.note_shared()  # `assign=True` replaces each tensor by itself
+        self._lent = lend_entries(state_dict, prefix, self.parts_by_prefix())
+
+    def after_loading(self, keys: Any) -> None:
+        """Called with torch's missing and unexpected names, when all parts have loaded theirs."""
+        self.relink()
+        if self._lent is not None:
+            self._lent.take_back(keys.unexpected_keys)
+            self._lent = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.note_shared()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.follow_with_inputs(fn)
+        self.relink()
+        return self
+
+
+def _after_loading(module: Holder, keys: Any) -> None:
+    module.after_loading(keys)
