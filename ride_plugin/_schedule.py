@@ -16,7 +16,8 @@ class Schedule(nn.Module):
     """Something that changes at an epoch: ``step()`` at the end of each, ``last_epoch`` from 0.
 
     It is a module, so that its state dict can be saved within that of whatever owns it. The epoch
-    is saved as a tensor, which every file format for state dicts can hold.
+    is saved as a tensor, which every file format for state dicts can hold; it is a copy, as that of
+    an LR scheduler is, so that a state which was kept can be gone back to.
 
     Attributes:
         start_epoch: the first epoch, counted from zero, in which the change acts.
@@ -52,9 +53,17 @@ class Schedule(nn.Module):
         self._refresh()  # `to_empty` leaves buffers without their values
         return self
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A copy, since `step` fills the buffer: what a scheduler's state holds stays as it is.
+        destination[f"{prefix}epoch"] = self.epoch.clone()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         name = f"{prefix}epoch"
         if name in state_dict:
             self.last_epoch = check_integer(state_dict[name], name)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.epoch = self.epoch.clone()  # `assign=True` takes the tensor of the state itself
         self._refresh()

@@ -85,6 +85,17 @@ def test_resuming_restores_the_weights_in_both_directions() -> None:
     assert resumed.weight.tolist() == own
 
 
+def test_going_back_to_a_state_that_was_not_copied_takes_the_weights_back() -> None:
+    criterion = LDAMLoss(COUNTS)
+    drw = DeferredReweighting(criterion, COUNTS, start_epoch=2)
+    early = drw.state_dict()
+    for _ in range(3):
+        drw.step()
+    drw.load_state_dict(early)
+    assert drw.last_epoch == 0
+    assert criterion.weight.tolist() == [1.0] * 3
+
+
 def test_it_follows_a_criterion_that_was_cast_after_construction() -> None:
     criterion = LDAMLoss(COUNTS)
     drw = DeferredReweighting(criterion, COUNTS, start_epoch=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ride_plugin import ArgumentError, TemperatureSchedule
+from ride_plugin import ArgumentError, DiversityLoss, RIDELoss, TemperatureSchedule
 
 COUNTS = [500, 100, 20, 5]
 
@@ -114,6 +114,24 @@ def test_going_back_to_an_earlier_epoch_takes_temperatures_back() -> None:
     schedule.step()
     schedule.load_state_dict(early)
     assert schedule.temperature.equal(torch.ones(4))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_is_a_snapshot_also_within_that_of_its_owner(assign: bool) -> None:
+    other = TemperatureSchedule(COUNTS, start_epoch=2)
+    diversity = DiversityLoss(COUNTS, start_epoch=1)
+    criterion = RIDELoss(nn.CrossEntropyLoss(), diversity, schedules=[other])
+    for owner in (criterion, diversity, diversity.schedule):
+        state = owner.state_dict()  # not copied, as nobody copies that of a scheduler
+        kept = {name: int(value) for name, value in state.items()}
+        owner.step()
+        assert {name: int(value) for name, value in state.items()} == kept
+        owner.load_state_dict(state, assign=assign)
+        assert {int(value) for value in owner.state_dict().values()} == {0}
+        assert diversity.schedule.temperature.equal(torch.ones(4))
+        owner.step()
+        assert {name: int(value) for name, value in state.items()} == kept
+        owner.load_state_dict(state)
 
 
 def test_step_keeps_the_buffer_in_place() -> None:
