@@ -29,6 +29,9 @@ Numbers: TypeAlias = Sequence[int] | Sequence[float] | Tensor | NDArray[np.gener
 ClassCounts: TypeAlias = Numbers | Mapping[int, int] | Mapping[int, float]
 """Training samples of each class, in the order of class indices or with them as keys."""
 
+NO_INDEX = torch.iinfo(torch.int64).min
+"""For ``ignore_index``, whose default would leave out targets of -100 where nothing is read."""
+
 
 def refuse(name: str, expected: str, value: object, advice: str = "") -> NoReturn:
     """Raise the error of an argument: which one, what was expected, what came, what to do.

@@ -271,6 +271,27 @@ def test_classes_out_of_range_are_named() -> None:
     _checks.check_classes(torch.tensor([9], device="meta"), "target", 3)  # not read back
 
 
+@pytest.mark.parametrize("index", [-100, -1, 3])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        longtail.BalancedSoftmaxLoss([3, 2, 1]),
+        longtail.LDAMLoss([3, 2, 1]),
+        longtail.FocalLoss(weight=[1.0, 2.0, 3.0]),
+    ],
+    ids=lambda criterion: type(criterion).__name__,
+)
+def test_no_class_index_is_left_out_without_a_word_where_none_is_read(criterion, index) -> None:
+    """As in a graph, and on an accelerator, whose kernels stop at an index out of range."""
+    logits, target = torch.zeros(2, 3), torch.tensor([0, index])
+    with pytest.raises(ArgumentError, match=f"`target`.*values from {min(0, index)} to "):
+        criterion(logits, target)
+    compiled = torch.compile(criterion, backend="eager")
+    assert compiled(logits, torch.tensor([0, 2])) == criterion(logits, torch.tensor([0, 2]))
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        compiled(logits, target)
+
+
 @pytest.mark.parametrize(
     "labels",
     [None, "01", [], [0.5], [[0, 1]], [True, False], [-1], ["a"], 3, [0, None], object()],

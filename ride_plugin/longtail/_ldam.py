@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from ride_plugin._checks import (
+    NO_INDEX,
     ClassCounts,
     Numbers,
     as_weight,
@@ -47,7 +48,8 @@ def ldam_loss(
     logits = float32_or_better(logits)
     lowered = -scale * margins.to(logits.dtype)[target]
     shifted = logits.scatter_add(1, target[:, None], lowered[:, None])
-    return F.cross_entropy(shifted, target, None if weight is None else weight.to(logits.dtype))
+    weight = None if weight is None else weight.to(logits.dtype)
+    return F.cross_entropy(shifted, target, weight, ignore_index=NO_INDEX)
 
 
 class LDAMLoss(nn.Module):

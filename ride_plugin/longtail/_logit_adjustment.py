@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from ride_plugin._checks import (
+    NO_INDEX,
     ClassCounts,
     check_class_counts,
     check_floating,
@@ -84,7 +85,7 @@ def logit_adjusted_loss(logits: Tensor, target: Tensor, adjustment: Tensor) -> T
     logits = float32_or_better(logits)
     adjusted = logits + adjustment.to(logits.dtype)
     if not target.is_floating_point():
-        return F.cross_entropy(adjusted, target)
+        return F.cross_entropy(adjusted, target, ignore_index=NO_INDEX)
     # A class of probability zero must not meet a masked logit: 0 * inf is NaN.
     log_p = F.log_softmax(adjusted, dim=1).masked_fill(target == 0, 0.0)
     return -(target.to(log_p.dtype) * log_p).sum(1).mean()
