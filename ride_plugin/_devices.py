@@ -1,4 +1,4 @@
-"""Losses that go where the logits are, and keep their digits."""
+"""Losses that go where the logits are, and keep their values with all digits."""
 
 from __future__ import annotations
 
@@ -40,3 +40,24 @@ def keeping_digits(module: nn.Module, apply: Callable[[], object]) -> None:
         cast = owner._buffers[name]
         if cast is not None and cast.dtype in (torch.float16, torch.bfloat16):
             owner._buffers[name] = buffer.to(cast.device)
+
+
+def keeping_values(module: nn.Module, apply: Callable[[], object]) -> None:
+    """Let ``apply`` move or cast a loss as `keeping_digits` does, and leave no buffer unfilled.
+
+    On the meta device there are no values, and ``to_empty`` copies none. What stands in the buffer
+    may come from a schedule or from the loop, so it cannot be computed again: it is kept beside a
+    buffer on the meta device, and copied where there is a place for it.
+    """
+    before = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    kept: dict[str, Tensor] = vars(module).setdefault("_kept", {})
+    keeping_digits(module, apply)
+    for name, buffer in before.items():
+        after = module._buffers[name]
+        if after is None or after is buffer:
+            continue
+        values = kept.pop(name, None) if buffer.is_meta else buffer
+        if values is not None and after.is_meta:
+            kept[name] = values.cpu()
+        elif values is not None:
+            after.copy_(values)

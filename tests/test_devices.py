@@ -6,6 +6,7 @@ stalls the queue at every step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
@@ -21,6 +22,8 @@ from ride_plugin import (
     DiversityLoss,
     ExpertRouter,
     RIDELoss,
+    RIDEModule,
+    RIDEWrapper,
     RoutingInference,
     RoutingLoss,
     expert_logits,
@@ -83,6 +86,69 @@ def test_losses_go_to_the_device_of_the_logits_and_read_nothing_back(
     assert (value.device.type, value.dtype, value.shape) == ("meta", torch.float32, ())
     value.backward()
     assert (leaf.grad.device.type, leaf.grad.dtype) == ("meta", leaf.dtype)
+
+
+EMPTIED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "meta": lambda loss: loss.to("meta").to_empty(device="cpu"),
+    "meta twice": lambda loss: loss.to("meta").double().to("meta").to_empty(device="cpu").float(),
+    "empty": lambda loss: loss.to_empty(device="cpu"),
+    "half": lambda loss: loss.to("meta").half().to_empty(device="cpu"),
+    "copied": lambda loss: copy.deepcopy(loss.to("meta")).to_empty(device="cpu"),
+}
+
+
+@pytest.mark.parametrize("emptied", EMPTIED)
+@pytest.mark.parametrize(
+    "name", [*LOSSES, "ldam, weighted", "ride, ldam", "ride, focal", "ride module"]
+)
+def test_losses_without_values_have_them_again(name, emptied, monkeypatch) -> None:
+    weight = [0.5, 1.0, 4.0]
+    losses = LOSSES | {
+        "ldam, weighted": lambda: longtail.LDAMLoss(COUNTS, weight=weight),
+        "ride, ldam": lambda: RIDELoss(longtail.LDAMLoss(COUNTS, weight=weight), COUNTS),
+        "ride, focal": lambda: RIDELoss(longtail.FocalLoss(weight=weight), COUNTS),
+        "ride module": lambda: RIDEModule(wrapped(), RIDELoss(longtail.LDAMLoss(COUNTS), COUNTS)),
+    }
+    loss = losses[name]()
+    buffers = {key: buffer.clone() for key, buffer in loss.named_buffers()}
+    logits, target = torch.randn(4, 2, 3), torch.tensor([0, 1, 2, 2])
+
+    def value() -> torch.Tensor:
+        criterion = loss.criterion if name == "ride module" else loss
+        if name == "routing":
+            return loss(logits[:, 0, :1], logits, target)
+        if name == "distillation":
+            return loss(logits, logits.flip(0)[:, 0])
+        if name.startswith(("ride", "diversity")):
+            return criterion(logits, target)
+        return experts_loss(criterion, logits, target)
+
+    before = value()
+    # What an allocation finds in memory is often what was there before.
+    monkeypatch.setattr(
+        torch, "empty_like", lambda tensor, **how: torch.full_like(tensor, 7, **how)
+    )
+    loss = EMPTIED[emptied](loss)
+    monkeypatch.undo()
+    for key, after in loss.named_buffers():
+        torch.testing.assert_close(after, buffers[key], rtol=1e-6, atol=0)
+    torch.testing.assert_close(value(), before)
+
+
+def wrapped() -> RIDEWrapper:
+    backbone = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    return RIDEWrapper(backbone, 2, fork_at="2")
+
+
+def test_class_weights_of_a_schedule_outlive_a_stay_on_the_meta_device() -> None:
+    criterion = longtail.LDAMLoss(COUNTS)
+    schedule = longtail.DeferredReweighting(criterion, COUNTS, start_epoch=1)
+    schedule.step()
+    criterion.to("meta").to_empty(device="cpu")
+    torch.testing.assert_close(criterion.weight, longtail.effective_number_weights(COUNTS))
+    schedule.load_state_dict({"epoch": torch.tensor(0)})
+    criterion.to("meta").to_empty(device="cpu")
+    assert criterion.weight.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_ldam_reads_the_first_batch_only_on_an_accelerator(monkeypatch) -> None:

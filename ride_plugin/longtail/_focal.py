@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from ride_plugin._checks import Numbers, as_weight, check_logits_target, check_number
-from ride_plugin._devices import follow, keeping_digits
+from ride_plugin._devices import follow, keeping_values
 from ride_plugin._numerics import float32_or_better
 
 
@@ -107,7 +107,7 @@ class FocalLoss(nn.Module):
         return focal_loss(logits, target, gamma=self.gamma, weight=self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        keeping_digits(self, lambda: super(FocalLoss, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        keeping_values(self, lambda: super(FocalLoss, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:

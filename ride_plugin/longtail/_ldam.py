@@ -18,7 +18,7 @@ from ride_plugin._checks import (
     check_logits_target,
     check_number,
 )
-from ride_plugin._devices import follow, keeping_digits
+from ride_plugin._devices import follow, keeping_values
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 
@@ -140,8 +140,8 @@ class LDAMLoss(nn.Module):
         self.margins.copy_(self._max_margin * self._rarity)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        keeping_digits(self, lambda: super(LDAMLoss, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
-        self._refresh()  # `to_empty` leaves no values
+        keeping_values(self, lambda: super(LDAMLoss, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        self._refresh()  # with the digits of another dtype
         return self
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

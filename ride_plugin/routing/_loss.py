@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ride_plugin._checks import ClassCounts, check_class_counts, check_number
-from ride_plugin._devices import follow
+from ride_plugin._devices import follow, keeping_values
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import Output, expert_logits
 from ride_plugin.functional import routing_loss, routing_targets
@@ -70,6 +73,10 @@ class RoutingLoss(nn.Module):
             follow(self, self.class_weights, logits)
             weight = _of_samples(self.class_weights, target, logits.shape[2])
         return routing_loss(gate_logits, targets, self.pos_weight, self.neg_weight, weight=weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        keeping_values(self, lambda: super(RoutingLoss, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """The weights, for ``repr``."""
