@@ -396,9 +396,14 @@ def _shown(value: object) -> str:
 
 def may_read(tensor: Tensor) -> bool:
     """Whether the values are at hand: not on an accelerator, in a graph, faked or under vmap."""
+    return tensor.device.type == "cpu" and has_values(tensor)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are values, be it on an accelerator: not in a graph, faked or under vmap."""
     return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and not tensor.is_meta
         and detect_fake_mode(tensor) is None
         and not is_functorch_wrapped_tensor(tensor)
     )

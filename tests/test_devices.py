@@ -14,6 +14,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from ride_plugin import (
@@ -65,11 +66,7 @@ TARGETS = {
     ("name", "target"),
     [pair for pair in product(LOSSES, TARGETS) if pair != ("ldam", "probabilities")],
 )
-def test_losses_go_to_the_device_of_the_logits_and_read_nothing_back(
-    name, target, moved, monkeypatch
-) -> None:
-    if name == "ldam":
-        monkeypatch.setattr(longtail.LDAMLoss, "_check_cosine", lambda self, logits: None)
+def test_losses_go_to_the_device_of_the_logits_and_read_nothing_back(name, target, moved) -> None:
     loss = LOSSES[name]()
     if moved:
         loss.to("meta")
@@ -160,10 +157,50 @@ def test_ldam_reads_the_first_batch_only_on_an_accelerator(monkeypatch) -> None:
     for _ in range(2):
         loss(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
     assert checked == ["cpu", "cpu"]
+    monkeypatch.setattr("ride_plugin.longtail._ldam.has_values", lambda logits: True)
     again = longtail.LDAMLoss(COUNTS).to("meta")
     for _ in range(2):
         again(experts()[:, 0], torch.zeros(4, dtype=torch.int64, device="meta"))
     assert checked == ["cpu", "cpu", "meta"]
+
+
+UNREAD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "ldam": lambda z, y: longtail.LDAMLoss(COUNTS)(z[:, 0], y),
+    "ldam of experts": lambda z, y: experts_loss(longtail.LDAMLoss(COUNTS), z, y),
+    "ldam by expert": lambda z, y: experts_loss([longtail.LDAMLoss(COUNTS)] * 2, z, y),
+    "focal": lambda z, y: longtail.FocalLoss(weight=[1.0, 2.0, 3.0])(z[:, 0], y),
+    "balanced softmax": lambda z, y: longtail.BalancedSoftmaxLoss(COUNTS)(z[:, 0], y),
+    "routing": lambda z, y: RoutingLoss(class_counts=COUNTS)(z[:, :1, 0], z.square(), y),
+    "adjusted": lambda z, y: longtail.adjust_logits(z, COUNTS).square().mean(),
+    "tau-normalized": lambda z, y: longtail.tau_normalized(z[:, 0], 0.7).mean(),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_nothing_is_read_under_vmap(name) -> None:
+    function, target = UNREAD[name], torch.tensor([0, 1, 2, 2])
+    samples = torch.randn(5, 4, 2, 3)
+    each = torch.stack([function(z, target) for z in samples])
+    torch.testing.assert_close(torch.vmap(function, (0, None))(samples, target), each)
+    torch.testing.assert_close(torch.vmap(function)(samples, target.expand(5, 4)), each)
+    leaves = samples.clone().requires_grad_()
+    sum(function(z, target) for z in leaves).backward()
+    gradients = torch.vmap(torch.func.grad(function), (0, None))(samples, target)
+    torch.testing.assert_close(gradients, leaves.grad)
+
+
+@pytest.mark.parametrize("name", ["ldam", "focal", "balanced softmax", "ride, ldam"])
+def test_nothing_is_read_of_fake_tensors(name) -> None:
+    loss = {**LOSSES, "ride, ldam": lambda: RIDELoss(longtail.LDAMLoss(COUNTS), COUNTS)}[name]()
+    logits, target = torch.randn(4, 2, 3, requires_grad=True), torch.tensor([0, 1, 2, 2])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake, labels = mode.from_tensor(logits), mode.from_tensor(target)
+        value = loss(fake, labels) if name.startswith("ride") else loss(fake[:, 0], labels)
+    assert (value.shape, value.dtype) == ((), torch.float32)
+    with (
+        pytest.raises(ValueError, match="cosines times scale") if "ldam" in name else nullcontext()
+    ):
+        experts_loss(getattr(loss, "criterion", loss), 100 * logits.sign(), target)
 
 
 @pytest.mark.parametrize("inputs", ["predictions", "paper"])

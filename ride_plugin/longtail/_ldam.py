@@ -17,6 +17,7 @@ from ride_plugin._checks import (
     check_class_counts,
     check_logits_target,
     check_number,
+    has_values,
 )
 from ride_plugin._devices import follow, keeping_values
 from ride_plugin._errors import ArgumentError
@@ -69,7 +70,8 @@ class LDAMLoss(nn.Module):
     A margin of ``0.5 * 30`` only makes sense for a cosine head, whose logits lie within
     ``[-scale, scale]``. Logits beyond that range (by more than 2 %, the rounding of bfloat16)
     raise. On the CPU every batch is checked; on an accelerator only the first, since reading
-    values stops the queue; never inside ``torch.compile``.
+    values stops the queue; never where there are none to read (``torch.compile``, ``torch.func``,
+    fake tensors).
 
     Attributes:
         weight: ``[C]`` class weights, ones unless given; changed in place by DeferredReweighting.
@@ -157,7 +159,8 @@ class LDAMLoss(nn.Module):
         """
         target = check_logits_target(logits, target, len(self.margins), soft=False)
         follow(self, self.margins, logits)
-        if not torch.compiler.is_compiling() and (logits.is_cpu or not self._checked):
+        wanted = not torch.compiler.is_compiling() and (logits.is_cpu or not self._checked)
+        if wanted and has_values(logits):
             self._check_cosine(logits)
             self._checked = True
         return ldam_loss(logits, target, self.margins, scale=self.scale, weight=self.weight)

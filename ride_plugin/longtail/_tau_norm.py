@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import check_floating, check_number
+from ride_plugin._checks import check_floating, check_number, has_values
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin.longtail._classifiers import Classifiers, linear_classifiers
@@ -40,7 +40,7 @@ def tau_normalized(weight: Tensor, tau: float) -> Tensor:
     check_floating(weight, "weight", "C", "D", advice="Pass a linear layer's weight.")
     precise = float32_or_better(weight)  # a power of a norm overflows in half precision
     norms: Tensor = torch.linalg.vector_norm(precise, dim=1, keepdim=True)
-    if not bool((norms > 0).all() & norms.isfinite().all()):
+    if has_values(norms) and not bool((norms > 0).all() & norms.isfinite().all()):
         raise ArgumentError(
             "Expected argument `weight` to have a finite norm > 0 in every row, but got norms from "
             f"{norms.min().item():g} to {norms.max().item():g}. Train the classifier first."

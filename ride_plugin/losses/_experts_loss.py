@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._checks import check_callable, check_choice, check_classes, check_target, refuse
+from ride_plugin._checks import (
+    check_callable,
+    check_choice,
+    check_classes,
+    check_target,
+    may_read,
+    refuse,
+)
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import Output, expert_logits
@@ -74,7 +81,7 @@ def experts_loss(
         criteria = _one_per_expert(criterion, num_experts)
         losses = [_call(one, experts[:, i], target) for i, one in enumerate(criteria)]
     except (IndexError, RuntimeError):
-        if isinstance(target, Tensor):
+        if isinstance(target, Tensor) and may_read(target):
             left_out = getattr(criterion, "ignore_index", -100)
             check_classes(target[target != left_out], "target", classes)
         raise
