@@ -314,7 +314,9 @@ def as_cpu_tensor(values: object, name: str) -> Tensor:
         tensor = torch.as_tensor(values, device="cpu")
         if tensor.is_floating_point() and not isinstance(values, Tensor | np.ndarray):
             tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu")
-        return tensor.detach()
+        # torch knows hardly an operation on these.
+        wide_unsigned = tensor.dtype in (torch.uint16, torch.uint32, torch.uint64)
+        return tensor.long() if wide_unsigned else tensor.detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ArgumentError(
             f"Expected argument `{name}` to be a tensor, an array or a list of numbers, but got "

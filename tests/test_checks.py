@@ -319,6 +319,23 @@ def test_a_target_on_another_device_is_named(call) -> None:
         call(torch.zeros(4, 2, 3), torch.zeros(4, dtype=torch.int64, device="meta"))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_unsigned_numbers_are_as_good_as_others(dtype: Any, kind: Any) -> None:
+    def unsigned(values: list[int]) -> Any:
+        return kind(np.array(values, dtype))
+
+    target, counts, predicted = [0, 1, 2, 2], [200, 50, 7], [0, 2, 2, 1]
+    report = longtail.shot_report(predicted, target, counts)
+    assert longtail.shot_report(unsigned(predicted), unsigned(target), unsigned(counts)) == report
+    assert longtail.FocalLoss(weight=unsigned(counts)).weight.tolist() == counts
+    assert longtail.LDAMLoss(counts, weight=unsigned(counts)).weight.tolist() == counts
+    right = longtail.expected_calibration_error([0.5] * 4, unsigned([0, 1, 1, 0]))
+    assert right == longtail.expected_calibration_error([0.5] * 4, [0, 1, 1, 0])
+    with pytest.raises(ArgumentError, match="`output` to hold class indices from 0 to 2"):
+        longtail.shot_report(unsigned([0, 1, 2, 3]), target, counts)
+
+
 def test_a_temperature_too_small_to_divide_by_gives_no_number() -> None:
     logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
     assert functional.distillation_kl(logits, logits[:, 0], 1e-300).isnan().all()
