@@ -173,7 +173,7 @@ class LongTailedSubset(Subset[Any]):
             imbalance_factor: see :func:`long_tailed_counts`.
             labels: class of every image; read from the data set's ``targets`` or ``labels``, or
                 from the second tensor of a TensorDataset, if None. A ``target_transform`` of the
-                data set is applied to what is read.
+                data set is applied to what is read, which may be names then.
             profile: see :func:`long_tailed_counts`.
             max_count: see :func:`long_tailed_indices`.
             seed: of the draw.
@@ -204,13 +204,23 @@ def _labels_of(dataset: Dataset[Any]) -> Numbers:
         found = getattr(dataset, name, None)
         if found is not None:
             transform = getattr(dataset, "target_transform", None)
-            if transform is None:
-                return found  # type: ignore[no-any-return]
-            # As torchvision's data sets do where they give out a sample.
-            return [transform(label) for label in torch.as_tensor(found).tolist()]
+            return found if transform is None else _transformed(found, transform)
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
         return tuple(dataset.tensors)[1]
     raise ArgumentError(
         "Expected argument `dataset` to have its classes in `targets` or `labels`, but got "
         f"{type(dataset).__name__} without. Pass labels=[the class of every sample]."
     )
+
+
+def _transformed(labels: Any, transform: Any) -> list[Any]:
+    """Labels of any kind, names too, as torchvision's data sets give them out with a sample."""
+    try:
+        stored = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+        return [transform(label) for label in stored]
+    except Exception as error:
+        raise ArgumentError(
+            "Expected argument `dataset` to have classes that its `target_transform` maps to "
+            f"numbers, but that failed with {type(error).__name__}: {error}. Pass labels=[the "
+            "class of every sample]."
+        ) from error

@@ -156,3 +156,51 @@ def test_a_target_transform_is_applied_to_the_labels_too(targets) -> None:
     given = torch.tensor([label for _, label in data])
     assert torch.equal(given, data.labels)
     assert given.bincount().tolist() == data.class_counts == [100, 46, 21, 10]
+
+
+NAMES = ["cat", "dog", "eel", "fox"]
+
+
+class Named(Labelled):
+    """Stores names; the number of each comes with the sample."""
+
+    def __getitem__(self, index: int):
+        return torch.zeros(1), self.target_transform(self.targets[index])
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [NAMES[k] for k in LABELS.tolist()],
+        tuple(NAMES[k] for k in LABELS.tolist()),
+        np.array(NAMES)[LABELS.numpy()],
+        np.array(NAMES, dtype=object)[LABELS.numpy()],
+        [(NAMES[k], k) for k in LABELS.tolist()],
+    ],
+    ids=["list", "tuple", "array", "objects", "pairs"],
+)
+def test_names_that_a_target_transform_maps_to_numbers_are_labels(targets) -> None:
+    def number(label):
+        return torch.tensor(NAMES.index(label[0] if isinstance(label, tuple) else label))
+
+    data = LongTailedSubset(Named(targets=targets, target_transform=number), 10)
+    assert torch.equal(torch.stack([label for _, label in data]), data.labels)
+    assert data.labels.bincount().tolist() == data.class_counts == [30, 13, 6, 3]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"targets": ["cat"] * 120}, r"`labels` to be a tensor.*got \['cat', 'cat'"),
+        ({"targets": np.array(["cat"] * 120)}, "`labels` to be a tensor.*got an array of shape"),
+        (
+            {"targets": ["cat"] * 120, "target_transform": {"dog": 0}.__getitem__},
+            r"`target_transform` maps.*failed with KeyError: 'cat'. Pass labels=\[the class",
+        ),
+        ({"targets": ["cat"] * 120, "target_transform": str.upper}, r"`labels`.*\['CAT', 'CAT'"),
+        ({"targets": 7, "target_transform": int}, "`target_transform`.*failed with TypeError"),
+    ],
+)
+def test_names_without_numbers_are_refused(labels, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        LongTailedSubset(Labelled(**labels), 10)
