@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import ClassCounts, check_class_counts, check_instance, check_number
+from ride_plugin._checks import (
+    ClassCounts,
+    check_class_counts,
+    check_instance,
+    check_no_shares,
+    check_number,
+)
 from ride_plugin._errors import ArgumentError
 from ride_plugin._schedule import Schedule
 
@@ -20,20 +26,21 @@ def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) ->
     section 4; normalised as in LDAM-DRW.
 
     Args:
-        class_counts: training images per class, ``[C]``, positive.
+        class_counts: training images per class, ``[C]``, positive: numbers, not shares.
         beta: 0 gives equal weights, towards 1 they approach ``1 / n_c`` (LDAM-DRW: 0.9999).
 
     Returns:
         ``[C]`` float32 on the CPU.
 
     Raises:
-        ArgumentError: a count is not positive or ``beta`` is outside ``[0, 1)``.
+        ArgumentError: a count is not positive, all are below one, or ``beta`` is outside
+            ``[0, 1)``.
 
     Example:
         >>> effective_number_weights([100, 10, 1])
         tensor([0.0272, 0.2704, 2.7025])
     """
-    counts = check_class_counts(class_counts)
+    counts = check_no_shares(check_class_counts(class_counts))
     log_beta = counts.new_tensor(check_number(beta, "beta", 0, 1, open_high=True)).log()
     # expm1 keeps the digits that 1 - beta ** n loses where beta is close to 1.
     weights = -1 / torch.expm1(counts * log_beta)

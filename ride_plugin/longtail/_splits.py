@@ -9,7 +9,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ride_plugin._checks import ClassCounts, check_class_counts, check_number
+from ride_plugin._checks import (
+    ClassCounts,
+    check_class_counts,
+    check_no_shares,
+    check_number,
+)
 from ride_plugin._errors import ArgumentError
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -26,20 +31,22 @@ def shot_groups(class_counts: ClassCounts, many: float = 100, few: float = 20) -
     al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019.
 
     Raises:
-        ArgumentError: a count is not positive, or the cut-offs are not ``0 <= few <= many``.
+        ArgumentError: a count is not positive, the cut-offs are not ``0 <= few <= many``, or all
+            counts are shares, below one, while the cut-offs are not.
 
     Example:
         >>> shot_groups([101, 100, 20, 19]).tolist()
         [0, 1, 1, 2]
     """
-    counts = check_class_counts(class_counts).numpy()
+    counts = check_class_counts(class_counts)
     many, few = check_number(many, "many", 0), check_number(few, "few", 0)
     if few > many:
         raise ArgumentError(
             "Expected arguments `many` and `few` to satisfy 0 <= few <= many, but got "
             f"many={many:g} and few={few:g}. The field's cut-offs are many=100, few=20."
         )
-    groups: Ints = np.where(counts > many, 0, np.where(counts < few, 2, 1))
+    numbers = (check_no_shares(counts) if many >= 1 else counts).numpy()
+    groups: Ints = np.where(numbers > many, 0, np.where(numbers < few, 2, 1))
     return groups
 
 

@@ -121,6 +121,17 @@ def test_bad_input_is_named() -> None:
         DeferredReweighting(torch.nn.functional.cross_entropy, COUNTS, start_epoch=1)
 
 
+@pytest.mark.parametrize("shares", [[0.9, 0.09, 0.01], torch.tensor(COUNTS) / sum(COUNTS)])
+def test_shares_are_no_numbers_of_samples(shares) -> None:
+    for call in (
+        lambda: effective_number_weights(shares),
+        lambda: DeferredReweighting(LDAMLoss(shares), shares, start_epoch=1),
+    ):
+        with pytest.raises(RIDEError, match=r"`class_counts`.*not shares"):
+            call()
+    assert effective_number_weights([1, 0.5]).sum() == 2  # what the mean of several draws may be
+
+
 @pytest.mark.parametrize("criterion", criteria()[:2], ids=lambda c: type(c).__name__)
 def test_compiled_in_one_graph_the_switch_needs_no_recompilation(criterion) -> None:
     logits, target = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2])

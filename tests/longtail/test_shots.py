@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ride_plugin import RIDEError
-from ride_plugin.longtail import shot_groups, shot_report
+from ride_plugin.longtail import analyze, bias_variance, shot_groups, shot_report
 
 COUNTS = [300, 101, 100, 50, 20, 19, 1]
 SPLIT = ["many", "many", "medium", "medium", "medium", "few", "few"]
@@ -112,3 +112,21 @@ def test_bad_input_is_named(output, target, arguments, message: str) -> None:
 def test_zero_counts_are_named() -> None:
     with pytest.raises(RIDEError, match=r"`class_counts`.*0 for class 1"):
         shot_report([0], [0], [5, 0])
+
+
+def test_shares_are_refused_where_the_cut_offs_are_numbers_of_samples() -> None:
+    shares = [n / sum(COUNTS) for n in COUNTS]
+    target = torch.arange(7)
+    for call in (
+        lambda: shot_groups(shares),
+        lambda: shot_report(target, target, shares),
+        lambda: shot_report(target, target, dict(enumerate(shares)), many=1, few=1),
+        lambda: analyze(torch.randn(7, 2, 7), target, shares),
+        lambda: bias_variance(target.expand(2, 7), target, shares),
+    ):
+        with pytest.raises(RIDEError, match=r"`class_counts`.*not shares"):
+            call()
+    cut_offs = {"many": 100 / sum(COUNTS), "few": 20 / sum(COUNTS)}
+    assert [["many", "medium", "few"][g] for g in shot_groups(shares, **cut_offs)] == SPLIT
+    report = shot_report(target, target, shares, **cut_offs)
+    assert report.split_classes == {"many": 2, "medium": 3, "few": 2}
