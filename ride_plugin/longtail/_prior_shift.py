@@ -176,8 +176,8 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
     overconfident; unlabelled test data cannot tell either from a shift of the classes. With $m_c$
     the frequency of class c among the held-out labels, scale and offset minimise the cross entropy
     of $a\, z_c + b \log n_c + \log m_c$, which is convex. The held-out data may be balanced or
-    long-tailed, and a few hundred samples suffice; they must not be training data, which a model
-    knows by heart. (Not in the paper.)
+    long-tailed, and a few hundred samples suffice, some of which the model gets wrong; they must
+    not be training data, which a model knows by heart. (Not in the paper.)
 
     Args:
         logits: ``[N, C]``: the model's output, or that of routed inference.
@@ -186,7 +186,7 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
 
     Raises:
         ArgumentError: shapes do not fit, the counts are equal, a logit is not finite, or the
-            logits tell nothing about the labels.
+            logits tell nothing about the labels, or they classify all of them rightly.
 
     Example:
         >>> import torch
@@ -233,6 +233,7 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
             f"{scale:g}. Check that rows and labels belong together."
         )
     balanced = scale * z + offset * log_counts
+    _check_that_some_are_wrong(balanced, target)
     return PriorCalibration(
         scale, offset, log_counts, held_out_samples(z, target, balanced, log_counts)
     )
@@ -260,6 +261,22 @@ def _check_that_both_are_determined(z: Tensor, target: Tensor, log_counts: Tenso
         raise ArgumentError(
             "Expected argument `logits` to tell something about the labels, but in every row they "
             "are all the same, or differ by the class counts alone. Pass what the model returns."
+        )
+
+
+def _check_that_some_are_wrong(balanced: Tensor, target: Tensor) -> None:
+    """Refuse held-out data for which the cross entropy falls on towards infinite numbers.
+
+    If the label is ahead in every row, twice both numbers fit better still, and so on; where the
+    search stops is chance.
+    """
+    among = balanced[:, target.unique()].amax(dim=1)
+    if bool((balanced.gather(1, target[:, None])[:, 0] >= among).all()):
+        raise ArgumentError(
+            "Expected argument `logits` to be wrong about some held-out samples, but with the "
+            f"numbers found all {len(target)} are classified rightly. Any larger numbers fit them "
+            "better, so that neither is determined. Pass more samples, or harder ones, on which "
+            "the model errs; training samples are no held-out ones."
         )
 
 

@@ -204,6 +204,25 @@ def test_held_out_data_that_determine_nothing_are_refused() -> None:
             calibrate_prior(constant, labels, counts)
 
 
+@pytest.mark.parametrize("sure", [4.0, 8.0, 15.0, 20.0, 1000.0])
+@pytest.mark.parametrize("per_class", [(5, 5, 5, 5), (40, 9, 3, 1), (20, 0, 5, 5)])
+def test_held_out_data_that_are_all_classified_rightly_are_refused(sure, per_class) -> None:
+    counts = [500, 100, 20, 4]
+    labels = torch.arange(4).repeat_interleave(torch.tensor(per_class))
+    noise = torch.rand(len(labels), 4) - 0.5
+    right = sure * F.one_hot(labels, 4) + noise
+    for offset in (0, 1, -0.5):  # after adjusting, though not as they are
+        logits = right + offset * torch.tensor(counts).log()
+        with pytest.raises(ArgumentError, match=f"all {len(labels)} are classified rightly.*more"):
+            calibrate_prior(logits, labels, counts)
+    one_wrong = torch.cat([right, right[:1]]), torch.cat([labels, labels[-1:]])
+    found = calibrate_prior(*one_wrong, counts)
+    assert 0 < found.scale < 10
+    tripled = calibrate_prior(3 * one_wrong[0], one_wrong[1], counts)
+    assert tripled.scale == pytest.approx(found.scale / 3, rel=0.01)
+    assert tripled.offset == pytest.approx(found.offset, abs=0.01)
+
+
 def test_logits_made_in_inference_mode_are_calibrated() -> None:
     logits, labels = held_out(600, [100, 10, 1])
     expected = calibrate_prior(logits.double(), labels, [100, 10, 1])
