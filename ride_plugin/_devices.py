@@ -15,7 +15,10 @@ def follow(module: nn.Module, own: Tensor, logits: Tensor) -> None:
     criterion; a loss that takes its place has to work there too. It moves once, at the first call.
     """
     if own.device != logits.device and not torch.compiler.is_compiling():
-        module.to(logits.device)
+        if own.is_meta:  # where it was run for shapes; every loss knows the values of its buffers
+            module.to_empty(device=logits.device)
+        else:
+            module.to(logits.device)
 
 
 def keeping_digits(module: nn.Module, apply: Callable[[], object]) -> None:

@@ -137,6 +137,23 @@ def wrapped() -> RIDEWrapper:
     return RIDEWrapper(backbone, 2, fork_at="2")
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "distillation"])
+def test_losses_come_back_from_a_run_for_shapes(name) -> None:
+    loss, fresh = LOSSES[name](), LOSSES[name]()
+    logits, target = torch.randn(4, 2, 3), torch.tensor([0, 1, 2, 2])
+
+    def value(loss: nn.Module, device: str) -> torch.Tensor:
+        here, labels = logits.to(device), target.to(device)
+        if name == "routing":
+            return loss(here[:, 0, :1], here, labels)
+        if name.startswith(("ride", "diversity")):
+            return loss(here, labels)
+        return experts_loss(loss, here, labels)
+
+    assert value(loss, "meta").is_meta
+    torch.testing.assert_close(value(loss, "cpu"), value(fresh, "cpu"))
+
+
 def test_class_weights_of_a_schedule_outlive_a_stay_on_the_meta_device() -> None:
     criterion = longtail.LDAMLoss(COUNTS)
     schedule = longtail.DeferredReweighting(criterion, COUNTS, start_epoch=1)
