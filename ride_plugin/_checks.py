@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import detect_fake_mode
 
-from ride_plugin._errors import ArgumentError
+from ride_plugin._errors import ArgumentError, warn_caller
 
 T = TypeVar("T")
 
@@ -422,9 +422,43 @@ def has_values(tensor: Tensor) -> bool:
     )
 
 
-def rows_sum_to_one(values: Tensor) -> bool:
-    """Whether each row ``[C]`` does, as probabilities do; mixed or smoothed in bfloat16 as well."""
-    return bool(((values.detach().double().sum(dim=1) - 1).abs() < 0.02).all())
+def rows_sum_to_one(values: Tensor, within: float = 0.02) -> bool:
+    """Whether each row ``[..., C]`` does, as probabilities do; in bfloat16 as well, if not near."""
+    return bool(((values.detach().double().sum(dim=-1) - 1).abs() < within).all())
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether rows ``[..., C]`` look like those of a softmax.
+
+    A single row may come near to one by chance, so it has to come nearer. Nothing but zeros and
+    ones are answers that somebody made: a softmax has no zeros.
+    """
+    classes = logits.shape[-1]
+    if classes < 2 or not logits.numel():
+        return False
+    low, high = (float(bound) for bound in logits.detach().aminmax())
+    if not 0 <= low <= high < 1.02:
+        return False
+    within = 0.02 if logits.numel() > classes else 1e-4
+    return rows_sum_to_one(logits, within) and bool(((logits != 0) & (logits != 1)).any())
+
+
+def warn_of_probabilities(logits: Tensor, name: str) -> bool:
+    """Warn if logits are probabilities, on the CPU and not in a graph.
+
+    Returns:
+        Whether the values were at hand, so that a loss need not look again.
+    """
+    if not may_read(logits):
+        return False
+    if are_probabilities(logits):
+        warn_caller(
+            f"The rows of argument `{name}` sum to one, as probabilities do, but logits are "
+            "expected: a softmax of probabilities is nearly flat, and a prior that is added to "
+            "them outweighs them. Pass what the model returns before its softmax, or the "
+            "logarithm of the probabilities, `p.log()`."
+        )
+    return True
 
 
 def _check_probabilities(target: Tensor) -> None:

@@ -336,6 +336,128 @@ def test_unsigned_numbers_are_as_good_as_others(dtype: Any, kind: Any) -> None:
         longtail.shot_report(unsigned([0, 1, 2, 3]), target, counts)
 
 
+# Logits, or what stands in their place.
+
+PROBABILITIES = {
+    "softmax": lambda z: z.softmax(-1),
+    "of experts": lambda z: z[:, None].expand(-1, 3, -1).softmax(-1),
+    "sure of themselves": lambda z: (30 * z).softmax(-1),
+    "double": lambda z: z.double().softmax(-1),
+    "half": lambda z: z.half().softmax(-1),
+    "rounded in bfloat16": lambda z: z.bfloat16().softmax(-1).float(),
+    "one row": lambda z: z[:1].softmax(-1),
+    "one dimension": lambda z: z[0].softmax(-1),
+    "two classes": lambda z: z[:, :2].softmax(-1),
+    "a class without any": lambda z: z.index_fill(1, torch.tensor(0), -math.inf).softmax(-1),
+    "with gradients": lambda z: z.requires_grad_().softmax(-1),
+}
+LOGITS = {
+    "normal": lambda z: z,
+    "positive": lambda z: z.abs(),
+    "between zero and one": lambda z: z.sigmoid(),
+    "logarithms": lambda z: z.log_softmax(-1),
+    "zeros": torch.zeros_like,
+    "one class": lambda z: torch.ones_like(z[:, :1]),
+    "answers": lambda z: F.one_hot(z.argmax(1), z.shape[1]).float(),
+    "one row near one": lambda z: torch.tensor([[0.3, 0.71, 0.0]]),
+    "none": lambda z: z[:0],
+    "NaN": lambda z: z * math.nan,
+    "infinite": lambda z: z.abs() * math.inf,
+}
+
+
+def scores() -> torch.Tensor:
+    return torch.randn(20, 5)
+
+
+@pytest.mark.parametrize("kind", PROBABILITIES)
+def test_probabilities_in_the_place_of_logits_are_warned_of_with_what_to_pass(kind: str) -> None:
+    with pytest.warns(
+        UserWarning, match=r"`scores` sum to one.*before its softmax.*`p.log\(\)`"
+    ) as (warned):
+        assert _checks.warn_of_probabilities(PROBABILITIES[kind](scores()), "scores")
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+def test_logits_are_taken_without_a_word(kind: str) -> None:
+    assert _checks.warn_of_probabilities(LOGITS[kind](scores()), "scores")
+
+
+def test_random_logits_of_one_sample_and_two_classes_hardly_ever_look_like_probabilities() -> None:
+    logits = torch.randn(20_000, 2)
+    taken = sum(_checks.are_probabilities(row[None]) for row in logits)
+    pairs = sum(_checks.are_probabilities(two) for two in logits.view(-1, 2, 2))
+    assert taken <= 3
+    assert pairs <= 3
+
+
+def test_probabilities_that_cannot_be_read_are_not_looked_at() -> None:
+    uniform = torch.full((4, 3), 1 / 3)
+    assert not _checks.warn_of_probabilities(uniform.to("meta"), "scores")
+    looked = []
+    torch.vmap(lambda row: looked.append(_checks.warn_of_probabilities(row, "x")) or row)(uniform)
+    assert looked == [False]
+
+
+CRITERIA = {
+    "balanced softmax": lambda: longtail.BalancedSoftmaxLoss([9, 4, 1]),
+    "logit adjustment": lambda: longtail.LogitAdjustedLoss([9, 4, 1], 0.5),
+    "ldam": lambda: longtail.LDAMLoss([9, 4, 1]),
+    "focal": longtail.FocalLoss,
+    "focal, weighted": lambda: longtail.FocalLoss(weight=[1.0, 2.0, 3.0]),
+}
+
+
+@pytest.mark.parametrize("kind", CRITERIA)
+def test_criteria_look_for_probabilities_at_their_first_call_only(kind: str) -> None:
+    logits, target = torch.randn(20, 3), torch.arange(20) % 3
+    criterion = CRITERIA[kind]()
+    with pytest.warns(UserWarning, match="`logits` sum to one") as warned:
+        criterion(logits.softmax(1), target)
+    assert len(warned) == 1
+    for first in (logits, logits.to("meta")):
+        criterion = CRITERIA[kind]()
+        criterion(first, target.to(first.device))
+        if first.is_meta:  # nothing was seen yet
+            with pytest.warns(UserWarning, match="`logits` sum to one"):
+                criterion(logits.softmax(1), target)
+        criterion(logits.softmax(1), target)
+    criterion = CRITERIA[kind]()
+    with pytest.warns(UserWarning, match="`logits` sum to one"):
+        experts_loss(criterion, logits[:, None].softmax(2).expand(-1, 2, -1), target)
+    compiled = torch.compile(CRITERIA[kind](), backend="eager", fullgraph=True)
+    compiled(logits.softmax(1), target)
+
+
+def calibration() -> longtail.PriorCalibration:
+    labels = torch.arange(300) % 3
+    held_out = F.one_hot(labels, 3) * 2 + torch.randn(300, 3)
+    return longtail.calibrate_prior(held_out, labels, [100, 10, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda p, y: longtail.adjust_logits(p, [9, 4, 1]), "logits"),
+        (lambda p, y: longtail.adjust_logits(p[:, None], [9, 4, 1]), "logits"),
+        (lambda p, y: longtail.analyze(p[:, None], y, [9, 4, 1]), "expert_logits"),
+        (lambda p, y: longtail.calibrate_prior(p, y, [9, 4, 1]), "logits"),
+        (lambda p, y: calibration().adjust(p, 0.0), "logits"),
+        (lambda p, y: calibration().estimate(p), "logits"),
+    ],
+)
+def test_what_is_done_with_logits_warns_of_probabilities(call: Any, name: str) -> None:
+    target = torch.arange(60) % 3
+    logits = F.one_hot(target, 3) + torch.randn(60, 3)
+    call(logits, target)
+    call(logits.log_softmax(1), target)
+    with pytest.warns(UserWarning, match=f"`{name}` sum to one") as warned:
+        call(logits.softmax(1), target)
+    assert len(warned) == 1
+    longtail.shot_report(logits.softmax(1), target, [9, 4, 1])  # takes either
+
+
 def test_a_temperature_too_small_to_divide_by_gives_no_number() -> None:
     logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
     assert functional.distillation_kl(logits, logits[:, 0], 1e-300).isnan().all()

@@ -15,6 +15,7 @@ from ride_plugin._checks import (
     as_indices,
     as_labels,
     check_class_counts,
+    warn_of_probabilities,
 )
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
@@ -101,6 +102,9 @@ def analyze(
     Raises:
         ArgumentError: shapes do not fit, a label is out of range, or the logits hold NaN.
 
+    Warns:
+        UserWarning: the logits are probabilities, as far as can be told.
+
     Example:
         >>> logits = torch.tensor([[[2.0, 0.0], [3.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]])
         >>> print(analyze(logits, [0, 1], [150, 30]))
@@ -117,6 +121,7 @@ def analyze(
     labels = as_labels(target, "target", len(counts))
     logits = as_cpu_tensor(expert_logits, "expert_logits")
     _check_expert_logits(logits, len(labels), len(counts))
+    warn_of_probabilities(logits, "expert_logits")
     num_experts = logits.shape[1]
     if num_experts_used is None:
         used = torch.full_like(labels, num_experts)

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from ride_plugin._checks import Numbers, as_weight, check_logits_target, check_number
+from ride_plugin._checks import (
+    Numbers,
+    as_weight,
+    check_logits_target,
+    check_number,
+    warn_of_probabilities,
+)
 from ride_plugin._devices import follow, keeping_values
 from ride_plugin._numerics import float32_or_better
 
@@ -88,6 +94,7 @@ class FocalLoss(nn.Module):
         self.register_buffer(
             "weight", None if weight is None else as_weight(weight), persistent=False
         )
+        self._looked = False
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss, a scalar of float32 or better.
@@ -98,10 +105,15 @@ class FocalLoss(nn.Module):
 
         Raises:
             ArgumentError: shapes or labels do not fit.
+
+        Warns:
+            UserWarning: at the first call, the logits are probabilities, as far as can be told.
         """
         target = check_logits_target(
             logits, target, None if self.weight is None else len(self.weight)
         )
+        if not (torch.compiler.is_compiling() or self._looked):
+            self._looked = warn_of_probabilities(logits, "logits")
         if self.weight is not None:
             follow(self, self.weight, logits)
         return focal_loss(logits, target, gamma=self.gamma, weight=self.weight)

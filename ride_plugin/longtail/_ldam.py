@@ -18,6 +18,7 @@ from ride_plugin._checks import (
     check_logits_target,
     check_number,
     has_values,
+    warn_of_probabilities,
 )
 from ride_plugin._devices import follow, keeping_values
 from ride_plugin._errors import ArgumentError
@@ -156,11 +157,16 @@ class LDAMLoss(nn.Module):
         Raises:
             ArgumentError: shapes or labels do not fit, or the logits are no cosines times
                 ``scale``.
+
+        Warns:
+            UserWarning: at the first call, the logits are probabilities, as far as can be told.
         """
         target = check_logits_target(logits, target, len(self.margins), soft=False)
         follow(self, self.margins, logits)
         wanted = not torch.compiler.is_compiling() and (logits.is_cpu or not self._checked)
         if wanted and has_values(logits):
+            if not self._checked:
+                warn_of_probabilities(logits, "logits")
             self._check_cosine(logits)
             self._checked = True
         return ldam_loss(logits, target, self.margins, scale=self.scale, weight=self.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
@@ -15,6 +16,7 @@ from ride_plugin._checks import (
     check_floating,
     check_logits_target,
     check_number,
+    warn_of_probabilities,
 )
 from ride_plugin._devices import follow
 from ride_plugin._numerics import float32_or_better
@@ -43,6 +45,9 @@ def adjust_logits(logits: Tensor, class_counts: ClassCounts, tau: float = 1.0) -
         ArgumentError: a count is not positive, ``tau`` is not finite, or ``logits`` are not
             floating point with one value for each count.
 
+    Warns:
+        UserWarning: ``logits`` are probabilities, as far as can be told (on the CPU).
+
     Example:
         >>> import torch
         >>> adjust_logits(torch.zeros(1, 2), [75, 25])
@@ -56,6 +61,7 @@ def adjust_logits(logits: Tensor, class_counts: ClassCounts, tau: float = 1.0) -
         len(adjustment),
         advice="Pass the model's output, not predicted classes, for as many classes as counted.",
     )
+    warn_of_probabilities(logits, "logits")
     precise = float32_or_better(logits)
     return precise - adjustment.to(precise)
 
@@ -131,6 +137,7 @@ class LogitAdjustedLoss(nn.Module):
         self._log_prior = _log_prior(class_counts)
         self.register_buffer("adjustment", self._log_prior.float(), persistent=False)
         self.tau = tau
+        self._looked = False
 
     @property
     def tau(self) -> float:
@@ -161,8 +168,13 @@ class LogitAdjustedLoss(nn.Module):
 
         Raises:
             ArgumentError: shapes or labels do not fit.
+
+        Warns:
+            UserWarning: at the first call, the logits are probabilities, as far as can be told.
         """
         target = check_logits_target(logits, target, len(self.adjustment))
+        if not (torch.compiler.is_compiling() or self._looked):
+            self._looked = warn_of_probabilities(logits, "logits")
         follow(self, self.adjustment, logits)
         return logit_adjusted_loss(logits, target, self.adjustment)
 

@@ -16,6 +16,7 @@ from ride_plugin._checks import (
     check_class_counts,
     check_floating,
     check_number,
+    warn_of_probabilities,
 )
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
@@ -60,9 +61,13 @@ class PriorCalibration:
 
         Raises:
             ArgumentError: the logits do not have ``C`` classes, or ``tau`` is not a number.
+
+        Warns:
+            UserWarning: the logits are probabilities, as far as can be told (on the CPU).
         """
         check_floating(logits, "logits", "...", len(self.log_counts))
         exponent = self.offset + check_number(tau, "tau", advice="Balanced data have 0.")
+        warn_of_probabilities(logits, "logits")
         precise = float32_or_better(logits)
         return self.scale * precise + exponent * self.log_counts.to(precise)
 
@@ -88,6 +93,9 @@ class PriorCalibration:
 
         Raises:
             ArgumentError: the shape does not fit, or a logit is NaN.
+
+        Warns:
+            UserWarning: the logits are probabilities, as far as can be told.
         """
         check_floating(logits, "logits", "N", len(self.log_counts))
         if len(logits) < 2:
@@ -188,6 +196,9 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
         ArgumentError: shapes do not fit, the counts are equal, a logit is not finite, or the
             logits tell nothing about the labels, or they classify all of them rightly.
 
+    Warns:
+        UserWarning: the logits are probabilities, as far as can be told.
+
     Example:
         >>> import torch
         >>> _ = torch.manual_seed(0)
@@ -208,6 +219,7 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
             f"Expected argument `logits` to be finite, with a row for each of the {len(target)} "
             f"labels, but got {len(z)} rows."
         )
+    warn_of_probabilities(z, "logits")
     if counts.min() == counts.max():
         raise ArgumentError(
             "Expected argument `class_counts` to differ between classes, but all are equal: the "

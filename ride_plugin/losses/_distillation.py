@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ride_plugin import functional
-from ride_plugin._checks import check_choice, check_floating, check_number, refuse
+from ride_plugin._checks import (
+    check_choice,
+    check_floating,
+    check_number,
+    refuse,
+    warn_of_probabilities,
+)
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import Output, expert_logits, plain_logits
 
@@ -52,6 +59,7 @@ class DistillationLoss(nn.Module):
         self.weight = check_number(weight, "weight", 0)
         self.temperature = check_number(temperature, "temperature", 0, open_low=True)
         self.form = check_choice(form, "form", get_args(DistillationForm))
+        self._looked = False
 
     def forward(self, output: Output, teacher_output: Output) -> Tensor:
         """Return the weighted batch mean, summed over experts.
@@ -68,6 +76,9 @@ class DistillationLoss(nn.Module):
         Raises:
             MissingExpertLogitsError: ``output`` is a bare ``[B, C]``.
             ArgumentError: student and teacher do not fit, or the batch is empty.
+
+        Warns:
+            UserWarning: at the first call, the teacher's logits are probabilities.
         """
         student = float32_or_better(expert_logits(output))
         if student.shape[0] == 0:
@@ -82,6 +93,8 @@ class DistillationLoss(nn.Module):
             classes,
             advice="Teacher and student must see the same batch and know the same classes.",
         )
+        if not (torch.compiler.is_compiling() or self._looked):
+            self._looked = warn_of_probabilities(teacher, "teacher_output")
         divergence = functional.distillation_kl(student, teacher, self.temperature)
         return self.weight * divergence.mean()
 

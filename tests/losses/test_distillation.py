@@ -153,3 +153,14 @@ def test_compiles_whole(form) -> None:
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     for output in (student, ExpertOutput(student.detach().mean(1), student)):
         assert_same(compiled(output, teacher), loss(output, teacher), student)
+
+
+@pytest.mark.parametrize("form", ["per_expert", "official"])
+def test_a_teacher_that_returns_probabilities_is_warned_of_at_the_first_call(form) -> None:
+    student, teacher = torch.randn(8, 3, 5), torch.randn(8, 5)
+    distillation = DistillationLoss(form=form)
+    with pytest.warns(UserWarning, match="`teacher_output` sum to one.*before its softmax"):
+        distillation(student, teacher.softmax(1))
+    distillation(student, teacher.softmax(1))
+    logarithms = DistillationLoss(form=form)(student, teacher.log_softmax(1))
+    torch.testing.assert_close(logarithms, DistillationLoss(form=form)(student, teacher))
