@@ -13,6 +13,7 @@ from ride_plugin._checks import (
     NO_INDEX,
     ClassCounts,
     Numbers,
+    are_probabilities,
     as_weight,
     check_class_counts,
     check_logits_target,
@@ -21,11 +22,12 @@ from ride_plugin._checks import (
     warn_of_probabilities,
 )
 from ride_plugin._devices import follow, keeping_values
-from ride_plugin._errors import ArgumentError
+from ride_plugin._errors import ArgumentError, warn_caller
 from ride_plugin._numerics import float32_or_better
 
 # Cosines computed in bfloat16 or TF32 exceed 1 by up to about 1 %; linear heads exceed it by far.
 _COSINE_TOLERANCE = 2e-2
+_MANY = 32  # logits of a fresh head with many features are often below one, but not all of so many
 
 
 def ldam_loss(
@@ -159,7 +161,8 @@ class LDAMLoss(nn.Module):
                 ``scale``.
 
         Warns:
-            UserWarning: at the first call, the logits are probabilities, as far as can be told.
+            UserWarning: at the first call, the logits are plain cosines, not multiplied by
+                ``scale``, or probabilities, as far as can be told.
         """
         target = check_logits_target(logits, target, len(self.margins), soft=False)
         follow(self, self.margins, logits)
@@ -183,6 +186,20 @@ class LDAMLoss(nn.Module):
                 f"but got {largest.item():g}. A margin needs a normalised head: build the model "
                 f'with classifier="cosine" and scale={self.scale:g}, or pass the head\'s own scale '
                 "to LDAMLoss, or use BalancedSoftmaxLoss with a linear head."
+            )
+        if not self._checked:
+            self._look_for_plain_cosines(logits, largest)
+
+    def _look_for_plain_cosines(self, logits: Tensor, largest: Tensor) -> None:
+        """Warn if nobody multiplied by ``scale``; a few small logits may as well be chance."""
+        small = bool((largest > 0) & (largest <= 1 + _COSINE_TOLERANCE))
+        many = logits.numel() >= _MANY
+        if small and many and self.scale > 2 and not are_probabilities(logits):
+            warn_caller(
+                f"All of argument `logits` lie within +-1, like cosines, but LDAMLoss expects "
+                f"cosines times scale, within +-{self.scale:g}; its margins are that much too "
+                f"large for plain ones. Multiply them by {self.scale:g} in the head, as "
+                "CosineClassifier does: other implementations do so in the loss."
             )
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ride_plugin import RIDEError
+from ride_plugin import RIDEError, experts_loss
 from ride_plugin.longtail import LDAMLoss
 
 COUNTS = [400, 60, 9, 2]
@@ -174,3 +174,41 @@ def test_a_margin_that_is_set_acts_from_then_on() -> None:
         assert torch.equal(criterion(logits, target), expected(logits, target))
     with pytest.raises(RIDEError, match="`max_margin`"):
         criterion.max_margin = -1
+
+
+def cosines(rows: int = 8, features: int = 64) -> torch.Tensor:
+    directions = (torch.randn(n, features) for n in (rows, 4))
+    return torch.nn.functional.linear(*(torch.nn.functional.normalize(d) for d in directions))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_cosines_that_nobody_multiplied_are_warned_of_once(dtype) -> None:
+    criterion, target = LDAMLoss(COUNTS), torch.arange(4).repeat(2)
+    with pytest.warns(UserWarning, match=r"within \+-1, like cosines.*by 30 in the head") as warned:
+        plain = criterion(cosines().to(dtype), target)
+    assert warned[0].filename == __file__
+    assert len(warned) == 1
+    assert plain.isfinite()
+    criterion(cosines().to(dtype), target)
+    experts = cosines(16).view(8, 2, 4)
+    with pytest.warns(UserWarning, match="Multiply them by 16 in"):
+        experts_loss(LDAMLoss(COUNTS, scale=16.0), experts, target)
+    masked = cosines()
+    masked[:, 1] = -math.inf
+    with pytest.warns(UserWarning, match="like cosines"):
+        LDAMLoss(COUNTS)(masked, target % 3 // 2 * 2)
+
+
+def test_logits_that_may_be_small_are_not_taken_for_plain_cosines() -> None:
+    target = torch.arange(4).repeat(2)
+    for _ in range(200):  # as a fresh head with as many features as residual networks have
+        LDAMLoss(COUNTS)(30 * cosines(8, 512), target)
+    LDAMLoss(COUNTS, scale=2.0)(cosines(), target)
+    LDAMLoss(COUNTS)(torch.zeros(8, 4), target)
+    LDAMLoss(COUNTS)(cosines()[:1], target[:1])  # a handful says nothing
+    criterion = LDAMLoss(COUNTS)
+    criterion(30 * cosines(), target)
+    criterion(cosines(), target)  # after the first batch nothing is looked for
+    with pytest.warns(UserWarning, match="sum to one") as warned:
+        LDAMLoss(COUNTS)(cosines().softmax(1), target)
+    assert len(warned) == 1
