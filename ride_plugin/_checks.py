@@ -20,6 +20,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import detect_fake_mode
 
 from ride_plugin._errors import ArgumentError, warn_caller
+from ride_plugin._numerics import float32_or_better
 
 T = TypeVar("T")
 
@@ -436,7 +437,8 @@ def are_probabilities(logits: Tensor) -> bool:
     classes = logits.shape[-1]
     if classes < 2 or not logits.numel():
         return False
-    low, high = (float(bound) for bound in logits.detach().aminmax())
+    logits = float32_or_better(logits.detach())
+    low, high = (float(bound) for bound in logits.aminmax())
     if not 0 <= low <= high < 1.02:
         return False
     within = 0.02 if logits.numel() > classes else 1e-4

@@ -344,6 +344,7 @@ PROBABILITIES = {
     "sure of themselves": lambda z: (30 * z).softmax(-1),
     "double": lambda z: z.double().softmax(-1),
     "half": lambda z: z.half().softmax(-1),
+    "bfloat16": lambda z: z.bfloat16().softmax(-1),
     "rounded in bfloat16": lambda z: z.bfloat16().softmax(-1).float(),
     "one row": lambda z: z[:1].softmax(-1),
     "one dimension": lambda z: z[0].softmax(-1),
@@ -353,6 +354,7 @@ PROBABILITIES = {
 }
 LOGITS = {
     "normal": lambda z: z,
+    "eight bits": lambda z: z.to(torch.float8_e4m3fn),
     "positive": lambda z: z.abs(),
     "between zero and one": lambda z: z.sigmoid(),
     "logarithms": lambda z: z.log_softmax(-1),

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ride_plugin._checks import (
     ClassCounts,
     Numbers,
+    as_cpu_tensor,
     as_labels,
     check_class_counts,
     check_floating,
@@ -103,7 +104,7 @@ class PriorCalibration:
                 f"Expected argument `logits` to hold at least two samples, but got {len(logits)}. "
                 "Collect a batch of test data first."
             )
-        posterior = self.adjust(logits.detach().cpu().double(), 0.0).log_softmax(dim=1)
+        posterior = self.adjust(as_cpu_tensor(logits, "logits").double(), 0.0).log_softmax(dim=1)
         if not bool(posterior.isfinite().all()):
             raise ArgumentError("Expected argument `logits` to be finite, but some are not.")
         generator = torch.Generator().manual_seed(0)
@@ -213,7 +214,7 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
     log_counts = (counts / counts.sum()).log()
     check_floating(logits, "logits", "N", len(counts))
     target = as_labels(labels, "labels", len(counts)).clone()
-    z = logits.detach().cpu().double().clone()
+    z = as_cpu_tensor(logits, "logits").double().clone()
     if len(z) != len(target) or not bool(z.isfinite().all()):
         raise ArgumentError(
             f"Expected argument `logits` to be finite, with a row for each of the {len(target)} "

@@ -161,6 +161,7 @@ def test_the_order_of_the_samples_does_not_decide():
         (torch.zeros(4, 3), [0, 1, 2], [9, 5, 2], "row for each of the 3"),
         (torch.full((4, 3), math.nan), [0, 1, 2, 0], [9, 5, 2], "finite"),
         (torch.zeros(4, 2), [0, 1, 1, 0], [9, 5, 2], "logits"),
+        (torch.zeros(4, 3, device="meta"), [0, 1, 2, 0], [9, 5, 2], "`logits` to be a tensor"),
         (torch.zeros(4, 3), [0, 1, 2, 3], [9, 5, 2], "labels"),
         (-torch.eye(3).repeat(9, 1), [0, 1, 2] * 9, [9, 5, 2], "tell something"),
     ],
@@ -173,7 +174,13 @@ def test_what_cannot_be_calibrated_is_refused(logits, labels, counts, message):
 def test_estimates_refuse_what_does_not_fit():
     held_out, labels = sample(0.0, 500, 1)
     calibration = calibrate_prior(as_a_model_gives_them(held_out), labels, COUNTS)
-    for wrong in (torch.zeros(1, CLASSES), torch.zeros(9, 3), torch.full((9, CLASSES), math.nan)):
+    empty = torch.zeros(9, CLASSES, device="meta")
+    for wrong in (
+        empty,
+        torch.zeros(1, CLASSES),
+        torch.zeros(9, 3),
+        torch.full((9, CLASSES), math.nan),
+    ):
         with pytest.raises(ArgumentError, match="logits"):
             calibration.estimate(wrong)
     with pytest.raises(ArgumentError, match="tau"):
