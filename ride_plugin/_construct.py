@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ride_plugin._apart import warn_if_equal
 from ride_plugin._errors import warn_caller
 from ride_plugin._initialise import (
     break_tie,
@@ -81,7 +82,7 @@ def initialise(parts: Parts, init: Literal["fresh", "copy"], expert_width: float
     """Give the experts the weights that they start with, and say which of them will not learn."""
     of_trunk = {id(t) for t in (*parts.trunk.parameters(), *parts.trunk.buffers())}
     shared = of_trunk | {id(d[key]) for d, key in held_by_all(parts.experts).values()}
-    classifiers = parts.classifiers()
+    classifiers, left = parts.classifiers(), []
     if expert_width < 1:
         why = f"expert_width={expert_width} makes new layers"
         warn_if_frozen(parts.experts[0], of_trunk, why)
@@ -98,9 +99,10 @@ def initialise(parts: Parts, init: Literal["fresh", "copy"], expert_width: float
     for head in classifiers:
         if not all(id(parameter) in shared for parameter in head.parameters()):
             if init == "copy":
-                renew_classifier(head)
-            break_tie(head)
+                renew_classifier(head, shared)
+            break_tie(head, shared)
     warn_if_all_frozen(parts.experts[0], of_trunk)
+    warn_if_equal(parts.experts, shared, "" if init == "fresh" else parts.classifier, left)
     return parts
 
 

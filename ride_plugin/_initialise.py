@@ -9,8 +9,11 @@ Values that have their places are left as they are, and named.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ride_plugin._errors import warn_caller
 from ride_plugin._structure import is_structured
@@ -37,9 +40,12 @@ def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
     left: list[str] = []
     with torch.no_grad():
         gates = _gates_in(expert)
-        for name, parameter in expert.named_parameters():
-            drawn = parameter.requires_grad and id(parameter) not in keep
-            if drawn and not _redraw_gates(parameter, gates.get(id(parameter), 1)):
+        own = {name: p for name, p in expert.named_parameters() if _is_own(p, keep)}
+        done = _draw_computed(expert, {id(p) for p in own.values()}, redraw)
+        for name, parameter in own.items():
+            if id(parameter) in done:
+                continue
+            if not _redraw_gates(parameter, gates.get(id(parameter), 1)):
                 left.append(name)
     for module in expert.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and not any(
@@ -49,27 +55,50 @@ def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
     return left
 
 
-def renew_classifier(classifier: nn.Module) -> None:
-    """Give a classifier new weights: by its own method, else by shuffling; never all equal."""
+def renew_classifier(classifier: nn.Module, keep: Set[int] = frozenset()) -> None:
+    """Give a classifier new weights: by its own method, else by shuffling; never all equal.
+
+    The method leaves what it does not know, as a layer's own does if its weight is computed from
+    other parameters: those are shuffled as well.
+
+    Args:
+        classifier: changed in place.
+        keep: ids of parameters that are not its own; these and frozen ones stay as they are.
+    """
     reset = getattr(classifier, "reset_parameters", None)
     with torch.no_grad():
+        before = [(parameter, parameter.clone()) for parameter in classifier.parameters()]
         if callable(reset):
             reset()
-        else:
-            for parameter in classifier.parameters():
-                if not is_sparse(parameter):
-                    _draw(parameter)  # neighbours may be alike in trained weights
+        unchanged = []
+        for parameter, value in before:
+            if not _is_own(parameter, keep):
+                parameter.copy_(value)
+            elif torch.equal(parameter, value):
+                unchanged.append(parameter)
+        done = _draw_computed(classifier, {id(p) for p in unchanged}, _draw)
+        for parameter in unchanged:
+            if id(parameter) not in done and not is_sparse(parameter):
+                _draw(parameter)  # neighbours may be alike in trained weights
 
 
-def break_tie(classifier: nn.Module) -> None:
+def break_tie(classifier: nn.Module, keep: Set[int] = frozenset()) -> None:
     """Give a classifier with constant weights (zero-initialised) a small random weight.
 
-    Experts whose classifiers are equal and zero would receive equal gradients at first.
+    Experts whose classifiers are equal and zero would receive equal gradients at first. Where one
+    weight is random the experts part, and constants beside it (an adapter's second matrix, the
+    lengths of weight normalisation) stay.
     """
+    weights = [p for p in classifier.parameters() if p.dim() >= 2 and _is_own(p, keep)]
     with torch.no_grad():
-        for parameter in classifier.parameters():
-            if parameter.dim() >= 2 and is_constant(parameter):
-                parameter.add_(0.01 * torch.randn_like(parameter))
+        if all(is_constant(weight) for weight in weights):
+            for weight in weights:
+                weight.add_(0.01 * torch.randn_like(weight))
+
+
+def _is_own(parameter: Tensor, keep: Set[int]) -> bool:
+    """Whether a parameter may start with other values: fresh ones of a frozen one would stay."""
+    return parameter.requires_grad and id(parameter) not in keep
 
 
 def warn_if_trained(expert: nn.Module) -> None:
@@ -158,12 +187,43 @@ def redraw(parameter: Tensor) -> bool:
 
 
 def _can_be_drawn(parameter: Tensor) -> bool:
-    return parameter.is_floating_point() and parameter.numel() > 1 and not is_constant(parameter)
+    numbers = parameter.is_floating_point() or parameter.is_complex()
+    return numbers and parameter.numel() > 1 and not is_constant(parameter)
 
 
-def _draw(parameter: Tensor) -> None:
+def _draw_computed(root: nn.Module, own: Set[int], draw: Callable[[Tensor], bool]) -> set[int]:
+    """Draw orthogonal weights that a parametrization computes, by handing it other weights.
+
+    To shuffle what they are computed from would not do: reflections would not make an orthogonal
+    weight any more, and the identity that torch starts from counts as having its places.
+
+    Args:
+        root: changed in place.
+        own: ids of the parameters that may change.
+        draw: draws a tensor in place; False if it has left it.
+
+    Returns:
+        Ids of the parameters that hold what was drawn.
+    """
+    done: set[int] = set()
+    for module in filter(is_parametrized, root.modules()):
+        computed = module.parametrizations
+        assert isinstance(computed, nn.ModuleDict)
+        for name, held in computed.items():
+            sources = {id(parameter) for parameter in held.parameters()}
+            weight = getattr(module, name).detach().clone()
+            if sources <= own and has_orthogonal_rows(weight) and draw(weight):
+                try:
+                    setattr(module, name, weight)
+                except Exception:  # not every parametrization can be handed a weight
+                    continue
+                done |= sources
+    return done
+
+
+def _draw(parameter: Tensor) -> bool:
     if not _can_be_drawn(parameter):
-        return
+        return False
     if has_orthogonal_rows(parameter):
         # Shuffled entries would not be orthogonal; signed permutations of rows and columns are.
         matrix = parameter.flatten(1)
@@ -176,6 +236,7 @@ def _draw(parameter: Tensor) -> None:
         parameter.copy_(matrix.view_as(parameter))
     else:
         parameter.copy_(shuffled(parameter, parameter.numel()).view_as(parameter))
+    return True
 
 
 def _redraw_gates(parameter: Tensor, gates: int) -> bool:
@@ -255,7 +316,8 @@ def has_orthogonal_rows(parameter: Tensor) -> bool:
     """Whether the rows of a matrix, or its columns if there are fewer, are orthogonal."""
     if parameter.dim() < 2 or min(parameter.shape[0], parameter[0].numel()) < 2:
         return False
-    matrix = parameter.flatten(1).float()
+    matrix = parameter.flatten(1)
+    matrix = matrix.to(torch.complex64) if matrix.is_complex() else matrix.float()
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.t()
     if matrix.shape[0] > _LARGEST_CHECKED:
@@ -265,7 +327,7 @@ def has_orthogonal_rows(parameter: Tensor) -> bool:
 
 
 def _is_orthogonal(matrix: Tensor) -> bool:
-    gram = matrix @ matrix.t()
-    scale = gram.diagonal().mean()
+    gram = matrix @ matrix.mH
+    scale = gram.diagonal().abs().mean()
     identity = torch.eye(gram.shape[0], device=gram.device) * scale
     return bool((gram - identity).abs().max() < 1e-3 * scale)

@@ -22,6 +22,8 @@ _ALIKE = 0.15  # square of a correlation; trained weights, which are no structur
 
 def is_structured(parameter: Tensor) -> bool:
     """Whether the order of the entries along some dimension is no matter of chance."""
+    if parameter.is_complex():
+        return any(is_structured(part) for part in torch.view_as_real(parameter).unbind(-1))
     return any(
         _is_ordered(_lines_along(parameter, dim))
         for dim, size in enumerate(parameter.shape)

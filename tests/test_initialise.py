@@ -7,9 +7,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from ride_plugin import RIDEWrapper
 from ride_plugin._initialise import (
+    break_tie,
     has_orthogonal_rows,
     is_sparse,
     redraw,
@@ -356,3 +358,137 @@ def test_a_classifier_without_a_method_of_its_own_gets_its_values_in_another_ord
 def test_orthogonality_of_very_large_matrices_is_not_looked_for() -> None:
     assert has_orthogonal_rows(torch.eye(64))
     assert not has_orthogonal_rows(torch.eye(4097))
+
+
+def orthogonal(orthogonal_map: str | None = None, use_trivialization: bool = True):
+    def of(layer: nn.Module) -> nn.Module:
+        return parametrizations.orthogonal(
+            layer, orthogonal_map=orthogonal_map, use_trivialization=use_trivialization
+        )
+
+    return of
+
+
+ORTHOGONAL = {
+    "orthogonal": orthogonal(),
+    "Cayley": orthogonal("cayley"),
+    "reflections": orthogonal("householder", False),
+    "Cayley without a basis": orthogonal("cayley", False),
+}
+COMPUTED = ORTHOGONAL | {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "old weight norm": weight_norm,
+    "old spectral norm": spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated")
+@pytest.mark.parametrize("init", ["fresh", "copy"])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_weights_that_are_computed_differ_between_experts(kind: str, init: str) -> None:
+    compute = COMPUTED[kind]
+    net = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), compute(nn.Linear(16, 16)), nn.ReLU(),
+        compute(nn.Linear(16, 5)),
+    )  # fmt: skip
+    net(torch.randn(2, 8))
+    model = RIDEWrapper(net, 3, init=init, fork_at="2")
+    model(torch.randn(2, 8))  # old hooks compute their weights in a forward
+    for name in ("2", "4"):
+        weights = [expert.get_submodule(name).weight.detach() for expert in model.experts]
+        if name == "4" or init == "fresh":
+            assert not torch.equal(weights[0], weights[1])
+            assert not torch.equal(weights[0], net.get_submodule(name).weight)
+        else:
+            assert torch.equal(weights[0], weights[1])
+        if kind in ORTHOGONAL:
+            identity = torch.eye(len(weights[0]))
+            torch.testing.assert_close(weights[1] @ weights[1].t(), identity, atol=1e-5, rtol=0)
+
+
+def test_a_classifier_keeps_what_is_frozen_and_what_belongs_to_the_trunk() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.late, self.fc = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+            self.fc.weight = nn.Parameter(self.first.weight.detach().t().clone())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.relu(self.late(torch.relu(self.first(x)))))
+
+    frozen = Tied()
+    frozen.fc.weight.requires_grad_(False)  # as simplex classifiers are, beside a bias
+    model = RIDEWrapper(frozen, 2, fork_at="late", init="copy")
+    for head in model.classifiers:
+        assert torch.equal(head.weight, frozen.fc.weight)
+        assert not torch.equal(head.bias, frozen.fc.bias)
+
+    head = nn.Linear(16, 5)
+    before = head.weight.detach().clone()
+    renew_classifier(head, {id(head.weight)})
+    assert torch.equal(head.weight, before)
+
+
+def test_a_tie_is_broken_only_where_every_weight_is_constant() -> None:
+    head = parametrizations.weight_norm(nn.Linear(16, 5))
+    lengths = head.parametrizations.weight.original0
+    with torch.no_grad():
+        lengths.fill_(1.0)
+    break_tie(head)
+    assert (lengths == 1).all()
+
+    frozen = nn.Linear(16, 5)
+    with torch.no_grad():
+        frozen.weight.fill_(0.5)
+    frozen.weight.requires_grad_(False)
+    break_tie(frozen)
+    assert (frozen.weight == 0.5).all()
+
+
+class Fourier(nn.Module):
+    """As Fourier neural operators have it: complex weights for the lowest frequencies."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        modes = torch.fft.rfft(x)[..., : self.weight.shape[-1]]
+        mixed = torch.einsum("bik,iok->bok", modes, self.weight)
+        return torch.fft.irfft(mixed, n=x.shape[-1])
+
+
+def fourier_operator(weight: torch.Tensor) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv1d(2, 16, 1), nn.GELU(), Fourier(weight), nn.GELU(),
+        nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+
+
+def test_complex_weights_are_drawn_anew() -> None:
+    net = fourier_operator(torch.randn(16, 16, 4, dtype=torch.cfloat))
+    model = RIDEWrapper(net, 2, fork_at="2", example_input=torch.randn(4, 2, 32))
+    first, second = (expert[2].weight for expert in model.experts)
+    assert not torch.equal(first, second)
+    for weight in (first, second):
+        same = [torch.view_as_real(w.detach()).flatten(0, -2) for w in (weight, net[2].weight)]
+        torch.testing.assert_close(*(w[w[:, 0].sort().indices] for w in same))
+
+
+def test_complex_values_that_have_their_places_are_left_and_named() -> None:
+    decay = -0.5 + 1j * torch.pi * torch.arange(16)  # as diagonal state-space models have it
+    net = fourier_operator(decay.to(torch.cfloat).repeat(16, 16, 1))
+    with pytest.warns(UserWarning, match=r"seem to have their places.*\['2\.weight'\]") as caught:
+        model = RIDEWrapper(net, 2, fork_at="2", example_input=torch.randn(4, 2, 32))
+    assert len(caught) == 1
+    assert torch.equal(model.experts[1][2].weight, net[2].weight)
+
+
+def test_unitary_weights_stay_unitary() -> None:
+    weight = torch.linalg.qr(torch.randn(16, 16, dtype=torch.cfloat))[0]
+    drawn = weight.clone()
+    assert redraw(drawn)
+    assert not torch.equal(drawn, weight)
+    identity = torch.eye(16, dtype=torch.cfloat)
+    torch.testing.assert_close(drawn @ drawn.mH, identity, atol=1e-5, rtol=0)
