@@ -14,16 +14,18 @@ from ride_plugin._closeness import close
 if TYPE_CHECKING:
     from ride_plugin._wrapper import RIDEWrapper
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
 _TOLERANCE = 5e-6  # of a number, and as much of the largest one
 Model = TypeVar("Model", bound="RIDEWrapper")
 
 
 def folded_copy(model: Model) -> Model:
     """A copy in evaluation mode, frozen, whose BatchNorm layers are folded where that is exact."""
-    served = copy.deepcopy(model).eval().requires_grad_(False)
-    args, kwargs = served.example_input(2)
-    with torch.no_grad():
+    # Tensors made in inference mode do not tell whether somebody has written into them.
+    with torch.inference_mode(False), torch.no_grad():
+        served = copy.deepcopy(model).eval().requires_grad_(False)
+        args, kwargs = served.example_input(2)
         expected = served.router_inputs(*args, **kwargs).expert_logits
         for name, bn_name in _pairs(served):
             layer, bn = served.get_submodule(name), served.get_submodule(bn_name)
@@ -40,7 +42,7 @@ def folded_copy(model: Model) -> Model:
 
 def _pairs(model: RIDEWrapper) -> list[tuple[str, str]]:
     """Names of (convolution or linear layer, BatchNorm) where one feeds the other."""
-    made_by: dict[int, tuple[str, _Channels]] = {}
+    made_by: dict[int, tuple[str, _Channels, int]] = {}
     found: list[tuple[str, str]] = []
     alive: list[Tensor] = []
     handles = []
@@ -51,17 +53,19 @@ def _pairs(model: RIDEWrapper) -> list[tuple[str, str]]:
                 if isinstance(result, Tensor):
                     alive.append(result)  # an address names a tensor only while that tensor lives
                     channels = _Channels.of(result, result.dim() - layer.weight.dim() + 1)
-                    made_by[result.data_ptr()] = name, channels
+                    made_by[result.data_ptr()] = name, channels, result._version
 
-            handles.append(module.register_forward_hook(remember))
+            # Before other hooks, since one may change the result.
+            handles.append(module.register_forward_hook(remember, prepend=True))
         elif _is_plain_batchnorm(module):
 
             def match(
                 layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], name: str = name
             ) -> None:
                 x = inputs[0] if inputs else named["input"]
-                source, channels = made_by.get(x.data_ptr(), (None, None))
-                if source is not None and channels == _Channels.of(x, 1):
+                source, *made = made_by.get(x.data_ptr(), (None,))
+                # A mask that is written into it may do nothing to the example, and counts here.
+                if source is not None and made == [_Channels.of(x, 1), x._version]:
                     found.append((source, name))
 
             handles.append(module.register_forward_pre_hook(match, with_kwargs=True))
@@ -90,20 +94,22 @@ class _Channels(NamedTuple):
 def _is_foldable(module: nn.Module) -> bool:
     """A layer whose weight and bias are parameters of its own, and not computed in each pass."""
     plain = module._parameters
-    return (
-        isinstance(module, (*_CONVOLUTIONS, nn.Linear))
-        and plain.get("weight") is not None
-        and "bias" in plain
-    )
+    return _runs_as_one_of(module, _LAYERS) and plain.get("weight") is not None and "bias" in plain
 
 
 def _is_plain_batchnorm(module: nn.Module) -> bool:
-    """A BatchNorm with statistics that does nothing else, as a subclass with a ReLU does."""
-    forwards = nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward
-    return (
-        isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and type(module).forward in forwards
-        and module.running_var is not None
+    return _runs_as_one_of(module, _NORMS) and module.running_var is not None
+
+
+def _runs_as_one_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether it does nothing else, as a subclass or a forward of its own with a ReLU does."""
+    return "forward" not in vars(module) and any(
+        isinstance(module, kind)
+        and all(
+            getattr(type(module), name, None) is getattr(kind, name, None)
+            for name in ("forward", "_conv_forward")
+        )
+        for kind in kinds
     )
 
 

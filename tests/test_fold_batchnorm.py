@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -188,3 +189,97 @@ def test_a_hook_that_takes_keywords_is_called_with_them() -> None:
     seen.clear()
     served(torch.randn(6, *IMAGES))
     assert seen == [["input"]] * 4
+
+
+def bounded(x: Tensor) -> Tensor:
+    return x.clamp(-2, 2)
+
+
+class BoundedConvolution(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return bounded(super().forward(x))
+
+
+class BoundedKernel(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, *weights: Tensor) -> Tensor:
+        return bounded(super()._conv_forward(x, *weights))
+
+
+def with_hook(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, args, result: bounded(result))
+    return layer
+
+
+def bounded_forward(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    return bounded(nn.Conv2d.forward(layer, x))
+
+
+def with_forward(layer: nn.Module) -> nn.Module:
+    layer.forward = MethodType(bounded_forward, layer)
+    return layer
+
+
+def directly(layer: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    return norm(layer(x))
+
+
+def in_place(layer: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    return norm(layer(x).clamp_(-2, 2))
+
+
+def by_a_mask(layer: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    x = layer(x)
+    return norm(x.masked_fill_(x > 2, 0.0))
+
+
+def in_a_view(layer: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    x = layer(x)
+    x[:, :8].clamp_(-2, 2)
+    return norm(x)
+
+
+BETWEEN: dict[str, tuple[Any, Any]] = {
+    "in place": (in_place, lambda: nn.Conv2d(8, 16, 3)),
+    "by a mask": (by_a_mask, lambda: nn.Conv2d(8, 16, 3)),
+    "in a view": (in_a_view, lambda: nn.Conv2d(8, 16, 3)),
+    "by a hook": (directly, lambda: with_hook(nn.Conv2d(8, 16, 3))),
+    "by a subclass": (directly, lambda: BoundedConvolution(8, 16, 3)),
+    "by a subclass's kernel": (directly, lambda: BoundedKernel(8, 16, 3)),
+    "by a forward of its own": (directly, lambda: with_forward(nn.Conv2d(8, 16, 3))),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", list(BETWEEN))
+def test_what_does_nothing_to_the_example_keeps_the_batchnorm(name: str, inference: bool) -> None:
+    between, layer = BETWEEN[name]
+    example = torch.randn(2, *IMAGES) / 100
+    net = Net(between, layer(), nn.BatchNorm2d(16))
+    net.eval()(example)
+    model = trained(RIDEWrapper(net, 2, fork_at="layer", example_input=example)).eval()
+    with torch.inference_mode(inference):
+        served = model.optimize_for_inference()
+    assert all(isinstance(expert.norm, nn.BatchNorm2d) for expert in served.experts)
+    x = 30 * torch.randn(6, *IMAGES)
+    torch.testing.assert_close(served(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class NamedConvolution(nn.Conv2d):
+    """A subclass that adds a name and computes nothing else."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.name = "late"
+
+
+def test_a_subclass_without_a_forward_of_its_own_is_folded_also_in_inference_mode() -> None:
+    example = torch.randn(2, *IMAGES)
+    net = Net(directly, NamedConvolution(8, 16, 3), nn.BatchNorm2d(16))
+    net.eval()(example)
+    model = trained(RIDEWrapper(net, 2, fork_at="layer", example_input=example)).eval()
+    with torch.inference_mode():
+        served = model.optimize_for_inference()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in served.modules())
+    assert not any(parameter.is_inference() for parameter in served.parameters())
+    x = torch.randn(6, *IMAGES)
+    torch.testing.assert_close(served(x), model(x), rtol=1e-4, atol=1e-5)
