@@ -27,13 +27,16 @@ def folded_copy(model: Model) -> Model:
         served = copy.deepcopy(model).eval().requires_grad_(False)
         args, kwargs = served.example_input(2)
         expected = served.router_inputs(*args, **kwargs).expert_logits
+        units = max(_TOLERANCE / torch.finfo(expected.dtype).eps, 4)  # half: a layer's own rounding
         for name, bn_name in _pairs(served):
             layer, bn = served.get_submodule(name), served.get_submodule(bn_name)
             weight, bias = layer.weight, layer.bias
             _fold(layer, bn)
             served.set_submodule(bn_name, _identity_in_place_of(bn))
-            got = served.router_inputs(*args, **kwargs).expert_logits
-            units = max(_TOLERANCE / torch.finfo(got.dtype).eps, 4)  # half: a layer's own rounding
+            try:
+                got = served.router_inputs(*args, **kwargs).expert_logits
+            except Exception:  # the forward asks the BatchNorm for its weight, say
+                got = None
             if not close(got, expected, units):  # somebody else reads what the layer returns
                 layer.weight, layer.bias = weight, bias
                 served.set_submodule(bn_name, bn)

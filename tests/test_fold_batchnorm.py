@@ -283,3 +283,28 @@ def test_a_subclass_without_a_forward_of_its_own_is_folded_also_in_inference_mod
     assert not any(parameter.is_inference() for parameter in served.parameters())
     x = torch.randn(6, *IMAGES)
     torch.testing.assert_close(served(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Reads(nn.Module):
+    """Asks a BatchNorm in the trunk and one in the experts for more than a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn_a = nn.Linear(8, 16), nn.BatchNorm1d(16)
+        self.b, self.bn_b = nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.c, self.bn_c = nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn_a(self.a(x).to(self.bn_a.weight.dtype)))
+        x = torch.relu(self.bn_b(self.b(x).to(self.bn_b.running_mean)))
+        return self.fc(torch.relu(self.bn_c(self.c(x))))
+
+
+def test_a_batchnorm_that_the_forward_asks_for_an_attribute_stays() -> None:
+    model = trained(RIDEWrapper(Reads(), 2, fork_at="b", example_input=torch.randn(4, 8))).eval()
+    served = model.optimize_for_inference()
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(served(x), model(x), rtol=1e-4, atol=1e-5)
+    kept = [name for name, m in served.named_modules() if isinstance(m, nn.BatchNorm1d)]
+    assert kept == ["trunk.bn_a", "experts.0.bn_b", "experts.1.bn_b"]
