@@ -155,6 +155,8 @@ def cost_report(
 
     FLOPs are those of matrix products, convolutions, attention and recurrent layers, 2 for each
     multiply-add; what else a model does (BatchNorm, activations, pooling, top-k) is not counted.
+    An operation of another library whose name tells a product counts as nothing, and is named in a
+    warning, once; ``torch.utils.flop_counter.register_flop_formula`` tells how many it takes.
     Nothing is trained or changed, and BatchNorm statistics stay as they are.
 
     Args:
@@ -229,7 +231,8 @@ def cost_report(
 def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """FLOPs of one call of any module, in evaluation mode and without gradients.
 
-    2 for each multiply-add of matrix products, convolutions, attention and recurrent layers.
+    2 for each multiply-add of matrix products, convolutions, attention and recurrent layers. What
+    is not known is named as by :func:`cost_report`.
 
     Args:
         module: left in the mode it was in.
