@@ -67,14 +67,17 @@ class Amender:
             pairs = [(0, -1, 1, -1)]
             pairs += [(2, 0, 1, 0)] if len(tensors) > 2 else []
         elif len(tensors) > 1 and name not in RESHAPES | CONVOLUTIONS:
-            for k in range(1, len(tensors)):
-                rank = min(tensors[0].dim(), tensors[k].dim())
-                pairs += [(0, -d, k, -d) for d in range(1, rank + 1)]
+            first = next((k for k, tensor in enumerate(tensors) if _has_width(tensor)), 0)
+            for k in range(first + 1, len(tensors)):
+                rank = min(tensors[first].dim(), tensors[k].dim())
+                pairs += [(first, -d, k, -d) for d in range(1, rank + 1)]
         broadcasts = name not in JOINS | PRODUCTS | {"linear"}
         changed = False
         for i, a, j, b in pairs:
             left, right = tensors[i].shape[a], tensors[j].shape[b]
             if left == right or (broadcasts and 1 in (left, right)):
+                continue
+            if not (_has_width(tensors[i]) and _has_width(tensors[j])):
                 continue
             loser, axis, size = self._loser((tensors[i], a), (tensors[j], b))
             k = i if loser is tensors[i] else j
@@ -121,9 +124,10 @@ class Amender:
                 old_out, out = self.ledger.layers.get(name, (0, 0))
                 reference = old_size if old_size is not None else now
                 wanted = round((old_out if old_size is not None else out) * size / reference)
+                wanted = min(wanted, old_out)  # a layer that would grow was misunderstood
                 if name not in self.plan.out and wanted > 0:
                     self.plan.out[name] = wanted
-                    done = True
+                    done |= (out, wanted) != (old_out, old_out)
                 elif self.plan.out.get(name) != old_out and old_out:
                     self.plan.out[name] = old_out
                     done = True
@@ -187,3 +191,8 @@ class Amender:
             if kept:
                 raise Amended
         raise Stuck(f"`{where or 'its forward'}` does not run when narrowed ({reason})")
+
+
+def _has_width(tensor: Tensor) -> bool:
+    """Whether its entries can be channels: those of an index are places, whatever its size."""
+    return tensor.is_floating_point() or tensor.is_complex()

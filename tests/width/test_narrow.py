@@ -22,8 +22,10 @@ from ride_plugin import (
     experts_loss,
 )
 from ride_plugin._initialise import warn_if_trained
+from ride_plugin._width._amend import Amender
 from ride_plugin._width._ledger import Ledger
 from ride_plugin._width._map import WidthMap
+from ride_plugin._width._plan import Amended, NarrowingPlan
 from tests.backbones import BACKBONES, CifarResNet, ImageNetResNet, mlp
 from tests.handmade import resnet32_ride
 from tests.reference import resnet32_arrays
@@ -419,3 +421,54 @@ def test_an_expert_that_would_not_train_is_refused_when_it_is_narrowed() -> None
     )
     with pytest.raises(WidthError):
         RIDEWrapper(backbone, 2, fork_at="body.2", expert_width=0.75, example_input=x)
+
+
+class Shuffled(nn.Module):
+    """Channels in an order that was drawn once; the index cannot become shorter."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.randperm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.order]
+
+
+def test_a_layer_before_a_fixed_order_of_channels_keeps_its_width_and_none_grows() -> None:
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), Shuffled(32), nn.ReLU(),
+        nn.Conv2d(32, 128, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 5),
+    )  # fmt: skip
+    x = torch.randn(4, 3, 8, 8)
+    expert = RIDEWrapper(backbone, 2, fork_at="2", expert_width=0.75, example_input=x).experts[0]
+    assert widths(expert) == {"2": (16, 32), "5": (32, 96)}
+
+
+def test_no_layer_is_pinned_to_more_than_it_had() -> None:
+    expert = nn.Sequential(nn.Linear(4, 8))
+    plan = NarrowingPlan()
+    ledger = Ledger(expert, set())
+    ledger.layers["0"], ledger.new_widths["0"] = (8, 6), 6
+    amender = Amender(ledger, plan, WidthMap(0.75, []), [])
+    made = torch.randn(2, 6)
+    ledger.tag(made, frozenset({("layer", "0")}))
+    amender.pin(made, 1, 32, 6)
+    assert plan.out == {"0": 8}
+    with pytest.raises(Amended):  # as wide as it was, it can do no more
+        amender.pin(made, 1, 32, 6)
+
+
+def test_a_choice_by_a_mask_narrows_what_stands_in_for_the_features() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late, self.head = nn.Linear(6, 6), nn.Linear(6, 32), nn.Linear(32, 5)
+            self.instead = nn.Parameter(torch.randn(32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.late(self.early(x).relu())
+            return self.head(torch.where(x > 0, x, self.instead))
+
+    x = torch.randn(4, 6)
+    model = RIDEWrapper(Masked(), 2, fork_at="late", expert_width=0.75, example_input=x)
+    assert model.experts[0].late.out_features == 24 == len(model.experts[0].instead)
