@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._width._amend import Amender
 from ride_plugin._width._attention import Attention
+from ride_plugin._width._choices import Choices
 from ride_plugin._width._layers import ChannelPad, Kind, kind_of
 from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Ledger
 from ride_plugin._width._map import WidthMap
@@ -62,6 +63,7 @@ class Trial(TorchFunctionMode):
         self.amender = Amender(self.ledger, plan, widths, attentions)
         self._steps: Sequence[Step] = ()
         self._position = 0
+        self._choices = Choices()
         self._set_attributes()
         for name, sizes in plan.raw.items():
             path, _, key = name.rpartition(".")
@@ -93,6 +95,7 @@ class Trial(TorchFunctionMode):
         for got, expected in zip(tensors_in(result), output, strict=True):
             if len(expected) == 2 and tuple(got.shape) != expected:  # logits keep their classes
                 self.amender.pin(got, 1, expected[1], expected[1])
+        self._refuse_choices("its caller", result)
         if self._position != len(self._steps):
             raise Stuck("the narrowed expert's forward takes another path than the original's")
         if self.amender.amended:
@@ -121,6 +124,7 @@ class Trial(TorchFunctionMode):
         if index >= len(self._steps) or self._steps[index].name != name:
             self.amender.give_way(tensors_in((args, kwargs)), f"its path changes at `{name}`")
         step = self._steps[index]
+        self._refuse_choices(f"`{name}`", (args, kwargs))
         if "weight" in name or name in ("linear", *CONVOLUTIONS):
             self._fix_functional(args, kwargs or {})
         args, kwargs = map_tensors(self.ledger.current, (args, kwargs or {}))
@@ -138,6 +142,7 @@ class Trial(TorchFunctionMode):
                 reason = f"`{name}`: {str(again).splitlines()[0]}"
                 self.amender.give_way(tensors_in((args, kwargs)), reason)
         self._compare(name, step, args, result)
+        self._choices.note(name, next(iter(step.inputs), None), args, kwargs, result)
         tags = self.ledger.tags_of_result(name, args, kwargs)
         for tensor in tensors_in(result):
             self.ledger.tag(tensor, tags)
@@ -284,6 +289,12 @@ class Trial(TorchFunctionMode):
                 before = math.prod(source.shape[i] for i in ins)
                 if before != math.prod(outputs[0].shape[o] for o in outs):
                     self.amender.give_way((source,), f"`{name}` with fixed sizes")
+
+    def _refuse_choices(self, reader: str, value: Any) -> None:
+        """Let what a gate chooses from keep its number, where the choice is read."""
+        scores = self._choices.read_in(value)
+        if scores is not None:
+            self.amender.give_way((scores,), f"{reader} reads which output is chosen")
 
 
 def _refuse_unfit(target: Any, index: Any, value: Any) -> None:
