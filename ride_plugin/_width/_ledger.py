@@ -163,6 +163,9 @@ class Ledger:
                 and self.modules[n].groups == self.modules[n].in_channels
                 for n in names
             )
+            if name in ("conv1d", "conv2d", "conv3d") and not names:  # a kernel that no layer owns
+                x, kernel = tensors[:2]
+                depthwise = kernel.shape[1] == 1 < x.shape[1 - kernel.dim()]
             return self.tags_of(tensors[0]) if depthwise else layers
         if name in PRODUCTS and len(tensors) > 1:
             return self.tags_of(tensors[1]) or self.tags_of(tensors[0])

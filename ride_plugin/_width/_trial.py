@@ -12,7 +12,6 @@ a fixed number of channels cannot move positions into channels unnoticed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +23,8 @@ from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._width._amend import Amender
 from ride_plugin._width._attention import Attention
 from ride_plugin._width._choices import Choices
+from ride_plugin._width._comparison import Comparison
+from ride_plugin._width._kernels import fit_kernel, keeps_ratio
 from ride_plugin._width._layers import ChannelPad, Kind, kind_of
 from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Ledger
 from ride_plugin._width._map import WidthMap
@@ -33,7 +34,6 @@ from ride_plugin._width._plan import (
     Step,
     Stuck,
     operation_name,
-    reshape_groups,
 )
 
 
@@ -63,7 +63,7 @@ class Trial(TorchFunctionMode):
         self.amender = Amender(self.ledger, plan, widths, attentions)
         self._steps: Sequence[Step] = ()
         self._position = 0
-        self._choices = Choices()
+        self._comparison, self._choices = Comparison(), Choices()
         self._set_attributes()
         for name, sizes in plan.raw.items():
             path, _, key = name.rpartition(".")
@@ -127,6 +127,8 @@ class Trial(TorchFunctionMode):
         self._refuse_choices(f"`{name}`", (args, kwargs))
         if "weight" in name or name in ("linear", *CONVOLUTIONS):
             self._fix_functional(args, kwargs or {})
+        if name in CONVOLUTIONS:
+            fit_kernel(self.ledger, step, list(tensors_in((args, kwargs))))
         args, kwargs = map_tensors(self.ledger.current, (args, kwargs or {}))
         if name in NORMS:
             args, kwargs = self._fix_norm(name, args, kwargs)
@@ -141,7 +143,7 @@ class Trial(TorchFunctionMode):
             except (RuntimeError, ValueError, IndexError) as again:
                 reason = f"`{name}`: {str(again).splitlines()[0]}"
                 self.amender.give_way(tensors_in((args, kwargs)), reason)
-        self._compare(name, step, args, result)
+        self._compare(name, step, list(tensors_in((args, kwargs))), result)
         self._choices.note(name, next(iter(step.inputs), None), args, kwargs, result)
         tags = self.ledger.tags_of_result(name, args, kwargs)
         for tensor in tensors_in(result):
@@ -271,24 +273,14 @@ class Trial(TorchFunctionMode):
             for module, key, value in settings:
                 self.ledger.set_attribute(module, key, value)
 
-    def _compare(self, name: str, step: Step, args: Any, result: Any) -> None:
-        """Refuse a reshape that moves what a dimension holds, and anything that came out empty."""
+    def _compare(self, name: str, step: Step, given: Sequence[Tensor], result: Any) -> None:
+        """Refuse what fits by luck: other groups, other pieces, and what came out empty."""
         outputs = list(tensors_in(result))
-        expected = step.outputs
-        if len(outputs) != len(expected) or any(
-            len(e) != t.dim() or (t.numel() == 0 and 0 not in e)
-            for t, e in zip(outputs, expected, strict=True)
-        ):
-            reason = f"`{name}` returns another number of tensors or dimensions, or nothing"
-            self.amender.give_way(tensors_in(args), reason)
-        if name == "split" and len(set(expected)) == 1 and len({t.shape for t in outputs}) > 1:
-            self.amender.give_way(tensors_in(args), "`split` with a fixed size")
-        source = next(tensors_in(args), None)
-        if name in RESHAPES and outputs and step.inputs and source is not None:
-            for ins, outs in reshape_groups(step.inputs[0], expected[0]):
-                before = math.prod(source.shape[i] for i in ins)
-                if before != math.prod(outputs[0].shape[o] for o in outs):
-                    self.amender.give_way((source,), f"`{name}` with fixed sizes")
+        reason = self._comparison.difference(name, step, next(iter(given), None), outputs)
+        if reason is not None:
+            self.amender.give_way(given[:1] if name in RESHAPES else given, reason)
+        if name in CONVOLUTIONS and not keeps_ratio(self.ledger, step, given, outputs[0]):
+            self.amender.give_way(given[:1], f"`{name}` with a fixed number of filters")
 
     def _refuse_choices(self, reader: str, value: Any) -> None:
         """Let what a gate chooses from keep its number, where the choice is read."""
