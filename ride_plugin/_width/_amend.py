@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,7 @@ class Amender:
         plan: amended where widths do not meet.
         widths: the map of widths.
         attentions: attention modules of the expert.
+        tables: buffers that cannot be cut, and along which dimensions; see :func:`tables_of`.
 
     Attributes:
         running: names of the modules that run at the moment, the innermost last.
@@ -35,11 +36,13 @@ class Amender:
         plan: NarrowingPlan,
         widths: WidthMap,
         attentions: Sequence[Attention],
+        tables: Mapping[str, Collection[int]],
     ) -> None:
         self.ledger = ledger
         self.plan = plan
         self.widths = widths
         self.attentions = {attention.name: attention for attention in attentions}
+        self._tables = tables
         self.running: list[str] = []
         self.amended = False
 
@@ -100,7 +103,8 @@ class Amender:
             if not tags:
                 return 3, 0
             if all(kind == "raw" for kind, _ in tags):
-                return 0, 0
+                from_end = side[1] if side[1] < 0 else side[1] - side[0].dim()
+                return (3 if any(self._is_table(n, from_end) for _, n in tags) else 0), 0
             layers = [name for kind, name in tags if kind == "layer"]
             narrowed = side[0].shape[side[1]]
             other = (b if side is a else a)[0].shape[(b if side is a else a)[1]]
@@ -143,6 +147,8 @@ class Amender:
         if len(dims) < 1 or (len(dims) > 1 and tensor.shape[dims[0]] != now):
             return False
         dim = dims[-1]
+        if self._is_table(name, dim - tensor.dim()):
+            return False
         # No weight grows: one that would was misunderstood, and might grow with every trial.
         wanted = min(round(tensor.shape[dim] * size / now), self._full_size(path, key, dim))
         sizes = self.plan.raw.setdefault(name, {})
@@ -150,6 +156,9 @@ class Amender:
             return False
         sizes[dim] = wanted
         return True
+
+    def _is_table(self, name: str, dim: int) -> bool:
+        return dim in self._tables.get(name, ())
 
     def _full_size(self, path: str, key: str, dim: int) -> int:
         """Of a parameter or buffer, before this trial resized it."""

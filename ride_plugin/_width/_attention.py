@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ride_plugin._split import Recorded
+from ride_plugin._width._scales import rescaled
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
 _SHARED = ("num_key_value_groups", "num_queries_per_kv", "n_rep", "num_groups")
 _HEAD_DIM = ("head_dim", "attention_head_size", "dim_head", "dim_per_head", "head_size", "key_dim")
 _INNER = ("all_head_size", "attn_dim", "inner_dim", "inner_size", "embed_dim", "dim", "split_size")
-_SCALE = ("scale", "scaling", "scale_factor")
 _PROJECTIONS = {"qkv", "kv", "q", "k", "v", "query", "key", "value", "q_proj", "k_proj", "v_proj"}
 _PROJECTIONS |= {"to_qkv", "to_q", "to_k", "to_v", "to_kv", "q_lin", "k_lin", "v_lin", "c_attn"}
 _PROJECTIONS |= {"qkv_proj", "query_key_value", "in_proj", "wq", "wk", "wv"}
@@ -122,11 +122,8 @@ class Attention:
             if choice == "heads" and isinstance(bias_shape, tuple) and old in bias_shape:
                 swapped = tuple(new if size == old else size for size in bias_shape)
                 settings.append((module, "bias_shape", swapped))
-        if choice == "head_dim":
-            for key in _SCALE:
-                scale = vars(self.module).get(key)
-                if isinstance(scale, float) and math.isclose(scale, old**-0.5, rel_tol=1e-6):
-                    settings.append((self.module, key, new**-0.5))
+            if choice == "head_dim":
+                settings += [(module, key, scale) for key, scale in rescaled(module, old, new)]
         return widths, settings
 
 

@@ -7,7 +7,7 @@ they found is then done to the expert itself, and its resized parameters are dra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from ride_plugin._width._ledger import Change, Ledger, empty_caches
 from ride_plugin._width._map import WidthMap, groupings_of
 from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck, Trace
 from ride_plugin._width._runs import player_of, trunk_state
+from ride_plugin._width._tables import tables_of
 from ride_plugin._width._trial import Trial
 
 _TRIALS = 60
@@ -150,6 +151,7 @@ def _narrowed(split: Split, width: float, meta: bool) -> list[Change]:
         empty_caches(views.expert)
         return views
 
+    tables = tables_of(split.views.expert)  # of contents, which the trials may be without
     with on_meta(resize_batch(split.inputs, _BATCH), meta) as inputs:
         views = copied()
         states = [trunk_state(split, views, False, inputs)]
@@ -160,7 +162,7 @@ def _narrowed(split: Split, width: float, meta: bool) -> list[Change]:
                 raise
             # It does not train on its input alone.
         references = [_reference(split, views, mode, state) for mode, state in enumerate(states)]
-        trial = _fitting_trial(split, copied, width, references)
+        trial = _fitting_trial(split, copied, width, references, tables)
     ledger = Ledger(split.views.expert, _tensors_of(split.views.trunk))
     put_back = [ledger.undo, *empty_caches(split.views.expert)]
     trial.ledger.repeat_on(ledger)
@@ -185,7 +187,11 @@ def _reference(split: Split, views: Views, training: int, state: TrunkState) -> 
 
 
 def _fitting_trial(
-    split: Split, copied: Callable[[], Views], width: float, references: Sequence[_Reference]
+    split: Split,
+    copied: Callable[[], Views],
+    width: float,
+    references: Sequence[_Reference],
+    tables: Mapping[str, Collection[int]],
 ) -> Trial:
     plan = NarrowingPlan()
     for _ in range(_TRIALS):
@@ -196,7 +202,8 @@ def _fitting_trial(
             if (found := attention_of(name, module)) is not None
         ]
         widths = WidthMap(width, groupings_of(views.expert))
-        trial = Trial(views.expert, _tensors_of(views.trunk), plan, widths, attentions)
+        frozen = _tensors_of(views.trunk)
+        trial = Trial(views.expert, frozen, plan, widths, attentions, tables)
         try:
             for reference in references:
                 run = player_of(split, views, reference.state, reference.training)

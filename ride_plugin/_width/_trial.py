@@ -12,7 +12,7 @@ a fixed number of channels cannot move positions into channels unnoticed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,8 @@ from ride_plugin._width._kernels import fit_kernel, keeps_ratio
 from ride_plugin._width._layers import ChannelPad, Kind, kind_of
 from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Ledger
 from ride_plugin._width._map import WidthMap
-from ride_plugin._width._plan import (
-    Amended,
-    NarrowingPlan,
-    Step,
-    Stuck,
-    operation_name,
-)
+from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck, operation_name
+from ride_plugin._width._scales import rescaled
 
 
 class Trial(TorchFunctionMode):
@@ -46,6 +41,7 @@ class Trial(TorchFunctionMode):
         plan: amended when widths do not meet.
         widths: the map of widths.
         attentions: attention modules of the expert.
+        tables: buffers that cannot be cut, and along which dimensions; see :func:`tables_of`.
     """
 
     def __init__(
@@ -55,19 +51,24 @@ class Trial(TorchFunctionMode):
         plan: NarrowingPlan,
         widths: WidthMap,
         attentions: Sequence[Attention],
+        tables: Mapping[str, Collection[int]],
     ) -> None:
         super().__init__()
         self.plan = plan
         self.widths = widths
         self.ledger = Ledger(expert, frozen)
-        self.amender = Amender(self.ledger, plan, widths, attentions)
+        self.amender = Amender(self.ledger, plan, widths, attentions, tables)
         self._steps: Sequence[Step] = ()
         self._position = 0
         self._comparison, self._choices = Comparison(), Choices()
+        # All are found before one is set: another's new size may be the old one of the next.
+        factors = [found for item in plan.raw.items() for found in self._factors_of(*item)]
         self._set_attributes()
         for name, sizes in plan.raw.items():
             path, _, key = name.rpartition(".")
             self.ledger.resize(self.ledger.modules[path], key, sizes)
+        for module, factor, value in factors:
+            self.ledger.set_attribute(module, factor, value)
 
     def run(self, play: Callable[[], Any], steps: Sequence[Step], output: Sequence[Any]) -> None:
         """Run the expert once; ``steps`` and ``output`` are the full-width expert's.
@@ -261,6 +262,19 @@ class Trial(TorchFunctionMode):
                 self.ledger.resize(module, key, dict(enumerate(size)))
             return self.ledger.current(value)
         return value
+
+    def _factors_of(self, name: str, sizes: dict[int, int]) -> Iterator[tuple[nn.Module, str, Any]]:
+        """Factors from the old sizes of a parameter that no layer owns, beside it."""
+        path, _, key = name.rpartition(".")
+        module = self.ledger.modules[path]
+        shape = getattr(module, key).shape
+        if path in self.amender.attentions:
+            return  # its factors come from a head's size
+        for old in {shape[dim] for dim in sizes}:
+            new = {sizes.get(dim, old) for dim, size in enumerate(shape) if size == old}
+            if len(new) == 1:
+                for factor, value in rescaled(module, old, *new):
+                    yield module, factor, value
 
     def _set_attributes(self) -> None:
         self._projections: dict[str, int] = {}

@@ -449,7 +449,7 @@ def test_no_layer_is_pinned_to_more_than_it_had() -> None:
     plan = NarrowingPlan()
     ledger = Ledger(expert, set())
     ledger.layers["0"], ledger.new_widths["0"] = (8, 6), 6
-    amender = Amender(ledger, plan, WidthMap(0.75, []), [])
+    amender = Amender(ledger, plan, WidthMap(0.75, []), [], {})
     made = torch.randn(2, 6)
     ledger.tag(made, frozenset({("layer", "0")}))
     amender.pin(made, 1, 32, 6)
