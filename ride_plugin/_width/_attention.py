@@ -245,16 +245,25 @@ class HeadwiseAttention(nn.Module):
         return mask
 
 
-def replace_multihead_attention(expert: nn.Module) -> list[str]:
-    """Put :class:`HeadwiseAttention` in place of torch's modules; returns their names."""
-    replaced = []
-    for name, module in list(expert.named_modules()):
-        plain = type(module) is nn.MultiheadAttention
-        if plain and module.bias_k is None and not module.add_zero_attn:
-            new = HeadwiseAttention(module).requires_grad_(module.out_proj.weight.requires_grad)
-            expert.set_submodule(name, new)
-            replaced.append(name)
-    return replaced
+def replace_multihead_attention(expert: nn.Module) -> dict[str, nn.MultiheadAttention]:
+    """Put :class:`HeadwiseAttention` in place of torch's modules; returns these by their names.
+
+    A module that has several names is replaced by one module under all of them.
+    """
+    originals: dict[str, nn.MultiheadAttention] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, module in list(expert.named_modules(remove_duplicate=False)):
+        if type(module) is nn.MultiheadAttention and _can_be_headwise(module):
+            if module not in replacements:
+                trains = module.out_proj.weight.requires_grad
+                replacements[module] = HeadwiseAttention(module).requires_grad_(trains)
+            expert.set_submodule(name, replacements[module])
+            originals[name] = module
+    return originals
+
+
+def _can_be_headwise(module: nn.MultiheadAttention) -> bool:
+    return module.bias_k is None and not module.add_zero_attn
 
 
 def _linear(weight: Tensor, bias: Tensor | None, inputs: int, outputs: int) -> nn.Linear:

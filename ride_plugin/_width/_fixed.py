@@ -27,7 +27,7 @@ def replace_fixed_modules(split: Split) -> None:
         expected = _logits(split)
         replaced = replace_multihead_attention(expert)
         if replaced and not close(_logits(split), expected):
-            raise Stuck(f"`{replaced[0]}` could not be rebuilt with its heads apart")
+            raise Stuck(f"`{next(iter(replaced))}` could not be rebuilt with its heads apart")
     done: list[str] = []
     for name, pad in pads_in(_possible_pads(split)):
         if not any(name.startswith(f"{outer}.") for outer in done):

@@ -82,12 +82,12 @@ def test_a_causal_hint_without_a_mask_is_refused() -> None:
 def test_only_what_computes_the_same_is_replaced() -> None:
     model = nn.ModuleDict(
         {
-            "plain": multihead(),
+            "plain": (plain := multihead()),
             "biased": multihead(add_bias_kv=True),
             "zero": multihead(add_zero_attn=True),
         }
     )
-    assert replace_multihead_attention(model) == ["plain"]
+    assert replace_multihead_attention(model) == {"plain": plain}
     assert type(model["plain"]) is HeadwiseAttention
 
 
