@@ -10,7 +10,7 @@ from torch import Tensor
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._width._attention import Attention
 from ride_plugin._width._layers import resized
-from ride_plugin._width._ledger import CONVOLUTIONS, JOINS, PRODUCTS, RESHAPES, Ledger
+from ride_plugin._width._ledger import CONVOLUTIONS, FIXED, JOINS, PRODUCTS, RESHAPES, Ledger
 from ride_plugin._width._map import WidthMap
 from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck
 
@@ -69,7 +69,7 @@ class Amender:
         elif name == "linear":
             pairs = [(0, -1, 1, -1)]
             pairs += [(2, 0, 1, 0)] if len(tensors) > 2 else []
-        elif len(tensors) > 1 and name not in RESHAPES | CONVOLUTIONS:
+        elif len(tensors) > 1 and name not in RESHAPES | CONVOLUTIONS | FIXED:
             first = next((k for k, tensor in enumerate(tensors) if _has_width(tensor)), 0)
             for k in range(first + 1, len(tensors)):
                 rank = min(tensors[first].dim(), tensors[k].dim())

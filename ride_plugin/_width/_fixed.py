@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,27 +13,53 @@ from ride_plugin._split import Call, Recorded, Split, throwaway
 from ride_plugin._tree import logits_in, map_tensors, tensors_in
 from ride_plugin._width._attention import replace_multihead_attention
 from ride_plugin._width._layers import pads_in
-from ride_plugin._width._plan import Stuck
 from ride_plugin._width._runs import player_of
 
 
 def replace_fixed_modules(split: Split) -> None:
-    """Replace torch's attention, and shortcuts that add channels of zeros, in the expert.
-
-    Raises:
-        Stuck: what stands in for attention computes something else.
-    """
+    """Replace torch's attention, and shortcuts that add channels of zeros, in the expert."""
+    _replace_attention(split)
     expert = split.views.expert
-    if any(type(module) is nn.MultiheadAttention for module in expert.modules()):
-        expected = _logits(split)
-        replaced = replace_multihead_attention(expert)
-        if replaced and not close(_logits(split), expected):
-            raise Stuck(f"`{next(iter(replaced))}` could not be rebuilt with its heads apart")
     done: list[str] = []
     for name, pad in pads_in(_possible_pads(split)):
         if not any(name.startswith(f"{outer}.") for outer in done):
             expert.set_submodule(name, pad)
             done.append(name)
+
+
+def _replace_attention(split: Split) -> None:
+    """Replace torch's attention where the expert computes the same with what stands in for it.
+
+    A forward may read attributes of torch's module, its joined weights for one of torch's functions
+    say. Such a module stays as it is, and keeps its width.
+    """
+    expert = split.views.expert
+    if not any(type(module) is nn.MultiheadAttention for module in expert.modules()):
+        return
+    expected = _logits(split)
+    originals = replace_multihead_attention(expert)
+    if not originals or _computes(split, expected):
+        return
+    replacements = {name: expert.get_submodule(name) for name in originals}
+    _put(expert, originals)
+    for original in dict.fromkeys(originals.values()):
+        names = [name for name, module in originals.items() if module is original]
+        _put(expert, {name: replacements[name] for name in names})
+        if not _computes(split, expected):
+            _put(expert, dict.fromkeys(names, original))
+
+
+def _put(expert: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        expert.set_submodule(name, module)
+
+
+def _computes(split: Split, expected: Tensor | None) -> bool:
+    """Whether the expert runs and its logits are the expected ones."""
+    try:
+        return close(_logits(split), expected)
+    except Exception:  # a backbone's own code may raise whatever it likes
+        return False
 
 
 def _logits(split: Split) -> Tensor | None:

@@ -17,6 +17,7 @@ NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm", 
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose2d"}
 RESHAPES = {"view", "reshape", "unflatten", "_unsafe_view", "flatten"}
 JOINS = {"cat", "concat", "concatenate"}
+FIXED = {"multi_head_attention_forward"}  # torch's, as wide as the weights that it is given
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm"}
 
 
@@ -155,6 +156,8 @@ class Ledger:
     def tags_of_result(self, name: str, args: Any, kwargs: Any) -> frozenset[Tag]:
         """Which of them the result of an operation has its width from."""
         tensors = list(tensors_in((args, kwargs)))
+        if name in FIXED:
+            return frozenset()
         if name == "linear" or name in CONVOLUTIONS:
             layers = self.tags_of(tensors[1])
             names = [n for kind, n in layers if kind == "layer"]

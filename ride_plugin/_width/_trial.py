@@ -31,6 +31,8 @@ from ride_plugin._width._map import WidthMap
 from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck, operation_name
 from ride_plugin._width._scales import rescaled
 
+_MISFITS = (RuntimeError, ValueError, IndexError, AssertionError)  # what torch raises for sizes
+
 
 class Trial(TorchFunctionMode):
     """Runs an expert once and resizes its layers on the way.
@@ -137,11 +139,11 @@ class Trial(TorchFunctionMode):
             if name == "__setitem__":
                 _refuse_unfit(*args)
             result = func(*args, **kwargs)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except _MISFITS as error:
             args, kwargs = self.amender.reconciled(name, step, args, kwargs, error)
             try:
                 result = func(*args, **kwargs)
-            except (RuntimeError, ValueError, IndexError) as again:
+            except _MISFITS as again:
                 reason = f"`{name}`: {str(again).splitlines()[0]}"
                 self.amender.give_way(tensors_in((args, kwargs)), reason)
         self._compare(name, step, list(tensors_in((args, kwargs))), result)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ride_plugin import RIDEWrapper, expert_logits
@@ -26,6 +28,18 @@ class Block(nn.Module):
     def module(self, x: Tensor) -> Tensor:
         return self.attn(x, x, x, need_weights=False)[0]
 
+    def function(self, x: Tensor) -> Tensor:
+        a, x = self.attn, x.transpose(0, 1)
+        y, _ = F.multi_head_attention_forward(
+            x, x, x, WIDTH, 4, a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0,
+            a.out_proj.weight, a.out_proj.bias, training=self.training, need_weights=False,
+        )  # fmt: skip
+        return y.transpose(0, 1)
+
+    def other_result(self, x: Tensor) -> Tensor:
+        """Reads an attribute that what stands in for it has as well, with another value."""
+        return self.module(x) if self.attn.in_proj_bias is not None else x
+
 
 def attention() -> nn.MultiheadAttention:
     torch.manual_seed(0)
@@ -43,6 +57,24 @@ def narrowed(*blocks: nn.Module) -> RIDEWrapper:
             torch.testing.assert_close(model.to_module(index)(x), expected)
     expert_logits(model.train()(x)).square().mean().backward()
     return model
+
+
+@pytest.mark.parametrize("how", ["function", "other_result"])
+def test_attention_whose_attributes_a_forward_reads_stays_as_it_is(how: str) -> None:
+    expert = narrowed(Block(attention(), how), Block(attention())).experts[0]
+    assert type(expert[1].attn) is nn.MultiheadAttention
+    assert expert[1].attn.in_proj_weight.shape == (3 * WIDTH, WIDTH)
+    assert expert[2].attn.num_heads == 2  # the other one is narrowed
+    assert [expert[k].up.out_features for k in (1, 2)] == [2 * WIDTH, 2 * WIDTH]
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}])
+def test_what_reaches_attention_that_stays_is_as_wide_as_it_was(options: dict) -> None:
+    kept = nn.MultiheadAttention(WIDTH, 4, batch_first=True, **options)
+    block = Block(kept, "module" if options else "function")
+    expert = narrowed(nn.Linear(WIDTH, WIDTH), block, Block(attention())).experts[0]
+    assert expert[1].out_features == WIDTH == expert[2].attn.embed_dim
+    assert (expert[2].up.out_features, expert[3].attn.num_heads) == (2 * WIDTH, 2)
 
 
 def test_attention_under_two_names_is_one_module_again() -> None:
