@@ -30,6 +30,7 @@ Numbers: TypeAlias = Sequence[int] | Sequence[float] | Tensor | NDArray[np.gener
 ClassCounts: TypeAlias = Numbers | Mapping[int, int] | Mapping[int, float]
 """Training samples of each class, in the order of class indices or with them as keys."""
 
+_LOOKED_AT = 1000  # rows, to tell probabilities from logits
 NO_INDEX = torch.iinfo(torch.int64).min
 """For ``ignore_index``, whose default would leave out targets of -100 where nothing is read."""
 
@@ -432,12 +433,13 @@ def are_probabilities(logits: Tensor) -> bool:
     """Whether rows ``[..., C]`` look like those of a softmax.
 
     A single row may come near to one by chance, so it has to come nearer. Nothing but zeros and
-    ones are answers that somebody made: a softmax has no zeros.
+    ones are answers that somebody made: a softmax has no zeros. Of many rows the first ones tell.
     """
     classes = logits.shape[-1]
     if classes < 2 or not logits.numel():
         return False
-    logits = float32_or_better(logits.detach())
+    first = logits[:_LOOKED_AT] if logits.dim() > 1 else logits
+    logits = float32_or_better(first.detach())
     low, high = (float(bound) for bound in logits.aminmax())
     if not 0 <= low <= high < 1.02:
         return False

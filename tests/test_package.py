@@ -195,9 +195,11 @@ def test_nobody_outside_a_package_imports_its_private_modules(name: str) -> None
 
 TORCHS_OWN = {  # private in name, but the only way to what torch keeps there
     "_backward_hooks",
+    "_backward_pre_hooks",
     "_buffers",
     "_cdata",
     "_forward_hooks",
+    "_forward_hooks_always_called",
     "_forward_hooks_with_kwargs",
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
