@@ -129,7 +129,7 @@ def test_criteria_follow_a_new_numbering_of_classes_and_any_order_of_experts_and
 ) -> None:
     logits, target, counts = draw(seed)
     if name == "LDAM":
-        logits = logits.tanh()  # cosines
+        logits = 4 * logits.tanh()  # cosines times the scale
     classes = order(seed, len(counts))
     new = torch.empty_like(classes)
     new[classes] = torch.arange(len(classes))
