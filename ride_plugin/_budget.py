@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,6 +102,7 @@ def plan(
     shares: Shares | Mapping[int, Shares] | None = None,
     fork_at: str | None = None,
     example_input: Any = None,
+    logits: int | str | Callable[[Any], Tensor] | None = None,
 ) -> Plan:
     """Compare numbers and widths of experts by cost, before training: what fits a budget of FLOPs?
 
@@ -118,6 +119,7 @@ def plan(
             of experts are then compared without routing.
         fork_at: as for ``RIDEWrapper``.
         example_input: as for ``RIDEWrapper``.
+        logits: as for ``RIDEWrapper``.
 
     Raises:
         ArgumentError: an argument is out of range, or shares are for a number of experts that is
@@ -160,7 +162,12 @@ def plan(
         for width in widths:
             try:
                 model = RIDEWrapper(
-                    backbone, 2, expert_width=width, fork_at=fork_at, example_input=example_input
+                    backbone,
+                    2,
+                    expert_width=width,
+                    fork_at=fork_at,
+                    example_input=example_input,
+                    logits=logits,
                 )
             except WidthError as error:
                 failed.append((width, str(error)))

@@ -70,7 +70,7 @@ def construct(
     if expert_factory is None:
         parts = replicate(split, num_experts)
     else:
-        parts = graft_experts(split, expert_factory, num_experts)
+        parts = graft_experts(split, expert_factory, num_experts, logits)
     if classifier is not None or num_classes not in (None, parts.num_classes):
         parts = replace_classifiers(parts, classifier, num_classes)
     if drawn:

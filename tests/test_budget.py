@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, SplitError, cost_report, plan
 from ride_plugin._budget import Plan, PlanRow
@@ -144,3 +144,22 @@ def test_backbone_and_random_state_stay_as_they_are() -> None:
 def test_misuse_is_named(options, error, message: str) -> None:
     with pytest.raises(error, match=message):
         plan(CifarResNet(10, n=1), **{"num_experts": (2,), "expert_widths": (1.0,), **options})
+
+
+def test_where_the_logits_are_can_be_said() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body = nn.Linear(8, 16), nn.Linear(16, 32)
+            self.left, self.right = nn.Linear(32, 5), nn.Linear(32, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.body(self.stem(x).relu()).relu()
+            return self.right(h), self.left(h)
+
+    with pytest.raises(SplitError, match="logits="):
+        plan(Pair(), num_experts=(2,), expert_widths=(1.0,), fork_at="body")
+    found = plan(Pair(), num_experts=(2,), expert_widths=(1.0,), fork_at="body", logits=0)
+    (row,) = found.rows
+    model = RIDEWrapper(Pair(), 2, fork_at="body", logits=0)
+    assert row.report.parameters == sum(p.numel() for p in model.parameters())

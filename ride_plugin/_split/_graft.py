@@ -16,13 +16,22 @@ from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_calle
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._build import split_backbone
 from ride_plugin._split._copies import copy_with_hooks
+from ride_plugin._split._logits import Choice
 from ride_plugin._split._parts import Parts, Split, parts_of, trial_run
 from ride_plugin._split._state import Layout
 from ride_plugin._split._tape import Forked
 
 
-def graft_experts(split: Split, factory: Callable[[int], nn.Module], num_experts: int) -> Parts:
+def graft_experts(
+    split: Split, factory: Callable[[int], nn.Module], num_experts: int, logits: Choice = None
+) -> Parts:
     """The split's trunk with the forked halves of ``factory(0), factory(1), ...`` as experts.
+
+    Args:
+        split: of the backbone.
+        factory: makes a network for each expert.
+        num_experts: ``E``.
+        logits: where they are in the backbone's output, and in that of each network.
 
     Raises:
         SplitError: a network does not fit the trunk; the message says which and why.
@@ -31,7 +40,7 @@ def graft_experts(split: Split, factory: Callable[[int], nn.Module], num_experts
     grafted: list[Split] = []
     for index, network in enumerate(networks):
         try:
-            other = split_backbone(network, split.fork_at, split.inputs)
+            other = split_backbone(network, split.fork_at, split.inputs, logits)
             grafted.append(_transplanted(split, other))
         except (SplitError, AttributeError) as error:
             raise SplitError(f"`expert_factory({index})` does not fit: {error}") from error

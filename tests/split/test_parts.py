@@ -447,3 +447,29 @@ def test_the_onnx_exporter_that_traces_is_refused_with_the_one_that_does_not() -
     pytest.importorskip("onnx")
     with pytest.raises(ArgumentError, match=r"torch\.onnx\.export\(.*dynamo=True\)"):
         torch.onnx.export(three().eval(), (torch.randn(4, 20),), io.BytesIO(), dynamo=False)
+
+
+class TwoMatrices(nn.Module):
+    """Returns two matrices, either of which may be the logits."""
+
+    def __init__(self, late: int = 16) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Linear(8, 16), nn.Linear(16, late)
+        self.left, self.right = nn.Linear(late, 5), nn.Linear(late, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(self.stem(x).relu()).relu()
+        return self.right(h), self.left(h)
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_where_the_logits_are_is_said_for_the_experts_of_a_factory_as_well(chosen: int) -> None:
+    networks = [TwoMatrices(12), TwoMatrices(12)]
+    model = RIDEWrapper(
+        TwoMatrices(), 2, fork_at="body", expert_factory=networks.__getitem__, logits=chosen
+    ).eval()
+    x = torch.randn(3, 8)
+    for network in networks:
+        network.stem = model.trunk.stem
+    expected = torch.stack([network.eval()(x)[chosen] for network in networks], dim=1)
+    torch.testing.assert_close(expert_logits(model(x)), expected)
