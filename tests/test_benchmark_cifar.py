@@ -16,11 +16,12 @@ pytest.importorskip("matplotlib")
 digits = pytest.importorskip("sklearn.datasets").load_digits()
 
 from benchmarks.cifar import joined, plots, priors, report  # noqa: E402
-from benchmarks.cifar.data import Split, load  # noqa: E402
+from benchmarks.cifar.data import Split, augment_strongly, load  # noqa: E402
 from benchmarks.cifar.evaluate import TAUS, by_tau  # noqa: E402
 from benchmarks.cifar.methods import METHODS  # noqa: E402
-from benchmarks.cifar.terms import BoundedDiversity  # noqa: E402
+from benchmarks.cifar.terms import BoundedDiversity, consistency  # noqa: E402
 from benchmarks.cifar.train import Recipe, Run  # noqa: E402
+from benchmarks.coverage.environment import let_torchvision_import  # noqa: E402
 from ride_plugin import DiversityLoss, expert_logits  # noqa: E402
 
 COUNTS = (12, 9, 7, 6, 5, 4, 3, 3, 2, 2)
@@ -147,6 +148,56 @@ def test_a_bounded_reward_is_the_papers_up_to_its_cap_and_flat_beyond() -> None:
     loss = bounded(far, target)
     torch.testing.assert_close(loss, torch.tensor(-0.2 * 3.0))  # three experts, 1 nat each
     assert torch.autograd.grad(loss, far)[0].abs().max() < 1e-6
+
+
+def test_a_strong_view_is_taught_only_where_the_weak_one_is_right() -> None:
+    weak, strong = torch.randn(2, 6, 3, 4, dtype=torch.float64).requires_grad_()
+    target = torch.tensor([0, 1, 2, 3, 0, 1])
+    expected = torch.zeros(())
+    for expert in range(3):
+        rows = [b for b in range(6) if weak[b, expert].argmax() == target[b]]
+        for b in rows:
+            p, q = weak[b, expert].softmax(0).detach(), strong[b, expert].softmax(0)
+            expected = expected + (p * (p / q).log()).sum() / len(rows)
+    found = consistency(weak, strong, target)
+    torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=1e-6)
+    taught = torch.autograd.grad(found, strong, retain_graph=True)[0].abs().sum(-1) > 0
+    assert torch.equal(taught, weak.argmax(-1) == target[:, None])
+    nothing = consistency(weak, strong, (weak.argmax(-1)[:, 0] + 1) % 4)
+    assert torch.isfinite(nothing)
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(found, weak)  # the teacher is constant
+
+
+def test_strong_views_have_their_square_cut_out_and_both_views_train(data, tmp_path) -> None:
+    let_torchvision_import()
+    pytest.importorskip("torchvision")
+    images = torch.full((64, 3, 32, 32), 200, dtype=torch.uint8)
+    views = augment_strongly(images, torch.Generator().manual_seed(0))
+    assert views.shape == images.shape
+    assert views.dtype == torch.uint8
+    black = (views == 0).all(1)
+    assert bool((black.sum((1, 2)) >= 64).all())  # an 8 x 8 corner of the square at least
+    assert not torch.equal(views[0], views[1])
+    for name in ("ride3_balanced_official_strong", "ride3_balanced_official_views"):
+        done = Run(name, 0, RECIPE, data, tmp_path).execute()
+        assert done["mean_experts"] == 3
+
+
+def test_experts_look_at_different_depths(data, tmp_path) -> None:
+    run = Run("ride3_balanced_official_depths", 0, RECIPE, data, tmp_path)
+    aligned = [expert.align for expert in run.model.experts]
+    convolutions = [sum(isinstance(part, nn.Conv2d) for part in parts) for parts in aligned]
+    assert convolutions == [2, 1, 2]
+    run.model.eval()
+    x = torch.randn(2, 3, 32, 32)
+    before = expert_logits(run.model(x))
+    with torch.no_grad():
+        run.model.experts[1].align[0].weight.zero_()
+    after = expert_logits(run.model(x))
+    assert [bool((before[:, e] == after[:, e]).all()) for e in range(3)] == [True, False, True]
+    run.execute()
+    assert run.result_file.exists()
 
 
 def test_a_joined_classifier_learns_what_no_expert_sees_alone() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.coverage.environment import let_torchvision_import
 from ride_plugin.longtail import long_tailed_indices
 
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -104,6 +105,23 @@ def augment(images: Tensor, generator: torch.Generator, degrees: float) -> Tenso
     grid = F.affine_grid(torch.stack([first, second], dim=1), [n, 3, 32, 32], align_corners=False)
     mode = "nearest"  # what the usual rotation of images does
     return F.grid_sample(images.float(), grid, mode=mode, align_corners=False)
+
+
+def augment_strongly(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Crop and flip, AutoAugment's policy for CIFAR-10, then a square of 16 pixels cut out.
+
+    What SHIKE, MDCS, NCL and PaCo train on. The policy is torchvision's, one draw per image from
+    torch's global generator.
+    """
+    let_torchvision_import()
+    from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
+
+    policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
+    images = torch.stack([policy(image) for image in augment(images, generator, 0.0)])
+    centers = torch.randint(32, (2, len(images), 1), generator=generator).to(images.device)
+    distances = torch.arange(32, device=images.device) - centers
+    rows, columns = (distances >= -8) & (distances < 8)
+    return images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0)
 
 
 def batches(

@@ -23,6 +23,9 @@ class Method:
         adjustments: logit adjustment of each expert, in units of the log prior.
         teacher: method whose run distils into this one.
         collaborative: every expert is distilled from the mean of all, held constant.
+        views: "weak" is crop, flip and rotation, "strong" AutoAugment's policy; with "both" every
+            image comes in either, and the strong one is distilled from the weak one.
+        depths: experts look at features of different depths, see `benchmarks.cifar.depths`.
         starts_from: method whose finished model this one starts from; it trains no first stage.
         classifiers: what happens to that model's classifiers.
         other: another library's form of the plain backbone, see `benchmarks.cifar.others`.
@@ -37,6 +40,8 @@ class Method:
     adjustments: tuple[float, ...] = ()
     teacher: str | None = None
     collaborative: bool = False
+    views: Literal["weak", "strong", "both"] = "weak"
+    depths: bool = False
     starts_from: str | None = None
     classifiers: Literal["crt", "tau_norm"] | None = None
     other: Literal["earlyon", "packed", "batch"] | None = None
@@ -63,6 +68,10 @@ class Method:
             said.append("distilled")
         if self.collaborative:
             said.append("collaborative distillation")
+        if self.views != "weak":
+            said.append({"strong": "AutoAugment", "both": "consistency of two views"}[self.views])
+        if self.depths:
+            said.append("different depths")
         if self.classifiers is not None:
             said.append({"crt": "cRT", "tau_norm": "tau-normalised"}[self.classifiers])
         if self.other is not None:
@@ -127,6 +136,9 @@ METHODS: dict[str, Method] = {
     "ride3_balanced_linear_official": _adjusted((1.0, 1.0, 1.0), "official", cosine=False),
     "ride3_balanced_official": _adjusted((1.0, 1.0, 1.0), "official"),
     "ride3_balanced_bounded": _adjusted((1.0, 1.0, 1.0), "bounded"),
+    "ride3_balanced_official_strong": _adjusted((1.0, 1.0, 1.0), "official", views="strong"),
+    "ride3_balanced_official_views": _adjusted((1.0, 1.0, 1.0), "official", views="both"),
+    "ride3_balanced_official_depths": _adjusted((1.0, 1.0, 1.0), "official", depths=True),
     "ride3_balanced_collaborative": _adjusted((1.0, 1.0, 1.0), collaborative=True),
     "ride3_adjusted": _adjusted(),
     "ride3_adjusted_mixup": _adjusted(mixup=0.3),

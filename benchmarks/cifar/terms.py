@@ -1,4 +1,4 @@
-"""Diversity terms that were tried beside the library's own."""
+"""Terms of the loss that were tried beside the library's own."""
 
 from __future__ import annotations
 
@@ -34,3 +34,21 @@ class BoundedDiversity(DiversityLoss):
         divergence = entropy - p @ log_p.detach().transpose(1, 2)  # [B, i, j]; zero for i = j
         reward = divergence.clamp(max=self.cap).sum() / (num_experts - 1)
         return -self.weight / batch * reward
+
+
+def consistency(weak: Tensor, strong: Tensor, target: Tensor) -> Tensor:
+    """MDCS's self-distillation (arXiv 2308.09922): the weak view teaches the strong one.
+
+    sum_i 1 / |R_i| * sum_{b in R_i} KL(softmax(weak_bi) || softmax(strong_bi)), where R_i are the
+    samples that expert i predicts rightly in the weak view, which is held constant.
+
+    Args:
+        weak: expert logits ``[B, E, C]`` of the weak view, as the criterion sees them.
+        strong: those of the strong view.
+        target: class indices ``[B]``.
+    """
+    teacher = weak.detach().float().log_softmax(-1)
+    right = (teacher.argmax(-1) == target[:, None]).float()
+    student = strong.float().log_softmax(-1)
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return ((divergence * right).sum(0) / right.sum(0).clamp(min=1)).sum()

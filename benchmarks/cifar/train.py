@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from benchmarks.cifar.data import Split, augment, batches, normalise
+from benchmarks.cifar.data import Split, augment, augment_strongly, batches, normalise
+from benchmarks.cifar.depths import mixed_depths
 from benchmarks.cifar.evaluate import evaluate
 from benchmarks.cifar.methods import METHODS, Method
 from benchmarks.cifar.others import EarlyExit, Ensemble
 from benchmarks.cifar.routing import route
 from benchmarks.cifar.second_stage import normalise_classifiers, retrain_classifiers
-from benchmarks.cifar.terms import BoundedDiversity
+from benchmarks.cifar.terms import BoundedDiversity, consistency
 from benchmarks.machine import machine
 from benchmarks.resnets import CifarResNet
-from ride_plugin import DistillationLoss, DiversityLoss, RIDELoss, RIDEWrapper
+from ride_plugin import DistillationLoss, DiversityLoss, RIDELoss, RIDEWrapper, expert_logits
 from ride_plugin.longtail import (
     CosineClassifier,
     LDAMLoss,
@@ -96,6 +97,8 @@ class Run:
             model = EarlyExit(num_classes)
         elif method.other is not None:
             model = Ensemble(num_classes, packed=method.other == "packed")
+        elif method.depths:
+            model = mixed_depths(num_classes, method.num_experts, method.expert_width)
         elif method.num_experts:
             model = RIDEWrapper(
                 model,
@@ -198,9 +201,8 @@ class Run:
     def _step(
         self, indices: Tensor, criterion: Any, optimizer: torch.optim.Optimizer, teacher: Any
     ) -> Tensor:
-        x = augment(self.train_split.images[indices], self.generator, self.recipe.degrees)
-        x, y = normalise(x), self.train_split.labels[indices]
-        target = y
+        x, y = self._views(self.train_split.images[indices]), self.train_split.labels[indices]
+        target = y.repeat(len(x) // len(y))
         if self.method.mixup:
             x, target = self._mix(x, y)
         with self._autocast():
@@ -216,12 +218,26 @@ class Run:
             loss = loss + DistillationLoss()(out, taught.float())
         if self.method.collaborative:
             loss = loss + DistillationLoss()(out, out.detach())  # its mean teaches
+        if self.method.views == "both":
+            each = zip(criterion.criterion, expert_logits(out).unbind(1), strict=True)
+            seen = torch.stack([one.with_prior(logits) for one, logits in each], dim=1)
+            weak, strong = seen.chunk(2)
+            loss = loss + 0.6 * consistency(weak, strong, y)  # MDCS's weight
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
         return loss.detach()
+
+    def _views(self, images: Tensor) -> Tensor:
+        """One view of each image, or both of all, weak ones first."""
+        views = []
+        if self.method.views != "strong":
+            views.append(normalise(augment(images, self.generator, self.recipe.degrees)))
+        if self.method.views != "weak":
+            views.append(normalise(augment_strongly(images, self.generator)))
+        return torch.cat(views)
 
     def _mix(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         beta = torch.distributions.Beta(self.method.mixup, self.method.mixup)
