@@ -193,7 +193,11 @@ class Named(Base):
 @pytest.mark.parametrize("net", [Momentum, Schedules, AsksForADtype, Named])
 def test_it_trains_as_the_copies_do(net: type[Base]) -> None:
     backbone = net()
-    train_both(backbone, wrapped(backbone), [torch.randn(5, 6) for _ in range(3)])
+    model = wrapped(backbone)
+    with torch.no_grad():  # a frozen classifier is kept, so that nothing tells experts apart
+        for k, expert in enumerate(model.experts):
+            expert.c.weight.add_(0.1 * k)
+    train_both(backbone, model, [torch.randn(5, 6) for _ in range(3)])
 
 
 class Thaws(Base):
