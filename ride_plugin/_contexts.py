@@ -117,11 +117,7 @@ def _noted(generators: Iterable[torch.Generator]) -> Callable[[], None]:
 
 def _kept_generators() -> list[torch.Generator]:
     """Those whose states this thread restores at the end of the blocks that it is in."""
-    try:
-        kept: list[torch.Generator] = _mine.generators
-    except AttributeError:
-        kept = _mine.generators = []
-    return kept
+    return _own_list("generators")
 
 
 def in_mode(module: M, training: bool) -> M:
@@ -217,11 +213,13 @@ def _wait(is_free: Callable[[], bool], what: str) -> None:
 
 
 def _roots() -> list[nn.Module]:
-    try:
-        roots: list[nn.Module] = _mine.roots
-    except AttributeError:
-        roots = _mine.roots = []
-    return roots
+    return _own_list("roots")
+
+
+def _own_list(name: str) -> list[Any]:
+    """This thread's own list of a name."""
+    found: list[Any] = vars(_mine).setdefault(name, [])
+    return found
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:

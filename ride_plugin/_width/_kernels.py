@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ride_plugin._width._layers import kind_of
-from ride_plugin._width._ledger import Ledger
+from ride_plugin._width._ledger import Ledger, channels_of, sees_one_channel
 from ride_plugin._width._plan import Step
 
 
@@ -21,8 +21,8 @@ def fit_kernel(ledger: Ledger, step: Step, tensors: Sequence[Tensor]) -> None:
     """
     if not is_depthwise(step) or any(tensor.dim() == 0 for tensor in tensors):
         return
-    old_in, old_out = _channels(step.inputs[0], step.inputs[1]), step.inputs[1][0]
-    new_out = _channels(tensors[0].shape, step.inputs[1]) * old_out // old_in
+    old_in, old_out = channels_of(step.inputs[0], step.inputs[1]), step.inputs[1][0]
+    new_out = channels_of(tensors[0].shape, step.inputs[1]) * old_out // old_in
     for tensor in tensors[1:]:
         for module, key in ledger.owners.get(id(tensor), ()):
             if kind_of(module) is None and tensor.shape[0] != new_out:
@@ -33,8 +33,7 @@ def is_depthwise(step: Step) -> bool:
     """Whether each filter saw one of several channels."""
     if len(step.inputs) < 2 or step.name.startswith("conv_transpose"):
         return False
-    x, kernel = step.inputs[:2]
-    return kernel[1] == 1 < _channels(x, kernel)
+    return sees_one_channel(*step.inputs[:2])
 
 
 def keeps_ratio(ledger: Ledger, step: Step, tensors: Sequence[Tensor], result: Tensor) -> bool:
@@ -45,15 +44,10 @@ def keeps_ratio(ledger: Ledger, step: Step, tensors: Sequence[Tensor], result: T
     if len(tensors) < 2 or not step.outputs:
         return True
     kernel = step.inputs[1]
-    old_in, new_in = _channels(step.inputs[0], kernel), _channels(tensors[0].shape, kernel)
+    old_in, new_in = channels_of(step.inputs[0], kernel), channels_of(tensors[0].shape, kernel)
     own = ledger.owners.get(id(tensors[1]), [])
     grouped = kernel[1] < old_in and own and all(kind_of(module) is None for module, _ in own)
     if not (is_depthwise(step) or (grouped and not step.name.startswith("conv_transpose"))):
         return True
-    old_out, new_out = _channels(step.outputs[0], kernel), _channels(result.shape, kernel)
+    old_out, new_out = channels_of(step.outputs[0], kernel), channels_of(result.shape, kernel)
     return old_out * new_in == new_out * old_in
-
-
-def _channels(shape: Sequence[int], kernel: Sequence[int]) -> int:
-    """Of images, with or without a batch of them; a kernel has as many dimensions as a batch."""
-    return shape[1 - len(kernel)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,6 +47,16 @@ def empty_caches(expert: nn.Module) -> list[Callable[[], None]]:
                 put_back.append(partial(attributes.__setitem__, key, value))
                 attributes[key] = {}
     return put_back
+
+
+def sees_one_channel(x: Sequence[int], kernel: Sequence[int]) -> bool:
+    """Whether each filter of a convolution sees one of several channels, by the two shapes."""
+    return kernel[1] == 1 < channels_of(x, kernel)
+
+
+def channels_of(shape: Sequence[int], kernel: Sequence[int]) -> int:
+    """Of images, with or without a batch of them; a kernel has as many dimensions as a batch."""
+    return shape[1 - len(kernel)]
 
 
 class Ledger:
@@ -167,8 +177,7 @@ class Ledger:
                 for n in names
             )
             if name in ("conv1d", "conv2d", "conv3d") and not names:  # a kernel that no layer owns
-                x, kernel = tensors[:2]
-                depthwise = kernel.shape[1] == 1 < x.shape[1 - kernel.dim()]
+                depthwise = sees_one_channel(tensors[0].shape, tensors[1].shape)
             return self.tags_of(tensors[0]) if depthwise else layers
         if name in PRODUCTS and len(tensors) > 1:
             return self.tags_of(tensors[1]) or self.tags_of(tensors[0])
