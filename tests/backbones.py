@@ -107,3 +107,16 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "functional glue": (GluedNet, (3, 16, 16), "down"),
 }
 """Name -> (constructor, shape of one input, expected default fork point)."""
+
+
+class TwoMatrices(nn.Module):
+    """Returns two matrices, either of which may be the logits."""
+
+    def __init__(self, late: int = 16) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Linear(8, 16), nn.Linear(16, late)
+        self.left, self.right = nn.Linear(late, 5), nn.Linear(late, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(self.stem(x).relu()).relu()
+        return self.right(h), self.left(h)

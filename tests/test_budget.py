@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, SplitError, cost_report, plan
 from ride_plugin._budget import Plan, PlanRow
-from tests.backbones import CifarResNet
+from tests.backbones import CifarResNet, TwoMatrices
 
 CLASSES = 100
 SHARES = (0.41, 0.09, 0.50)
@@ -147,19 +147,9 @@ def test_misuse_is_named(options, error, message: str) -> None:
 
 
 def test_where_the_logits_are_can_be_said() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.body = nn.Linear(8, 16), nn.Linear(16, 32)
-            self.left, self.right = nn.Linear(32, 5), nn.Linear(32, 5)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            h = self.body(self.stem(x).relu()).relu()
-            return self.right(h), self.left(h)
-
     with pytest.raises(SplitError, match="logits="):
-        plan(Pair(), num_experts=(2,), expert_widths=(1.0,), fork_at="body")
-    found = plan(Pair(), num_experts=(2,), expert_widths=(1.0,), fork_at="body", logits=0)
+        plan(TwoMatrices(), num_experts=(2,), expert_widths=(1.0,), fork_at="body")
+    found = plan(TwoMatrices(), num_experts=(2,), expert_widths=(1.0,), fork_at="body", logits=0)
     (row,) = found.rows
-    model = RIDEWrapper(Pair(), 2, fork_at="body", logits=0)
+    model = RIDEWrapper(TwoMatrices(), 2, fork_at="body", logits=0)
     assert row.report.parameters == sum(p.numel() for p in model.parameters())

@@ -24,7 +24,7 @@ from ride_plugin import (
     expert_logits,
 )
 from ride_plugin.routing import RoutingQueue
-from tests.backbones import BACKBONES, CifarResNet, mlp
+from tests.backbones import BACKBONES, CifarResNet, TwoMatrices, mlp
 
 
 def trunk() -> nn.Module:
@@ -447,19 +447,6 @@ def test_the_onnx_exporter_that_traces_is_refused_with_the_one_that_does_not() -
     pytest.importorskip("onnx")
     with pytest.raises(ArgumentError, match=r"torch\.onnx\.export\(.*dynamo=True\)"):
         torch.onnx.export(three().eval(), (torch.randn(4, 20),), io.BytesIO(), dynamo=False)
-
-
-class TwoMatrices(nn.Module):
-    """Returns two matrices, either of which may be the logits."""
-
-    def __init__(self, late: int = 16) -> None:
-        super().__init__()
-        self.stem, self.body = nn.Linear(8, 16), nn.Linear(16, late)
-        self.left, self.right = nn.Linear(late, 5), nn.Linear(late, 5)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.body(self.stem(x).relu()).relu()
-        return self.right(h), self.left(h)
 
 
 @pytest.mark.parametrize("chosen", [0, 1])
