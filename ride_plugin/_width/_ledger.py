@@ -14,7 +14,7 @@ from ride_plugin._width._layers import kind_of, resized
 
 Tag = tuple[str, str]  # ("layer", module name) or ("raw", parameter name)
 NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm", "prelu"}
-CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose2d"}
+CONVOLUTIONS = {f"{kind}{d}d" for kind in ("conv", "conv_transpose") for d in (1, 2, 3)}
 RESHAPES = {"view", "reshape", "unflatten", "_unsafe_view", "flatten"}
 JOINS = {"cat", "concat", "concatenate"}
 FIXED = {"multi_head_attention_forward"}  # torch's, as wide as the weights that it is given

@@ -244,3 +244,33 @@ def test_a_path_that_hangs_on_the_width_is_refused() -> None:
     net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), Fixed())
     with pytest.raises(WidthError, match="another path"):
         RIDEWrapper(net, 2, fork_at="2", expert_width=0.75, example_input=torch.rand(2, 6))
+
+
+class Decoder(nn.Module):
+    """Down and up again, joined with what the trunk computed, as U-Net does."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        convolution, transposed = getattr(nn, f"Conv{d}d"), getattr(nn, f"ConvTranspose{d}d")
+        self.stem = convolution(3, 16, 3, padding=1)
+        self.down = convolution(16, 32, 3, stride=2, padding=1)
+        self.up = transposed(32, 16, 2, stride=2)
+        self.late, self.fc = convolution(16, 32, 3, padding=1), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.stem(x).relu()
+        late = self.late(self.up(self.down(early).relu()) + early).relu()
+        return self.fc(late.flatten(2).mean(2))
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_a_layer_that_goes_up_again_to_the_trunk_gives_way_alone(d: int) -> None:
+    x = torch.randn(2, 3, *[8] * d)
+    model = RIDEWrapper(
+        Decoder(d), num_experts=2, fork_at="down", expert_width=0.75, example_input=x
+    )
+    expert = model.experts[0]
+    assert expert.down.weight.shape[:2] == (24, 16)
+    assert expert.up.weight.shape[:2] == (24, 16)  # it keeps its outputs, not its inputs
+    assert expert.late.weight.shape[:2] == (24, 16)
+    assert model(x).shape == (2, 5)
