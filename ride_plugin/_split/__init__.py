@@ -13,6 +13,7 @@ from ride_plugin._split._join import join_parts
 from ride_plugin._split._learn import throwaway
 from ride_plugin._split._logits import Choice, check_logits_choice, reader_in, whole_outputs
 from ride_plugin._split._meta import on_meta
+from ride_plugin._split._misplaced import is_real
 from ride_plugin._split._module import SplitModule
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
@@ -28,9 +29,8 @@ from ride_plugin._split._probe import Call
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._settings import held_together_by, unchanged
 from ride_plugin._split._sharing import held_by_all
-from ride_plugin._split._stand_ins import is_real
+from ride_plugin._split._stand_ins import Forked, Recorded
 from ride_plugin._split._state import TrunkState
-from ride_plugin._split._tape import Forked, Recorded
 from ride_plugin._split._views import Views
 
 __all__ = [

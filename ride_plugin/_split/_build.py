@@ -28,6 +28,7 @@ from ride_plugin._split._copies import (
 from ride_plugin._split._example import find_example
 from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
+from ride_plugin._split._hooks import watch_classifier
 from ride_plugin._split._learn import learn, place_of
 from ride_plugin._split._lend import refuse_unsavable
 from ride_plugin._split._logits import (
@@ -43,8 +44,9 @@ from ride_plugin._split._passes import read_attributes
 from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._references import hook_owners, refuse_captured, warn_of_outside_hooks
 from ride_plugin._split._settings import as_they_are, contents_in, settings_at
+from ride_plugin._split._stand_ins import Forked, Recorded
 from ride_plugin._split._state import Layout
-from ride_plugin._split._tape import Forked, NoHandle, Recorded, watch_classifier
+from ride_plugin._split._tape import NoHandle
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
 from ride_plugin._tree import Place
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ride_plugin._contexts import in_mode
 from ride_plugin._cosine import CosineClassifier
 from ride_plugin._errors import ArgumentError, SplitError
+from ride_plugin._split._hooks import watch_classifier
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._probe import Call, address_of
-from ride_plugin._split._tape import watch_classifier
 
 ClassifierFactory = Callable[[int, int], nn.Module]
 

@@ -18,8 +18,8 @@ from ride_plugin._split._build import split_backbone
 from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._logits import Choice
 from ride_plugin._split._parts import Parts, Split, parts_of, trial_run
+from ride_plugin._split._stand_ins import Forked
 from ride_plugin._split._state import Layout
-from ride_plugin._split._tape import Forked
 
 
 def graft_experts(

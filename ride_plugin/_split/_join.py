@@ -14,9 +14,11 @@ from ride_plugin._errors import SplitError
 from ride_plugin._split._build import examine, learned
 from ride_plugin._split._copies import clone_module, detached_activations
 from ride_plugin._split._graft import module_from, unite
+from ride_plugin._split._hooks import ForkHook, UnitHooks
 from ride_plugin._split._parts import Parts, Split
 from ride_plugin._split._settings import as_they_are, settings_at
-from ride_plugin._split._tape import Forked, ForkHook, Recorded, Running, UnitHooks
+from ride_plugin._split._stand_ins import Forked, Recorded
+from ride_plugin._split._tape import Running
 from ride_plugin._split._views import Views
 
 

@@ -22,8 +22,8 @@ from ride_plugin._split._passes import play, read_attributes, record, write_attr
 from ride_plugin._split._probe import RANDOM, differ, mark_of
 from ride_plugin._split._reentrant import passed_by
 from ride_plugin._split._rows import Rows, find_rows
+from ride_plugin._split._stand_ins import Forked, Recorded
 from ride_plugin._split._state import Layout, TrunkState
-from ride_plugin._split._tape import Forked, Recorded
 from ride_plugin._split._views import Views
 from ride_plugin._tree import Place, logits_in, map_tensors, tensors_in
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ride_plugin._errors import SplitError
-from ride_plugin._split._tape import Forked, Recorded
+from ride_plugin._split._stand_ins import Forked, Recorded
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,16 @@ from ride_plugin._split._form import versions_in
 from ride_plugin._split._groups import G, merged_groups
 from ride_plugin._split._handed_out import HandedOut
 from ride_plugin._split._holder import Holder
+from ride_plugin._split._hooks import (
+    belongs_to,
+    module_at,
+    places_of_forks,
+    places_of_units,
+    watch_classifier,
+)
 from ride_plugin._split._learn import learn_at_run_time
 from ride_plugin._split._logits import LogitsReader, describe, whole_outputs
+from ride_plugin._split._misplaced import has_unrun_hooks, keep_stand_ins, places_of_stand_ins
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import (
     own_containers,
@@ -51,19 +59,7 @@ from ride_plugin._split._sharing import (
     trains,
     unchanging,
 )
-from ride_plugin._split._stand_ins import (
-    has_unrun_hooks,
-    keep_stand_ins,
-    places_of_stand_ins,
-)
 from ride_plugin._split._state import Absent, Layout, TrunkState
-from ride_plugin._split._tape import (
-    belongs_to,
-    module_at,
-    places_of_forks,
-    places_of_units,
-    watch_classifier,
-)
 from ride_plugin._tree import Place, logits_in, map_tensors, tensors_in
 
 _MOST_LAYOUTS = 64  # a number among the arguments may be another at each call

@@ -14,17 +14,12 @@ from torch import Tensor, nn
 from ride_plugin._contexts import RandomState, is_stream
 from ride_plugin._errors import ReplayError
 from ride_plugin._inputs import Inputs, batch_size_of, own_inputs
+from ride_plugin._split._hooks import StartHook
 from ride_plugin._split._probe import RANDOM
 from ride_plugin._split._reentrant import passed_by
+from ride_plugin._split._stand_ins import leads_to_experts
 from ride_plugin._split._state import Absent, Layout, TrunkState
-from ride_plugin._split._tape import (
-    ForkReached,
-    Player,
-    Recorder,
-    Running,
-    StartHook,
-    leads_to_experts,
-)
+from ride_plugin._split._tape import ForkReached, Player, Recorder, Running
 from ride_plugin._tree import CONTAINERS
 
 AtFork: TypeAlias = Callable[[Sequence[Any], Layout | None], bool]

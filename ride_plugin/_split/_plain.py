@@ -13,11 +13,12 @@ from ride_plugin._contexts import in_mode, random_state_kept, seed_everything
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._copies import clone_module, copy_with_hooks, detached_activations
+from ride_plugin._split._hooks import FeatureHook, ForkHook, StartHook, UnitHooks
 from ride_plugin._split._join import Joined
 from ride_plugin._split._logits import LogitsReader, reader_in
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, trial_run
-from ride_plugin._split._tape import FeatureHook, ForkHook, Recorded, StartHook, UnitHooks
+from ride_plugin._split._stand_ins import Recorded
 from ride_plugin._split._views import Link
 
 _OURS = (ForkHook, FeatureHook, LogitsReader, StartHook, UnitHooks)

@@ -1,197 +1,285 @@
-"""What somebody does to a stand-in, or puts in its place, would do nothing: the next pass says so.
+"""Stand-ins: where another module stood, one that reads the tape or ends the recording.
 
-``model.trunk.head`` answers for a layer that lives in the experts, so that it looks like that
-layer. A loop over all modules comes by stand-ins and by the layers themselves; who means one layer
-and has the stand-in is told where the layer is.
+An expert has one for each unit of the trunk, the trunk one for each forked unit, so that both are
+the backbone's own root with its own forward.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
+from typing_extensions import Self
 
-from ride_plugin._errors import ReplayError, warn_caller
-from ride_plugin._split._logits import LogitsReader
-from ride_plugin._split._tape import (
-    FREEZING,
-    HOOKING,
-    FeatureHook,
-    Forked,
-    ForkHook,
-    StandIn,
-    StartHook,
-    UnitHooks,
-)
+from ride_plugin._errors import ReplayError
+from ride_plugin._split._tape import Running
+from ride_plugin._tree import OF_MODULES
 
-_OURS = (ForkHook, FeatureHook, LogitsReader, StartHook, UnitHooks)
-_NOTHING = object()
+_OF_ANY = OF_MODULES.union(dir(nn.Module))
+FREEZING, HOOKING = "requires_grad_()", "a hook"  # what is done to a stand-in; names are set
 
 
-@dataclass
-class StandInPlace:
-    """Where a stand-in, or a module that leads to one, was put."""
+class _Aside:
+    """Somebody's hook on a stand-in, during which nothing is recorded or looked for on the tape.
 
-    root: nn.Module
-    parent: nn.Module
-    name: str
-    module: nn.Module
-
-
-def places_of_stand_ins(root: nn.Module) -> list[StandInPlace]:
-    """Every place in a trunk or an expert that leads to a stand-in."""
-    return [
-        StandInPlace(root, parent, name, child)
-        for parent in root.modules()
-        for name, child in parent._modules.items()
-        if child is not None and any(isinstance(module, StandIn) for module in child.modules())
-    ]
-
-
-def is_real(module: nn.Module) -> bool:
-    """Whether a module is more than stand-ins, and containers of such."""
-    if isinstance(module, StandIn):
-        return False
-    children = list(module.children())
-    return any(map(is_real, children)) if children else True
-
-
-def keep_stand_ins(
-    places: Sequence[StandInPlace], trunk: nn.Module, experts: Iterable[nn.Module]
-) -> None:
-    """Look at what was done to stand-ins since the last pass.
-
-    Raises:
-        ReplayError: it has not reached the module that a stand-in stands for, or another module
-            stands in its place; the message says where the real one is.
+    Tools put one on every module there is: they count operations, collect shapes or look for NaN.
+    What no expert reads was dropped, so there may be nothing to look at; they have seen it in the
+    trunk.
     """
-    disturbed = [
-        place
-        for place in places
-        if place.parent._modules.get(place.name) is not place.module
-        or "ride_done" in place.module.__dict__
-    ]
-    if not disturbed:
-        return
-    experts = list(experts)
-    names = {id(trunk): "model.trunk"}
-    names |= {id(expert): f"model.experts[{k}]" for k, expert in enumerate(experts)}
-    doubtful: list[str] = []
-    for place in disturbed:
-        if id(place.root) not in names:
-            continue
-        part = names[id(place.root)]
-        here = place.parent._modules.get(place.name)
-        if here is not place.module:
-            if here is None or not _stand_ins_in(place.module) <= _stand_ins_in(here):
-                place.parent._modules[place.name] = place.module
-                raise _replaced(place, part)
-            place.module = here  # something around it, as of an engine
-        elif isinstance(here, StandIn):
-            done: dict[str, Any] = here.__dict__.pop("ride_done")
-            owners = experts if isinstance(here, Forked) else [trunk]
-            reals = [_submodule(owner, here.ride_key) for owner in owners]
-            for what, value in done.items():
-                if _has_reached(reals, here, what, value):
-                    continue
-                message = _without_effect(here, part, what, value)
-                if what != FREEZING or any(
-                    parameter.requires_grad != value for parameter in place.root.parameters()
-                ):
-                    raise ReplayError(message)
-                doubtful.append(message)
-    if doubtful:  # who freezes a part child by child means the part, and need not mean these
-        more = f" (And {len(doubtful) - 1} more like this one.)" if len(doubtful) > 1 else ""
-        warn_caller(doubtful[0] + more)
+
+    def __init__(self, running: Running, hook: Callable[..., Any]) -> None:
+        self.running = running
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mode = self.running.player or self.running.recorder
+        if mode is None or _get_current_function_mode() is not mode:
+            return self.hook(*args, **kwargs)
+        mode.leave()
+        try:
+            return self.hook(*args, **kwargs)
+        except ReplayError:  # it read what was dropped
+            return None
+        finally:
+            mode.enter()
 
 
-def _submodule(owner: nn.Module, key: str) -> nn.Module:
-    try:
-        return owner.get_submodule(key)
-    except AttributeError:  # somebody has taken it away; the pass will tell
-        return nn.Module()
+class StandIn(nn.Module):
+    """Stands where another module stood; has no parameters, but answers for its attributes.
 
+    The module it stands for is looked up by name in the view that owns it, at each use: somebody
+    may replace it there, a classifier for example. Names of its own begin with ``ride_``: any other
+    may be one of that module's.
 
-def has_unrun_hooks(trunk: nn.Module, experts: Iterable[nn.Module]) -> bool:
-    """Whether the trunk has hooks of its own that no pass runs, as it ends at the fork.
-
-    Hooks on every module there is are on the experts as well; those of torch know what they do.
+    What somebody does to it outside of a pass does nothing to that module, and is kept until the
+    model looks at it (:mod:`ride_plugin._split._misplaced`). Not so where it is one of all modules
+    that a loop comes by: then that module, or the loop, is meant.
     """
-    hooks = [hook for key, hook in _hooks(trunk) if key not in trunk._forward_hooks_always_called]
-    return any(not _is_of_torch(hook) for hook in hooks) and not any(
-        True for expert in experts for _ in _hooks(expert)
-    )
+
+    def __init__(self, running: Running, key: str) -> None:
+        super().__init__()
+        self.ride_running = running
+        self.ride_key = key
+
+    def ride_stand_for(self, owner: nn.Module) -> None:
+        """Set the view that owns the module; not registered, since it is no part of this one."""
+        self.__dict__["ride_owner"] = owner
+        real = self.ride_real
+        held = {*vars(real), *real._modules, *real._parameters, *real._buffers} - OF_MODULES
+        self.__dict__["ride_names"] = frozenset(held)
+
+    @property
+    def ride_real(self) -> nn.Module:
+        """The module that this one stands for."""
+        owner: nn.Module = self.__dict__["ride_owner"]
+        return owner.get_submodule(self.ride_key)
+
+    @property
+    def ride_in_pass(self) -> bool:
+        """Whether a forward is being recorded or replayed, which means the other module by this."""
+        running = self.__dict__.get("ride_running")
+        return running is not None and (running.recorder or running.player) is not None
+
+    def ride_keep(self, what: str, value: Any) -> None:
+        """Keep what somebody does to this one, and not to all modules."""
+        if not self.ride_in_pass and not self.__dict__.get("ride_met"):
+            self.__dict__.setdefault("ride_done", {})[what] = value
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a forward that does so means the module that this one stands for."""
+        if self.ride_in_pass:
+            self.ride_real.train(mode)
+        return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As for any module, of whose parameters this one has none."""
+        self.ride_keep(FREEZING, requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module; what a loop does with this one on its way is told from the rest."""
+        found = super().named_modules(*args, **kwargs)
+        return found if self.ride_in_pass else self._met(found)
+
+    def _met(self, found: Iterator[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in found:
+            self.__dict__["ride_met"] = self.__dict__.get("ride_met", 0) + 1
+            try:
+                yield name, module
+            finally:
+                self.__dict__["ride_met"] -= 1
+
+    def apply(self, fn: Callable[[nn.Module], Any]) -> Self:
+        """As for any module."""
+        for module in self.modules():
+            fn(module)
+        return self
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As for any module; a forward that asks, for a dtype say, means the other module's."""
+        if self.ride_in_pass:
+            return self.ride_real.named_parameters(*args, **kwargs)
+        return super().named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """As for any module; a forward that asks means the other module's."""
+        if self.ride_in_pass:
+            return self.ride_real.named_buffers(*args, **kwargs)
+        return super().named_buffers(*args, **kwargs)
+
+    def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """As for any module; that the real one has this name as well is no matter."""
+        self._buffers.setdefault(name, None)
+        super().register_buffer(name, *args, **kwargs)
+
+    def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
+        """As for any module, but for what the hook computes, which is none of the forward's."""
+        self.ride_keep(HOOKING, hook)
+        return super().register_forward_pre_hook(_Aside(self.ride_running, hook), **kwargs)
+
+    def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
+        """As for any module, but for what the hook computes, which is none of the forward's."""
+        self.ride_keep(HOOKING, hook)
+        return super().register_forward_hook(_Aside(self.ride_running, hook), **kwargs)
+
+    def register_full_backward_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any module."""
+        self.ride_keep(HOOKING, hook)
+        return super().register_full_backward_hook(hook, *args, **kwargs)
+
+    def register_full_backward_pre_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any module."""
+        self.ride_keep(HOOKING, hook)
+        return super().register_full_backward_pre_hook(hook, *args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; what a forward hands to it, a prompt say, becomes no part of it."""
+        if self.ride_in_pass:
+            if isinstance(value, nn.Parameter | nn.Module):
+                self.__dict__[name] = value
+                return
+        elif self._is_of_real(name):
+            self.ride_keep(name, value)
+            if isinstance(value, nn.Parameter | nn.Module):
+                return  # torch would say that the attribute exists already
+        super().__setattr__(name, value)
+
+    def _is_of_real(self, name: str) -> bool:
+        """Whether the real module begins with an attribute of this name; loops leave marks too."""
+        names = self.__dict__.get("ride_names")
+        if names is None or name in _OF_ANY or name.startswith("ride_"):
+            return False
+        return name in names or hasattr(type(self.ride_real), name)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith(("ride_", "__")) or "ride_owner" not in self.__dict__:
+                raise
+            return self.ride_part(getattr(self.ride_real, name))
+
+    def ride_part(self, value: Any) -> Any:
+        """An attribute or a part of the module that this one stands for, as callers get it."""
+        return value
+
+    def __len__(self) -> int:
+        return len(self.ride_real)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ride_part(self.ride_real[index])  # type: ignore[index]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def extra_repr(self) -> str:
+        return self.ride_key
 
 
-def _is_of_torch(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", None) or type(hook).__module__).startswith("torch.")
+class Recorded(StandIn):
+    """In an expert: stands for a unit of the trunk and returns what that unit returned."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        player = self.ride_running.player
+        if player is None or player.position >= len(player.keys):
+            return self.ride_real(*args, **kwargs)  # a shared module used after the fork
+        if player.keys[player.position] != self.ride_key:
+            raise player.out_of_step(self.ride_key)
+        return player.next_value()
 
 
-def _hooks(module: nn.Module, and_before: bool = False) -> Iterator[tuple[int, Any]]:
-    """The hooks of others that run after a module, or at any time."""
-    kinds = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
-    for hooks in (*kinds, module._forward_pre_hooks) if and_before else kinds:
-        for key, hook in hooks.items():
-            if not isinstance(hook, _OURS) and not isinstance(
-                getattr(hook, "__self__", None), _OURS
-            ):
-                yield key, hook
+class Forked(StandIn):
+    """In the trunk: stands for a forked unit; ends the recording, then runs expert 0's unit."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.ride_begin()
+        return self.ride_real(*args, **kwargs)
+
+    def ride_begin(self) -> None:
+        """End the recording, if there is one."""
+        recorder = self.ride_running.recorder
+        if recorder is not None and not recorder.reached_fork:
+            recorder.fork_begins()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; what the forward sets is the unit's, if this pass goes on into it."""
+        if name != "training" and self._goes_on():
+            setattr(self.ride_real, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module; to a forward that goes on into the unit, those of the unit."""
+        owner: Any = self.ride_real if self._goes_on() else super()
+        found: Iterator[tuple[str, nn.Module]] = owner.named_modules(*args, **kwargs)
+        return found
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module; to a forward that goes on into the unit, those of the unit."""
+        owner: Any = self.ride_real if self._goes_on() else super()
+        yield from owner.named_children()
+
+    def _goes_on(self) -> bool:
+        recorder = self.ride_running.recorder if self.ride_in_pass else None
+        return recorder is not None and recorder.may_go_on
+
+    def ride_part(self, value: Any) -> Any:
+        """Wrap what is inside the unit: a forward may call it directly, to checkpoint a block."""
+        recorder = self.ride_running.recorder
+        if isinstance(value, nn.Module) and recorder is not None and not recorder.reached_fork:
+            return _Inside(self, value)
+        return value
 
 
-def _stand_ins_in(module: nn.Module) -> set[str]:
-    return {inner.ride_key for inner in module.modules() if isinstance(inner, StandIn)}
+class _Inside(nn.Module):
+    """A submodule of a forked unit, handed out by its stand-in: to run it is to fork as well."""
+
+    def __init__(self, forked: Forked, module: nn.Module) -> None:
+        super().__init__()
+        # Not registered: it is no part of this.
+        self.__dict__.update(ride_forked=forked, ride_real=module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.ride_forked.ride_begin()
+        return self.ride_real(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        parameters: Iterator[tuple[str, nn.Parameter]]
+        parameters = self.ride_real.named_parameters(*args, **kwargs)
+        return parameters
+
+    def __getattr__(self, name: str) -> Any:
+        return self.ride_forked.ride_part(getattr(self.ride_real, name))
+
+    def __len__(self) -> int:
+        return len(self.ride_real)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ride_forked.ride_part(self.ride_real[index])
 
 
-def _has_reached(reals: Sequence[nn.Module], stand_in: StandIn, what: str, value: Any) -> bool:
-    """Whether the modules have what was done to the stand-in, by a loop over all of them say."""
-    if what == FREEZING:
-        return all(p.requires_grad == value for real in reals for p in real.parameters())
-    if what == HOOKING:
-        gone = next(_hooks(stand_in, True), None) is None
-        return gone or any(True for real in reals for _ in _hooks(real, True))
-    try:
-        found = [getattr(real, what, _NOTHING) for real in reals]
-        return all(one is value or bool(one == value) for one in found)
-    except Exception:  # tensors, and objects that cannot be compared
-        return False
-
-
-def _without_effect(stand_in: StandIn, part: str, what: str, value: Any) -> str:
-    here, there = _called(part, stand_in.ride_key), _real_place(stand_in)
-    if what == FREEZING:
-        done = f"`{here}.requires_grad_({value})` was called"
-    elif what == HOOKING:
-        done = f"A hook was registered on `{here}`"
-    else:
-        done = f"`{here}.{what}` was set"
-    return (
-        f"{done}, which changes nothing: it only stands for the module that the forward runs, "
-        f"`{there}`. Do it there{' for each k' if isinstance(stand_in, Forked) else ''}."
-    )
-
-
-def _replaced(place: StandInPlace, part: str) -> ReplayError:
-    path = next(name for name, module in place.root.named_modules() if module is place.parent)
-    here = _called(part, f"{path}.{place.name}".lstrip("."))
-    stand_ins = [m for m in place.module.modules() if isinstance(m, StandIn)]
-    there = ", ".join(f"`{_real_place(stand_in)}`" for stand_in in stand_ins[:3])
-    return ReplayError(
-        f"`{here}` was replaced or removed, which changes nothing and was undone: it only stands "
-        f"for what the forward runs, {there}. Replace that; or, for another network, the "
-        "backbone's own before wrapping it. (The shared features come from `model.run_trunk(x)`, "
-        "those of the experts from `model.router_inputs(x)`.)"
-    )
-
-
-def _real_place(stand_in: StandIn) -> str:
-    return _called(
-        "model.experts[k]" if isinstance(stand_in, Forked) else "model.trunk", stand_in.ride_key
-    )
-
-
-def _called(part: str, name: str) -> str:
-    """As it is written in Python, with numbers as indices."""
-    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"{part}.{name}")
+def leads_to_experts(trunk: nn.Module, running: Running) -> bool:
+    """Whether a trunk takes part in this pass; a copy of one has a pass of its own."""
+    return any(isinstance(m, Forked) and m.ride_running is running for m in trunk.modules())

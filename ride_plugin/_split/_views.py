@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._fork import Fork
+from ride_plugin._split._hooks import ForkHook, UnitHooks
 from ride_plugin._split._probe import Call
 from ride_plugin._split._settings import as_they_are
-from ride_plugin._split._tape import Forked, ForkHook, Recorded, Running, UnitHooks
+from ride_plugin._split._stand_ins import Forked, Recorded
+from ride_plugin._split._tape import Running
 from ride_plugin._tree import buffers_of, parameters_of
 
 
