@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import product
@@ -10,18 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils.hooks import RemovableHandle
 
 from ride_plugin._contexts import in_mode, random_state_kept
-from ride_plugin._errors import ArgumentError, RIDEError, SplitError, warn_caller
+from ride_plugin._errors import ArgumentError, RIDEError, SplitError
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._beside import sequence_around
 from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._copies import (
-    COMPILED_CALL,
-    copy_with_hooks,
-    detached_activations,
     running_copy,
     written_parameters,
 )
@@ -29,7 +23,7 @@ from ride_plugin._split._example import find_example
 from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._hooks import watch_classifier
-from ride_plugin._split._learn import learn, place_of
+from ride_plugin._split._learn import learn
 from ride_plugin._split._lend import refuse_unsavable
 from ride_plugin._split._logits import (
     Choice,
@@ -42,19 +36,13 @@ from ride_plugin._split._meta import on_meta
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import read_attributes
 from ride_plugin._split._probe import Call, call_tree
-from ride_plugin._split._references import hook_owners, refuse_captured, warn_of_outside_hooks
-from ride_plugin._split._settings import as_they_are, contents_in, settings_at
-from ride_plugin._split._stand_ins import Forked, Recorded
+from ride_plugin._split._references import warn_of_outside_hooks
+from ride_plugin._split._settings import settings_at
+from ride_plugin._split._source import refuse_unfit, source_of
 from ride_plugin._split._state import Layout
-from ride_plugin._split._tape import NoHandle
+from ride_plugin._split._use import place_of
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
 from ride_plugin._tree import Place
-
-_COMPILED = "_orig_mod"  # where torch.compile keeps the module
-_PARALLEL = frozenset(
-    {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
-    | {"DeepSpeedEngine", "_FabricModule"}
-)
 
 
 @dataclass(frozen=True)
@@ -113,7 +101,7 @@ def split_backbone(
     with random_state_kept(backbone):
         written: frozenset[str] = frozenset()
         while True:
-            source = _source_of(backbone)
+            source = source_of(backbone)
             try:
                 split = _split(source, fork_at, example_input, logits, num_classes, written)
             except RIDEError:
@@ -159,7 +147,7 @@ def reason_of_fork(backbone: nn.Module, fork_at: str | None, example_input: Any)
     """Where ``backbone`` is forked, and why there, in words."""
     refuse_unfit(backbone)
     with random_state_kept(backbone):
-        fork = choose_fork(examine(_source_of(backbone), example_input).root, fork_at)
+        fork = choose_fork(examine(source_of(backbone), example_input).root, fork_at)
     return fork.name, fork.reason
 
 
@@ -360,131 +348,8 @@ def learned(
     return replace(split, views=views, classifier=classifier, calls=seen.root, state=state)
 
 
-def _source_of(backbone: nn.Module) -> nn.Module:
-    """A copy of the backbone, what was compiled as it was before."""
-    settings = settings_at(backbone, contents_in(backbone))
-    memo: dict[int, Any] = detached_activations(backbone) | as_they_are(settings)
-    compiled = [module for module in backbone.modules() if is_compiled(module)]
-    for module in reversed(compiled):  # from inside to outside
-        memo[id(module)] = copy.deepcopy(module.get_submodule(_COMPILED), memo)
-    if compiled or any(vars(module).get(COMPILED_CALL) for module in backbone.modules()):
-        warn_caller(
-            "The backbone, or a part of it, is compiled. The experts are made of what was there "
-            "before: compile the wrapped model instead, `torch.compile(model)`."
-        )
-    try:
-        copy.deepcopy(settings)  # which passes that are thrown away have copies of
-        source = copy_with_hooks(backbone, backbone.modules(), memo)
-    except Exception as error:
-        _refuse_uncopied(backbone, error)
-        raise
-    for module in source.modules():
-        for owner in (module, *hook_owners(module)):
-            kept = getattr(owner, "__dict__", {})
-            kept.update({key: _without_handles(value) for key, value in kept.items()})
-    return source
-
-
-def _refuse_uncopied(backbone: nn.Module, error: Exception) -> None:
-    """Name the attribute that cannot be copied: a lock, an open file, a generator; if it is one."""
-    kept: dict[int, Any] = detached_activations(backbone)
-    kept |= {id(module): module for module in backbone.modules()}  # each is asked by itself
-    for path, module in backbone.named_modules():
-        for key, value in vars(module).items():
-            if key in ("_modules", "_parameters", "_buffers"):
-                continue
-            try:
-                copy.deepcopy(value, dict(kept))
-            except Exception as own:
-                name = ".".join(filter(None, (path, key)))
-                raise SplitError(
-                    "Expected argument `backbone` to be a module that `copy.deepcopy` can copy, as "
-                    f"each expert is a copy, but its attribute `{name}` ({type(value).__name__}) "
-                    f"raises {type(own).__name__}: {own}. Remove it before wrapping, keep it "
-                    f"outside of the module, or give {type(module).__name__} a `__getstate__` that "
-                    "leaves it out and a `__setstate__` that makes a new one."
-                ) from error
-
-
-def _without_handles(value: Any) -> Any:
-    """The same without handles, which would lead to hooks of the original, or of nobody."""
-    if isinstance(value, RemovableHandle):
-        return NoHandle()
-    if type(value) is list and any(isinstance(entry, RemovableHandle) for entry in value):
-        return [_without_handles(entry) for entry in value]
-    if type(value) is dict and any(isinstance(entry, RemovableHandle) for entry in value.values()):
-        return {key: _without_handles(entry) for key, entry in value.items()}
-    return value
-
-
 def _attribute(root: nn.Module, place: Place) -> Any:
     return vars(root.get_submodule(place[0])).get(place[1])
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what ``torch.compile`` returned; by name, as importing it takes long."""
-    return type(module).__name__ == "OptimizedModule" and _COMPILED in module._modules
-
-
-def refuse_unfit(backbone: nn.Module) -> None:
-    """Raise SplitError where the modules or tensors are of a kind that cannot be split."""
-    if torch.is_inference_mode_enabled():
-        raise SplitError(
-            "Expected to be called outside `torch.inference_mode()`: tensors made there can never "
-            "be trained. Wrap the backbone first."
-        )
-    for name, module in backbone.named_modules():
-        kind = type(module).__name__
-        if kind in _PARALLEL:
-            raise SplitError(
-                f"Expected argument `backbone` to be a plain module, but {_called(name)} is "
-                f"{kind}, which would run each expert's pass on its own and leave the ranks to "
-                "drift apart. Wrap the plain module first, then the result: "
-                f"`{kind}(RIDEWrapper(net, ...))`."
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise SplitError(
-                f"Expected argument `backbone` to be made of Python modules, but `{name}` is "
-                "TorchScript, which runs no hooks. Wrap the backbone before scripting or tracing "
-                "its parts."
-            )
-        if isinstance(module, Recorded | Forked):
-            raise SplitError(
-                "Expected argument `backbone` to be a plain module, but it is or holds a wrapped "
-                "one. Wrap the backbone once; `to_module()` gives back a plain one."
-            )
-    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
-        if is_lazy(tensor):
-            raise SplitError(
-                f"Expected argument `backbone` to have weights, but `{name}` is lazy and has none "
-                "yet. Run one batch through the backbone before wrapping it."
-            )
-        if type(tensor).__name__ == "DTensor":
-            raise SplitError(
-                f"Expected argument `backbone` to hold ordinary tensors, but `{name}` is sharded. "
-                "Wrap the plain module first, then shard the wrapped model: "
-                "`fully_shard(RIDEWrapper(net, ...))`."
-            )
-        if tensor.is_meta:
-            raise SplitError(
-                f"Expected argument `backbone` to have weights, but `{name}` is on the meta "
-                "device. Materialise it (`to_empty`, then initialise or load) before wrapping it."
-            )
-    for name, buffer in backbone.named_buffers():
-        if buffer.requires_grad and buffer.is_leaf:
-            raise SplitError(
-                "Expected argument `backbone` to have weights that are parameters, but the buffer "
-                f"`{name}` requires gradients, as in modules for meta-learning. Neither optimizers "
-                "nor experts would know it as a weight. Make it an nn.Parameter; a step of "
-                "meta-learning calls the wrapped model with other weights, "
-                "`torch.func.functional_call(model, weights, (x,))`. If it is no weight, "
-                "`requires_grad_(False)`."
-            )
-    refuse_captured(backbone)
-
-
-def _called(name: str) -> str:
-    return f"`{name}`" if name else "it"
 
 
 def _calls(

@@ -17,12 +17,13 @@ from ride_plugin._inputs import Inputs, own_inputs, resize_batch
 from ride_plugin._split._check_rows import check_rows
 from ride_plugin._split._copies import running_copy
 from ride_plugin._split._hidden import advice, hidden
-from ride_plugin._split._learn import memory_of, throwaway, throwaway_expert
+from ride_plugin._split._learn import throwaway, throwaway_expert
 from ride_plugin._split._once import Attributes, changed_again
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._results import logits_of, same, seeded, unfused
 from ride_plugin._split._state import Layout, TrunkState
+from ride_plugin._split._use import memory_of
 from ride_plugin._split._views import Views
 from ride_plugin._tree import Place, buffers_of
 

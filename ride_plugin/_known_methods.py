@@ -1,0 +1,132 @@
+"""Methods of backbones whose meaning for trunk and experts is known: timm's, transformers', groups.
+
+Each is made of the wrapped model and of the trunk's own method.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from ride_plugin._checks import check_integer, refuse
+from ride_plugin._split import SplitModule, merged_groups, replace_classifiers
+
+_PARTS = r"(?:trunk|experts\.\d+)\."
+# Names under which backbones return parameters for an optimizer: `get_param_groups`,
+# `optim_parameters`, `get_1x_lr_params`, `get_parameters`. Code asks with `hasattr` and trains
+# otherwise, without a word, where there is none.
+GROUPS = re.compile(
+    r"^(?!_)(?!.*(?:num|count|print))"
+    r"(?:.*param(?:eter)?s?_groups?|.*optim\w*_(?:groups|params|parameters)"
+    r"|.*_lr_params|get_(?:\w+_)?param(?:eter)?s)$"
+)
+
+
+def alike(values: list[Any]) -> bool:
+    """Whether all are equal; what cannot be compared is not."""
+    try:
+        return all(bool(value == values[0]) for value in values)
+    except Exception:  # tensors, and objects that cannot be compared
+        return False
+
+
+def _no_weight_decay(model: SplitModule, own: Callable[..., Any]) -> Callable[..., set[str]]:
+    def no_weight_decay() -> set[str]:
+        names = set(own())
+        return {n for n, _ in model.named_parameters() if re.sub(f"^{_PARTS}", "", n) in names}
+
+    return no_weight_decay
+
+
+def _group_matcher(model: SplitModule, own: Callable[..., Any]) -> Callable[..., Any]:
+    def anywhere(pattern: Any) -> Any:
+        if isinstance(pattern, str):
+            return f"^{_PARTS}(?:{pattern.removeprefix('^')})"
+        if isinstance(pattern, dict):
+            return {key: anywhere(item) for key, item in pattern.items()}
+        return (
+            type(pattern)(map(anywhere, pattern)) if isinstance(pattern, list | tuple) else pattern
+        )
+
+    def group_matcher(*args: Any, **kwargs: Any) -> Any:
+        return anywhere(own(*args, **kwargs))
+
+    return group_matcher
+
+
+def _no_weight_decay_keywords(model: SplitModule, own: Callable[..., Any]) -> Callable[..., Any]:
+    return own  # parts of names, which the model's names have as well
+
+
+def parameter_groups(model: SplitModule, name: str) -> Callable[..., Any]:
+    """A method that returns the groups of all parts, as the backbone's method of this name."""
+
+    def groups(*args: Any, **kwargs: Any) -> Any:
+        def own(network: nn.Module) -> Any:
+            return getattr(network, name)(*args, **kwargs)
+
+        return merged_groups(model, model.parts(), own, name)
+
+    return groups
+
+
+def _get_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[..., nn.Module]:
+    return lambda: nn.ModuleList(model.classifiers)
+
+
+def _reset_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[..., None]:
+    def reset_classifier(num_classes: int, *args: Any, **kwargs: Any) -> None:
+        given = dict(signature(own).bind(num_classes, *args, **kwargs).arguments)
+        for name in list(given)[1:]:  # what pools before the classifier, in timm's models
+            value, present = given[name], _settings_of(model.experts[0], name)
+            if value is not None and not any(alike([value, held]) for held in present):
+                refuse(
+                    name,
+                    "left out, None or what the backbone has now, since `reset_classifier` of a "
+                    "wrapped model makes the experts' classifiers anew and changes nothing else",
+                    value,
+                    "Call it on the backbone before wrapping.",
+                )
+        number = check_integer(num_classes, "num_classes", 2)
+        model.num_classes = replace_classifiers(model.parts(), None, number).num_classes
+
+    return reset_classifier
+
+
+def _settings_of(expert: nn.Module, name: str) -> list[object]:
+    """What a network or a module in it has under this name; of a pooling, also its kind."""
+    held = [getattr(module, name, None) for module in expert.modules()]
+    return held + [getattr(value, "pool_type", None) for value in held]
+
+
+def _set_checkpointing(model: SplitModule, own: Callable[..., Any]) -> Callable[..., None]:
+    def set_grad_checkpointing(enable: bool = True, *_: Any, **__: Any) -> None:
+        model.checkpoint_experts = bool(enable)  # type: ignore[assignment]
+
+    return set_grad_checkpointing
+
+
+def _checkpointing(enabled: bool) -> Callable[[SplitModule, Callable[..., Any]], Any]:
+    def method(model: SplitModule, own: Callable[..., Any]) -> Callable[..., None]:
+        def set_checkpointing(*_: Any, **__: Any) -> None:  # how to checkpoint, not whether
+            model.checkpoint_experts = enabled  # type: ignore[assignment]
+
+        return set_checkpointing
+
+    return method
+
+
+METHODS: dict[str, Callable[[SplitModule, Callable[..., Any]], Any]] = {
+    "get_classifier": _get_classifier,
+    "gradient_checkpointing_disable": _checkpointing(False),
+    "gradient_checkpointing_enable": _checkpointing(True),
+    "group_matcher": _group_matcher,
+    "no_weight_decay": _no_weight_decay,
+    "no_weight_decay_keywords": _no_weight_decay_keywords,
+    "reset_classifier": _reset_classifier,
+    "set_grad_checkpointing": _set_checkpointing,
+}
