@@ -95,7 +95,7 @@ class _Half(Holder):
         Raises:
             AttributeError: it is a submodule or a tensor, of which each part has its own.
         """
-        own = name.startswith("_") or hasattr(nn.Module, name) or name in OF_MODULES
+        own = hasattr(nn.Module, name) or name in OF_MODULES
         if own or "experts" not in self._modules or name in self._modules:
             super().__setattr__(name, value)
             return

@@ -136,24 +136,27 @@ def test_rows_of_the_features_are_rows_of_the_logits() -> None:
 
 
 @pytest.mark.parametrize("fork_at", [None, "classifier"])
-def test_what_is_set_on_one_of_the_two_modules_its_parts_read(fork_at: str | None) -> None:
+@pytest.mark.parametrize("name", ["epoch", "_epoch"])
+def test_what_is_set_on_one_of_the_two_modules_its_parts_read(
+    name: str, fork_at: str | None
+) -> None:
     class Scaled(nn.Sequential):
-        epoch = 0
+        epoch, _epoch = 0, 0
 
         def forward(self, x: Tensor) -> Any:
-            return super().forward(x) * (1 + self.epoch)
+            return super().forward(x) * (1 + self.epoch + self._epoch)
 
     body = Scaled(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
     model = RIDEWrapper.from_pair(body, Scaled(nn.Linear(12, 5)), num_experts=3, fork_at=fork_at)
     features, classifier = model.eval().as_pair()
     x = torch.randn(4, 8)
     before, logits = features(x), classifier(features(x))
-    features.epoch = 1
+    setattr(features, name, 1)
     torch.testing.assert_close(features(x), 2 * before)
-    classifier.epoch = 2
+    setattr(classifier, name, 2)
     torch.testing.assert_close(classifier(before), 3 * logits)
     torch.testing.assert_close(model(x), classifier(features(x)))
-    assert (features.epoch, classifier.epoch) == (1, 2)
+    assert (getattr(features, name), getattr(classifier, name)) == (1, 2)
 
 
 def test_the_two_modules_are_moved_copied_and_stored_like_any() -> None:
