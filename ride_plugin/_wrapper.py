@@ -186,7 +186,7 @@ class RIDEWrapper(SplitModule):
         checkpoint_experts: bool,
     ) -> None:
         super().__init__(parts)
-        self.feature_dim = feature_dim_of(parts)
+        self.feature_dim, self._classifies_logits = feature_dim_of(parts)
         self.expert_width = expert_width
         self.return_experts = return_experts
         self.checkpoint_experts = check_bool(checkpoint_experts, "checkpoint_experts")

@@ -25,7 +25,7 @@ def losses_beside(reader: LogitsReader, output: Any) -> list[str]:
     Returns:
         Each place as code reads it: ``output[1]``.
     """
-    logits = reader.entry_of(output)
+    logits = reader.entry_of(output, training=True)
 
     def second_classifier(tensor: Tensor) -> bool:
         alike = tensor.shape == logits.shape and not callable(reader.choice)
@@ -56,7 +56,7 @@ def sequence_around(reader: LogitsReader, output: Any, in_training: Any) -> str 
         return None
     kind = "named tuple" if hasattr(output, "_fields") else type(output).__name__
     place = reader.place_in(output)
-    elsewhere = in_training is not None and reader.place_in(in_training) not in (place, ())
+    elsewhere = in_training is not None and reader.place_in(in_training, True) not in (place, ())
     answer = "`logits=`, a function of the output," if elsewhere or not place else proposed(place)
     return (
         f"The backbone returns a {kind} of {len(output)}, but the wrapped model returns the logits "

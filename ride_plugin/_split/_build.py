@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -30,7 +30,6 @@ from ride_plugin._split._logits import (
     LogitsReader,
     check_classifies,
     find_logits,
-    learn_training_output,
 )
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._parts import Split
@@ -40,9 +39,10 @@ from ride_plugin._split._references import warn_of_outside_hooks
 from ride_plugin._split._settings import settings_at
 from ride_plugin._split._source import refuse_unfit, source_of
 from ride_plugin._split._state import Layout
+from ride_plugin._split._training_output import Traced, learn_training_output
 from ride_plugin._split._use import place_of
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
-from ride_plugin._tree import Place
+from ride_plugin._tree import Place, tensors_in
 
 
 @dataclass(frozen=True)
@@ -168,19 +168,32 @@ def examine(
     def copied(training: bool, meta: bool = False) -> nn.Module:
         return in_mode(running_copy(backbone, (backbone,), written, meta), training)
 
-    def differentiable() -> Any:
-        module = copied(False)
+    def traced(training: bool, names: Sequence[str] = (), meta: bool = False) -> Traced:
+        module = copied(training, meta)
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad():
-            args, kwargs = own_inputs(inputs, tensors=True)
-            return module(*args, **kwargs)
+        parts = {name: module.get_submodule(name) for name in names}
+        made: dict[str, list[Tensor]] = {name: [] for name in names}
+        for name, part in parts.items():
+            part.register_forward_hook(
+                lambda part, args, result, name=name: made[name].extend(tensors_in(result))
+            )
+        with torch.enable_grad(), on_meta(inputs, meta) as given:
+            args, kwargs = own_inputs(given, tensors=True)
+            output = module(*args, **kwargs)
+        return Traced(output, made, {name: list(p.parameters()) for name, p in parts.items()})
+
+    def traced_soon(training: bool, names: Sequence[str]) -> Traced:
+        try:
+            return traced(training, names, meta=True)
+        except Exception:
+            return traced(training, names)
 
     # With values first: what a forward keeps outside of its modules shall have contents.
     inputs, real = find_example(copied(False), example_input, reader)
     root, output = _calls(copied, inputs, False)
     found: Tensor | None
-    found, head = find_logits(reader, root, output, num_classes, differentiable)
+    found, head = find_logits(reader, root, output, num_classes, lambda: traced(False).output)
     by_shapes = found.is_meta
     if by_shapes:
         output, found = real, reader.logits_of(real)
@@ -193,7 +206,8 @@ def examine(
     except Exception:  # it needs more than inputs there, targets say
         pass
     else:
-        learn_training_output(reader, training_root, training_output, head)
+        roots, outputs = (root, training_root), (output, training_output)
+        learn_training_output(reader, roots, outputs, head, traced_soon)
     plain = isinstance(output, Tensor) and isinstance(training_output, Tensor | None)
     return Examined(
         inputs,

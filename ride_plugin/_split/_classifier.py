@@ -36,14 +36,7 @@ def find_classifier(root: Call, logits: Tensor) -> Head | None:
 
     None if there is none, for example where the class weights are used by a function call.
     """
-    candidates = [
-        call
-        for call in root.walk()
-        if call is not root
-        and call.shape is not None
-        and torch.Size(call.shape).numel() == logits.numel()
-        and any(_is_weight(parameter) for parameter in call.module.parameters())
-    ]
+    candidates = _candidates(root, logits)
     exact = [call for call in candidates if call.outputs[0][0] == address_of(logits)]
     # The innermost: a container returns what its last module does.
     around = exact[0] if exact else root
@@ -51,6 +44,29 @@ def find_classifier(root: Call, logits: Tensor) -> Head | None:
     if exact and (not exact[0].children or not leaves):
         return Head(exact[0].name, True)
     return Head(leaves[-1].name, False) if leaves else None
+
+
+def innermost_candidates(root: Call, logits: Tensor) -> list[Call]:
+    """The calls that logits of this size may have come from, without those around others."""
+    candidates = _candidates(root, logits)
+    return [
+        call
+        for call in candidates
+        if not any(
+            inner is other for inner in call.walk() for other in candidates if other is not call
+        )
+    ]
+
+
+def _candidates(root: Call, logits: Tensor) -> list[Call]:
+    return [
+        call
+        for call in root.walk()
+        if call is not root
+        and call.shape is not None
+        and torch.Size(call.shape).numel() == logits.numel()
+        and any(_is_weight(parameter) for parameter in call.module.parameters())
+    ]
 
 
 def _is_weight(parameter: Tensor) -> bool:

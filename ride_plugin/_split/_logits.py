@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ride_plugin._checks import rows_sum_to_one
 from ride_plugin._errors import ArgumentError, ReplayError, SplitError, warn_caller
 from ride_plugin._split._classifier import Head, find_classifier
-from ride_plugin._split._probe import Call, address_of
+from ride_plugin._split._probe import Call
 from ride_plugin._tree import Path, at_path, is_matrix, logits_in, matrices_in
 
 Choice: TypeAlias = int | str | Callable[[Any], Tensor] | None
 """What users say about it: an index, a key, a function of the output, or nothing."""
 
-_FUNCTION = (
+ASK = (
     "Pass `logits=`: an index, a key or attribute, or a function that returns the logits [B, C] "
     "of what the backbone returns"
 )
@@ -53,11 +53,12 @@ class LogitsReader:
 
     Attributes:
         choice: what the user said.
-        known: for each kind of output that the build has seen, where the logits lie in it.
+        known: for each mode, training or not, and kind of output that the build has seen, where
+            the logits lie in it.
     """
 
     choice: Choice = None
-    known: dict[tuple[Path, ...], Path] = field(default_factory=dict)
+    known: dict[tuple[bool, tuple[Path, ...]], Path] = field(default_factory=dict)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor:
         """Return the logits ``[B, C]``.
@@ -67,33 +68,37 @@ class LogitsReader:
         """
         if _kept.outputs is not None:
             _kept.outputs.append(output)
-        logits = self.logits_of(output)
+        logits = self.logits_of(output, module.training)
         if logits is None:
             raise ReplayError(
                 "The backbone returned something else than when it was wrapped, and which part of "
-                f"it holds the logits is not certain: {describe(output)}. {_FUNCTION}."
+                f"it holds the logits is not certain: {describe(output)}. {ASK}."
             )
         return logits
 
-    def logits_of(self, output: Any) -> Tensor | None:
+    def logits_of(self, output: Any, training: bool = False) -> Tensor | None:
         """The logits, or None where it is not certain which they are."""
-        chosen = self.entry_of(output)
+        chosen = self.entry_of(output, training)
         return chosen if is_matrix(chosen) else None
 
-    def entry_of(self, output: Any) -> Any:
-        """What was chosen, or what is known or certain to be the logits; whatever it is."""
+    def entry_of(self, output: Any, training: bool = False) -> Any:
+        """What was chosen, or what is known or certain to be the logits; whatever it is.
+
+        What is known of the one mode holds in the other where nothing else is known of that.
+        """
         if callable(self.choice):
             return self.choice(output)
         if isinstance(output, Tensor):
             return output
         if self.choice is not None:
             return at_path(output, (self.choice,))
-        path = self.known.get(tuple(path for path, _ in matrices_in(output)))
+        kind = tuple(path for path, _ in matrices_in(output))
+        path = self.known.get((training, kind), self.known.get((not training, kind)))
         return logits_in(output) if path is None else at_path(output, path)
 
-    def place_in(self, output: Any) -> Path | None:
+    def place_in(self, output: Any, training: bool = False) -> Path | None:
         """Where the entry lies in the output; None if a function computes it."""
-        entry = self.entry_of(output)
+        entry = self.entry_of(output, training)
         if entry is output:
             return ()
         if isinstance(self.choice, int | str):
@@ -145,9 +150,9 @@ def find_logits(
         if path is None:
             raise SplitError(
                 f"Which part of the backbone's output is the logits? It returned "
-                f"{describe(output)}. {_FUNCTION}; for example {proposed(found[-1][0])}."
+                f"{describe(output)}. {ASK}; for example {proposed(found[-1][0])}."
             )
-        reader.known[tuple(path for path, _ in found)] = path
+        reader.known[False, tuple(path for path, _ in found)] = path
         logits = reader.logits_of(output)
     if logits is None or logits.shape[0] != 2:
         raise SplitError(
@@ -156,26 +161,6 @@ def find_logits(
             + ("." if reader.choice is None else ", or pass another `logits=`.")
         )
     return logits, find_classifier(root, logits)
-
-
-def learn_training_output(reader: LogitsReader, root: Call, output: Any, head: Head | None) -> None:
-    """Find the logits in what the backbone returns in training mode, with auxiliary heads say.
-
-    Raises:
-        SplitError: it is not certain which they are.
-    """
-    if reader.logits_of(output) is not None:
-        return
-    found = matrices_in(output)
-    for path, tensor in found:
-        if head is not None and any(_returned(c, tensor) for c in root.calls_of(head.name)):
-            reader.known[tuple(path for path, _ in found)] = path
-            return
-    raise SplitError(
-        "In training mode the backbone returns something else than in evaluation, and which part "
-        f"of it is the logits is not certain: {describe(output)}. {_FUNCTION}; for example "
-        f"{proposed(found[-1][0]) if found else '`logits=0`'}."
-    )
 
 
 def reader_in(root: nn.Module) -> LogitsReader:
@@ -298,10 +283,6 @@ def _class_weights(root: Call, num_classes: int) -> bool:
         if id(module) not in called
         for parameter in module.parameters(recurse=False)
     )
-
-
-def _returned(call: Call, tensor: Tensor) -> bool:
-    return any(address == address_of(tensor) for address, _ in call.outputs)
 
 
 def spelled(path: Path) -> str:

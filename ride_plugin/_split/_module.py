@@ -48,7 +48,7 @@ from ride_plugin._split._passes import (
     record,
     write_attributes,
 )
-from ride_plugin._split._probe import RANDOM
+from ride_plugin._split._probe import RANDOM, is_same_tensor
 from ride_plugin._split._sharing import (
     Group,
     count_parameters,
@@ -84,6 +84,7 @@ class SplitModule(Holder):
     """
 
     _is_replica = False  # which DataParallel sets on its copies
+    _classifies_logits = False  # whether an expert's classifier receives the very logits
 
     def __init__(self, parts: Parts) -> None:
         super().__init__()
@@ -584,15 +585,19 @@ class SplitModule(Holder):
 
     def _read(self, output: Any) -> tuple[Tensor, Tensor]:
         logits = logits_in(output)
-        features = pooled(self._running.features)
+        received = self._running.features
+        features = pooled(received)
+        instead = not self._classifies_logits and is_same_tensor(logits, received)
         if (
             logits is None
             or logits.shape[1] != self.num_classes
             or (features is None and self.classifier_name is not None)
+            or instead
         ):
             raise ReplayError(
                 f"An expert returned {describe(output)}"
                 + (", and its classifier did not run" if features is None else "")
+                + (", which is what its classifier received" if instead else "")
                 + f", where logits of {self.num_classes} classes were expected, as when the "
                 "backbone was wrapped. A forward that is told by arguments to return something "
                 "else cannot be trained this way: call the model for its logits. The experts' "

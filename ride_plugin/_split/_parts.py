@@ -15,7 +15,7 @@ from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._learn import throwaway
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
-from ride_plugin._split._probe import Call
+from ride_plugin._split._probe import Call, is_same_tensor
 from ride_plugin._split._sharing import frozen_layers, unchanging
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._tape import Running
@@ -163,8 +163,12 @@ def trial_run(
     return logits, logits if features is None else features
 
 
-def feature_dim_of(parts: Parts) -> int:
+def feature_dim_of(parts: Parts) -> tuple[int, bool]:
     """``D``, the number of features that the experts' classifiers receive.
+
+    Returns:
+        ``D``, and whether what a classifier receives is the logits themselves, which it changes in
+        place or hands on.
 
     Raises:
         SplitError: an expert returns another number of classes than it should.
@@ -187,7 +191,7 @@ def feature_dim_of(parts: Parts) -> int:
             f"{parts.num_classes} outputs, its second argument; another number of classes is "
             "asked for by `num_classes=`."
         )
-    return features.shape[1]
+    return features.shape[1], is_same_tensor(logits, features)
 
 
 def _another_expert(views: Views) -> tuple[nn.Module, list[Link]]:

@@ -166,6 +166,13 @@ def address_of(tensor: Tensor) -> int:
         return id(tensor)
 
 
+def is_same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are one, or views of all of one; of views no compiler can tell."""
+    if a is b or a is None or b is None or torch.compiler.is_compiling():
+        return a is b and a is not None
+    return 0 != a.numel() == b.numel() and address_of(a) == address_of(b) != 0
+
+
 def _leaf_multiply_adds(leaf: Call) -> int:
     module = leaf.module
     if leaf.shape is None or isinstance(module, nn.Embedding):
