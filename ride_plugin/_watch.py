@@ -35,6 +35,7 @@ class TrainingWatch:
     def __init__(self, could_train: bool = False) -> None:
         self.done = False
         self._could_train = could_train
+        self._told_of_loss = False
         self._learns = False  # something has changed; it remains to be seen whether all does
         self._passes = 0
         self._reached: set[str] = set()  # outputs to which gradients have come back
@@ -62,6 +63,20 @@ class TrainingWatch:
                 'the loss, pass `return_experts="outputs"`: the model then returns in training '
                 "what the backbone returns, once for each expert. (If your loss never used it, "
                 "nothing is wrong.)"
+            )
+
+    def drops_a_loss(self) -> None:
+        """Warn once of a loss that the backbone computed and that nobody gets."""
+        if not self._told_of_loss:
+            self._told_of_loss = True
+            warn_caller(
+                "The backbone returned a `loss` beside its logits, as it does where labels are "
+                "passed to it. The wrapped model returns the logits alone, so that loss is "
+                "dropped. Leave the labels out of the call and compute the loss of what the model "
+                "returns: `loss = criterion(model(x), labels)` with `criterion = RIDELoss("
+                "nn.CrossEntropyLoss(), class_counts)`; for a Trainer, `RIDEModule(model, "
+                'criterion)` does both. (In training, `return_experts="outputs"` returns what '
+                "each expert returned, with its loss.)"
             )
 
     def trains(self, module: nn.Module, output: ExpertOutput) -> None:

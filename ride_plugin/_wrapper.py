@@ -38,6 +38,7 @@ from ride_plugin._split import (
     held_together_by,
     join_parts,
     losses_beside,
+    losses_dropped,
     plain_modules,
     reader_in,
     unchanged,
@@ -421,7 +422,13 @@ class RIDEWrapper(SplitModule):
 
     def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         with self._settings_kept():
-            return self._logits_of_each(args, kwargs)
+            if torch.compiler.is_compiling() or self.return_experts == "outputs":
+                return self._logits_of_each(args, kwargs)
+            with losses_dropped() as losses:
+                each = self._logits_of_each(args, kwargs)
+        if losses:
+            self._watch.drops_a_loss()
+        return each
 
     def _settings_kept(self) -> AbstractContextManager[None]:
         if self.num_experts == 1 or torch.compiler.is_compiling():

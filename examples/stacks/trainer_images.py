@@ -48,7 +48,7 @@ def trainer(folder: Path, epochs: float, **options: object) -> Trainer:
     """A Trainer over the handwritten digits."""
     train, test, class_counts = digits()
     model = build()
-    model = RIDEWrapper(model, num_experts=3)  # RIDE
+    model = RIDEWrapper(model, num_experts=3, logits="logits")  # RIDE
     model = RIDEModule(model, RIDELoss(nn.CrossEntropyLoss(), class_counts))  # RIDE
     arguments = TrainingArguments(
         output_dir=str(folder),

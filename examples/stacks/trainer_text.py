@@ -50,8 +50,8 @@ def main(epochs: int = 15) -> float:
         initializer_range=0.15,  # the library's 0.02 suits a width of 768
     )
     model = BertForSequenceClassification(config)
-    example = {"input_ids": torch.ones(2, 12, dtype=torch.long)}
-    model = RIDEWrapper(model, num_experts=3, example_input=example)  # RIDE
+    x = {"input_ids": torch.ones(2, 12, dtype=torch.long)}
+    model = RIDEWrapper(model, num_experts=3, example_input=x, logits="logits")  # RIDE
     model = RIDEModule(model, RIDELoss(nn.CrossEntropyLoss(), CLASS_COUNTS))  # RIDE
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

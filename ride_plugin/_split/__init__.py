@@ -11,7 +11,13 @@ from ride_plugin._split._hollow import hollow
 from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
 from ride_plugin._split._learn import throwaway
-from ride_plugin._split._logits import Choice, check_logits_choice, reader_in, whole_outputs
+from ride_plugin._split._logits import (
+    Choice,
+    check_logits_choice,
+    losses_dropped,
+    reader_in,
+    whole_outputs,
+)
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._misplaced import is_real
 from ride_plugin._split._module import SplitModule
@@ -57,6 +63,7 @@ __all__ = [
     "is_real",
     "join_parts",
     "losses_beside",
+    "losses_dropped",
     "merged_groups",
     "on_meta",
     "own_containers",

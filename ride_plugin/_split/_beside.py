@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ def losses_beside(reader: LogitsReader, output: Any) -> list[str]:
 
     That is what gradients flow through: a number, as an auxiliary loss is, or a matrix like the
     logits that is neither made of them, as probabilities are, nor they of it, as of features. An
-    entry named `loss` is the caller's own criterion, and a function may have made the logits of any
+    entry named `loss` is told of by itself, whatever the mode, and a function may have made the logits of any
     matrix.
 
     Args:
@@ -41,27 +42,48 @@ def losses_beside(reader: LogitsReader, output: Any) -> list[str]:
 
 
 def sequence_around(reader: LogitsReader, output: Any, in_training: Any) -> str | None:
-    """What to say of an output that is a tuple or a list; None of any other.
+    """What to say of an output that code takes entries from by index; None of any other.
 
     A wrapped model returns a tensor in its place, which can be indexed and unpacked as well: no
-    error tells code that did so with the backbone that it takes rows. (A dict or a dataclass is
-    asked for a name, which a tensor does not have.)
+    error tells code that did so with the backbone that it takes rows. Tuples and lists are such,
+    and what answers `output[0]` beside names, as the outputs of transformers do. (A dict that is
+    asked for names alone, or a dataclass, is not: a tensor does not have these.)
 
     Args:
         reader: takes the logits out of it.
         output: what the backbone returned in evaluation mode.
         in_training: in training mode; None if it did not run.
     """
-    if not isinstance(output, list | tuple):
+    if not _answers_indices(output):
         return None
-    kind = "named tuple" if hasattr(output, "_fields") else type(output).__name__
     place = reader.place_in(output)
     elsewhere = in_training is not None and reader.place_in(in_training, True) not in (place, ())
     answer = "`logits=`, a function of the output," if elsewhere or not place else proposed(place)
+    kind, wrong = type(output).__name__, "`model(x)[0]` is their first row"
+    if isinstance(output, list | tuple):
+        kind = f"{'named tuple' if hasattr(output, '_fields') else kind} of {len(output)}"
+        wrong += ", and unpacking takes rows apart"
+    elif place and isinstance(place[0], str):
+        wrong = (
+            "`outputs[0]` is their first row, `outputs[:2]` are two rows, and there is no "
+            f"`outputs.{place[0]}`"
+        )
     return (
-        f"The backbone returns a {kind} of {len(output)}, but the wrapped model returns the logits "
-        "[B, C] alone: `model(x)[0]` is their first row, and unpacking takes rows apart. Write "
-        "`logits = model(x)` where the backbone's output is indexed or unpacked. (The rest of it "
-        'is there in training with `return_experts="outputs"`.) Pass '
+        f"The backbone returns a {kind}, but the wrapped model returns the logits [B, C] alone: "
+        f"{wrong}. Write `logits = model(x)` where the backbone's output is indexed or unpacked. "
+        '(The rest of it is there in training with `return_experts="outputs"`.) Pass '
         f"{answer} to say that you know."
     )
+
+
+def _answers_indices(output: Any) -> bool:
+    if isinstance(output, list | tuple):
+        return True
+    if isinstance(output, Tensor):
+        return False
+    if isinstance(output, defaultdict) and 0 not in output:  # it would get an entry
+        return False
+    try:
+        return isinstance(output[0], Tensor)
+    except Exception:  # whatever its class says to an index
+        return False

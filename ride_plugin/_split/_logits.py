@@ -32,6 +32,7 @@ _PAIR = (
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.outputs: list[Any] | None = None
+        self.losses: list[Tensor] | None = None
 
 
 _kept = _Kept()
@@ -45,6 +46,24 @@ def whole_outputs() -> Iterator[list[Any]]:
         yield _kept.outputs
     finally:
         _kept.outputs = before
+
+
+@contextmanager
+def losses_dropped() -> Iterator[list[Tensor]]:
+    """The losses that experts' forwards return beside logits, in this thread and this block."""
+    before, _kept.losses = _kept.losses, []
+    try:
+        yield _kept.losses
+    finally:
+        _kept.losses = before
+
+
+def note_loss(output: Any) -> None:
+    """Note an entry named `loss` of what an expert's forward returned, if somebody asked."""
+    if _kept.losses is not None and not isinstance(output, Tensor):
+        loss = at_path(output, ("loss",))
+        if isinstance(loss, Tensor):
+            _kept.losses.append(loss)
 
 
 @dataclass
@@ -68,6 +87,7 @@ class LogitsReader:
         """
         if _kept.outputs is not None:
             _kept.outputs.append(output)
+        note_loss(output)
         logits = self.logits_of(output, module.training)
         if logits is None:
             raise ReplayError(

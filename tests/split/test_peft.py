@@ -37,7 +37,9 @@ def wrapped(**options: object) -> RIDEWrapper:
         peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "dense"], **options),
     )
     fork_at = "base_model.model.bert.encoder.layer.2"
-    return RIDEWrapper(adapted, 3, fork_at=fork_at, init="copy", example_input=batch(2))
+    return RIDEWrapper(
+        adapted, 3, fork_at=fork_at, init="copy", example_input=batch(2), logits="logits"
+    )
 
 
 def batch(rows: int) -> dict[str, torch.Tensor]:
@@ -69,7 +71,11 @@ def test_what_trains_is_at_most_two_percent_of_the_model() -> None:
     network = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
     model = RIDEWrapper(
-        peft.get_peft_model(network, config), 3, init="copy", example_input=batch(2)
+        peft.get_peft_model(network, config),
+        3,
+        init="copy",
+        example_input=batch(2),
+        logits="logits",
     )
     trains = sum(tensor.numel() for tensor in model.trainable_state_dict().values())
     assert 0 < trains <= 0.02 * sum(p.numel() for p in model.parameters())
@@ -116,7 +122,7 @@ def test_methods_that_share_matrices_between_layers_and_others(method: str) -> N
     adapted = peft.get_peft_model(
         bert(), kind(task_type="SEQ_CLS", target_modules=["query", "value"], **options)
     ).eval()
-    model = RIDEWrapper(adapted, 2, init="copy", example_input=batch(2)).eval()
+    model = RIDEWrapper(adapted, 2, init="copy", example_input=batch(2), logits="logits").eval()
     theirs = dict(adapted.named_parameters())
     with torch.no_grad():
         for expert in model.experts:

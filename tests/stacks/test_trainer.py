@@ -41,7 +41,8 @@ def module(**options: Any) -> RIDEModule:
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     example = {"input_ids": torch.ones(2, 6, dtype=torch.long)}
-    model = RIDEWrapper(BertForSequenceClassification(config), 2, example_input=example, **options)
+    options = {"example_input": example, "logits": "logits", **options}
+    model = RIDEWrapper(BertForSequenceClassification(config), 2, **options)
     return RIDEModule(model, RIDELoss(nn.CrossEntropyLoss(), COUNTS))
 
 

@@ -81,7 +81,7 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
 def test_decoders_with_grouped_queries(kind: str, first: str) -> None:
     net = DECODERS[kind]()
     example = tokens(2, padded=3 if first == "padded" else 0)[1]
-    model = RIDEWrapper(net, 3, init="copy", example_input=example)
+    model = RIDEWrapper(net, 3, init="copy", example_input=example, logits="logits")
     batches = [tokens(4, padded=3), tokens(4), tokens(3, 12, 4), tokens(5, 7, 2)]
     train_both(net, model, batches, lr=0.01, tolerance=1e-4)
 
@@ -90,7 +90,9 @@ def test_decoders_with_grouped_queries(kind: str, first: str) -> None:
 @pytest.mark.parametrize("kind", DECODERS)
 def test_decoders_narrowed(kind: str, first: str) -> None:
     example = tokens(2, padded=3 if first == "padded" else 0)[1]
-    model = RIDEWrapper(DECODERS[kind](), 3, expert_width=0.5, example_input=example)
+    model = RIDEWrapper(
+        DECODERS[kind](), 3, expert_width=0.5, example_input=example, logits="logits"
+    )
     for _, batch in (tokens(4, padded=3), tokens(4), tokens(3, 12, 4)):
         out = model.train()(**batch)
         nn.functional.cross_entropy(out, torch.arange(len(out)) % 5).backward()
@@ -155,7 +157,9 @@ def test_others(kind: str) -> None:
             del inputs["attention_mask"]
         return (), inputs
 
-    model = RIDEWrapper(net, 3, init="copy", fork_at=fork_at, example_input=batch(2)[1])
+    model = RIDEWrapper(
+        net, 3, init="copy", fork_at=fork_at, example_input=batch(2)[1], logits="logits"
+    )
     train_both(net, model, [batch(4) for _ in range(3)], lr=0.01, tolerance=1e-4)
 
 

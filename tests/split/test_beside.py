@@ -1,0 +1,141 @@
+"""What a backbone returns beside its logits: code that would take rows for it, losses dropped."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ride_plugin import RIDELoss, RIDEModule, RIDEWrapper
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """As transformers have it: entries that are None are left out, and indices are answered."""
+
+    def __init__(self, **entries: Any) -> None:
+        super().__init__((k, v) for k, v in entries.items() if v is not None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+
+@dataclass
+class Answers:
+    logits: Tensor
+    loss: Tensor | None = None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.logits,)[index]
+
+
+@dataclass
+class NamesAlone:
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class Net(nn.Module):
+    """Computes a loss as well, where it is given labels."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.stem, self.late, self.fc = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.kind = kind
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.fc(torch.relu(self.late(torch.relu(self.stem(x)))))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return self.kind(loss=loss, logits=logits)
+
+
+def by_number(logits: Tensor, loss: Tensor | None) -> dict[Any, Any]:
+    return {0: logits}
+
+
+def with_default(logits: Tensor, loss: Tensor | None) -> dict[Any, Any]:
+    return defaultdict(lambda: logits, logits=logits)
+
+
+def plain(logits: Tensor, loss: Tensor | None) -> Any:
+    return logits if loss is None else {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "answer"),
+    [
+        (ModelOutput, "a ModelOutput", "`logits='logits'`"),
+        (Answers, "an? Answers", "`logits='logits'`"),
+        (by_number, "a dict", "`logits=0`"),
+    ],
+)
+def test_what_answers_indices_beside_names_is_told_of(kind: Any, name: str, answer: str) -> None:
+    """Without a word `outputs[0]` would be a row of the logits."""
+    net = Net(kind)
+    with pytest.warns(UserWarning, match=f"returns {name}.*first row.*`logits = model") as record:
+        model = RIDEWrapper(net, 2, init="copy")
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    text = str(record[0].message)
+    assert ("there is no `outputs.logits`" in text) == (answer == "`logits='logits'`")
+    assert f"Pass {answer} to say" in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = RIDEWrapper(net, 2, init="copy", **eval(f"dict({answer[1:-1]})"))
+        same.load_state_dict(model.state_dict())
+        x = torch.randn(4, 6)
+        torch.testing.assert_close(same(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [dict, NamesAlone, with_default, plain])
+def test_what_is_asked_for_names_alone_is_not(kind: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RIDEWrapper(Net(kind), 2)
+
+
+@pytest.mark.parametrize("checkpoint_experts", [False, True])
+@pytest.mark.parametrize("kind", [ModelOutput, dict, NamesAlone, plain])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_loss_that_the_backbone_computes_of_labels_is_told_of_once(
+    kind: Any, training: bool, checkpoint_experts: bool
+) -> None:
+    model = RIDEWrapper(Net(kind), 2, logits="logits", checkpoint_experts=checkpoint_experts)
+    model.train(training)
+    x, labels = torch.randn(4, 6), torch.arange(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+    with pytest.warns(UserWarning, match="so that loss is dropped.*RIDELoss") as record:
+        got = model(x, labels=labels)
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(model(x, labels=labels), got)
+    with pytest.warns(UserWarning, match="that loss is dropped"):  # a copy begins anew
+        copy.deepcopy(model)(x, labels=labels)
+
+
+def test_who_asks_for_outputs_or_computes_the_loss_elsewhere_is_not_told() -> None:
+    x, labels = torch.randn(4, 6), torch.arange(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = RIDEWrapper(Net(ModelOutput), 2, logits="logits", return_experts="outputs")
+        each = model(x, labels=labels)
+        torch.testing.assert_close(each[1].loss, F.cross_entropy(each[1].logits, labels))
+        model.eval()(x, labels=labels)
+        model = RIDEWrapper(Net(ModelOutput), 2, logits="logits")
+        one = RIDEModule(model, RIDELoss(nn.CrossEntropyLoss(), [3, 2, 2, 1, 1]))
+        assert set(one(x, labels=labels)) == {"loss", "logits"}
