@@ -36,12 +36,16 @@ def as_inputs(example: Any) -> Inputs:
 
 
 def own_inputs(inputs: Inputs, tensors: bool = False) -> Inputs:
-    """The same arguments, their dicts and lists copied, since a forward may pop or append.
+    """The same arguments in containers of their own, since a forward may pop or append.
 
     With ``tensors`` these are copied as well: a forward may change its input in place.
     """
     args, kwargs = inputs
-    own: Inputs = tuple(map(own_container, args)), {k: own_container(v) for k, v in kwargs.items()}
+    memo: dict[int, tuple[Any, Any]] = {}  # what two arguments hold stays one object
+    own: Inputs = (
+        tuple(own_container(value, memo) for value in args),
+        {name: own_container(value, memo) for name, value in kwargs.items()},
+    )
     return (map_tensors(torch.clone, own[0]), map_tensors(torch.clone, own[1])) if tensors else own
 
 
@@ -121,5 +125,5 @@ def resize_batch(inputs: Inputs, batch_size: int) -> Inputs:
                 rows[i] = rows[i].roll(i, dims=0)
         return torch.stack(rows)
 
-    resized: Inputs = map_tensors(resize, inputs)
+    resized: Inputs = map_tensors(resize, own_inputs(inputs))
     return resized

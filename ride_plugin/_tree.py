@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import is_
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ OF_MODULES = frozenset(vars(nn.Module()))
 
 CONTAINERS = (list, dict, set, deque)
 """What a module fills from call to call."""
+
+_PLAIN = frozenset({type(None), bool, int, float, str})
 
 Path: TypeAlias = tuple[int | str, ...]
 """A place inside nested values: keys, indices and names of fields, from outside to inside."""
@@ -60,7 +63,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, dict) and type(value) is dict:
         return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, Mapping):
-        changed: Any = copy.copy(value)  # keeps subclasses such as BatchEncoding or ModelOutput
+        changed = _copied_mapping(value)
         for key, item in value.items():
             changed[key] = map_tensors(function, item)
         return changed
@@ -79,9 +82,69 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     )
 
 
-def own_container(value: Any) -> Any:
-    """A copy of a dict, list or deque, which somebody may fill or empty; what else as it is."""
-    return copy.copy(value) if isinstance(value, dict | list | deque) else value
+def own_container(value: Any, memo: dict[int, tuple[Any, Any]] | None = None) -> Any:
+    """The value in containers of its own, at any depth; tensors and other objects stay the same.
+
+    Somebody may fill or empty a list, put another tensor into it, or set a field. What cannot be
+    changed (a tuple of tensors) is returned itself, and so is a mapping that cannot be copied.
+
+    Args:
+        value: what a module takes or returns.
+        memo: for each container by its id, itself and its copy: what is one object stays one.
+    """
+    if isinstance(value, Tensor) or type(value) in _PLAIN:
+        return value
+    memo = {} if memo is None else memo
+    if isinstance(value, tuple):
+        items = [own_container(item, memo) for item in value]
+        if all(map(is_, items, value)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list | deque | set | Mapping) or _is_record(value):
+        if id(value) not in memo:
+            memo[id(value)] = value, _own_copy(value, memo)
+        return memo[id(value)][1]
+    return value
+
+
+def _own_copy(value: Any, memo: dict[int, tuple[Any, Any]]) -> Any:
+    copied: Any
+    if isinstance(value, Mapping):
+        try:
+            copied = _copied_mapping(value)
+            memo[id(value)] = value, copied
+            for key, item in value.items():
+                if (own := own_container(item, memo)) is not item:
+                    copied[key] = own
+        except Exception:  # a view of somebody else's data, say, or one that nobody can change
+            return value
+        return copied
+    copied = copy.copy(value)
+    memo[id(value)] = value, copied
+    if isinstance(value, list | deque):
+        for index, item in enumerate(value):
+            copied[index] = own_container(item, memo)
+    elif not isinstance(value, set):
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            if (own := own_container(item, memo)) is not item:
+                object.__setattr__(copied, field.name, own)  # it may be frozen
+    return copied
+
+
+def _copied_mapping(value: Mapping[Any, Any]) -> Any:
+    """A shallow copy that keeps the class: of a BatchEncoding or a ModelOutput, say."""
+    copied = copy.copy(value)
+    if not isinstance(copied, dict) and copied is not value:
+        # `copy.copy` leaves both with the one dict in which such an object keeps its entries.
+        held = getattr(copied, "__dict__", {})
+        held.update({k: copy.copy(v) for k, v in held.items() if isinstance(v, CONTAINERS)})
+    return copied
+
+
+def _is_record(value: Any) -> bool:
+    """Whether it is an object of a dataclass that is no module."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type | nn.Module)
 
 
 def matrices_in(value: Any) -> list[tuple[Path, Tensor]]:

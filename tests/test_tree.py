@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, deque
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,7 @@ from ride_plugin._tree import (
     logits_in,
     map_tensors,
     matrices_in,
+    own_container,
     tensors_in,
 )
 
@@ -140,3 +142,75 @@ def test_another_tensor_takes_its_place_and_nothing_else_stays(value: Any, path:
     if path and not isinstance(path[0], int):
         held = made if isinstance(made, dict) else getattr(made, "__dict__", {})
         assert all(item is None for key, item in held.items() if key != path[0])
+
+
+class Batch(MutableMapping[str, Any]):
+    """Keeps its entries in a dict, of which it knows no copy."""
+
+    def __init__(self, **entries: Any) -> None:
+        self.entries = entries
+
+    def __getitem__(self, key: str) -> Any:
+        return self.entries[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.entries[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+@dataclass(frozen=True)
+class Holds:
+    values: list[Tensor]
+
+
+@pytest.mark.parametrize(
+    ("hold", "inner"),
+    [
+        (lambda held: {"a": held}, lambda value: value["a"]),
+        (lambda held: [1, held], lambda value: value[1]),
+        (lambda held: (torch.rand(1), held), lambda value: value[1]),
+        (lambda held: Pair(torch.rand(1), held), lambda value: value.second),
+        (lambda held: deque([held], maxlen=2), lambda value: value[0]),
+        (lambda held: OrderedDict(a=(held,)), lambda value: value["a"][0]),
+        (lambda held: UserDict(a=held), lambda value: value["a"]),
+        (lambda held: Batch(a=held), lambda value: value["a"]),
+        (Holds, lambda value: value.values),
+    ],
+)
+def test_containers_are_somebody_s_own_at_any_depth(hold: Any, inner: Any) -> None:
+    held = [torch.rand(1)]
+    value = hold(held)
+    own = own_container(value)
+    assert type(own) is type(value)
+    assert inner(own) is not held
+    assert inner(own)[0] is held[0]  # tensors stay what they are
+    inner(own).append(None)
+    assert len(inner(value)) == 1
+    if isinstance(own, MutableMapping):
+        own.clear()
+        assert "a" in value
+
+
+def test_what_is_one_object_stays_one_and_what_cannot_change_is_itself() -> None:
+    held, tensor = [torch.rand(1)], torch.rand(1)
+    circle: list[Any] = [held]
+    circle.append(circle)
+    own = own_container({"a": held, "b": (held,), "c": circle})
+    assert own["a"] is own["b"][0] is own["c"][0]
+    assert own["c"][1] is own["c"] is not circle
+    for value in (tensor, (tensor, 2), "word", SimpleNamespace(a=held), MappingProxyType({"a": 1})):
+        assert own_container(value) is value
+
+
+def test_a_map_leaves_the_entries_of_a_mapping_of_somebody_s_own() -> None:
+    value = Batch(a=torch.ones(1))
+    assert map_tensors(lambda t: t + 1, value)["a"] == 2
+    assert value["a"] == 1

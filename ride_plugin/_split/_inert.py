@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ride_plugin._contexts import random_state_kept
+from ride_plugin._inputs import own_inputs
 from ride_plugin._split._learn import throwaway
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
@@ -53,7 +54,7 @@ def inert_parameters(parts: Parts, redraw: Callable[[Tensor], object]) -> list[s
 
 def _features(views: Views, parts: Parts) -> Tensor:
     """What the classifier receives, or the logits where it is no module of its own."""
-    args, kwargs = parts.inputs
+    args, kwargs = own_inputs(parts.inputs)
     start = read_attributes(views.trunk, parts.attributes)
     state, _ = record(views.trunk, views.running, (), args, kwargs, stop_at_fork=True)
     write_attributes(views.expert, parts.attributes, start)

@@ -12,7 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ride_plugin._contexts import seed_everything
 from ride_plugin._errors import SplitError, listed
-from ride_plugin._inputs import Inputs, resize_batch
+from ride_plugin._inputs import Inputs, own_inputs, resize_batch
 from ride_plugin._split._copies import running_copy
 from ride_plugin._split._form import form_of, form_of_inputs, single_in
 from ride_plugin._split._meta import on_meta
@@ -109,6 +109,11 @@ def _learn(
 ) -> Lesson | None:
     cold = read_attributes(views.trunk, attributes)
 
+    def run(inputs: Inputs, stop_at_fork: bool = True) -> TrunkState:
+        # Each pass gets what the first got, whatever that has taken out of a dict.
+        args, kwargs = own_inputs(inputs)
+        return record(views.trunk, views.running, (), args, kwargs, stop_at_fork=stop_at_fork)[0]
+
     def start_of(inputs: Inputs) -> tuple[Any, ...]:
         """Set what a pass over these inputs starts from, and return it."""
         seed_everything()
@@ -116,19 +121,19 @@ def _learn(
         if not warm:
             return cold
         with torch.no_grad():
-            record(views.trunk, views.running, (), *inputs, stop_at_fork=False)
+            run(inputs, stop_at_fork=False)
         return read_attributes(views.trunk, attributes)
 
     def recorded(inputs: Inputs) -> TrunkState:
         start = start_of(inputs)
-        state, _ = record(views.trunk, views.running, (), *inputs, stop_at_fork=True)
+        state = run(inputs)
         return replace(state, attributes=start)
 
     with torch.no_grad():
         start_of(batches[0])
         marks, trunk_reads = marks_of(views.trunk, attributes), Reads()
         with trunk_reads:
-            small = record(views.trunk, views.running, (), *batches[0], stop_at_fork=True)[0]
+            small = run(batches[0])
     if any(map(is_functorch_wrapped_tensor, tensors_in(small.values))):
         raise SplitError(
             "The backbone's forward runs `torch.vmap` or another transform of `torch.func` before "

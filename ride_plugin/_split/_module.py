@@ -215,7 +215,7 @@ class SplitModule(Holder):
         write_attributes(expert, self._attributes, state.attributes)
         self._running.features = None
         alone = self.num_experts == 1 or torch.compiler.is_compiling()
-        versions = [] if alone else versions_in(state.values)
+        versions = [] if alone else [versions_in((value,)) for value in state.values]
         try:
             watch_classifier(expert, self.classifier_name, self._running)
             output = play(expert, self._running, state, at_fork)
@@ -654,16 +654,15 @@ def _following(example: Tensor, moved: Tensor) -> Tensor:
     return example if moved.is_meta else example.to(moved.device, moved.dtype)
 
 
-def _refuse_changed(state: TrunkState, versions: list[int | None]) -> None:
+def _refuse_changed(state: TrunkState, versions: list[list[int | None]]) -> None:
     """Raise if an expert has changed a value of the trunk that the other experts go on reading.
 
     What experts were seen to change is cloned for each; this is what they did not do then.
     """
-    now = versions_in(state.values)
+    now = [versions_in((value,)) for value in state.values]
     if now == versions:
         return
-    names = [k for k, v in zip(state.keys, state.values, strict=True) for _ in tensors_in(v)]
-    changed = {k for k, a, b in zip(names, versions, now, strict=True) if a != b}
+    changed = {k for k, a, b in zip(state.keys, versions, now, strict=True) if a != b}
     raise ReplayError(
         f"An expert has changed in place what {listed(changed)} returned before the fork, which "
         "the other experts read as well. It did not when the model was wrapped, or each would have "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import SplitError
-from ride_plugin._inputs import Inputs
+from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._learn import throwaway
 from ride_plugin._split._meta import on_meta
@@ -149,7 +149,7 @@ def trial_run(
     with torch.no_grad(), random_state_kept(parts.trunk):
         views = throwaway(parts.views(index), training=False, meta=meta)
         start = read_attributes(views.trunk, parts.attributes)
-        with on_meta(inputs, meta) as (args, kwargs):
+        with on_meta(own_inputs(inputs), meta) as (args, kwargs):
             state, _ = record(
                 views.trunk, views.running, parts.layouts, args, kwargs, stop_at_fork=True
             )

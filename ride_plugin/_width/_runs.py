@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ride_plugin._contexts import in_mode, seed_everything
-from ride_plugin._inputs import Inputs
+from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split import (
     Split,
     TrunkState,
@@ -24,7 +24,7 @@ def trunk_state(split: Split, views: Views, training: bool, batch: Inputs) -> Tr
     start = read_attributes(views.expert, split.attributes)
     write_attributes(views.trunk, split.attributes, start)
     trunk = in_mode(views.trunk, training)
-    state, _ = record(trunk, views.running, split.layouts, *batch, stop_at_fork=True)
+    state, _ = record(trunk, views.running, split.layouts, *own_inputs(batch), stop_at_fork=True)
     return replace(state, attributes=start)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -85,6 +86,78 @@ def test_each_expert_empties_a_container_of_its_own(kind: str) -> None:
     model = wrapped(net)
     train_both(net, model, batches())
     routes_rows(model, torch.randn(5, 6), [3, 0, 0])
+
+
+@dataclass
+class Held:
+    values: list[Tensor]
+    latest: Tensor
+
+
+class ChangesInside(Base):
+    """Puts a new tensor where the trunk's lay, inside of what a layer returned: if told so."""
+
+    more = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.a(x)
+        latest, values = (out.latest, out.values) if isinstance(out, Held) else out
+        h = self.b(latest)
+        if self.more:
+            values[-1] = values[-1] + h
+            values.append(h.tanh())
+            if isinstance(out, Held):
+                out.latest = h
+        latest = out.latest if isinstance(out, Held) else latest
+        return self.c((h + latest + sum(values)).relu())
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("put", [lambda y, z: (z, [y]), lambda y, z: Held([y], z)])
+def test_each_expert_changes_a_list_inside_of_what_a_layer_returned(put: Any, late: bool) -> None:
+    net = ChangesInside(First(put))
+    net.more = not late
+    model = wrapped(net)
+    for each in (net, model.trunk, *model.experts):
+        each.more = True  # type: ignore[assignment]
+    train_both(net, model, batches())
+    routes_rows(model, torch.randn(5, 6), [3, 0, 0])
+
+
+class TakesBatches(Base):
+    """Counts inside of what it is given, and takes out what scales."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 8))
+
+    def forward(self, batch: Any) -> Tensor:
+        h = self.b(self.a(batch["x"][0]).relu())
+        scale = batch.pop("scale", None)
+        batch["meta"]["n"] += 1
+        batch["x"][0] = batch["x"][0] + 1
+        h = h * batch["meta"]["n"] + batch["x"][0].mean(1, keepdim=True)
+        return self.c(h if scale is None else h * scale)
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_each_expert_changes_a_batch_of_its_own(kind: Any, scaled: bool) -> None:
+    def batch(scale: bool) -> Any:
+        made = kind(x=[torch.randn(5, 6)], meta={"n": 1})
+        if scale:
+            made["scale"] = torch.rand(5, 1)
+        return made
+
+    net, example = TakesBatches(), batch(scaled)
+    model = RIDEWrapper(net, 2, fork_at="b", example_input=((example,), {}))
+    assert example["meta"] == {"n": 1}
+    later = [((batch(not scaled),), {}) for _ in range(2)]  # a path that is learned
+    train_both(net, model, later)
+    with torch.no_grad():
+        model.eval()
+        model(later[0][0][0])
+    assert later[0][0][0]["meta"] == {"n": 1}
+    assert len(later[0][0][0]["x"]) == 1
 
 
 class Bag:
