@@ -40,6 +40,7 @@ from ride_plugin._split._settings import settings_at
 from ride_plugin._split._source import refuse_unfit, source_of
 from ride_plugin._split._state import Layout
 from ride_plugin._split._training_output import Traced, learn_training_output
+from ride_plugin._split._unseen import unseen_modules
 from ride_plugin._split._use import place_of
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
 from ride_plugin._tree import Place, tensors_in
@@ -359,7 +360,10 @@ def learned(
     views = replace(split.views, written=split.views.written | written)
     # More attributes may start where the trunk started than were known when it ran.
     state = replace(state, attributes=read_attributes(views.expert, split.attributes))
-    return replace(split, views=views, classifier=classifier, calls=seen.root, state=state)
+    unseen = unseen_modules(views.trunk, spine, trees.values())
+    return replace(
+        split, views=views, classifier=classifier, calls=seen.root, state=state, unseen=unseen
+    )
 
 
 def _attribute(root: nn.Module, place: Place) -> Any:

@@ -18,8 +18,9 @@ from ride_plugin._errors import ReplayError, warn_caller
 from ride_plugin._split._hooks import FeatureHook, ForkHook, StartHook, UnitHooks
 from ride_plugin._split._logits import LogitsReader
 from ride_plugin._split._stand_ins import FREEZING, HOOKING, Forked, StandIn
+from ride_plugin._split._unseen import UnseenHook
 
-_OURS = (ForkHook, FeatureHook, LogitsReader, StartHook, UnitHooks)
+_OURS = (ForkHook, FeatureHook, LogitsReader, StartHook, UnitHooks, UnseenHook)
 _NOTHING = object()
 
 

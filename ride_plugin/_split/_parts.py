@@ -19,6 +19,7 @@ from ride_plugin._split._probe import Call, is_same_tensor
 from ride_plugin._split._sharing import frozen_layers, unchanging
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._tape import Running
+from ride_plugin._split._unseen import watch_unseen
 from ride_plugin._split._views import Link, Views
 from ride_plugin._tree import Place, logits_in
 
@@ -41,6 +42,7 @@ class Split:
         sequence: what to say of code that takes the backbone's output apart, a tuple or a list.
         calls: those of the backbone's forward in evaluation mode.
         state: what the trunk returned for three rows in evaluation mode.
+        unseen: names of modules outside all units that were not called, which the trunk holds.
     """
 
     views: Views
@@ -55,6 +57,7 @@ class Split:
     sequence: str | None = None
     calls: Call | None = None
     state: TrunkState | None = None
+    unseen: Sequence[str] = ()
 
 
 @dataclass
@@ -117,6 +120,8 @@ def parts_of(
     split: Split, experts: Sequence[nn.Module], links: list[Link], num_probed: int = 1
 ) -> Parts:
     """The parts of a model with the split's trunk and these experts."""
+    if len(experts) > 1:
+        watch_unseen(experts, links, split.unseen, split.views.running)
     return Parts(
         split.views.trunk,
         experts,

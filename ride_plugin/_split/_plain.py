@@ -19,9 +19,10 @@ from ride_plugin._split._logits import LogitsReader, reader_in
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, trial_run
 from ride_plugin._split._stand_ins import Recorded
+from ride_plugin._split._unseen import UnseenHook
 from ride_plugin._split._views import Link
 
-_OURS = (ForkHook, FeatureHook, LogitsReader, StartHook, UnitHooks)
+_OURS = (ForkHook, FeatureHook, LogitsReader, StartHook, UnitHooks, UnseenHook)
 
 
 def plain_modules(parts: Parts, indices: Sequence[int]) -> nn.ModuleList:
