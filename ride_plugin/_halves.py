@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from ride_plugin._errors import ArgumentError, RIDEError
@@ -23,9 +24,10 @@ from ride_plugin._split import (
     SplitModule,
     own_containers,
     plain_modules,
+    put_fork_hooks_first,
     reader_in,
 )
-from ride_plugin._tree import OF_MODULES, Path, at_path, emptied, filled
+from ride_plugin._tree import OF_MODULES, Path, at_path, emptied, filled, tensors_in
 
 Combine: TypeAlias = Callable[[Sequence[Tensor]], "Tensor | ExpertOutput"]
 """What a wrapped model makes of its experts' logits."""
@@ -48,9 +50,15 @@ class _Stop:
     def __init__(self) -> None:
         self.thread = threading.get_ident()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def install(self, classifier: nn.Module) -> RemovableHandle:
+        """Register it before everybody's own hooks, which the second half runs."""
+        handle = classifier.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
+        put_fork_hooks_first(classifier)
+        return handle
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == self.thread:
-            raise _Reached(args[0])
+            raise _Reached(next(tensors_in((args, kwargs))))
 
 
 class _Half(Holder):
@@ -172,10 +180,7 @@ class ExpertFeatures(_Half):
     def _features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         model, stop = self.whole, _Stop()
         state = model.run_trunk(*args, **kwargs)
-        handles = [
-            expert.get_submodule("classifier").register_forward_pre_hook(stop)
-            for expert in model.experts
-        ]
+        handles = [stop.install(expert.get_submodule("classifier")) for expert in model.experts]
         features = []
         try:
             for index in range(model.num_experts):

@@ -545,3 +545,28 @@ def test_what_is_set_on_a_half_and_would_not_run_is_refused() -> None:
             setattr(head, "0", nn.Identity())
         net.head = nn.Linear(2, 2)  # nobody else's
         assert len(list(net.children())) == 3
+
+
+@pytest.mark.parametrize("fork_at", ["feature_extractor.2", "classifier"])
+def test_a_hook_of_the_classifier_runs_once(fork_at: str) -> None:
+    def doubles(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        return (2 * args[0],)
+
+    def squares(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return args, {**kwargs, **{key: value.square() for key, value in kwargs.items()}}
+
+    class ByKeyword(nn.Sequential):
+        def __call__(self, x: Tensor) -> Any:
+            return super().__call__(input=x)
+
+    body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12))
+    for head, hook in (
+        (nn.Sequential(nn.Linear(12, 5)), doubles),
+        (ByKeyword(nn.Linear(12, 5)), squares),
+    ):
+        head.register_forward_pre_hook(hook, with_kwargs=hook is squares)
+        model = RIDEWrapper.from_pair(body, head, 2, fork_at=fork_at).eval()
+        features, classifier = model.as_pair()
+        x = torch.randn(6, 8)
+        for _ in range(2):
+            assert torch.equal(expert_logits(classifier(features(x))), expert_logits(model(x)))

@@ -8,6 +8,7 @@ from ride_plugin._split._graft import graft_experts
 from ride_plugin._split._groups import merged_groups
 from ride_plugin._split._holder import Holder
 from ride_plugin._split._hollow import hollow
+from ride_plugin._split._hooks import put_fork_hooks_first
 from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
 from ride_plugin._split._learn import throwaway
@@ -69,6 +70,7 @@ __all__ = [
     "own_containers",
     "plain_modules",
     "play",
+    "put_fork_hooks_first",
     "read_attributes",
     "reader_in",
     "reason_of_fork",

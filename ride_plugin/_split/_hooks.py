@@ -148,6 +148,13 @@ class ForkPlace:
             unit.register_forward_pre_hook(self.hook, prepend=True)
 
 
+def put_fork_hooks_first(unit: nn.Module) -> None:
+    """Let an expert's own hook stand before those that have been put before it."""
+    hooks = cast(OrderedDict[int, Any], unit._forward_pre_hooks)
+    for key in [key for key, hook in hooks.items() if isinstance(hook, ForkHook)]:
+        hooks.move_to_end(key, last=False)
+
+
 def places_of_forks(expert: nn.Module) -> list[ForkPlace]:
     """Find an expert's own units: the submodules that carry a :class:`ForkHook`."""
     return [
