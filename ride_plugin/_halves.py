@@ -29,8 +29,8 @@ from ride_plugin._split import (
 )
 from ride_plugin._tree import OF_MODULES, Path, at_path, emptied, filled, tensors_in
 
-Combine: TypeAlias = Callable[[Sequence[Tensor]], "Tensor | ExpertOutput"]
-"""What a wrapped model makes of its experts' logits."""
+Combine: TypeAlias = Callable[[Sequence[Tensor], bool], "Tensor | ExpertOutput"]
+"""What a wrapped model makes of its experts' logits, in training mode or not."""
 
 Around: TypeAlias = Callable[[], AbstractContextManager[None]]
 """What a wrapped model runs in."""
@@ -246,7 +246,14 @@ class ExpertClassifiers(_Half):
                 at_path(head(part, *args, **kwargs), self.path)
                 for head, part in zip(self.experts, features.chunk(number, dim=1), strict=True)
             ]
-            return filled(self.place, self.combine(each))
+            return filled(self.place, self.combine(each, self._trains()))
+
+    def _trains(self) -> bool:
+        """Whether the classifiers are in training mode, whatever was set on the first half since.
+
+        They are asked and not this module, as the model sets the mode of its parts alone.
+        """
+        return any(part.training for part in self.experts)
 
 
 def halves_of(

@@ -409,12 +409,12 @@ class RIDEWrapper(SplitModule):
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         asked = self.return_experts == "outputs" and self.training
         if not asked and (not self._trains() or self._watch.began):
-            return self._output(self._each(args, kwargs))
+            return self._output(self._each(args, kwargs), self.training)
         with whole_outputs() as outputs:
             each = self._each(args, kwargs)
         if not asked and outputs:
             self._watch.leaves_out(losses_beside(reader_in(self.experts[0]), outputs[0]))
-        output = self._output(each)  # the watch sees them
+        output = self._output(each, self.training)  # the watch sees them
         return (outputs or each) if asked else output
 
     def _trains(self) -> bool:
@@ -447,17 +447,15 @@ class RIDEWrapper(SplitModule):
             return self._checkpointed_experts(args, kwargs)
         return [logits for logits, _ in self._all_experts(args, kwargs)]
 
-    def _output(self, each: Sequence[Tensor]) -> Tensor | ExpertOutput:
-        """What the model returns, of its experts' logits."""
+    def _output(self, each: Sequence[Tensor], training: bool) -> Tensor | ExpertOutput:
+        """What the model returns, of its experts' logits, in training mode or in evaluation."""
         output = joined(list(each))
         if not torch.compiler.is_compiling():
-            if not self.training:
+            if not training:
                 self._watch.evaluates(self, output)
             elif torch.is_grad_enabled():
                 self._watch.trains(self, output)
-        explicit = self.return_experts is True or (
-            self.return_experts == "training" and self.training
-        )
+        explicit = self.return_experts is True or (self.return_experts == "training" and training)
         return output if explicit else attach_expert_logits(*output)
 
     def router_inputs(self, *args: Any, **kwargs: Any) -> RouterInputs:

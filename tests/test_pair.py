@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ride_plugin import (
     ArgumentError,
     CheckpointError,
+    ExpertOutput,
     ReplayError,
     RIDEError,
     RIDEWrapper,
@@ -570,3 +571,30 @@ def test_a_hook_of_the_classifier_runs_once(fork_at: str) -> None:
         x = torch.randn(6, 8)
         for _ in range(2):
             assert torch.equal(expert_logits(classifier(features(x))), expert_logits(model(x)))
+
+
+def test_the_second_half_returns_what_its_own_mode_asks_for() -> None:
+    body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12))
+    model = RIDEWrapper.from_pair(body, nn.Linear(12, 5), 2, return_experts="training")
+    features, classifier = model.as_pair()
+    x = torch.randn(6, 8)
+
+    def returned() -> type:
+        return type(classifier(features(x)))
+
+    for set_modes in (
+        lambda: (classifier.train(), features.eval()),
+        lambda: (features.eval(), classifier.train()),
+        lambda: model.train(),
+    ):
+        model.eval()
+        set_modes()
+        assert returned() is ExpertOutput
+    for set_modes in (
+        lambda: (classifier.eval(), features.train()),
+        lambda: (features.train(), classifier.eval()),
+        lambda: model.eval(),
+    ):
+        model.train()
+        set_modes()
+        assert returned() is Tensor
