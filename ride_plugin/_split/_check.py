@@ -89,7 +89,7 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState]:
                         "which torch puts there, or pass `fork_at=` an earlier submodule."
                     )
             if not same(got, expected, exact) and not same(
-                got, unfused(backbone(training), batch, expected), exact
+                got, unfused(backbone(training), batch, expected, views), exact
             ):
                 difference = (got - expected).abs().max().item()
                 raise SplitError(

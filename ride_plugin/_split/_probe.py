@@ -149,11 +149,17 @@ def differ(a: list[Any], b: list[Any]) -> bool:
 
 
 def _seen(value: Any) -> list[Seen]:
-    # Of a nested tensor one size is no number, and nothing can be counted by it.
-    return [
-        (address_of(t), tuple(size if type(size) is int else 0 for size in t.shape))
-        for t in tensors_in(value)
-    ]
+    return [(address_of(t), _shape_of(t)) for t in tensors_in(value)]
+
+
+def _shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Its sizes, in which 0 stands for one that is no number, as a nested tensor may have.
+
+    Those that torch's own transformer encoder makes of a mask cannot be asked for their sizes.
+    """
+    if tensor.is_nested and tensor.layout is torch.strided:
+        return ()
+    return tuple(size if type(size) is int else 0 for size in tensor.shape)
 
 
 def address_of(tensor: Tensor) -> int:

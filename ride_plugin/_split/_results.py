@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ride_plugin._closeness import close
 from ride_plugin._contexts import seed_everything
-from ride_plugin._errors import SplitError
+from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._copies import same_values
+from ride_plugin._split._views import Views
 from ride_plugin._tree import logits_in
 
 near = partial(close, units=100, scale=0.0, equal_nan=True)  # other kernels may run
@@ -26,17 +27,39 @@ def seeded(module: nn.Module, inputs: Inputs) -> Tensor:
         return logits_of(module(*args, **kwargs))
 
 
-def unfused(hooked: nn.Module, inputs: Inputs, expected: Tensor) -> Tensor:
+def unfused(hooked: nn.Module, inputs: Inputs, expected: Tensor, views: Views) -> Tensor:
     """The backbone's logits as its layers compute them with a hook on each.
 
     torch replaces its own transformer layers by one fused kernel unless a hook is registered; the
-    wrapper needs hooks, so it differs from the plain backbone by rounding, and no more.
+    wrapper needs hooks, so it differs from the plain backbone by rounding, and no more. Likewise
+    torch's encoder packs rows without their padding unless a mode sees its operations, as one does
+    where the encoder is cut between its layers.
+
+    Raises:
+        SplitError: the logits depend on whether an encoder that is cut packs its rows.
     """
-    for module in hooked.modules():
+    cut = {id(own) for own, _ in views.spine}
+    names = {name for name, module in views.trunk.named_modules() if id(module) in cut}
+    packing: list[str] = []
+    for name, module in hooked.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_pre_hook(lambda *_: None)
+        elif isinstance(module, nn.TransformerEncoder) and name in names:
+            packing += [name] if getattr(module, "use_nested_tensor", False) else []
+            module.use_nested_tensor = False
     logits = seeded(hooked, inputs)
-    return logits if near(logits, expected) else expected
+    if near(logits, expected):
+        return logits
+    if packing and not hooked.training:
+        raise SplitError(
+            f"The logits depend on what {listed(packing)} (nn.TransformerEncoder) returns at "
+            "padded positions: zeros where it packs the rows, which it does in evaluation without "
+            "gradients and only when it runs as a whole, and other values everywhere else. Leave "
+            "padded positions out of what follows the encoder (a mean over all positions, say); or "
+            "make the encoder with `enable_nested_tensor=False`; or pass as `fork_at=` the encoder "
+            f"itself, {packing[0]!r}, or a later submodule."
+        )
+    return expected
 
 
 def logits_of(output: Any) -> Tensor:

@@ -483,3 +483,51 @@ def test_what_a_function_captured_is_looked_at_where_a_variable_was_never_set() 
 
     assert _hides_tensors(function(None, late=False)) is None
     assert _hides_tensors(function(torch.ones(1), late=False)) is not None
+
+
+class Encodes(nn.Module):
+    """torch's own encoder as it is made by default: in evaluation it packs rows that are padded."""
+
+    def __init__(self, pooled: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.embed, self.encoder = (
+            nn.Embedding(9, 8, padding_idx=0),
+            nn.TransformerEncoder(layer, 3),
+        )
+        self.head = nn.Linear(8, 4)
+        self.pooled = pooled
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.encoder(self.embed(ids), src_key_padding_mask=ids == 0)
+        return self.head(h.mean(1) if self.pooled else h[:, 0])
+
+
+def padded() -> Tensor:
+    ids = torch.randint(1, 9, (5, 4))
+    ids[1, 3:] = ids[2, 2:] = ids[3, 1:] = 0
+    return ids
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("fork_at", [None, "embed", "encoder", "encoder.layers.1", "head"])
+def test_torchs_own_encoder_takes_a_padding_mask(fork_at: str | None) -> None:
+    net, ids = Encodes(pooled=False), padded()
+    model = wrapped(net, ids, fork_at=fork_at)
+    assert fork_at is not None or model.fork_at == "encoder.layers.2"
+    with model.evaluating(), torch.no_grad():
+        expected = torch.stack([each.eval()(ids) for each in copies_of(net, model)], dim=1)
+        torch.testing.assert_close(expert_logits(model(ids)), expected, rtol=1e-5, atol=1e-5)
+    routes_rows(model, ids, [3, 0])
+    train_both(net, model, [ids, ids])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_logits_that_hang_on_the_padding_of_an_encoder_are_refused_between_its_layers() -> None:
+    net, ids = Encodes(pooled=True), padded()
+    with pytest.raises(SplitError, match=r"`encoder`.*padded positions.*'encoder'"):
+        wrapped(net, ids, fork_at=None)
+    model = wrapped(net, ids, fork_at="encoder").eval()
+    with torch.no_grad():
+        expected = copies_of(net, model)[1].eval()(ids)
+        torch.testing.assert_close(expert_logits(model(ids))[:, 1], expected)
