@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import caller, is_of_package, warn_caller
 from ride_plugin._known_methods import GROUPS, METHODS, alike, parameter_groups
+from ride_plugin._names_read import is_read_by_forward, may_be_set_late, names_read_by
 from ride_plugin._split import (
     SplitModule,
     is_real,
@@ -37,12 +38,16 @@ class Names:
     Attributes:
         private: its plain attributes that begin with an underscore.
         taken: names of its own that the wrapped model has as well.
+        absent: names that its code mentions and that neither it nor the wrapped model had.
         answered: private names that were set on the model, which it therefore answers for.
+        added: names of ``absent`` that were set on the model, and on every part.
     """
 
     private: frozenset[str]
     taken: frozenset[str]
+    absent: frozenset[str]
     answered: set[str] = field(default_factory=set)
+    added: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, model: SplitModule, kind: type[SplitModule]) -> Names:
@@ -51,10 +56,13 @@ class Names:
         known = OF_MODULES.union(dir(nn.Module))
         plain = {*vars(trunk), *(set(dir(type(trunk))) - known)} - OF_MODULES
         held = {*trunk._modules, *trunk._parameters, *trunk._buffers}
-        ours = {*vars(model), *dir(kind)} - known - _OPTIONS - set(model._modules)
+        own = {*vars(model), *dir(kind)}
+        ours = own - known - _OPTIONS - set(model._modules)
+        mentioned = names_read_by(trunk) - own - set(model._modules)
         return cls(
             private=frozenset(name for name in plain if re.match("_(?!_)", name)),
             taken=frozenset((plain | held) & ours),
+            absent=mentioned - plain - held,
         )
 
 
@@ -80,6 +88,8 @@ def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
                 f"Each expert sets its own in its forward: `model.experts[k].{name}`.",
             )
         value = each[0]
+    if name in names.added:
+        return value
     if GROUPS.search(name) and callable(value) and not isinstance(value, nn.Module):
         return parameter_groups(model, name)
     if isinstance(value, nn.Module | Tensor):
@@ -153,7 +163,8 @@ def set_on_parts(model: SplitModule, names: Names, name: str, value: Any) -> boo
     """Set an attribute of the backbone on trunk and experts, whose forwards may all read it.
 
     Returns:
-        Whether the backbone has such an attribute; otherwise it is the wrapped model's own.
+        Whether the backbone has such an attribute, or code that mentions one; otherwise it is the
+        wrapped model's own.
 
     Raises:
         AttributeError: it is a submodule or a tensor, of which each part has its own; or backbone
@@ -169,6 +180,8 @@ def set_on_parts(model: SplitModule, names: Names, name: str, value: Any) -> boo
     if name in vars(model) or name in model._modules or hasattr(type(model), name):
         return False
     is_private = name.startswith("_")
+    if name in names.absent and (name in names.added or not hasattr(model.trunk, name)):
+        return _add(model, names, name, value)
     if not hasattr(model.trunk, name) or (is_private and name not in names.private):
         return False
     old, parts = getattr(model.trunk, name), (model.trunk, *model.experts)
@@ -177,20 +190,49 @@ def set_on_parts(model: SplitModule, names: Names, name: str, value: Any) -> boo
     if any(name in part._parameters or name in part._buffers for part in parts):
         raise _replaced_too_late(model, name, "tensor")
     if isinstance(value, nn.Module | nn.Parameter | MethodType) or _holds_modules(old):
-        warn_caller(
-            f"The backbone has `{name}`, but it is set on the wrapped model alone, so that the "
-            "backbone's forward does not see it. Set it on the backbone before wrapping, or on "
-            f"each part: `for part in (model.trunk, *model.experts): part.{name} = ...`."
-        )
+        _tell_alone(name, "has")
         return False
-    for part in parts:
+    _set(model, name, value)
+    if is_private:
+        names.answered.add(name)
+    return True
+
+
+def _set(model: SplitModule, name: str, value: Any) -> None:
+    for part in (model.trunk, *model.experts):
         if ("", name) in model.set_by_experts:  # a list that each fills is one for each
             write_attributes(part, [("", name)], (value,))
         else:
             setattr(part, name, value)
-    if is_private:
-        names.answered.add(name)
+
+
+def _add(model: SplitModule, names: Names, name: str, value: Any) -> bool:
+    """Set on every part what the backbone's code reads and did not have when it was wrapped."""
+    if may_be_set_late(value):
+        names.added.add(name)
+        _set(model, name, value)
+        return True
+    if name in names.added or is_read_by_forward(model.trunk, name):
+        _tell_alone(name, "reads")
+    return False
+
+
+def take_from_parts(model: SplitModule, names: Names, name: str) -> bool:
+    """Take away from every part what :func:`set_on_parts` has added there, if it has."""
+    if name not in names.added:
+        return False
+    names.added.discard(name)
+    for part in (model.trunk, *model.experts):
+        vars(part).pop(name, None)
     return True
+
+
+def _tell_alone(name: str, why: str) -> None:
+    warn_caller(
+        f"The backbone {why} `{name}`, but it is set on the wrapped model alone, so that the "
+        "backbone's forward does not see it. Set it on the backbone before wrapping, or on "
+        f"each part: `for part in (model.trunk, *model.experts): part.{name} = ...`."
+    )
 
 
 def refuse_added(model: SplitModule) -> None:

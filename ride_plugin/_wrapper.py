@@ -23,7 +23,13 @@ from ride_plugin._checks import (
 from ride_plugin._compiler import check_compiles, refuse_tracing
 from ride_plugin._construct import construct
 from ride_plugin._contexts import training_pass
-from ride_plugin._delegate import Names, from_backbone, refuse_added, set_on_parts
+from ride_plugin._delegate import (
+    Names,
+    from_backbone,
+    refuse_added,
+    set_on_parts,
+    take_from_parts,
+)
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._fold_batchnorm import folded_copy
 from ride_plugin._halves import halves_of
@@ -499,6 +505,12 @@ class RIDEWrapper(SplitModule):
         built = "_watch" in vars(self)
         if not built or not set_on_parts(self, self._of_backbone, name, value):
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """As for any module; what was set on trunk and experts is taken from them."""
+        names = vars(self).get("_of_backbone")
+        if names is None or not take_from_parts(self, names, name):
+            super().__delattr__(name)
 
     def __getattr__(self, name: str) -> Any:
         """What the backbone says of itself: its `config`, say; see :mod:`ride_plugin._delegate`."""

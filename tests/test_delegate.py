@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import re
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import ArgumentError, RIDEWrapper, expert_logits
+from tests.naive import copies_of
 
 
 class Backbone(nn.Module):
@@ -349,6 +351,88 @@ def test_what_the_forward_reads_is_set_in_every_part(name: str, value: Any) -> N
     assert name not in vars(model)
     again = copy.deepcopy(model)
     torch.testing.assert_close(expert_logits(again(x)), wanted)
+
+
+class Asks(Follows):
+    """Its methods ask for attributes that nobody has set yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = functools.partial(self.tenfold, by=10.0)
+
+    def tenfold(self, x: Tensor, by: float) -> Tensor:
+        return by * self.scaled(x)
+
+    @torch.no_grad()
+    def scaled(self, x: Tensor) -> Tensor:
+        x = Follows.forward(self, x) * getattr(self, "late", 1.0) * self.private
+        for name in ("first", "second"):
+            x = x * getattr(self, name, 1.0)
+        return x * self.mask if hasattr(self, "mask") else x
+
+    @property
+    def private(self) -> float:
+        return (lambda: vars(self).get("_bias", 1.0))()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("late", 3.0), ("_bias", 3.0), ("second", 2.0), ("mask", torch.arange(5.0))],
+)
+def test_what_the_backbone_has_not_yet_is_set_where_its_code_reads_it(
+    name: str, value: Any
+) -> None:
+    backbone = Asks()
+    model = RIDEWrapper(backbone, 3, fork_at="blocks.1").eval()
+    x = torch.randn(4, 8)
+    before, copies = expert_logits(model(x)), copies_of(backbone, model)
+    assert not hasattr(model, name)
+    for factor in (1, 2):
+        for each in copies:
+            setattr(each.eval(), name, factor * value)
+        setattr(model, name, factor * value)
+        wanted = torch.stack([each(x) for each in copies], dim=1)
+        torch.testing.assert_close(expert_logits(model(x)), wanted)
+        assert not torch.equal(wanted, before)
+        assert torch.equal(torch.as_tensor(getattr(model, name)), torch.as_tensor(factor * value))
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    torch.testing.assert_close(expert_logits(again(x)), wanted)
+    delattr(model, name)
+    assert not hasattr(model, name)
+    assert torch.equal(expert_logits(model(x)), before)
+    with pytest.raises(AttributeError):
+        delattr(model, name)
+
+
+def test_what_the_backbone_has_not_yet_and_parts_cannot_hold_together_is_told() -> None:
+    model = RIDEWrapper(Asks(), 2, fork_at="blocks.1")
+    model._old_forward, model.scaled_by = model.forward, nn.ReLU()  # as engines do
+    for name, value in (("mask", nn.Parameter(torch.ones(5))), ("first", model.forward)):
+        with pytest.warns(UserWarning, match=f"reads `{name}`, but it is set on the wrapped model"):
+            setattr(model, name, value)
+        assert not any(hasattr(part, name) for part in (model.trunk, *model.experts))
+
+
+class Counts(nn.Module):
+    """Counts its calls, in trunk and experts, in an attribute that the first call makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late, self.fc = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.fc(self.late(self.early(x))) * self.calls
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_count_that_is_set_on_the_model_goes_on_in_its_parts(called: bool) -> None:
+    model, x = RIDEWrapper(Counts(), 3, fork_at="late").eval(), torch.randn(4, 8)
+    if called:
+        model(x)
+    model.calls = 10
+    torch.testing.assert_close(model(x) / 11, model(x) / 12)
+    assert model.calls == 12
 
 
 class Notes(nn.Module):
