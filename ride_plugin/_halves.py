@@ -36,8 +36,8 @@ Around: TypeAlias = Callable[[], AbstractContextManager[None]]
 """What a wrapped model runs in."""
 
 
-class _Reached(Exception):
-    """Unwinds an expert at its classifier; never leaves the library."""
+class _Reached(BaseException):
+    """Unwinds an expert at its classifier; never leaves the library, and no forward catches it."""
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
@@ -188,6 +188,11 @@ class ExpertFeatures(_Half):
                     model.run_expert(index, state)
                 except _Reached as reached:
                     features.append(reached.features)
+                else:
+                    raise RIDEError(
+                        f"Expert {index} went on where its classifier begins: a forward around it "
+                        "catches whatever there is (`except:`). Catch `Exception` there."
+                    )
         finally:
             for handle in handles:
                 handle.remove()

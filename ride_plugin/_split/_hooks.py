@@ -30,7 +30,8 @@ class UnitHooks:
         """Register both."""
         # Before the hooks of others, which may compute a weight: that belongs to the unit.
         unit.register_forward_pre_hook(self.before, prepend=True)
-        unit.register_forward_hook(self.after)
+        # A forward may catch what the unit raises, and go on.
+        unit.register_forward_hook(self.after, always_call=True)
 
     def before(self, module: nn.Module, args: Any) -> None:
         if self.running.recorder is not None:
@@ -59,7 +60,7 @@ class UnitPlace:
         if next(filter(None, map(_ours, unit._forward_pre_hooks.values())), None) is not self.hooks:
             # Somebody replaced the module, by SyncBatchNorm or an adapter, or by a changed copy of
             # it, whose hooks tell nobody.
-            _drop(unit, _ours)
+            drop_hooks(unit, _ours)
             self.hooks.install(unit)
         for hooks, last in ((unit._forward_pre_hooks, False), (unit._forward_hooks, True)):
             if not _ours(next((reversed if last else iter)(hooks.values()))):
@@ -101,11 +102,12 @@ def _ours(hook: Any) -> UnitHooks | None:
     return owner if isinstance(owner, UnitHooks) else None
 
 
-def _drop(module: nn.Module, chosen: Callable[[Any], object]) -> None:
-    """Remove the hooks of a module that are chosen."""
+def drop_hooks(module: nn.Module, chosen: Callable[[Any], object]) -> None:
+    """Remove the hooks of a module that are chosen, and what torch notes of each."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if chosen(hook)]:
             del cast(OrderedDict[int, Any], hooks)[key]
+            module._forward_hooks_always_called.pop(key, None)
 
 
 class StartHook:
@@ -144,7 +146,7 @@ class ForkPlace:
         """Let the hook stand on the module that is here now."""
         unit = module_at(self.parent, self.name)
         if self.hook not in unit._forward_pre_hooks.values():
-            _drop(unit, lambda hook: isinstance(hook, ForkHook))
+            drop_hooks(unit, lambda hook: isinstance(hook, ForkHook))
             unit.register_forward_pre_hook(self.hook, prepend=True)
 
 
@@ -189,5 +191,5 @@ def watch_classifier(expert: nn.Module, name: str | None, running: Running) -> N
         for hook in head._forward_pre_hooks.values():
             if isinstance(hook, FeatureHook) and hook.running is running:
                 return
-        _drop(head, lambda hook: isinstance(hook, FeatureHook))  # that of a copy tells nobody
+        drop_hooks(head, lambda hook: isinstance(hook, FeatureHook))  # that of a copy tells nobody
         head.register_forward_pre_hook(FeatureHook(running))

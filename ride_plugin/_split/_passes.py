@@ -71,6 +71,12 @@ def record(
     _begin(recorder, trunk, running)
     try:
         output = trunk(*args, **kwargs)
+        if recorder.unwinds:
+            raise ReplayError(
+                "The backbone's forward goes on where this library ends it, at the fork: it "
+                "catches whatever there is (`except:`, `except BaseException:`, or a `return` in "
+                "`finally:`). Catch `Exception` there, or pass `fork_at=` another submodule."
+            )
     except ForkReached:
         pass
     finally:
@@ -124,7 +130,10 @@ def play(
     checkpoints = passed_by(player.expects_more) if state.recomputes else nullcontext()
     try:
         with checkpoints:
-            return expert(*args, **kwargs)
+            output = expert(*args, **kwargs)
+        if player.refused is not None:  # and the forward has caught it
+            raise player.refused
+        return output
     finally:
         player.leave()
         running.player = None

@@ -13,7 +13,7 @@ from ride_plugin._contexts import in_mode, random_state_kept, seed_everything
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._copies import clone_module, copy_with_hooks, detached_activations
-from ride_plugin._split._hooks import FeatureHook, ForkHook, StartHook, UnitHooks
+from ride_plugin._split._hooks import FeatureHook, ForkHook, StartHook, UnitHooks, drop_hooks
 from ride_plugin._split._join import Joined
 from ride_plugin._split._logits import LogitsReader, reader_in
 from ride_plugin._split._pair import Pair
@@ -99,10 +99,12 @@ def _reunite(root: nn.Module, links: Sequence[Link]) -> None:
 
 def _strip_hooks(root: nn.Module) -> None:
     for module in root.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, _OURS) or isinstance(getattr(hook, "__self__", None), _OURS):
-                    del hooks[key]
+        drop_hooks(
+            module,
+            lambda hook: (
+                isinstance(hook, _OURS) or isinstance(getattr(hook, "__self__", None), _OURS)
+            ),
+        )
 
 
 def _check(parts: Parts, index: int, module: nn.Module, reader: LogitsReader) -> None:

@@ -103,7 +103,7 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
     for module in model.modules():
         if module is not model and id(module) not in unseen:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(after, with_kwargs=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
     try:
         with torch.no_grad():
             output = model(*inputs[0], **inputs[1])

@@ -205,7 +205,7 @@ class Recorded(StandIn):
         player = self.ride_running.player
         if player is None or player.position >= len(player.keys):
             return self.ride_real(*args, **kwargs)  # a shared module used after the fork
-        if player.keys[player.position] != self.ride_key:
+        if not player.is_next(self.ride_key):
             raise player.out_of_step(self.ride_key)
         return player.next_value()
 

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from ride_plugin._checks import version_of
 from ride_plugin._errors import ReplayError, warn_caller
 from ride_plugin._split._hollow import hollow
+from ride_plugin._split._raised import Raised, being_handled, raised_by
 from ride_plugin._split._reentrant import region_without_gradients
 from ride_plugin._split._state import Layout
 from ride_plugin._tree import map_tensors, own_container, tensors_in
@@ -45,8 +46,11 @@ _APART = (
 )
 
 
-class ForkReached(Exception):
-    """Unwinds the trunk's forward at the first call of a forked unit; never leaves the library."""
+class ForkReached(BaseException):
+    """Unwinds the trunk's forward at the first call of a forked unit; never leaves the library.
+
+    A forward may catch every ``Exception``, to go another way where a module fails.
+    """
 
 
 class Running(threading.local):
@@ -116,8 +120,9 @@ class Recorder(_GlueMode):
         self.may_go_on = True  # into expert 0
         self._layouts = list(layouts)
         self.reached_fork = False
+        self.unwinds = False  # whether the forward shall end at the fork
         self.recomputes = False  # in reentrant checkpoints that are over when the fork is reached
-        self._depth = 0
+        self._open: list[BaseException | None] = []  # for each unit inside: what is being handled
         self._stepped_aside = False
         self._region: FrameType | None = None  # the reentrant checkpoint of the last value, if any
         self._read: list[tuple[Tensor, int | None, Any]] = []  # in which version, and as what
@@ -131,13 +136,13 @@ class Recorder(_GlueMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._depth == 0 and not self.reached_fork and _leaves_a_trace(func, result):
+        if not self._open and not self.reached_fork and _leaves_a_trace(func, result):
             if _is_of_a_backward_hook(func):  # of the unit that has just ended; experts go through
                 swapped = map_tensors(lambda t: result if t is args[0] else t, self.values[-1])
                 self.values[-1] = swapped
             else:
                 self._write(_name(func), result)
-        elif self._depth == 0 and not self.reached_fork and _name(func) in _READS:
+        elif not self._open and not self.reached_fork and _name(func) in _READS:
             self._read.append((args[0], version_of(args[0]), result))
         return result
 
@@ -155,17 +160,22 @@ class Recorder(_GlueMode):
         self.values.append(_own(value))
 
     def unit_begins(self) -> None:
-        self._depth += 1
+        self._open.append(being_handled())
         # A mode that the backbone itself put on top must stay there: then we only look away.
-        if self._depth == 1 and _get_current_function_mode() is self:
+        if len(self._open) == 1 and _get_current_function_mode() is self:
             self._stepped_aside = True
             self.leave()
 
     def unit_ends(self, key: str, result: Any) -> None:
-        if self._depth == 1 and not self.reached_fork:
+        """Called when a unit has returned, and when it has raised something."""
+        if not self._open:  # somebody's hook for all modules raised before the unit began
+            return
+        error = being_handled()
+        if error is not self._open.pop() and error is not None:
+            key, result = raised_by(key), Raised.of(error)
+        if not self._open and not self.reached_fork:
             self._write(key, result)  # while we still look away: writing must not be recorded
-        self._depth -= 1
-        if self._depth == 0 and self._stepped_aside:
+        if not self._open and self._stepped_aside:
             self._stepped_aside = False
             self.enter()
 
@@ -181,6 +191,7 @@ class Recorder(_GlueMode):
         if _get_current_function_mode() is self:
             self.leave()
         if self.stops():
+            self.unwinds = True
             raise ForkReached
 
     @property
@@ -210,6 +221,7 @@ class Player(_GlueMode):
         self._num_reads = 0
         self.at_fork = at_fork
         self.reached_fork = False
+        self.refused: ReplayError | None = None  # which the forward may have caught
         self.position = 1  # entry 0 holds the inputs
         self.region: object = None  # the checkpointed region of the last value, if any
         # With several threads, another may draw from the same generator.
@@ -247,13 +259,29 @@ class Player(_GlueMode):
         """Whether something on the tape is still to come, before the fork."""
         return not self.reached_fork and self.position < len(self.keys)
 
+    def is_next(self, unit: str) -> bool:
+        """Whether the next step is one of this unit."""
+        key = self.keys[self.position]
+        return key == unit or key == raised_by(unit)
+
     def next_value(self) -> Any:
+        """What the next step returned.
+
+        Raises:
+            BaseException: what it raised instead.
+        """
         self.region = _checkpointed_region()
         value = self.values[self.position]
         self.position += 1
+        if type(value) is Raised:
+            raise value.again()
         return _own(value)
 
     def out_of_step(self, name: str) -> ReplayError:
+        self.refused = self._out_of_step(name)
+        return self.refused
+
+    def _out_of_step(self, name: str) -> ReplayError:
         recorded = self.keys[self.position]
         if torch.nn.modules.module._global_forward_hooks and not torch.compiler.is_compiling():
             return ReplayError(

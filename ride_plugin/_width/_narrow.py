@@ -71,7 +71,7 @@ def narrow_expert(split: Split, width: float) -> Split:
             replace_fixed_modules(split)
             try:  # almost free, but a backbone may look at values
                 changes = _narrowed(split, width, meta=True)
-            except Exception:
+            except (Exception, Stuck):
                 changes = _narrowed(split, width, meta=False)
     except Stuck as error:
         raise WidthError(_message(width, str(error))) from error

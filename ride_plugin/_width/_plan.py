@@ -11,12 +11,12 @@ from torch.overrides import TorchFunctionMode
 from ride_plugin._tree import tensors_in
 
 
-class Amended(Exception):
-    """The plan was changed; try again."""
+class Amended(BaseException):
+    """The plan was changed; try again. A forward that catches every ``Exception`` lets it pass."""
 
 
-class Stuck(Exception):
-    """No change of the plan helps; the message says where and why."""
+class Stuck(BaseException):
+    """No change of the plan helps; the message says where and why. A forward lets it pass too."""
 
 
 @dataclass
