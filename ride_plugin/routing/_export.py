@@ -20,6 +20,7 @@ from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._wrapper import RIDEWrapper
 from ride_plugin.routing._call import describe_call, keep_call
 from ride_plugin.routing._exit import RoutedStages, exceeds, gate_logits
+from ride_plugin.routing._own import own_weights_of_program
 
 
 def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, ExportedProgram]:
@@ -167,7 +168,9 @@ def _export(
                 warnings.filterwarnings(
                     "ignore", message=".*certain side effects", category=UserWarning
                 )
-                return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=tracer)
+                program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=tracer)
+            own_weights_of_program(program)
+            return program
         except RIDEError:
             raise
         except Exception as error:  # each obstacle in a forward has a class of its own in torch

@@ -30,8 +30,8 @@ def fuse_stages(stages: Mapping[str, ExportedProgram]) -> dict[str, nn.Module]:
         stages: what ``serve.export_stages()`` returned, or the same programs loaded from files.
 
     Returns:
-        Modules by the same names, for `StagedRunner`. They are in evaluation mode and their
-        weights do not require gradients. They take any batch size, can be pickled, and can serve
+        Modules by the same names, for `StagedRunner`. They are in evaluation mode and hold copies
+        of the weights, which do not require gradients. They take any batch size, can be pickled, and can serve
         several threads. They raise ArgumentError where inputs are of other sizes or dtypes than
         the exported ones and, on the CPU, where NaN or infinity comes to a convolution.
 
@@ -69,7 +69,8 @@ class FusedStage(nn.Module):
 
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()
-        with torch.no_grad():
+        # Tensors made under inference mode could not be loaded into outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             self.graph_module = rewritten(program)
         self.call = call_of(program)
         taken = [node.meta["val"] for node in self.graph_module.graph.find_nodes(op="placeholder")]

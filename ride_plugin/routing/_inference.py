@@ -252,8 +252,8 @@ class RoutingInference(nn.Module):
 
         Early exit cannot be one graph, since how many rows reach an expert depends on values. Its
         parts can: each takes any number of rows, and what remains is a loop of a few lines. Every
-        tensor between the parts has the rows in its first dimension. Thresholds are exported as
-        they stand.
+        tensor between the parts has the rows in its first dimension. Weights and thresholds are
+        exported as they stand: the programs hold copies of them.
 
         Args:
             example_input: a batch as for ``RIDEWrapper``; by default the model's own example. All

@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ride_plugin._errors import ArgumentError
 from ride_plugin.routing._fused_conv import AllFinite, FusedConv2d
 from ride_plugin.routing._memory import Memory
+from ride_plugin.routing._own import own_weights_of_module
 
 _ATEN = torch.ops.aten
 _RELU = (_ATEN.relu.default, _ATEN.relu_.default)
@@ -32,6 +33,7 @@ def rewritten(program: ExportedProgram) -> fx.GraphModule:
     exported.graph.set_codegen(fx.graph.CodeGen())
     exported.graph._tracer_cls = None  # the one of export cannot be made again after pickling
     module = fx.GraphModule(exported, exported.graph).eval()
+    own_weights_of_module(module)
     graph = module.graph
     _inline_autocast(module)
     _drop_checks(graph)
@@ -51,8 +53,6 @@ def rewritten(program: ExportedProgram) -> fx.GraphModule:
     for name in set(module._buffers) - read:  # constants that later steps took over
         delattr(module, name)
     module.recompile()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
     return module
 
 

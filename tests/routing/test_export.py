@@ -1,5 +1,6 @@
 """Exported stages against routed inference, row by row; the dense path in another runtime."""
 
+import copy
 from functools import cache
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInference
-from ride_plugin.routing import StagedRunner
+from ride_plugin.routing import StagedRunner, fuse_stages
 from tests.handmade import small_model
 
 pytestmark = pytest.mark.exports
@@ -267,3 +268,54 @@ def test_a_stage_that_fixes_its_number_of_rows_is_refused_by_name():
     serve = served_that_counts(lambda x: int(str(int(x.shape[0]))))
     with pytest.raises(ArgumentError, match=r"`(trunk|expert_0)`.*x\.shape\[0\].*RoutingInference"):
         serve.export_stages()
+
+
+def test_stages_and_model_share_no_weights():
+    torch.manual_seed(0)
+    model = RIDEWrapper(convolutional(), 2, example_input=torch.randn(2, 3, 8, 8))
+    serve = RoutingInference(model, ExpertRouter.for_model(model), 0.0)
+    wanted = {name: p.requires_grad for name, p in serve.named_parameters()}
+    before = copy.deepcopy(serve.state_dict())
+    programs, x = serve.export_stages(), torch.randn(5, 3, 8, 8)
+    fused = fuse_stages(programs)
+    expected = serve(x)
+    for stage in fused.values():
+        for tensor in (*stage.parameters(), *stage.buffers()):
+            tensor.detach().zero_()
+    # What is done to fused stages reaches neither the programs nor the model.
+    torch.testing.assert_close(StagedRunner(programs)(x), expected)
+    assert {name: p.requires_grad for name, p in serve.named_parameters()} == wanted
+    assert all(torch.equal(value, before[name]) for name, value in serve.state_dict().items())
+    fused = fuse_stages(programs)
+    with torch.no_grad():
+        for value in (*serve.parameters(), *serve.buffers()):
+            value.zero_()
+    for stages in (programs, fused, fuse_stages(programs)):
+        torch.testing.assert_close(StagedRunner(stages)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class Tied(nn.Module):
+    """One parameter under two names, on both sides of no cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late, self.again = (nn.Linear(6, 6) for _ in range(3))
+        self.again.weight = self.late.weight
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(self.again(self.late(self.early(x).relu()).relu()))
+
+
+def test_a_weight_under_two_names_is_one_in_the_stages():
+    model = RIDEWrapper(Tied(), 2, fork_at="late", example_input=torch.randn(2, 6))
+    serve, x = RoutingInference(model, ExpertRouter.for_model(model), 0.0), torch.randn(5, 6)
+    with torch.inference_mode():
+        programs = serve.export_stages()
+        fused = fuse_stages(programs)
+    named = {n: p for n, p in programs["expert_0"].state_dict.items() if n.endswith("weight")}
+    assert len({id(p) for p in named.values()}) == len(named) - 1
+    assert len({id(p) for p in fused["expert_0"].parameters()}) == 5
+    for stage in fused.values():  # those of inference mode could not be written
+        stage.load_state_dict(stage.state_dict())
+    torch.testing.assert_close(StagedRunner(fused)(x), serve(x))
