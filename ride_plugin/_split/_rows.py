@@ -100,15 +100,28 @@ def _per_sample(value: Tensor, spec: Rows, batch_size: int) -> int:
     return per_sample
 
 
-def join_rows(values: Sequence[Tensor], spec: Rows | None, batch_sizes: Sequence[int]) -> Tensor:
+def join_rows(
+    values: Sequence[Tensor], spec: Rows | None, live: bool, batch_sizes: Sequence[int]
+) -> Tensor:
     """Concatenate values of several batches along their batch dimension, in their layout.
 
+    Of a value that no expert reads (not ``live``) there may be nothing but NaN: its shape counts.
+
     Raises:
-        ArgumentError: they differ in another dimension, or where they do not depend on the batch.
+        ArgumentError: they differ in another dimension, in dtype or device, or where they do not
+            depend on the batch.
     """
     first = values[0]
+    if len({(value.dtype, value.device) for value in values}) > 1:
+        found = sorted({f"{value.dtype} on {value.device}" for value in values})
+        raise ArgumentError(
+            "Expected batches of one dtype on one device, but got trunk values of "
+            f"{' and '.join(found)}. Run them apart."
+        )
     if spec is None:
-        if any(other is not first and not torch.equal(other, first) for other in values[1:]):
+        others = [value for value in values[1:] if value is not first]
+        same = torch.equal if live else _same_shape
+        if not all(same(other, first) for other in others):
             raise ArgumentError(
                 "Expected batches that differ in their rows only, but a value that has no batch "
                 "dimension differs between them. Run them apart."
@@ -129,3 +142,7 @@ def join_rows(values: Sequence[Tensor], spec: Rows | None, batch_sizes: Sequence
         shape[dim] = sum(value.shape[dim] for value in values)
         return first[(0,) * first.dim()].expand(shape)
     return torch.cat(list(values), dim)
+
+
+def _same_shape(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape

@@ -234,13 +234,14 @@ class TrunkState:
                 )
         values = []
         sizes = [state.batch_size for state in states]
-        for *entries, specs in zip(*(s.values for s in states), first.layout.rows, strict=True):
+        layout, tapes = first.layout, [state.values for state in states]
+        for *entries, specs, live in zip(*tapes, layout.rows, layout.live, strict=True):
             rest = zip(*map(tensors_in, entries[1:]), strict=True)
 
-            def join(value: Tensor, spec: Rows | None, rest: Any = rest) -> Tensor:
-                return join_rows((value, *next(rest)), spec, sizes)
+            def join(value: Tensor, info: tuple[Rows | None, bool], rest: Any = rest) -> Tensor:
+                return join_rows((value, *next(rest)), *info, sizes)
 
-            values.append(_map_with(join, entries[0], specs))
+            values.append(_map_with(join, entries[0], tuple(zip(specs, live, strict=True))))
         return replace(first, batch_size=sum(sizes), values=values)
 
     def hollowed(self) -> TrunkState:

@@ -31,9 +31,9 @@ def fuse_stages(stages: Mapping[str, ExportedProgram]) -> dict[str, nn.Module]:
 
     Returns:
         Modules by the same names, for `StagedRunner`. They are in evaluation mode and hold copies
-        of the weights, which do not require gradients. They take any batch size, can be pickled, and can serve
-        several threads. They raise ArgumentError where inputs are of other sizes or dtypes than
-        the exported ones and, on the CPU, where NaN or infinity comes to a convolution.
+        of the weights, which do not require gradients. They take any batch size, can be pickled,
+        and can serve several threads. They raise ArgumentError where inputs are of other sizes or
+        dtypes than the exported ones and, on the CPU, where NaN or infinity comes to a convolution.
 
     Raises:
         ArgumentError: a stage is not an ``ExportedProgram``, or a convolution's weights are not

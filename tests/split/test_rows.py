@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ride_plugin import ArgumentError, ReplayError, RIDEWrapper, SplitError, expert_logits
 from ride_plugin._split._hollow import hollow
-from ride_plugin._split._rows import Rows, find_rows, take_rows
+from ride_plugin._split._rows import Rows, find_rows, join_rows, take_rows
 
 
 def test_the_dimension_that_scales_is_the_batch() -> None:
@@ -45,6 +45,23 @@ def test_hollow_values_keep_taking_no_memory() -> None:
     assert taken.shape == (2, 3)
     assert taken.isnan().all()
     assert taken.stride() == (0, 0)
+
+
+def test_a_value_without_rows_is_compared_only_where_an_expert_reads_it() -> None:
+    table = torch.rand(1, 4)
+    assert join_rows([table, table.clone()], None, True, [2, 3]) is table
+    dropped = [hollow(table), hollow(table)]
+    assert join_rows(dropped, None, False, [2, 3]) is dropped[0]
+    for live, other in ((True, table + 1), (True, table[0]), (False, table[:, :3])):
+        with pytest.raises(ArgumentError, match=r"no batch dimension differs.*Run them apart"):
+            join_rows([table, other], None, live, [2, 3])
+
+
+@pytest.mark.parametrize("spec", [None, Rows(0, 1)])
+def test_values_of_several_dtypes_are_not_joined(spec: Rows | None) -> None:
+    values = [torch.rand(2, 3), torch.rand(2, 3).bfloat16()]
+    with pytest.raises(ArgumentError, match=r"bfloat16 on cpu and torch\.float32 on cpu"):
+        join_rows(values, spec, True, [2, 2])
 
 
 def test_rows_of_another_number_of_windows_than_the_examples() -> None:

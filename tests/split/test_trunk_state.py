@@ -227,6 +227,36 @@ def test_experts_train_on_a_state_while_the_trunk_stays_as_it_is() -> None:
     torch.testing.assert_close(model.eval()(state), model(x))
 
 
+class WithTable(nn.Module):
+    """Adds an argument that is the same for all rows, before the fork alone or behind it too."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__()
+        self.late = late
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        x = self.b((self.a(x) + table).relu()).relu()
+        return self.c(x + table if self.late else x)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8), ()])
+def test_states_with_a_value_for_all_rows_are_joined(late: bool, shape: tuple[int, ...]) -> None:
+    x, table = torch.randn(5, 6), torch.randn(shape)
+    model = RIDEWrapper(WithTable(late), 2, fork_at="b", example_input=(x[:2], table)).eval()
+    with torch.no_grad():
+        states = [model.run_trunk(part, table.clone()) for part in x.split(3)]
+        torch.testing.assert_close(model(TrunkState.cat(states)), model(x, table))
+        others = [model.run_trunk(x, table), model.run_trunk(x, table + 1)]
+        if late:
+            with pytest.raises(ArgumentError, match="no batch dimension differs"):
+                TrunkState.cat(others)
+        else:
+            expected = torch.cat([model(x, table), model(x, table + 1)])
+            torch.testing.assert_close(model(TrunkState.cat(others)), expected)
+
+
 class Keeps(nn.Module):
     """Keeps something from call to call: what it has computed, or how often it was called."""
 
