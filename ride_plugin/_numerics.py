@@ -141,6 +141,31 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
+class Autocast(NamedTuple):
+    """How autocast stands on a device: what runs later can run as it would have run at once.
+
+    Attributes:
+        device: its type.
+        dtype: what operations are lowered to; None where autocast is off.
+    """
+
+    device: str
+    dtype: torch.dtype | None
+
+    @classmethod
+    def now(cls, tensor: Tensor) -> Autocast:
+        """The state for operations on this tensor's device."""
+        device = tensor.device.type
+        known = not tensor.is_meta and torch.is_autocast_enabled(device)
+        return cls(device, torch.get_autocast_dtype(device) if known else None)
+
+    def restored(self) -> AbstractContextManager[None]:
+        """The same state for the duration of a block."""
+        if self.device == "meta":
+            return nullcontext()
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None)
+
+
 def inverse_of(temperature: Tensor | float, logits: Tensor) -> Tensor:
     """One over the temperature, which is held constant, in the dtype of the logits."""
     if isinstance(temperature, Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ride_plugin._checks import check_instance, check_integer, check_predictions
 from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import Autocast
 from ride_plugin._tree import map_tensors
 from ride_plugin.routing._exit import RoutingOutput, Underway, rows_going_on, run_first, run_next
 from ride_plugin.routing._inference import RoutingInference
@@ -26,6 +28,7 @@ class _Waiting:
     rows: Underway
     tickets: Tensor  # int64 [n] on the CPU, ascending: whose row it is
     places: Tensor  # int64 [n], which row of that submission
+    autocast: Autocast  # as it stood when they were submitted
 
     def __len__(self) -> int:
         return len(self.tickets)
@@ -39,19 +42,43 @@ class _Waiting:
             self.rows.select(rows),
             self.tickets.index_select(0, rows.to(self.tickets.device)),
             self.places.index_select(0, rows),
+            self.autocast,
         )
+
+    def of_tickets(self, known: Container[int]) -> _Waiting | None:
+        """The rows of these submissions, None if there are none."""
+        kept = [row for row, ticket in enumerate(self.tickets.tolist()) if ticket in known]
+        if len(kept) == len(self):
+            return self
+        return self.select(torch.tensor(kept, device=self.places.device)) if kept else None
 
     @staticmethod
     def cat(parts: list[_Waiting]) -> _Waiting:
-        if len(parts) == 1:
-            return parts[0]
         states = [part.rows.state for part in parts]
+        if len({part.autocast for part in parts}) > 1:
+            raise ArgumentError("Expected rows that were submitted under one autocast.")
         join = cast("Any", type(states[0])).cat
         return _Waiting(
             Underway(join(states), torch.cat([part.rows.total for part in parts])),
             torch.cat([part.tickets for part in parts]),
             torch.cat([part.places for part in parts]),
+            parts[0].autocast,
         )
+
+    @staticmethod
+    def joined(parts: list[_Waiting]) -> tuple[_Waiting, int]:
+        """As many of the first parts as can run together, and how many these are.
+
+        Only joining them tells: each kind of state has its own reasons to refuse it.
+        """
+        joined, fits, fails, tried = parts[0], 1, len(parts) + 1, len(parts)
+        while fits + 1 < fails:
+            try:
+                joined, fits = _Waiting.cat(parts[:tried]), tried
+            except Exception:  # of any class: a state may be made by hand
+                fails = tried
+            tried = (fits + fails) // 2
+        return joined, fits
 
 
 @dataclass
@@ -67,8 +94,9 @@ class RoutingQueue:
 
     Trunk and expert 0 run on each submission at once. Rows that go on wait until ``batch_size`` of
     them, from any submissions, need the same expert, and then run together. No row waits for
-    longer than ``max_wait`` further submissions. Each row gets what `RoutingInference` gives it.
-    Not in the paper.
+    longer than ``max_wait`` further submissions. Each row gets what `RoutingInference` gives it
+    under the autocast of its submission. Rows that cannot run together (other input sizes, other
+    arguments, another autocast) run one kind after the other. Not in the paper.
 
     Args:
         serve: the routed model. Its thresholds can change at any time.
@@ -110,12 +138,13 @@ class RoutingQueue:
         """Number of rows that wait for an expert."""
         return sum(len(rows) for stage in self._waiting for rows in stage)
 
+    @torch.inference_mode(False)  # rows of one submission may run in the mode of another's caller
     @torch.no_grad()
     def submit(self, *args: Any, **kwargs: Any) -> int:
         """Run trunk and expert 0 on a batch, and whatever expert has now enough rows.
 
         Args:
-            *args: what the model takes, and ``**kwargs``; one input size for all submissions.
+            *args: what the model takes, and ``**kwargs``.
             **kwargs: see ``*args``.
 
         Returns:
@@ -137,24 +166,29 @@ class RoutingQueue:
                 )
             ticket = self._next_ticket
             self._next_ticket += 1
+            autocast = Autocast.now(logits)
             tickets = torch.full((len(logits),), ticket, device="cpu")
             places = torch.arange(len(logits), device=logits.device)
             used = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
             output = RoutingOutput(logits.clone(), used)
             self._unfinished[ticket] = _Submission(output, underway=len(logits))
-            self._send_on(0, _Waiting(rows, tickets, places), logits, features)
+            self._send_on(0, _Waiting(rows, tickets, places, autocast), logits, features)
             self._run_what_is_due(newest=ticket - self.max_wait)
         return ticket
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def results(self) -> dict[int, RoutingOutput]:
         """Hand out the batches that are finished and were not handed out yet, by ticket.
 
         Returns:
             ``{ticket: RoutingOutput}``, tickets ascending.
         """
+        self._settle()
         finished, self._finished = self._finished, {}
         return dict(sorted(finished.items()))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def flush(self) -> dict[int, RoutingOutput]:
         """Finish everything that waits, and return `results`."""
@@ -164,9 +198,14 @@ class RoutingQueue:
 
     def _run_what_is_due(self, newest: int) -> None:
         """Run stages with a full batch, or with a row of ticket ``newest`` or older."""
+        self._settle()  # rows that an error has made useless need no expert
         for index, stage in enumerate(self._waiting, start=1):
             while stage and (stage[0].oldest <= newest or sum(map(len, stage)) >= self.batch_size):
                 self._run(index, self._take(stage))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Note what is finished, and drop submissions of which an error has lost some rows."""
         waiting = Counter(
             ticket for stage in self._waiting for r in stage for ticket in r.tickets.tolist()
         )
@@ -176,9 +215,13 @@ class RoutingQueue:
             elif submission.underway != waiting[ticket]:
                 # An error or an interruption came while some of its rows ran: they are lost.
                 del self._unfinished[ticket]
+        if waiting.keys() - self._unfinished.keys():
+            for index, stage in enumerate(self._waiting):
+                left = [rows.of_tickets(self._unfinished) for rows in stage]
+                self._waiting[index] = deque(rows for rows in left if rows is not None)
 
     def _take(self, stage: deque[_Waiting]) -> _Waiting:
-        """Take up to ``batch_size`` rows, the oldest first."""
+        """Take up to ``batch_size`` rows that can run together, the oldest first."""
         parts, missing = [], self.batch_size
         while stage and missing > 0:
             rows = stage.popleft()
@@ -188,9 +231,15 @@ class RoutingQueue:
                 rows = rows.select(order[:missing])
             parts.append(rows)
             missing -= len(rows)
-        return _Waiting.cat(parts)
+        joined, count = _Waiting.joined(parts)
+        stage.extendleft(reversed(parts[count:]))
+        return joined
 
     def _run(self, index: int, waiting: _Waiting) -> None:
+        with waiting.autocast.restored():
+            self._run_as_submitted(index, waiting)
+
+    def _run_as_submitted(self, index: int, waiting: _Waiting) -> None:
         further, mean, features = run_next(self.serve.stages, index, waiting.rows)
         check_predictions(mean, "the experts' logits")
         owners, counts = waiting.tickets.unique_consecutive(return_counts=True)
@@ -198,10 +247,9 @@ class RoutingQueue:
         for ticket, logits, places in zip(
             owners.tolist(), mean.split(sizes), waiting.places.split(sizes), strict=True
         ):
-            if ticket in self._unfinished:  # absent if others of its rows were lost
-                output = self._unfinished[ticket].output
-                output.logits.index_copy_(0, places, logits)
-                output.num_experts_used.index_fill_(0, places, index + 1)
+            output = self._unfinished[ticket].output
+            output.logits.index_copy_(0, places, logits)
+            output.num_experts_used.index_fill_(0, places, index + 1)
         self._send_on(index, replace(waiting, rows=further), mean, features)
 
     def _send_on(self, index: int, waiting: _Waiting, mean: Tensor, features: Tensor) -> None:
@@ -217,5 +265,4 @@ class RoutingQueue:
                 self._waiting[index].append(waiting if everything else waiting.select(staying))
         # Last: what is interrupted before leaves too many underway, and so no result.
         for ticket, count in Counter(settled.tolist()).items():
-            if ticket in self._unfinished:
-                self._unfinished[ticket].underway -= count
+            self._unfinished[ticket].underway -= count

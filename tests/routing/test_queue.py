@@ -277,6 +277,142 @@ def test_states_of_different_input_sizes_are_not_joined():
         TrunkState.cat(states)
 
 
+class Options(nn.Module):
+    """Takes a mask and a number beside the rows, and has values for all rows in its experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x, mask=None, depth=1, table=None):
+        h = self.a(x).relu()
+        if mask is not None:
+            h = h * mask[:, None]
+        for _ in range(depth):
+            h = self.b(h).relu()
+        return self.c(h if table is None else h + table)
+
+
+def mixed_calls():
+    x, mask, table = torch.randn(3, 8), torch.rand(3), torch.randn(12)
+    kinds = [
+        ((x,), {}), ((x, mask), {}), ((), {"x": x, "mask": mask}), ((x,), {"depth": 3}),
+        ((x,), {"table": table}), ((x,), {"table": table + 1}), ((x,), {}), ((x, mask), {}),
+    ]  # fmt: skip
+    return [kinds[index] for index in (0, 0, 1, 2, 3, 4, 5, 6, 7, 3, 0, 1, 1, 1, 5, 4)]
+
+
+@pytest.mark.parametrize(("batch_size", "max_wait"), [(4, 100), (50, 100), (7, 2), (1, 0)])
+def test_submissions_of_different_kinds_all_have_their_results(batch_size, max_wait):
+    torch.manual_seed(0)
+    example = {"x": torch.randn(2, 8), "mask": torch.rand(2)}
+    model = RIDEWrapper(Options(), 3, fork_at="b", example_input=example).eval()
+    serve = RoutingInference(model, ExpertRouter.for_model(model), 0.0)
+    queue = RoutingQueue(serve, batch_size=batch_size, max_wait=max_wait)
+    calls, results = mixed_calls(), {}
+    for ticket, (args, kwargs) in enumerate(calls):
+        assert queue.submit(*args, **kwargs) == ticket
+        results |= queue.results()
+        assert all(waiting > ticket - max_wait for waiting in queue._unfinished)
+    results |= queue.flush()
+    assert sorted(results) == list(range(len(calls)))
+    assert queue.num_waiting == 0
+    for ticket, (args, kwargs) in enumerate(calls):
+        expected = serve(*args, **kwargs)
+        torch.testing.assert_close(results[ticket].logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_image_sizes_wait_beside_each_other():
+    serve, sizes = serving(threshold=0.0), []
+    run = serve.model.run_expert
+
+    def counted(index, state):
+        sizes.append((index, state.batch_size))
+        return run(index, state)
+
+    serve.model.run_expert = counted
+    queue = RoutingQueue(serve, batch_size=64, max_wait=100)
+    inputs = [torch.randn(2, 3, size, size) for size in (8, 8, 8, 10, 10, 8)]
+    for x in inputs:
+        queue.submit(x)
+    results = queue.flush()
+    # As many as can run together do, from the first on.
+    assert [size for index, size in sizes if index == 1] == [6, 4, 2]
+    for ticket, x in enumerate(inputs):
+        torch.testing.assert_close(results[ticket].logits, serve(x), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_lost_submission_run_no_more():
+    serve = serving(threshold=0.0)
+    queue = RoutingQueue(serve, batch_size=4, max_wait=100)
+    first, second, third = batches([3, 3, 1])
+    queue.submit(first)
+    run = serve.model.run_expert
+
+    def failing(index, state):
+        raise RuntimeError("no memory")
+
+    serve.model.start = lambda x: (s := serve.model.run_trunk(x), *run(0, s))
+    serve.model.run_expert = failing
+    with pytest.raises(RuntimeError, match="no memory"):
+        queue.submit(second)  # three rows of the first and one of this are gone
+    sizes = []
+    serve.model.run_expert = lambda i, state: sizes.append(state.batch_size) or run(i, state)
+    assert queue.num_waiting == 2
+    ticket = queue.submit(third)
+    assert queue.num_waiting == 1
+    assert list(queue.flush()) == [ticket]
+    assert sizes == [1, 1]
+
+
+def test_what_was_finished_before_an_error_is_handed_out():
+    serve = serving(threshold=0.0)
+    queue = RoutingQueue(serve, batch_size=64, max_wait=1)
+    first, second = batches([3, 3])
+    kept, run = queue.submit(first), serve.model.run_expert
+    queue.submit(torch.randn(2, 3, 10, 10))  # of another kind: it runs by itself
+
+    def failing(index, state):
+        if state.batch_size == 2:
+            raise RuntimeError("no memory")
+        return run(index, state)
+
+    serve.model.run_expert = failing
+    with pytest.raises(RuntimeError, match="no memory"):
+        queue.submit(second)
+    assert list(queue.results() | queue.flush()) == [kept, 2]
+
+
+@pytest.mark.parametrize("outside", ["submit", "flush", "neither"])
+def test_inference_mode_may_hold_for_some_calls_only(outside):
+    queue = RoutingQueue(SERVE, batch_size=64, max_wait=100)
+    inputs = batches([3, 4])
+    for x in inputs:
+        with torch.inference_mode(outside != "submit"):
+            queue.submit(x if outside == "submit" else x.clone())
+    with torch.inference_mode(outside != "flush"):
+        results = queue.flush()
+    for ticket, x in enumerate(inputs):
+        assert_equal_row_by_row(results[ticket], SERVE, x)
+        assert not results[ticket].logits.is_inference()
+        results[ticket].logits.add_(1)
+
+
+def test_every_submission_runs_under_the_autocast_of_its_own():
+    queue, inputs = RoutingQueue(SERVE, batch_size=64, max_wait=100), batches([3, 4, 3, 2])
+    modes = [True, False, False, True]
+    expected = []
+    for x, mode in zip(inputs, modes, strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode):
+            queue.submit(x)
+            expected.append(SERVE(x, return_routing=True))
+    results = queue.flush()
+    for ticket, (logits, used) in enumerate(expected):
+        assert results[ticket].logits.dtype == logits.dtype
+        assert torch.equal(results[ticket].num_experts_used, used)
+        torch.testing.assert_close(results[ticket].logits, logits, rtol=2e-2, atol=2e-2)
+
+
 def test_what_the_model_returned_is_not_written_into():
     serve, returned = serving(threshold=0.0), []
     run = serve.model.run_first if hasattr(serve.model, "run_first") else serve.model.start
