@@ -14,7 +14,7 @@ from ride_plugin._checks import Numbers, as_cpu_tensor, check_instance, refuse
 from ride_plugin._contexts import evaluating_any
 from ride_plugin._errors import ArgumentError
 from ride_plugin._flops import counted
-from ride_plugin._inputs import as_inputs, rows_of_example, taken_by_model
+from ride_plugin._inputs import as_inputs, at_least_one_row, taken_by_model
 from ride_plugin._output import RouterInputs
 from ride_plugin._tree import map_tensors
 
@@ -162,7 +162,8 @@ def cost_report(
     Args:
         model: a ``RIDEWrapper``.
         example_input: a batch (a tensor, a tuple of arguments, a dict of keyword arguments); by
-            default ``model.example_input()``. FLOPs are divided by its number of rows.
+            default ``model.example_input()``. FLOPs are divided by the number of rows of the
+            logits, whichever argument has as many.
         router: counted as well if given.
         shares: E numbers, share of rows that used 1, 2, ... E experts; they sum to one.
         backbone: the plain network to compare with.
@@ -197,12 +198,12 @@ def cost_report(
         check_instance(backbone, "backbone", nn.Module, "a torch.nn.Module")
     checked = None if shares is None else check_shares(shares, model.num_experts)
     args, kwargs = model.example_input() if example_input is None else as_inputs(example_input)
-    rows = rows_of_example((args, kwargs))
     with model.evaluating(), evaluating_any(router), torch.no_grad():
         # Not counted: a path that the model has not seen is learned here, by passes of its own.
         with taken_by_model(example_input):
             state = model.run_trunk(*args, **kwargs)
-        everything, _ = counted(model, model.router_inputs, *args, **kwargs)
+        everything, (of_all, _) = counted(model, model.router_inputs, *args, **kwargs)
+        rows = at_least_one_row(len(of_all))  # another argument may come before the batch
         expert_flops, gate_flops = [], []
         for index in range(model.num_experts):
             flops, (logits, features) = counted(model, model.run_expert, index, state)

@@ -75,7 +75,11 @@ def batch_size_of(inputs: Inputs) -> int:
 
 def rows_of_example(inputs: Inputs) -> int:
     """Batch size of an example, which has at least one row."""
-    rows = batch_size_of(inputs)
+    return at_least_one_row(batch_size_of(inputs))
+
+
+def at_least_one_row(rows: int) -> int:
+    """Return the number of rows of an example, which is no empty batch."""
     if rows < 1:
         raise ArgumentError(
             "Expected argument `example_input` to hold at least one row, but got an empty batch."

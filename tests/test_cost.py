@@ -209,3 +209,28 @@ def test_a_router_that_is_no_module_is_counted() -> None:
     report = cost_report(small_model(), router=Plain())  # type: ignore[arg-type]
     assert report.gate_flops == (2 * 5,) * 2
     assert report.router_parameters == 0
+
+
+class Placed(nn.Module):
+    """Adds one position, for all rows, to each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return self.head(self.late((self.early(x) + position).relu()).relu())
+
+
+def test_flops_are_divided_by_the_rows_of_the_logits_whatever_comes_first() -> None:
+    x, position = torch.randn(10, 8), torch.randn(1, 16)
+    example = {"x": x[:2], "position": position}
+    model = RIDEWrapper(Placed(), 3, fork_at="late", example_input=example).eval()
+    backbone = Placed()
+    for given in ({"x": x, "position": position}, {"position": position, "x": x}):
+        report = cost_report(model, example_input=given, backbone=backbone)
+        assert report.trunk_flops == 2 * 8 * 16
+        assert report.expert_flops == (2 * 16 * 16 + 2 * 16 * 5,) * 3
+        assert report.backbone_flops == report.trunk_flops + report.expert_flops[0]
+    with pytest.raises(ArgumentError, match="at least one row"):
+        cost_report(model, example_input={"x": x[:0], "position": position})

@@ -144,8 +144,20 @@ def rows_going_on(stages: Stages, index: int, mean: Tensor, features: Tensor) ->
 
 
 def run_first(stages: Stages, *args: Any, **kwargs: Any) -> tuple[Underway, Tensor, Tensor]:
-    """Run trunk and expert 0 on a batch; returns what `run_next` does."""
+    """Run trunk and expert 0 on a batch; returns what `run_next` does.
+
+    Raises:
+        ArgumentError: the batch size of the trunk's result is not the number of logits.
+    """
     state, logits, features = stages.start(*args, **kwargs)
+    if state.batch_size != len(logits):
+        raise ArgumentError(
+            "Expected the first tensor of the inputs to hold the batch, a row for each sample, but "
+            f"it has {state.batch_size} and the logits have {len(logits)}. Where an argument that "
+            "is for all rows comes first, wrap the backbone with a dict of keyword arguments in "
+            "which the batch is first, `example_input={'x': x, 'position': position}`, and call "
+            "by keyword, in any order."
+        )
     return Underway(state, float32_or_better(logits)), logits, features
 
 

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ride_plugin import ArgumentError, ExpertRouter, RoutingInference
+from ride_plugin import (
+    ArgumentError,
+    ConfidenceRouter,
+    ExpertRouter,
+    RIDEWrapper,
+    RoutingInference,
+)
 from ride_plugin.functional import running_means
 from ride_plugin.routing import RoutingQueue, StagedRunner
 from ride_plugin.routing._exit import exceeds
@@ -292,3 +298,30 @@ def test_threshold_zero_gives_the_bits_of_the_model_itself(dtype, num_experts):
         assert output.num_experts_used.tolist() == [num_experts] * len(x)
         assert output.logits.dtype == dtype
         assert torch.equal(output.logits, expected)
+
+
+class PlacedFirst(torch.nn.Module):
+    """Adds one position, for all rows, to each of them; it is the first argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late = torch.nn.Linear(8, 16), torch.nn.Linear(16, 16)
+        self.head = torch.nn.Linear(16, 5)
+
+    def forward(self, position, x):
+        return self.head(self.late((self.early(x) + position).relu()).relu())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_first_tensor_without_the_batch_is_refused_with_the_way_round(rows):
+    x, position = torch.randn(10, 8), torch.randn(1, 16)
+    model = RIDEWrapper(PlacedFirst(), 2, fork_at="late", example_input=(position, x[:rows])).eval()
+    serve = RoutingInference(model, ConfidenceRouter(), 0.3)
+    for call in (serve, RoutingQueue(serve).submit):
+        with pytest.raises(ArgumentError, match="it has 1 and the logits have 10"):
+            call(position, x)
+
+    named = {"x": x[:2], "position": position}
+    model = RIDEWrapper(PlacedFirst(), 2, fork_at="late", example_input=named).eval()
+    serve = RoutingInference(model, ConfidenceRouter(), 0.3)
+    torch.testing.assert_close(serve(position=position, x=x), serve.dense(position=position, x=x))

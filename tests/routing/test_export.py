@@ -147,6 +147,28 @@ def test_a_missing_stage_and_a_foreign_model_are_refused():
         RoutingInference(model, ExpertRouter.for_model(model)).export_stages()
 
 
+class Placed(nn.Module):
+    """Adds one position, for all rows, to each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x, position):
+        return self.head(self.late((self.early(x) + position).relu()).relu())
+
+
+def test_keyword_arguments_may_be_in_another_order_than_in_the_models_example():
+    x, position = torch.randn(10, 8), torch.randn(1, 16)
+    example = {"x": x[:2], "position": position}
+    model = RIDEWrapper(Placed(), 2, fork_at="late", example_input=example)
+    serve = RoutingInference(model, ExpertRouter.for_model(model), 0.0)
+    runner = StagedRunner(serve.export_stages({"position": position, "x": x}))
+    expected = serve(x, position)
+    torch.testing.assert_close(runner(position=position, x=x), expected)
+    torch.testing.assert_close(runner(x=x, position=position), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_in_another_precision_is_exported(dtype):
     torch.manual_seed(0)
