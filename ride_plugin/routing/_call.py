@@ -42,8 +42,8 @@ def describe_call(forward: Callable[..., Any], inputs: Inputs) -> Call:
     given = _by_name(names, *inputs)
     return {
         "names": names,
-        "given": {name: _describe(value) for name, value in given.items()},
-        "defaults": {name: _describe(value) for name, value in plain.items()},
+        "given": {name: describe(value) for name, value in given.items()},
+        "defaults": {name: describe(value) for name, value in plain.items()},
     }
 
 
@@ -69,7 +69,7 @@ def tensors_of_call(call: Call | None, inputs: Inputs) -> list[Tensor]:
     if call is None:
         return list(tensors_in(inputs))
     given = _by_name(call["names"], *inputs)
-    found = {name: _describe(value) for name, value in given.items()}
+    found = {name: describe(value) for name, value in given.items()}
     if call["defaults"] | found != call["defaults"] | call["given"]:
         raise ArgumentError(
             f"Expected a call as the exported one, with {_shown(call['given'])}, but got "
@@ -89,7 +89,7 @@ def _by_name(
     return dict(zip(own, args, strict=False)) | dict(kwargs)
 
 
-def _describe(value: Any) -> Any:
+def describe(value: Any) -> Any:
     """What a value is, as JSON; two values with one description are taken for the same."""
     if isinstance(value, Tensor):
         return _TENSOR
@@ -100,10 +100,10 @@ def _describe(value: Any) -> Any:
     ):
         return value
     if isinstance(value, Sequence | deque) and not isinstance(value, str | bytes):
-        return [_describe(item) for item in value]
+        return [describe(item) for item in value]
     items = _items(value)
     if items is not None:
-        return {key: _describe(item) for key, item in items.items()}
+        return {key: describe(item) for key, item in items.items()}
     return f"= {re.sub(' at 0x[0-9a-f]+', '', repr(value))}"  # an address says nothing of a value
 
 

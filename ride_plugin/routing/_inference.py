@@ -218,8 +218,9 @@ class RoutingInference(nn.Module):
                 device. Use data that training has not seen, distributed as those to be served.
             max_experts: largest mean number of experts for each row, from 1; the most accurate
                 threshold within it is chosen.
-            max_flops: the same as FLOPs for each row, as `cost_report` counts them for its shape:
-                a longer sequence costs more.
+            max_flops: the same as FLOPs for each row, as `cost_report` counts them for its shape
+                and the other arguments: a longer sequence costs more. A stored state of the trunk
+                costs what its batch does, with the trunk.
             max_accuracy_drop: largest loss of top-1 accuracy against all experts, for example
                 0.005; the cheapest threshold within it is chosen.
             progress: called after each batch with its number of samples, for example

@@ -15,8 +15,10 @@ from ride_plugin._distributed import of_all_ranks
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import Inputs, as_inputs
 from ride_plugin._numerics import float32_or_better
+from ride_plugin._split import TrunkState
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin.functional import running_means
+from ride_plugin.routing._call import describe
 from ride_plugin.routing._exit import RoutedStages, gate_logits
 from ride_plugin.routing._protocols import Router
 
@@ -103,11 +105,15 @@ def _of_batch(
 
 
 class _Costs:
-    """FLOPs of rows, counted once for each shape that a row has: sequences differ in length."""
+    """FLOPs of rows, counted once for each kind of call.
+
+    That is the shape of a row, since sequences differ in length, and all that is no tensor: a
+    number may say how often a layer runs.
+    """
 
     def __init__(self, routed: RoutedStages) -> None:
         self.routed = routed
-        self.known: dict[tuple[torch.Size, ...], CostReport] = {}
+        self.known: dict[tuple[str, tuple[torch.Size, ...]], CostReport] = {}
 
     def of_rows(self, inputs: Inputs, rows: int) -> tuple[Tensor, Tensor]:
         """FLOPs ``[rows, E]`` of using 1, 2, ... E experts, without and with the router's gates."""
@@ -115,16 +121,39 @@ class _Costs:
             tensor.shape[1:] if tensor.shape[:1] == (rows,) else tensor.shape
             for tensor in tensors_in(inputs)
         )
-        if shapes not in self.known:
+        kind = (str(describe(inputs)), shapes)
+        if kind not in self.known:
             router = cast("nn.Module", self.routed.router)
-            self.known[shapes] = cost_report(self.routed.model, example_input=inputs, router=router)
-        report = self.known[shapes]
+            example = _with_trunk(inputs)
+            self.known[kind] = cost_report(self.routed.model, example_input=example, router=router)
+        report = self.known[kind]
         alone = [report.trunk_flops + experts for experts in accumulate(report.expert_flops)]
         free, routed = (
             torch.tensor(flops, dtype=torch.int64, device="cpu").expand(rows, -1)
             for flops in (alone, report.flops_by_experts)
         )
         return free, routed
+
+
+def _with_trunk(inputs: Inputs) -> Inputs:
+    """Inputs on which the trunk runs: for a state that it once computed, those of that time.
+
+    What no expert reads is no longer there; ones of the same shape stand for it.
+    """
+    args, _ = inputs
+    if len(args) != 1 or not isinstance(args[0], TrunkState):
+        return inputs
+    state = args[0]
+    given: Inputs = state.values[0]
+    if not state.hollow or state.layout is None:
+        return given
+    kept = iter(state.layout.live[0])
+
+    def there(tensor: Tensor) -> Tensor:
+        return tensor if next(kept) else tensor.new_ones(()).expand(tensor.shape).clone()
+
+    filled: Inputs = map_tensors(there, given)
+    return filled
 
 
 def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:

@@ -418,3 +418,58 @@ def test_the_cost_of_a_shape_is_counted_once():
     loader = [(torch.randn(5 + k, 3, s, s), torch.arange(5 + k) % 5) for k, s in enumerate(sizes)]
     serve.calibrate(loader, max_experts=2.0)
     assert model.trunk_runs - before == len(loader) + 2 * len(set(sizes))
+
+
+class Deep(torch.nn.Module):
+    """Runs its expert's layer as often as it is told, by a number or by a list with one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.late = torch.nn.Linear(6, 8), torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, x, depth):
+        x = self.stem(x).relu()
+        for _ in range(depth if isinstance(depth, int) else depth[0]):
+            x = self.late(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kind", [int, lambda depth: [depth]], ids=["number", "list"])
+def test_calls_of_one_shape_with_other_arguments_cost_what_each_costs(kind):
+    x, y = torch.randn(10, 6), torch.arange(10) % 5
+    model = RIDEWrapper(Deep(), 3, fork_at="late", example_input=(x[:2], kind(1))).eval()
+    serve = RoutingInference(model, ConfidenceRouter())
+    loader = [({"x": x, "depth": kind(depth)}, y) for depth in (1, 3)]
+    costs = [cost_report(model, example_input=given).flops for given, _ in loader]
+    assert costs == [2 * 6 * 8 + 3 * 2 * (8 * 8 * depth + 8 * 5) for depth in (1, 3)]
+    for pairs in (loader, loader[::-1]):
+        curve = serve.calibrate(pairs, max_experts=3.0).curve
+        assert float(curve.flops[0]) == sum(costs) / 2
+
+
+class Words(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.stem = torch.nn.Embedding(7, 6), torch.nn.Linear(6, 8)
+        self.late, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 5)
+
+    def forward(self, ids):
+        return self.head(self.late(self.stem(self.words(ids)).relu()).relu().mean(1))
+
+
+@pytest.mark.parametrize("backbone", [Sequences, Words])
+def test_a_stored_state_costs_what_its_batch_does(backbone):
+    x = torch.randn(12, 4, 6) if backbone is Sequences else torch.randint(7, (12, 4))
+    y = torch.arange(12) % 5
+    model = RIDEWrapper(backbone(), 3, fork_at="late", example_input=x[:2]).eval()
+    serve = RoutingInference(model, ExpertRouter.for_model(model))
+    with torch.no_grad():
+        state = model.run_trunk(x)
+    expected = serve.calibrate([(x, y)], max_experts=2.0).curve
+    whole = serve.calibrate([(state, y)], max_experts=2.0).curve
+    parts = torch.arange(12).split(5)
+    split = serve.calibrate([(state.select(rows), y[rows]) for rows in parts], max_experts=2.0)
+    for curve in (whole, split.curve):
+        torch.testing.assert_close(curve.flops, expected.flops)
+        torch.testing.assert_close(curve.relative_flops, expected.relative_flops)
