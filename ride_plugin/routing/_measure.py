@@ -58,7 +58,9 @@ def measure(
     costs = _Costs(routed)
     batches: list[Measured] = []
     for batch in loader:
-        inputs, target = _unpack(batch, routed.threshold_logits.device)
+        # The model may have been moved, and the thresholds, which lie elsewhere, not.
+        device = next(routed.model.parameters(), routed.threshold_logits).device
+        inputs, target = _unpack(batch, device)
         with routed.evaluating():
             found = _of_batch(routed, baselines, as_inputs(inputs), target, costs)
         if found is None:
@@ -84,12 +86,13 @@ def _of_batch(
     target: Tensor,
     costs: _Costs,
 ) -> Measured | None:
-    """What one batch says; None if it is empty."""
+    """What one batch says; None if it is empty. The target is on the CPU, where it is checked."""
     model = routed.model
     logits, features = model.router_inputs(*inputs[0], **inputs[1])
     target = check_target(target, len(logits), logits.shape[2], soft=False)
     check_classes(target, "target", logits.shape[2])
-    check_predictions(logits, "the experts' logits")
+    # Results come to the CPU here, so on an accelerator as well nothing more is waited for.
+    check_predictions(logits.amax(dim=2, keepdim=True).cpu(), "the experts' logits")
     if len(target) == 0:
         return None
     means = running_means(logits)  # the bits that inference gives, so the curve is what it does
@@ -100,8 +103,8 @@ def _of_batch(
             for index in range(model.num_experts - 1)
         ]
         gates[kind] = float32_or_better(torch.stack(columns, dim=1)).cpu()
-    right = (means.argmax(dim=2) == target[:, None]).cpu()
-    return Measured(gates, right, target.cpu(), *costs.of_rows(inputs, len(target)))
+    right = means.argmax(dim=2).cpu() == target[:, None]
+    return Measured(gates, right, target, *costs.of_rows(inputs, len(target)))
 
 
 class _Costs:
@@ -172,4 +175,4 @@ def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
             f"positional or a dict of keyword arguments, but got x of {type(inputs).__name__}."
         )
     moved: Any = map_tensors(lambda tensor: tensor.to(device), inputs)
-    return moved, target.to(device)
+    return moved, target.cpu()

@@ -13,6 +13,7 @@ from ride_plugin import (
     ExpertRouter,
     RIDEWrapper,
     RoutingInference,
+    _checks,
     cost_report,
 )
 from ride_plugin.routing import LongTailedCalibrationWarning
@@ -473,3 +474,42 @@ def test_a_stored_state_costs_what_its_batch_does(backbone):
     for curve in (whole, split.curve):
         torch.testing.assert_close(curve.flops, expected.flops)
         torch.testing.assert_close(curve.relative_flops, expected.relative_flops)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """As with a model on an accelerator: only what was brought to the CPU may be read."""
+    copied, cpu = [], torch.Tensor.cpu
+
+    def brought(tensor):
+        copied.append(cpu(tensor))
+        return copied[-1]
+
+    monkeypatch.setattr(torch.Tensor, "cpu", brought)
+    monkeypatch.setattr(_checks, "may_read", lambda tensor: any(tensor is t for t in copied))
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "message"),
+    [(-1, 0.0, "from -1 to"), (5, 0.0, "to 5"), (0, math.nan, "NaN and"), (0, math.inf, "NaN and")],
+)
+@pytest.mark.usefixtures("elsewhere")
+def test_labels_and_logits_are_looked_at_wherever_the_model_is(label, value, message):
+    model = small_model()
+    x, y = torch.randn(10, 3, 8, 8), torch.arange(10) % 5
+    y[3] = label
+    with torch.no_grad():
+        model.experts[2].fc.bias[1] += value
+    serve = RoutingInference(model, ConfidenceRouter())
+    with pytest.raises(ArgumentError, match=message):
+        serve.calibrate([(x, y)], max_experts=2.0)
+
+
+def test_batches_go_to_where_the_model_is():
+    serve = RoutingInference(small_model(), ConfidenceRouter())
+    serve.model.to("meta")
+    seen = []
+    serve.model.router_inputs = lambda x: seen.append(x.device) or 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        serve.calibrate([(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())], max_experts=2.0)
+    assert seen == [torch.device("meta")]
