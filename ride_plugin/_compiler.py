@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from ride_plugin._errors import ArgumentError, VersionError
 
@@ -11,6 +14,21 @@ COMPILES_FROM, EXPORTS_FROM = (2, 10), (2, 13)
 
 _HERE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 COMPILES, EXPORTS = _HERE >= COMPILES_FROM, _HERE >= EXPORTS_FROM
+
+
+COMPILED = "_orig_mod"  # where torch.compile keeps the module
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile`` returned; by name, as importing it takes long."""
+    return type(module).__name__ == "OptimizedModule" and COMPILED in module._modules
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that ``torch.compile`` was given; whatever is not compiled, as it is."""
+    if isinstance(module, nn.Module) and is_compiled(module):
+        return module._modules[COMPILED]
+    return module
 
 
 def check_exports(what: str) -> None:

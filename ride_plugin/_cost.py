@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._checks import Numbers, as_cpu_tensor, check_instance, refuse
+from ride_plugin._compiler import uncompiled
 from ride_plugin._contexts import evaluating_any
 from ride_plugin._errors import ArgumentError
 from ride_plugin._flops import counted
@@ -160,7 +161,7 @@ def cost_report(
     Nothing is trained or changed, and BatchNorm statistics stay as they are.
 
     Args:
-        model: a ``RIDEWrapper``.
+        model: a ``RIDEWrapper``; one from ``torch.compile`` is counted as it was before.
         example_input: a batch (a tensor, a tuple of arguments, a dict of keyword arguments); by
             default ``model.example_input()``. FLOPs are divided by the number of rows of the
             logits, whichever argument has as many.
@@ -186,6 +187,7 @@ def cost_report(
         routed (0.50, 0.50)                     0.504        1.07
         plain backbone            235,146       0.470        1.00
     """
+    model = uncompiled(model)
     missing = [name for name in ("run_trunk", "run_expert", "experts") if not hasattr(model, name)]
     if missing:
         raise ArgumentError(
@@ -244,6 +246,7 @@ def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
         >>> count_flops(nn.Linear(10, 5), torch.zeros(1, 10))
         100
     """
+    module = uncompiled(module)
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False

@@ -234,3 +234,13 @@ def test_flops_are_divided_by_the_rows_of_the_logits_whatever_comes_first() -> N
         assert report.backbone_flops == report.trunk_flops + report.expert_flops[0]
     with pytest.raises(ArgumentError, match="at least one row"):
         cost_report(model, example_input={"x": x[:0], "position": position})
+
+
+def test_a_compiled_model_is_counted_as_it_was_before() -> None:
+    model = RIDEWrapper(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)), 2, fork_at="2")
+    backbone = nn.Linear(6, 5)
+    compiled, compiled_backbone = (torch.compile(m, backend="eager") for m in (model, backbone))
+    report = cost_report(compiled, backbone=compiled_backbone)
+    assert report == cost_report(model, backbone=backbone)
+    assert report.trunk_parameters == 6 * 8 + 8
+    assert count_flops(compiled, torch.zeros(1, 6)) == report.flops

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from ride_plugin._compiler import COMPILED, is_compiled
 from ride_plugin._errors import SplitError, warn_caller
 from ride_plugin._split._copies import COMPILED_CALL, copy_with_hooks, detached_activations
 from ride_plugin._split._references import hook_owners, refuse_captured
@@ -17,7 +18,6 @@ from ride_plugin._split._settings import as_they_are, contents_in, settings_at
 from ride_plugin._split._stand_ins import Forked, Recorded
 from ride_plugin._split._tape import NoHandle
 
-_COMPILED = "_orig_mod"  # where torch.compile keeps the module
 _PARALLEL = frozenset(
     {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
     | {"DeepSpeedEngine", "_FabricModule"}
@@ -91,7 +91,7 @@ def source_of(backbone: nn.Module) -> nn.Module:
     memo: dict[int, Any] = detached_activations(backbone) | as_they_are(settings)
     compiled = [module for module in backbone.modules() if is_compiled(module)]
     for module in reversed(compiled):  # from inside to outside
-        memo[id(module)] = copy.deepcopy(module.get_submodule(_COMPILED), memo)
+        memo[id(module)] = copy.deepcopy(module.get_submodule(COMPILED), memo)
     if compiled or any(vars(module).get(COMPILED_CALL) for module in backbone.modules()):
         warn_caller(
             "The backbone, or a part of it, is compiled. The experts are made of what was there "
@@ -140,8 +140,3 @@ def _without_handles(value: Any) -> Any:
     if type(value) is dict and any(isinstance(entry, RemovableHandle) for entry in value.values()):
         return {key: _without_handles(entry) for key, entry in value.items()}
     return value
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what ``torch.compile`` returned; by name, as importing it takes long."""
-    return type(module).__name__ == "OptimizedModule" and _COMPILED in module._modules

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from typing_extensions import Self
 
 from ride_plugin._checks import as_cpu_tensor, refuse
+from ride_plugin._compiler import uncompiled
 from ride_plugin._errors import ArgumentError
 from ride_plugin.routing._exit import RoutedStages, RoutingOutput, run_everything, walk
 from ride_plugin.routing._export import export_stages
@@ -35,7 +36,8 @@ class RoutingInference(nn.Module):
     when the model is cast to half precision.
 
     Args:
-        model: a ``RIDEWrapper`` with at least two experts.
+        model: a ``RIDEWrapper`` with at least two experts. One from ``torch.compile`` is served as
+            it was before; compile `dense`, or export the stages.
         router: an ``ExpertRouter``, a ``ConfidenceRouter``, or any module or other object with such
             a ``gate``.
         threshold: one probability for all gates, or one for each (E-1 of them), from 0 to 1.
@@ -62,6 +64,7 @@ class RoutingInference(nn.Module):
         self, model: nn.Module, router: nn.Module, threshold: float | Sequence[float] = 0.5
     ) -> None:
         super().__init__()
+        model = uncompiled(model)
         _check_fit(model, router)
         self.model = model
         self.router = router

@@ -457,3 +457,10 @@ def test_repr_tells_a_threshold_close_to_one_from_one():
     assert shown[0] == pytest.approx(1 - 1e-9, abs=1e-14)
     assert shown[0] < 1
     assert shown[1] == pytest.approx(1e-9, rel=1e-5)
+
+
+def test_a_compiled_model_is_served_as_it_was_before():
+    model = RIDEWrapper(conv_backbone(), 2)
+    serve = RoutingInference(torch.compile(model, backend="eager"), ConfidenceRouter())
+    assert serve.model is model
+    assert not any("_orig_mod" in name for name in serve.state_dict())
