@@ -36,6 +36,7 @@ _PREDICTIONS = """\
 The file holds arrays as numpy.savez writes them: `target` [N], `class_counts` [C], and one of
 `expert_logits` [N, E, C], `logits` [N, C] or `predictions` [N]; beside it `num_experts_used` [N]
 if the model was routed."""
+_OF_ANY_MODEL = 3  # lines of an analysis: head, accuracy and calibration error; experts follow
 _KINDS = ("expert_logits", "logits", "predictions")
 _OPTIONS = {  # what the library's errors call them, and what the command line does
     "`num_experts`": "--num-experts",
@@ -45,6 +46,14 @@ _OPTIONS = {  # what the library's errors call them, and what the command line d
     "`fork_at`": "--fork-at",
     "`example_input`": "--input",
 }
+_GIVEN = (
+    "--input gives the sizes of one sample and makes random floating-point numbers of them. Leave "
+    "it out for a network that takes others, such as token ids, whose input is guessed."
+)
+_GUESSED = (
+    "Here --input can only be the sizes of one sample of floating-point numbers, such as "
+    "3,224,224. A network that takes something else is wrapped in a script, with `example_input=`."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         text, values = options.run(options)
     except (RIDEError, OSError) as error:
-        message = re.sub(r"`\w+`", lambda name: _OPTIONS.get(name[0], name[0]), str(error))
+        message = re.sub(
+            r"(`\w+)=?`", lambda name: _OPTIONS.get(f"{name[1]}`", name[0]), str(error)
+        )
+        if "--input" in message:
+            message += f" ({_GIVEN if options.input else _GUESSED})"
         print(f"python -m ride_plugin {options.command}: {message}", file=sys.stderr)
         return 2
     try:
@@ -195,12 +208,14 @@ def _report(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         report = shot_report(arrays["predictions"], target, class_counts, **cuts)
         text = str(report)
     else:
-        if logits is None:  # of the experts used: as those of one expert
+        if logits is None:  # as those of one expert, whatever number of experts they came from
             of_one = check_floating(arrays["logits"], "logits", "N", "C")[:, None]
             found = analyze(of_one, target, class_counts, **cuts)
+            text = "\n".join(str(found).splitlines()[:_OF_ANY_MODEL])
         else:
             found = analyze(logits, target, class_counts, num_experts_used=used, **cuts)
-        report, text = found.report, str(found)
+            text = str(found)
+        report = found.report
         values["calibration_error"] = vars(found.calibration_error)
     if used is not None:
         largest = int(as_labels(used, "num_experts_used").max())

@@ -24,6 +24,24 @@ def any_size() -> nn.Module:
     return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
 
 
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.late, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.late(self.words(ids)).relu().mean(1))
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.head = nn.Linear(3, 6), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("broken")
+
+
 def values_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     assert main([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
@@ -119,6 +137,10 @@ def test_report_shows_how_many_experts_a_routed_model_used(capsys, tmp_path, arr
     assert main(["report", str(file), *cuts]) == 0
     printed = capsys.readouterr().out
     assert printed.endswith(f"\n\n{shares}\n")
+    assert "expert 0" not in printed
+    assert printed.count("experts used") == str(shares).count("experts used")
+    assert "top-1" in printed
+    assert ("calibration error" in printed) == (name == "logits")
     alone = {key: value for key, value in arrays.items() if key != "num_experts_used"}
     np.savez(file, **alone, **{name: logits if name == "logits" else logits.argmax(1)})
     assert main(["report", str(file), *cuts]) == 0
@@ -157,6 +179,10 @@ def test_predictions_of_two_kinds_are_refused(capsys, tmp_path, arrays, more):
         (["plan", CONVNET, "--expert-width", "2"], "argument --expert-width to be"),
         (["plan", CONVNET, "--budget", "0"], "argument --budget"),
         (["inspect", CONVNET, "--input", "7,8,8"], "does not run on --input"),
+        (["inspect", "tests.test_command_line:Words", "--input", "16"], "Leave it out for a"),
+        (["inspect", "tests.test_command_line:Broken"], "accepts. The most plausible attempt"),
+        (["inspect", "tests.test_command_line:Broken"], "Pass --input: a batch"),
+        (["inspect", "tests.test_command_line:Broken"], "is wrapped in a script"),
         (["report", "nowhere.npz"], "No such file"),
         (
             ["report", "README.md"],
