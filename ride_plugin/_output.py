@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import refuse, version_of
+from ride_plugin._checks import may_read, refuse, version_of
 from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin.functional import mean_logits
 
 _ATTRIBUTE = "_ride_expert_logits"
-_VERSION = "_ride_version"
+_OWNER = "_ride_owner"  # whose they are: the tensor's id, and its version at that time
 
 Pair = TypeVar("Pair", bound="type[tuple[Any, ...]]")
 
@@ -135,7 +135,9 @@ def joined(each: Sequence[Tensor]) -> ExpertOutput:
 def attach_expert_logits(logits: Tensor, experts: Tensor) -> Tensor:
     """Let ``logits`` ``[B, C]`` carry ``experts`` ``[B, E, C]``; returns ``logits`` itself."""
     setattr(logits, _ATTRIBUTE, experts)
-    setattr(logits, _VERSION, version_of(logits))
+    # A compiler knows no ids.
+    owner = None if torch.compiler.is_compiling() else (id(logits), version_of(logits))
+    setattr(logits, _OWNER, owner)
     return logits
 
 
@@ -149,12 +151,15 @@ def expert_logits(output: Output) -> Tensor:
             ``[B, E, C]`` are an :class:`ExpertOutput`, ``[B, E, C]`` and ``[B, E, D]`` are
             :class:`RouterInputs`.
 
+    The experts' logits travel with ``copy.deepcopy``, pickle and ``torch.save`` too. Of such a copy
+    the values tell whether it was changed, which needs a look at them: on the CPU only.
+
     Returns:
         ``[B, E, C]``, same dtype and device, with its gradient history.
 
     Raises:
-        MissingExpertLogitsError: ``output`` is a bare ``[B, C]`` tensor, or was changed in place
-            since the model returned it.
+        MissingExpertLogitsError: ``output`` is a bare ``[B, C]`` tensor, was changed in place
+            since the model returned it, or is a copy on an accelerator.
         ArgumentError: ``output`` is none of the accepted forms.
 
     Example:
@@ -216,15 +221,34 @@ def _carried(output: Tensor) -> Tensor | None:
             "`criterion(expert_logits(output)[:n], target)` for its first n rows. The output of "
             "RoutingInference never has them."
         )
-    version, now = getattr(output, _VERSION, None), version_of(output)
-    if version is not None and now is not None and version != now:
+    owner = getattr(output, _OWNER, None)
+    if owner is not None and not torch.compiler.is_compiling():
+        _check_unchanged(output, experts, *owner)
+    return experts
+
+
+def _check_unchanged(output: Tensor, experts: Tensor, owner: int, version: int | None) -> None:
+    """Raise unless the experts' logits that a tensor carries are those of its values."""
+    if owner == id(output):
+        now = version_of(output)
+        same = version is None or now is None or version == now
+    elif may_read(output):  # the count of changes is no copy's own, but its values are
+        mean, near = mean_logits(experts.detach()), 4 * torch.finfo(experts.dtype).eps
+        same = torch.allclose(mean, output.detach(), rtol=near, atol=near, equal_nan=True)
+    else:
+        raise MissingExpertLogitsError(
+            "Read the experts' logits before the output is copied, `experts = "
+            "expert_logits(output)`, and pass these. Expected argument `output` to be the tensor "
+            f"that the model returned, but got a copy of it on {output.device}, where looking "
+            "whether it was changed would stall the device."
+        )
+    if not same:
         raise MissingExpertLogitsError(
             "Change the experts' logits instead of the output: `expert_logits(output) + ...`, or "
             "work on a copy. Expected argument `output` to be as the model returned it, but it was "
             "changed in place since (`+=`, `mul_`, item assignment), so the experts' logits [B, E, "
             f"C] that it carries no longer belong to its values {list(output.shape)}."
         )
-    return experts
 
 
 def _of_pair(first: object, second: object) -> Tensor | None:

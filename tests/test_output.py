@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -101,6 +102,41 @@ def test_a_change_in_place_is_seen(change: Callable[[Tensor], object]) -> None:
             change(out)
             with pytest.raises(MissingExpertLogitsError, match="changed in place"):
                 expert_logits(out)
+
+
+def saved(output: Tensor) -> Any:
+    file = io.BytesIO()
+    torch.save(output, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+COPIES = [copy.copy, copy.deepcopy, saved, lambda output: pickle.loads(pickle.dumps(output))]
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "saved", "pickled"])
+def test_a_copy_carries_the_experts_until_it_is_changed(
+    copied: Callable[[Tensor], Tensor], inference: bool
+) -> None:
+    model = wrapped()
+    with torch.inference_mode(inference), torch.no_grad():
+        output = model(torch.randn(4, 6))
+    other = copied(output)
+    assert torch.equal(expert_logits(other), expert_logits(output))
+    for _ in range(4):  # one of the counts is that of the original
+        with torch.inference_mode(inference):
+            other.add_(1)
+        with pytest.raises(MissingExpertLogitsError, match="changed in place"):
+            expert_logits(other)
+
+
+def test_a_copy_whose_values_cannot_be_read_is_refused() -> None:
+    with torch.no_grad():
+        output = wrapped().to("meta")(torch.randn(4, 6, device="meta"))
+    assert expert_logits(output).shape == (4, 3, 5)
+    with pytest.raises(MissingExpertLogitsError, match="before the output is copied"):
+        expert_logits(copy.deepcopy(output))
 
 
 def test_inference_mode_has_no_versions_and_works() -> None:
