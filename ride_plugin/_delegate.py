@@ -8,8 +8,6 @@ the meaning for trunk and experts is known; the others are refused with the way 
 
 from __future__ import annotations
 
-import dis
-import os
 import re
 from dataclasses import dataclass, field
 from types import MethodType
@@ -17,17 +15,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._errors import caller, is_of_package, warn_caller
+from ride_plugin._errors import is_of_package, is_question, listed, warn_caller
 from ride_plugin._known_methods import GROUPS, METHODS, alike, parameter_groups
 from ride_plugin._names_read import is_read_by_forward, may_be_set_late, names_read_by
 from ride_plugin._split import (
     SplitModule,
+    called,
     is_real,
+    real_parts,
     write_attributes,
 )
 from ride_plugin._tree import OF_MODULES, tensors_in
 
-_STDLIB = os.path.dirname(os.__file__)
 _OPTIONS = frozenset({"return_experts", "checkpoint_experts"})  # to be set at any time
 
 
@@ -127,36 +126,29 @@ def _where(model: SplitModule, name: str) -> str:
         return name in part._parameters or name in part._buffers
 
     in_trunk, in_experts = is_in(model.trunk), is_in(model.experts[0])
+    halves = (getattr(part, name, None) for part in (model.trunk, model.experts[0]))
+    ours, theirs = (
+        real_parts(half, name) if isinstance(half, nn.Module) else [] for half in halves
+    )
+    if in_trunk and in_experts and ours and theirs:  # a container in two halves
+        here = listed([called("model.trunk", part) for part in ours])
+        there = listed([called("model.experts[k]", part) for part in theirs])
+        return f"once, in the trunk: {here}; and once for each expert: {there}"
     shared = f"once, in the trunk: `model.trunk.{name}`"
     forked = f"once for each expert: `model.experts[k].{name}`"
-    if in_trunk is in_experts:  # a container in two halves, or a tensor that is plain attribute
+    if in_trunk is in_experts:  # a tensor that is a plain attribute, say
         return f"{shared}, and {forked}"
     return shared if in_trunk else forked
 
 
 def _refused(kind: str, name: str, advice: str) -> AttributeError:
-    if not name.startswith("_") and _is_question():
+    if not name.startswith("_") and is_question():
         warn_caller(
             f"This code asks the model for `{name}` in a way that may hide the answer (`hasattr`, "
             "or `getattr` with a default): the backbone has it and the wrapped model has not, so "
             f"what depends on it is left out. {advice}"
         )
     return AttributeError(f"'{kind}' object has no attribute '{name}'. {advice}")
-
-
-def _is_question() -> bool:
-    """Whether the user's code asks by ``hasattr``, or ``getattr`` with a default, and not by a dot.
-
-    What depends on the answer (freezing, a learning rate of its own, another way to features) is
-    then skipped without a word. Libraries ask any model for what some models have: they may.
-    """
-    frame = caller()
-    if frame is None:
-        return False
-    file = frame.f_code.co_filename
-    if file.startswith(_STDLIB) or "site-packages" in file or "dist-packages" in file:
-        return False
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("CALL", "PRECALL"))
 
 
 def set_on_parts(model: SplitModule, names: Names, name: str, value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import os
 import sys
 import warnings
@@ -11,6 +12,7 @@ from types import FrameType
 
 import torch
 
+_STDLIB = os.path.dirname(os.__file__)
 _PACKAGE, _TORCH = (f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
@@ -52,6 +54,21 @@ class VersionError(RIDEError, RuntimeError):
 def caller() -> FrameType | None:
     """Where the code of others has called the package; torch's is such as well."""
     return _caller_and_level(_PACKAGE)[0]
+
+
+def is_question() -> bool:
+    """Whether the user's code asks by ``hasattr``, or ``getattr`` with a default, and not by a dot.
+
+    What depends on the answer (freezing, a learning rate of its own, another way to features) is
+    then skipped without a word. Libraries ask any model for what some models have: they may.
+    """
+    frame = caller()
+    if frame is None:
+        return False
+    file = frame.f_code.co_filename
+    if file.startswith(_STDLIB) or "site-packages" in file or "dist-packages" in file:
+        return False
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("CALL", "PRECALL"))
 
 
 def is_of_package(level: int) -> bool:

@@ -149,7 +149,7 @@ def test_what_sets_something_in_each_module_can_be_called_on_every_part() -> Non
     ("name", "in_trunk", "in_experts"),
     [
         *(("stem", True, False), ("_act", True, False)),
-        *(("head", False, True), ("blocks", True, True)),
+        ("head", False, True),
     ],
 )
 def test_parts_are_named_where_they_are_and_nowhere_else(
@@ -165,6 +165,17 @@ def test_parts_are_named_where_they_are_and_nowhere_else(
         model(torch.randn(2, 8))
     assert (f"`model.trunk.{name}`" in str(replaced.value)) is in_trunk
     assert (f"`model.experts[k].{name}`" in str(replaced.value)) is in_experts
+
+
+def test_of_a_container_in_two_halves_the_parts_are_named() -> None:
+    model = wrapped()
+    with pytest.raises(AttributeError, match="exists once") as refused:
+        _ = model.blocks
+    assert re.findall(r"`(model\.(?:trunk|experts).*?)`", str(refused.value)) == [
+        "model.trunk.blocks[0]",
+        "model.trunk.blocks[1]",
+        "model.experts[k].blocks[2]",
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:This code asks the model")

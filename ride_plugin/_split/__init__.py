@@ -20,7 +20,7 @@ from ride_plugin._split._logits import (
     whole_outputs,
 )
 from ride_plugin._split._meta import on_meta
-from ride_plugin._split._misplaced import is_real
+from ride_plugin._split._misplaced import is_real, real_parts
 from ride_plugin._split._module import SplitModule
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
@@ -35,6 +35,7 @@ from ride_plugin._split._plain import plain_modules
 from ride_plugin._split._probe import Call
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._settings import held_together_by, unchanged
+from ride_plugin._split._several import called
 from ride_plugin._split._sharing import held_by_all
 from ride_plugin._split._stand_ins import Forked, Recorded
 from ride_plugin._split._state import TrunkState
@@ -54,6 +55,7 @@ __all__ = [
     "SplitModule",
     "TrunkState",
     "Views",
+    "called",
     "check_logits_choice",
     "feature_dim_of",
     "graft_experts",
@@ -73,6 +75,7 @@ __all__ = [
     "put_fork_hooks_first",
     "read_attributes",
     "reader_in",
+    "real_parts",
     "reason_of_fork",
     "record",
     "replace_classifiers",

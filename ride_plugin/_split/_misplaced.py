@@ -7,7 +7,6 @@ and has the stand-in is told where the layer is.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from ride_plugin._errors import ReplayError, warn_caller
 from ride_plugin._split._hooks import FeatureHook, ForkHook, StartHook, UnitHooks
 from ride_plugin._split._logits import LogitsReader
+from ride_plugin._split._several import called
 from ride_plugin._split._stand_ins import FREEZING, HOOKING, Forked, StandIn
 from ride_plugin._split._unseen import UnseenHook
 
@@ -50,6 +50,14 @@ def is_real(module: nn.Module) -> bool:
         return False
     children = list(module.children())
     return any(map(is_real, children)) if children else True
+
+
+def real_parts(module: nn.Module, name: str) -> list[str]:
+    """Names of the outermost modules in a part of this name that lead to no stand-in."""
+    if not any(isinstance(inner, StandIn) for inner in module.modules()):
+        return [name]
+    children = module.named_children()
+    return [part for key, child in children for part in real_parts(child, f"{name}.{key}")]
 
 
 def keep_stand_ins(
@@ -153,7 +161,7 @@ def _has_reached(reals: Sequence[nn.Module], stand_in: StandIn, what: str, value
 
 
 def _without_effect(stand_in: StandIn, part: str, what: str, value: Any) -> str:
-    here, there = _called(part, stand_in.ride_key), _real_place(stand_in)
+    here, there = called(part, stand_in.ride_key), _real_place(stand_in)
     if what == FREEZING:
         done = f"`{here}.requires_grad_({value})` was called"
     elif what == HOOKING:
@@ -168,7 +176,7 @@ def _without_effect(stand_in: StandIn, part: str, what: str, value: Any) -> str:
 
 def _replaced(place: StandInPlace, part: str) -> ReplayError:
     path = next(name for name, module in place.root.named_modules() if module is place.parent)
-    here = _called(part, f"{path}.{place.name}".lstrip("."))
+    here = called(part, f"{path}.{place.name}".lstrip("."))
     stand_ins = [m for m in place.module.modules() if isinstance(m, StandIn)]
     there = ", ".join(f"`{_real_place(stand_in)}`" for stand_in in stand_ins[:3])
     return ReplayError(
@@ -180,11 +188,6 @@ def _replaced(place: StandInPlace, part: str) -> ReplayError:
 
 
 def _real_place(stand_in: StandIn) -> str:
-    return _called(
+    return called(
         "model.experts[k]" if isinstance(stand_in, Forked) else "model.trunk", stand_in.ride_key
     )
-
-
-def _called(part: str, name: str) -> str:
-    """As it is written in Python, with numbers as indices."""
-    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"{part}.{name}")

@@ -59,6 +59,7 @@ from ride_plugin._split._sharing import (
     trains,
     unchanging,
 )
+from ride_plugin._split._stand_ins import Forked
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._tree import Place, logits_in, map_tensors, tensors_in
 
@@ -109,6 +110,9 @@ class SplitModule(Holder):
         self._stand_ins = [
             place for part in (self.trunk, *self.experts) for place in places_of_stand_ins(part)
         ]
+        for place in self._stand_ins:
+            if isinstance(place.module, Forked):
+                place.module.ride_several = self.num_experts
         self._told_of_hooks = False  # of the trunk, which do not run
         self._goes_on_into = (parts.experts[0],)  # the trunk's pass; a tuple, so not registered
         self._frozen_layers = [

@@ -14,6 +14,7 @@ from torch.overrides import _get_current_function_mode
 from typing_extensions import Self
 
 from ride_plugin._errors import ReplayError
+from ride_plugin._split._several import asks_as_backbone, is_of_one_expert, one_of_several
 from ride_plugin._split._tape import Running
 from ride_plugin._tree import OF_MODULES
 
@@ -129,6 +130,18 @@ class StandIn(nn.Module):
             return self.ride_real.named_buffers(*args, **kwargs)
         return super().named_buffers(*args, **kwargs)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As for any module inside of another; asked for by itself, the real one's."""
+        if args or kwargs.get("destination") is not None or self.__dict__.get("ride_met"):
+            return super().state_dict(*args, **kwargs)
+        return self.ride_given("state_dict()", self.ride_real).state_dict(**kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the real module."""
+        return self.ride_given("load_state_dict(...)", self.ride_real).load_state_dict(
+            *args, **kwargs
+        )
+
     def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
         """As for any module; that the real one has this name as well is no matter."""
         self._buffers.setdefault(name, None)
@@ -179,7 +192,11 @@ class StandIn(nn.Module):
         except AttributeError:
             if name.startswith(("ride_", "__")) or "ride_owner" not in self.__dict__:
                 raise
-            return self.ride_part(getattr(self.ride_real, name))
+            return self.ride_given(name, getattr(self.ride_real, name))
+
+    def ride_given(self, name: str, value: Any) -> Any:
+        """What callers get as the attribute of this name, or ``[index]``, of the real module."""
+        return self.ride_part(value)
 
     def ride_part(self, value: Any) -> Any:
         """An attribute or a part of the module that this one stands for, as callers get it."""
@@ -189,7 +206,7 @@ class StandIn(nn.Module):
         return len(self.ride_real)  # type: ignore[arg-type]
 
     def __getitem__(self, index: Any) -> Any:
-        return self.ride_part(self.ride_real[index])  # type: ignore[index]
+        return self.ride_given(f"[{index}]", self.ride_real[index])  # type: ignore[index]
 
     def __bool__(self) -> bool:
         return True
@@ -211,7 +228,13 @@ class Recorded(StandIn):
 
 
 class Forked(StandIn):
-    """In the trunk: stands for a forked unit; ends the recording, then runs expert 0's unit."""
+    """In the trunk: stands for a forked unit; ends the recording, then runs expert 0's unit.
+
+    In a model of several experts it hands out plain values of that unit only, while no forward runs
+    (:mod:`ride_plugin._split._several`); ``ride_several`` is their number.
+    """
+
+    ride_several = 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.ride_begin()
@@ -240,6 +263,14 @@ class Forked(StandIn):
         """As for any module; to a forward that goes on into the unit, those of the unit."""
         owner: Any = self.ride_real if self._goes_on() else super()
         yield from owner.named_children()
+
+    def ride_given(self, name: str, value: Any) -> Any:
+        """What callers get of the unit: outside of a pass nothing that is one of several."""
+        apart = self.ride_several > 1 and not self.ride_in_pass and is_of_one_expert(value)
+        if apart and not asks_as_backbone(self, self.ride_real):
+            met = bool(self.__dict__.get("ride_met"))
+            raise one_of_several(self.ride_several, self.ride_key, name, quiet=met)
+        return super().ride_given(name, value)
 
     def _goes_on(self) -> bool:
         recorder = self.ride_running.recorder if self.ride_in_pass else None

@@ -121,6 +121,120 @@ def test_what_is_done_to_a_stand_in_is_told_where_the_layer_is(what: str) -> Non
     torch.testing.assert_close(expert_logits(model(X)), wanted)
 
 
+ASKED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a weight": (
+        lambda m: nn.init.zeros_(m.trunk.fc.weight),
+        r"`model\.trunk\.fc\.weight`.*3 of them.*`model\.experts\[k\]\.fc\.weight`.*_groups_by",
+    ),
+    "a method": (
+        lambda m: m.trunk.fc.reset_parameters(),
+        r"`model\.experts\[k\]\.fc\.reset_parameters`",
+    ),
+    "a part": (lambda m: m.trunk.late.inner.weight, r"`model\.experts\[k\]\.late\.inner`"),
+    "an item": (
+        lambda m: m.trunk.blocks[2][0].reset_parameters(),
+        r"`model\.trunk\.blocks\[2\]\[0\]`.*`model\.experts\[k\]\.blocks\[2\]\[0\]`",
+    ),
+    "the state": (
+        lambda m: m.trunk.fc.state_dict(),
+        r"`model\.experts\[k\]\.fc\.state_dict\(\)`",
+    ),
+    "another state": (
+        lambda m: m.trunk.fc.load_state_dict({}, strict=False),
+        r"`model\.experts\[k\]\.fc\.load_state_dict\(\.\.\.\)`",
+    ),
+}
+
+
+class Nested(Backbone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Sequential()
+        self.late.inner = nn.Linear(16, 16)
+
+    @property
+    def device(self) -> torch.device:
+        return self.fc.weight.device
+
+    def clear(self) -> None:
+        for layer in (self.stem, self.fc):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(self.stem(x).relu())
+        for block in self.blocks:
+            x = block(x).relu()
+        return self.fc(self.drop(self.late(x)))
+
+
+def nested(num_experts: int = 3) -> RIDEWrapper:
+    return RIDEWrapper(Nested(), num_experts, fork_at="blocks.1")
+
+
+@pytest.mark.parametrize("what", ASKED)
+@pytest.mark.parametrize("how", ["as it is", "deepcopy", "pickle"])
+def test_who_asks_the_trunk_for_what_each_expert_has_is_told_so(what: str, how: str) -> None:
+    model, (ask, message) = nested().eval(), ASKED[what]
+    model = {"as it is": lambda m: m, "deepcopy": copy.deepcopy}.get(
+        how, lambda m: pickle.loads(pickle.dumps(m))
+    )(model)
+    before = expert_logits(model(X))
+    with pytest.raises(ReplayError, match=message):
+        ask(model)
+    torch.testing.assert_close(expert_logits(model(X)), before)
+    assert model.trunk.fc.in_features == 16
+    assert len(model.trunk.blocks[1]) == 1
+
+
+def test_what_there_is_once_is_handed_out() -> None:
+    model = nested(1)
+    assert model.trunk.fc.weight is model.experts[0].fc.weight
+    assert model.trunk.blocks[2][0] is model.experts[0].blocks[2][0]
+    model.trunk.fc.load_state_dict(nn.Linear(16, 5).state_dict())
+    assert list(model.trunk.fc.state_dict()) == ["weight", "bias"]
+    model = nested()
+    for expert in model.experts:
+        assert expert.stem.weight is model.trunk.stem.weight
+        assert list(expert.stem.state_dict()) == ["weight", "bias"]
+    assert not [name for name in model.state_dict() if name.startswith("trunk.fc")]
+
+
+def test_methods_of_the_backbone_may_be_called_on_every_part() -> None:
+    model = nested()
+    assert model.device == torch.device("cpu")
+    for part in (model.trunk, *model.experts):
+        part.clear()
+    for layer in (model.trunk.stem, *model.classifiers):
+        assert not layer.weight.any()
+
+
+@pytest.mark.parametrize("part", ["all", "trunk"])
+def test_loops_that_ask_every_module_pass_by_stand_ins(part: str) -> None:
+    model = nested()
+
+    def clear(module: nn.Module) -> None:
+        if hasattr(module, "weight"):
+            nn.init.zeros_(module.weight)
+        if hasattr(module, "reset_running_stats"):
+            module.reset_running_stats()
+
+    root = model if part == "all" else model.trunk
+    root.apply(clear)
+    for module in root.modules():
+        clear(module)
+    assert not model.trunk.stem.weight.any()
+    for expert in model.experts:
+        assert bool(expert.fc.weight.any()) is (part == "trunk")
+
+
+def test_a_question_to_one_stand_in_is_answered_with_a_warning() -> None:
+    model = nested()
+    with pytest.warns(UserWarning, match=r"is no\. `model\.trunk\.fc\.bias`") as told:
+        assert getattr(model.trunk.fc, "bias", None) is None
+    assert told[0].filename == __file__
+    assert not hasattr(model.trunk.fc, "nothing")
+
+
 @pytest.mark.parametrize("call", ["run_trunk", "router_inputs"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_tell_it_as_well_and_so_does_every_pass_of_the_trunk(how: str, call: str) -> None:

@@ -1,0 +1,66 @@
+"""What a stand-in of the trunk cannot hand out: it has one of several modules, expert 0's.
+
+``model.trunk.head.weight`` would be the weight of expert 0. What is done to it (an initialisation,
+a penalty, a place in an optimizer) would leave the other experts as they are, without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ride_plugin._errors import ReplayError, caller, is_question, warn_caller
+
+
+class OneOfSeveral(ReplayError, AttributeError):
+    """Each expert has what was asked for. Code that asks any module by ``hasattr`` gets a no."""
+
+
+def is_of_one_expert(value: Any) -> bool:
+    """Whether a value is a tensor or a part of a module, or acts on one, and not plain data."""
+    if isinstance(value, MethodType):
+        return isinstance(value.__self__, nn.Module)
+    return isinstance(value, Tensor | nn.Module)
+
+
+def one_of_several(number: int, key: str, name: str, quiet: bool) -> OneOfSeveral:
+    """The error of somebody who asks the trunk for what each of several experts has.
+
+    Args:
+        number: of the experts.
+        key: name of the module in each of them.
+        name: what was asked for; an index in brackets.
+        quiet: whether a loop over all modules asks, which comes by the experts' own as well.
+    """
+    asked = called("model.trunk", key) + (name if name.startswith("[") else f".{name}")
+    there = asked.replace("model.trunk", "model.experts[k]", 1)
+    message = (
+        f"`{asked}` is asked for, but there are {number} of them, one in each expert: `{there}`. "
+        "What is done to one of them reaches no other. Do it there for each k (the classifiers: "
+        "`model.classifiers`); groups of parameters for an optimizer are made as for the backbone "
+        "by `model.parameter_groups_by(function)`."
+    )
+    if not quiet and is_question():
+        warn_caller(f"The answer to `hasattr` or to `getattr` with a default is no. {message}")
+    return OneOfSeveral(message)
+
+
+def asks_as_backbone(stand_in: nn.Module, real: nn.Module) -> bool:
+    """Whether code of the trunk itself asks, a method or a property of the backbone's own.
+
+    It is called on every part, and each expert's own comes to that expert's modules.
+    """
+    frame = caller()
+    asker = None if frame is None else frame.f_locals.get("self")
+    if not isinstance(asker, nn.Module):
+        return False
+    inside = {id(module) for module in nn.Module.modules(asker)}
+    return id(stand_in) in inside and id(real) not in inside
+
+
+def called(part: str, name: str) -> str:
+    """As it is written in Python, with numbers as indices."""
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"{part}.{name}")
