@@ -21,6 +21,7 @@ from ride_plugin._contexts import random_state_kept
 from ride_plugin._numerics import float32_or_better
 
 _RATIO = 1.5  # of two probabilities that should be the same
+_SHIFT = 10.0  # of all logits, which a softmax does not see; most of a sigmoid's range
 _LARGEST = 2**26  # bytes
 
 
@@ -58,33 +59,61 @@ def adds_a_prior(
     logits. Margins and weights leave it the same, and so do smoothed labels; torch's own cross
     entropy, where weights and smoothed labels together do not, adds nothing and is left out.
 
+    Where each class has a sigmoid of its own, the gradient is that times the weight of the class.
+    How much it grows when all logits do tells the sigmoid alone.
+
     Args:
         criterion: of ``(logits, target, *args, **kwargs)``; what a module keeps and draws stays as
             it is.
         logits: ``[B, C]``, of whatever values.
-        target: as the criterion takes it; only class indices ``[B]`` can be told from.
+        target: as the criterion takes it; class indices ``[B]``, or ``[B, C]`` with something for
+            each class, of which the largest is taken for the sample's.
         args: handed on.
         kwargs: handed on.
     """
-    if not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
+    if not isinstance(target, Tensor):
+        return False
+    if target.shape == logits.shape:  # mixed or smoothed labels, of which one is made
+        labels = target.argmax(1)
+        target = F.one_hot(labels, logits.shape[1]).to(target.dtype)
+    elif target.dim() == 1 and not target.is_floating_point():
+        labels = target.long()
+    else:
         return False
     function = criterion.func if isinstance(criterion, partial) else criterion
     if function is F.cross_entropy or type(function) is nn.CrossEntropyLoss:
         return False
-    equal = torch.zeros_like(logits, requires_grad=True)
     try:
-        apart = _apart(criterion)
-        if apart is None:
-            return False
-        with random_state_kept(equal):
-            loss = apart(equal, target, *args, **(kwargs or {}))
-        (gradient,) = torch.autograd.grad(loss.sum(), equal)
-        others = gradient.scatter(1, target.long()[:, None], torch.nan)
+        at_equal, higher = (
+            _gradient(criterion, torch.full_like(logits, value), target, args, kwargs or {})
+            for value in (0.0, _SHIFT)
+        )
+        is_softmax = torch.isclose(at_equal, higher, rtol=0.1).all()
+        shares = torch.where(is_softmax, at_equal, higher / at_equal)
+        others = shares.scatter(1, labels[:, None], torch.nan)
         largest = others.nan_to_num(-torch.inf).amax(1)
         smallest = others.nan_to_num(torch.inf).amin(1)
         return bool(((smallest > 0) & (largest > _RATIO * smallest)).any())
     except Exception:  # whatever it cannot do is told where it is called in earnest
         return False
+
+
+def _gradient(
+    criterion: Callable[..., Any],
+    logits: Tensor,
+    target: Tensor,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    """The gradient of a criterion, of which nothing is changed, by logits ``[B, C]``."""
+    apart = _apart(criterion)
+    if apart is None:
+        return torch.zeros_like(logits)
+    logits.requires_grad_()
+    with random_state_kept(logits):
+        loss = apart(logits, target, *args, **kwargs)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    return gradient
 
 
 def _apart(criterion: Callable[..., Any]) -> Callable[..., Any] | None:

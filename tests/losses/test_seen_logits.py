@@ -95,9 +95,74 @@ def test_others_are_taken_without_a_word(criterion: nn.Module) -> None:
     RIDELoss(criterion, COUNTS)(experts(), TARGET)
 
 
+class OfSigmoids(nn.Module):
+    """Binary cross entropy of each class, with a prior or without, and any weights."""
+
+    def __init__(self, prior: bool, **weights: Tensor) -> None:
+        super().__init__()
+        self.prior, self.weights = prior, weights
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        if target.dim() == 1:
+            target = F.one_hot(target, 4).to(logits)
+        z = logits + torch.special.logit(PRIOR.exp()) if self.prior else logits
+        return 4 * F.binary_cross_entropy_with_logits(z, target, **self.weights)
+
+
+def of_soft_labels(logits: Tensor, target: Tensor) -> Tensor:
+    return -(target * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+
+
+def balanced_of_soft_labels(logits: Tensor, target: Tensor) -> Tensor:
+    return of_soft_labels(logits + PRIOR, target)
+
+
+def soft_targets() -> list[Tensor]:
+    one_hot = F.one_hot(TARGET, 4).float()
+    return [one_hot, 0.9 * one_hot + 0.025, 0.7 * one_hot + 0.3 * one_hot.flip(0)]
+
+
+WEIGHT = torch.tensor([0.1, 1.0, 5.0, 9.0])
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        Foreign(),
+        balanced_of_soft_labels,
+        OfSigmoids(prior=True),
+        OfSigmoids(prior=True, weight=WEIGHT, pos_weight=WEIGHT),
+    ],
+)
+def test_a_prior_is_told_with_targets_that_are_mixed_too(criterion: Any) -> None:
+    for target in soft_targets():
+        with pytest.warns(UserWarning, match="adds a prior"):
+            RIDELoss(criterion, COUNTS)(experts(), target)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        *(nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(weight=WEIGHT)),
+        *(of_soft_labels, Foreign(tau=0.0), nn.MSELoss(), nn.KLDivLoss(reduction="batchmean")),
+        *(nn.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss(weight=WEIGHT, pos_weight=WEIGHT)),
+        *(OfSigmoids(prior=False, weight=WEIGHT), nn.MultiLabelSoftMarginLoss(weight=WEIGHT)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_others_take_mixed_targets_without_a_word(criterion: Any, dtype: torch.dtype) -> None:
+    for target in soft_targets():
+        assert not adds_a_prior(criterion, torch.randn(6, 4, dtype=dtype), target.to(dtype))
+
+
+def test_sigmoids_of_class_indices_are_told_by_the_prior_and_not_by_weights() -> None:
+    assert adds_a_prior(OfSigmoids(prior=True), torch.randn(6, 4), TARGET)
+    assert not adds_a_prior(OfSigmoids(prior=False, weight=WEIGHT), torch.randn(6, 4), TARGET)
+
+
 def test_what_cannot_be_tried_out_is_taken_without_a_word() -> None:
-    soft = F.one_hot(TARGET, 4).float()
-    RIDELoss(Foreign(), COUNTS)(experts(), soft)
+    for target in (torch.rand(6, 1), torch.rand(6, 4, 1), "text"):
+        assert not adds_a_prior(Foreign(), torch.randn(6, 4), target)
     for method in (Foreign().__call__, partial(Foreign().__call__)):  # its object has a state
         RIDELoss(method, COUNTS)(experts(), TARGET)
 
