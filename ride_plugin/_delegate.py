@@ -99,14 +99,18 @@ def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
             "made as of the backbone: `model.parameter_groups_by(function)`.",
         )
     if callable(value) or _holds_parts(value):
+        called_so = f"lambda network: network.{name}(...)" if callable(value) else "function"
         raise _refused(
             kind,
             name,
-            "The backbone's own would reach one part of the model only. Call "
-            f"`{name}` on the backbone before wrapping it, or on "
-            "`model.to_module(k)`, a copy of expert k as a plain network; where it sets something "
-            "in each of its modules, on every part: `for part in (model.trunk, *model.experts): "
-            f"part.{name}(...)`. Weights of a wrapped model are saved with `model.state_dict()` "
+            "The backbone's own would reach one part of the model only. Where it returns "
+            f"parameters for an optimizer: `model.parameter_groups_by({called_so})`. Otherwise "
+            f"call `{name}` on the backbone before wrapping it, or on `model.to_module(k)`, a copy "
+            "of expert k as a plain network; where it sets something in each of its modules, on "
+            f"every part: `for part in (model.trunk, *model.experts): part.{name}(...)` (not if it "
+            "counts modules: every part begins at its own first, so that it may mean another "
+            "module than in the backbone). Weights of a wrapped model are saved with "
+            "`model.state_dict()` "
             "and loaded with `model.load_state_dict()`.",
         )
     # Engines ask for private ones: names of parts, say, which are others now.

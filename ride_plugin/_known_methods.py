@@ -17,12 +17,12 @@ from ride_plugin._split import SplitModule, merged_groups, replace_classifiers
 
 _PARTS = r"(?:trunk|experts\.\d+)\."
 # Names under which backbones return parameters for an optimizer: `get_param_groups`,
-# `optim_parameters`, `get_1x_lr_params`, `get_parameters`. Code asks with `hasattr` and trains
-# otherwise, without a word, where there is none.
+# `optim_parameters`, `get_1x_lr_params`, `get_parameters`, `get_optim_policies`. Code asks with
+# `hasattr` and trains otherwise, without a word, where there is none.
 GROUPS = re.compile(
     r"^(?!_)(?!.*(?:num|count|print))"
     r"(?:.*param(?:eter)?s?_groups?|.*optim\w*_(?:groups|params|parameters)"
-    r"|.*_lr_params|get_(?:\w+_)?param(?:eter)?s)$"
+    r"|.*_lr_params|get_(?:\w+_)?(?:param(?:eter)?s|polic(?:y|ies)))$"
 )
 
 

@@ -98,7 +98,7 @@ def test_what_nobody_has_is_missing() -> None:
 def test_what_would_reach_one_part_only_is_refused(name: str) -> None:
     model = wrapped()
     assert not hasattr(model, name)
-    with pytest.raises(AttributeError, match=rf"Call `{name}` on the backbone before wrapping"):
+    with pytest.raises(AttributeError, match=rf"call `{name}` on the backbone before wrapping"):
         getattr(model, name)
     assert model.trunk.loaded == 0
 
@@ -576,6 +576,12 @@ class Grouped(Backbone):
         rest = [p for name, p in self.named_parameters() if not name.startswith("head")]
         return [{"params": rest, "lr": lr}, {"params": heads, "lr": head * lr, "name": "head"}]
 
+    def get_optim_policies(self) -> list[dict[str, Any]]:
+        return self.get_param_groups(0.1, head=5.0)
+
+    def by_layers(self) -> list[dict[str, Any]]:
+        return self.get_param_groups(0.1, head=5.0)
+
     def get_1x_lr_params(self) -> Any:
         yield from self.stem.parameters()
         yield from self.blocks.parameters()
@@ -587,9 +593,17 @@ class Grouped(Backbone):
         return ["not", "what", "it", "says"]
 
 
-def test_groups_of_parameters_are_those_of_trunk_and_all_experts() -> None:
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: model.get_param_groups(0.1, head=5.0),
+        lambda model: model.get_optim_policies(),
+        lambda model: model.parameter_groups_by(lambda network: network.by_layers()),
+    ],
+)
+def test_groups_of_parameters_are_those_of_trunk_and_all_experts(ask: Any) -> None:
     model = RIDEWrapper(Grouped(), 3, fork_at="blocks.2")
-    rest, heads = model.get_param_groups(0.1, head=5.0)
+    rest, heads = ask(model)
     assert (rest["lr"], heads["lr"], heads["name"]) == (0.1, 0.5, "head")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     expected = [f"experts.{k}.head.{kind}" for k in range(3) for kind in ("weight", "bias")]
@@ -602,6 +616,13 @@ def test_groups_of_parameters_are_those_of_trunk_and_all_experts() -> None:
     optimizer.step()
     for old, classifier in zip(before, model.classifiers, strict=True):
         assert not torch.equal(old, classifier.weight)
+
+
+def test_a_method_of_another_name_is_refused_with_the_way_to_groups() -> None:
+    model = RIDEWrapper(Grouped(), 3, fork_at="blocks.2")
+    told = r"`model\.parameter_groups_by\(lambda network: network\.by_layers\(\.\.\.\)\)`"
+    with pytest.raises(AttributeError, match=told):
+        model.by_layers()
 
 
 def test_a_generator_of_parameters_becomes_a_list() -> None:
@@ -624,7 +645,7 @@ def test_keywords_without_weight_decay_are_parts_of_the_models_names() -> None:
 
 def test_methods_that_count_or_return_something_else_are_no_groups() -> None:
     model = RIDEWrapper(Grouped(), 2, fork_at="blocks.2")
-    with pytest.raises(AttributeError, match="Call `get_num_params` on the backbone"):
+    with pytest.raises(AttributeError, match="call `get_num_params` on the backbone"):
         model.get_num_params()
     with pytest.raises(ArgumentError, match=r"`get_parameters` to return parameters .* got list"):
         model.get_parameters()
