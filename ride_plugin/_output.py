@@ -7,6 +7,7 @@ experts' logits travel on that tensor as a Python attribute. Every loss reads th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -20,6 +21,7 @@ from ride_plugin.functional import mean_logits
 
 _ATTRIBUTE = "_ride_expert_logits"
 _OWNER = "_ride_owner"  # whose they are: the tensor's id, and its version at that time
+_STEPS = 8  # operations between the model and a loss that are looked through
 
 Pair = TypeVar("Pair", bound="type[tuple[Any, ...]]")
 
@@ -207,6 +209,7 @@ def _carried(output: Tensor) -> Tensor | None:
         if output.dim() != 2:
             return None
         raise MissingExpertLogitsError(
+            f"{_undone_by_hand(output)}"
             'Set `return_experts = "training"` on the RIDEWrapper, before DistributedDataParallel, '
             "FSDP or accelerator.prepare wraps it (afterwards: `RIDEWrapper.inside(model)."
             'return_experts = "training"`): in training it then returns ExpertOutput(logits, '
@@ -249,6 +252,29 @@ def _check_unchanged(output: Tensor, experts: Tensor, owner: int, version: int |
             "changed in place since (`+=`, `mul_`, item assignment), so the experts' logits [B, E, "
             f"C] that it carries no longer belong to its values {list(output.shape)}."
         )
+
+
+def _undone_by_hand(output: Tensor) -> str:
+    """What to do first where the graph tells that operations of torch made this of an output.
+
+    Nodes of torch's own operations end in a number; those of engines and of this library do not.
+    """
+    steps, node = list[str](), output.grad_fn
+    while node is not None and len(steps) < _STEPS and re.search(r"Backward\d+$", node.name()):
+        steps.append(re.sub(r"Backward\d+$", "", node.name()))
+        node = next((before for before, _ in node.next_functions if before is not None), None)
+    if not steps or node is None or node.name() != f"{_Together.__name__}Backward":
+        return ""
+    if set(steps) == {"ToCopy"}:
+        return (
+            "Pass the model's output itself, before it was cast (`out.float()`, say): the losses "
+            "compute in float32 or better. If an engine has cast it: "
+        )
+    return (
+        "Do to the experts' logits what was done to the model's output (by its graph: "
+        f"{', '.join(reversed(steps))}): `criterion(expert_logits(output)[rows], target[rows])` "
+        "for some of its rows, `[..., columns]` for some classes. If an engine has done it: "
+    )
 
 
 def _of_pair(first: object, second: object) -> Tensor | None:

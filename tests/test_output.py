@@ -18,6 +18,7 @@ from ride_plugin import (
     DiversityLoss,
     ExpertOutput,
     MissingExpertLogitsError,
+    RIDELoss,
     RIDEWrapper,
     expert_logits,
     experts_loss,
@@ -82,6 +83,36 @@ def test_bare_logits_name_the_remedy_first_and_then_the_likely_causes() -> None:
         "sliced",
     ):
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("change", "steps"),
+    [
+        (lambda out: out[:2], "Slice"),
+        (lambda out: out[torch.tensor([3, 0])], "Index"),
+        (lambda out: out[:, :4][torch.tensor([True, False, True, True])], "Slice, Index"),
+        (lambda out: out.chunk(2)[0] / 2.0, "Split, Div"),
+    ],
+)
+def test_what_was_made_of_an_output_by_hand_is_done_to_the_experts_logits(
+    change: Callable[[Tensor], Tensor], steps: str
+) -> None:
+    model, y = wrapped(), torch.tensor([0, 1, 2, 3])
+    out = model(torch.randn(4, 6))
+    with pytest.raises(MissingExpertLogitsError, match=rf"^Do to .*graph: {steps}\).*\[rows\]"):
+        expert_logits(change(out))
+    rows = torch.tensor([3, 0])
+    RIDELoss(nn.CrossEntropyLoss(), [4, 3, 2, 1, 1])(expert_logits(out)[rows], y[rows]).backward()
+
+
+def test_the_output_before_a_cast_comes_first() -> None:
+    out = wrapped()(torch.randn(4, 6))
+    for cast in (out.double(), out.bfloat16().float()):
+        with pytest.raises(MissingExpertLogitsError, match=r"^Pass the model's output itself.*Set"):
+            expert_logits(cast)
+    for other in (out.detach(), out.data.double(), torch.randn(4, 5, requires_grad=True) + 1):
+        with pytest.raises(MissingExpertLogitsError, match=r"^Set `return_experts"):
+            expert_logits(other)
 
 
 @pytest.mark.parametrize(
