@@ -89,7 +89,8 @@ class RIDEWrapper(SplitModule):
             submodule names, for example one of the same class with narrower late stages. Expert k
             is its forked half, with the weights that it has; its early half is dropped.
         example_input: a batch as the backbone's forward receives it: a tensor, a tuple of
-            arguments, or a dict of keyword arguments. Guessed if None.
+            arguments, ``(batch,)`` where the only one is a tuple, or a dict of keyword arguments.
+            Guessed if None.
         logits: which part of the backbone's output is the logits ``[B, C]``: an index, a key or
             attribute, or a function of the output (one of a module, not a lambda, if the model
             shall be pickled). None finds them where it is certain: the output itself, an entry

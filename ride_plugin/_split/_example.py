@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._inputs import Inputs, as_inputs, batch_size_of, own_inputs, resize_batch
 from ride_plugin._split._logits import LogitsReader, describe
-from ride_plugin._tree import matrices_in
+from ride_plugin._tree import matrices_in, tensors_in
 
 _SMALL_FIRST = (32, 224, 28, 64, 16, 8, 96, 128, 160, 192, 240, 256, 288, 299, 331, 384, 448, 512)
 _LARGE_FIRST = (224, 32, 256, 299, 384, 240, 288, 192, 160, 128, 96, 64, 28, 331, 448, 512, 16, 8)
@@ -45,6 +45,13 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
                 raise SplitError(
                     "The backbone runs on `example_input` as it is, but not on two rows of it "
                     f"({cause}). {_ROWS}"
+                ) from error
+            if _runs_as_one(backbone, example):
+                raise SplitError(
+                    "The backbone runs on the tuple that was given as `example_input`, but not on "
+                    f"its {len(example)} items as so many arguments ({cause}). A tuple holds the "
+                    "arguments of the forward: where that takes one, which is a tuple, pass "
+                    "`example_input=(batch,)`."
                 ) from error
             raise SplitError(
                 f"The backbone does not run on `example_input`: {cause}. Pass a batch as its "
@@ -93,6 +100,13 @@ def _runs(backbone: nn.Module, inputs: Inputs) -> bool:
     except Exception:
         return False
     return True
+
+
+def _runs_as_one(backbone: nn.Module, example: Any) -> bool:
+    """Whether a forward takes a tuple as its only argument: `(tokens, lengths)`, say."""
+    if not isinstance(example, tuple) or next(tensors_in(example), None) is None:
+        return False
+    return _runs(backbone, resize_batch(((example,), {}), 2))
 
 
 def _run(backbone: nn.Module, inputs: Inputs) -> Any:

@@ -230,3 +230,34 @@ def test_rows_that_are_no_samples_are_told_from_an_example_that_does_not_run() -
         find_example(Graphs(), nodes, reader)
     with pytest.raises(SplitError, match="does not run on `example_input`"):
         find_example(Crops(), torch.randn(5, 7), reader)
+
+
+class OneTuple(Crops):
+    """Takes tokens and their lengths in one argument, as loaders of texts put them together."""
+
+    def forward(self, batch: tuple[Tensor, ...]) -> Tensor:  # type: ignore[override]
+        values, lengths = batch[:2]
+        return self.net(values / lengths[:, None])
+
+
+class OneTupleAndMore(OneTuple):
+    """Takes another argument, so that a tuple of two is bound to both."""
+
+    def forward(self, batch: tuple[Tensor, ...], scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        assert isinstance(batch, tuple)
+        return scale * super().forward(batch)
+
+
+@pytest.mark.parametrize("backbone", [OneTuple(), OneTupleAndMore()])
+@pytest.mark.parametrize("more", [(), (torch.ones(5, 1),)])
+def test_a_tuple_that_is_one_argument_is_told_from_several(
+    backbone: nn.Module, more: tuple[Tensor, ...]
+) -> None:
+    batch = (torch.randn(5, 6), torch.ones(5), *more)
+    with pytest.raises(SplitError, match=r"runs on the tuple .*pass `example_input=\(batch,\)`"):
+        find_example(backbone, batch, LogitsReader())
+    (args, kwargs), output = find_example(backbone, (batch,), LogitsReader())
+    assert (len(args), kwargs) == (1, {})
+    assert output.shape == (2, 4)
+    with pytest.raises(SplitError, match="does not run on `example_input`"):
+        find_example(backbone, (torch.randn(5, 7), torch.ones(5)), LogitsReader())
