@@ -16,8 +16,8 @@ def losses_beside(reader: LogitsReader, output: Any) -> list[str]:
 
     That is what gradients flow through: a number, as an auxiliary loss is, or a matrix like the
     logits that is neither made of them, as probabilities are, nor they of it, as of features. An
-    entry named `loss` is told of by itself, whatever the mode, and a function may have made the logits of any
-    matrix.
+    entry named `loss` is told of by itself, in either mode, and a function may have made the logits
+    of any matrix.
 
     Args:
         reader: takes the logits out of it.

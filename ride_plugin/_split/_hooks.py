@@ -103,11 +103,22 @@ def _ours(hook: Any) -> UnitHooks | None:
 
 
 def drop_hooks(module: nn.Module, chosen: Callable[[Any], object]) -> None:
-    """Remove the hooks of a module that are chosen, and what torch notes of each."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+    """Remove the hooks of a module that are chosen, and what torch notes of them beside.
+
+    A note that stayed, of keyword arguments say, would be taken for that of another hook which gets
+    the same number after the module was saved and loaded.
+    """
+    for hooks, notes in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (
+            module._forward_hooks,
+            (module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+        ),
+    ):
         for key in [key for key, hook in hooks.items() if chosen(hook)]:
             del cast(OrderedDict[int, Any], hooks)[key]
-            module._forward_hooks_always_called.pop(key, None)
+            for noted in notes:
+                cast(OrderedDict[int, Any], noted).pop(key, None)
 
 
 class StartHook:
@@ -180,8 +191,8 @@ class FeatureHook:
     def __init__(self, running: Running) -> None:
         self.running = running
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.running.features = next(tensors_in(args), None)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.running.features = next(tensors_in((args, kwargs)), None)
 
 
 def watch_classifier(expert: nn.Module, name: str | None, running: Running) -> None:
@@ -192,4 +203,4 @@ def watch_classifier(expert: nn.Module, name: str | None, running: Running) -> N
             if isinstance(hook, FeatureHook) and hook.running is running:
                 return
         drop_hooks(head, lambda hook: isinstance(hook, FeatureHook))  # that of a copy tells nobody
-        head.register_forward_pre_hook(FeatureHook(running))
+        head.register_forward_pre_hook(FeatureHook(running), with_kwargs=True)

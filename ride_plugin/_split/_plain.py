@@ -98,13 +98,11 @@ def _reunite(root: nn.Module, links: Sequence[Link]) -> None:
 
 
 def _strip_hooks(root: nn.Module) -> None:
+    def ours(hook: Any) -> bool:
+        return isinstance(hook, _OURS) or isinstance(getattr(hook, "__self__", None), _OURS)
+
     for module in root.modules():
-        drop_hooks(
-            module,
-            lambda hook: (
-                isinstance(hook, _OURS) or isinstance(getattr(hook, "__self__", None), _OURS)
-            ),
-        )
+        drop_hooks(module, ours)
 
 
 def _check(parts: Parts, index: int, module: nn.Module, reader: LogitsReader) -> None:
