@@ -209,7 +209,16 @@ class RIDEWrapper(SplitModule):
 
     @return_experts.setter
     def return_experts(self, value: ReturnExperts) -> None:
-        self._return_experts = check_choice(value, "return_experts", _RETURN_EXPERTS)
+        asked: ReturnExperts = check_choice(value, "return_experts", _RETURN_EXPERTS)
+        if asked == "outputs" and self._differs is not None:
+            raise ArgumentError(
+                "Expected argument `return_experts` to be True or 'training', but got 'outputs', "
+                "and an expert's whole output is not what the backbone returns for the example, "
+                f"but {self._differs}. The forward collects it from all modules "
+                "(`self.modules()`, or hooks on them), and those before the fork are passed by in "
+                "an expert. Let it collect what modules return, or pass an earlier `fork_at=`."
+            )
+        self._return_experts = asked
 
     @classmethod
     def inside(cls, model: nn.Module) -> Self:

@@ -324,13 +324,13 @@ def learned(
             if ahead:
                 refuse_reading_ahead(split)
             try:
-                written, state = check(source, split)
+                written, state, differs = check(source, split)
             except WrittenBehind as found:  # which only values show, as with `self.queue.data`
                 if cut is None or found.names <= behind:
                     raise SplitError(str(found)) from None
                 behind |= found.names
                 split, ahead, left = lessons(meta)
-                written, state = check(source, split)
+                written, state, differs = check(source, split)
             if left:
                 own = refuse_feedback(split, left)
                 # What is the same for every expert starts where the trunk started: a count, say.
@@ -362,7 +362,13 @@ def learned(
     state = replace(state, attributes=read_attributes(views.expert, split.attributes))
     unseen = unseen_modules(views.trunk, spine, trees.values())
     return replace(
-        split, views=views, classifier=classifier, calls=seen.root, state=state, unseen=unseen
+        split,
+        views=views,
+        classifier=classifier,
+        calls=seen.root,
+        state=state,
+        unseen=unseen,
+        differs=differs,
     )
 
 

@@ -18,14 +18,15 @@ from ride_plugin._split._check_rows import check_rows
 from ride_plugin._split._copies import running_copy
 from ride_plugin._split._hidden import advice, hidden
 from ride_plugin._split._learn import throwaway, throwaway_expert
+from ride_plugin._split._logits import whole_outputs
 from ride_plugin._split._once import Attributes, changed_again
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
-from ride_plugin._split._results import logits_of, same, seeded, unfused
+from ride_plugin._split._results import logits_of, output_difference, same, seeded, unfused
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._use import memory_of
 from ride_plugin._split._views import Views
-from ride_plugin._tree import Place, buffers_of
+from ride_plugin._tree import Place, buffers_of, tensors_in
 
 _BATCH = 3
 
@@ -42,12 +43,13 @@ class WrittenBehind(Exception):
         self.names = names
 
 
-def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState]:
+def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState, str | None]:
     """Compare the split with the backbone: evaluation, a seeded training pass, a row subset.
 
     Returns:
-        Names of the parameters and buffers that a forward writes, and what the trunk returned for
-        three rows in evaluation mode.
+        Names of the parameters and buffers that a forward writes, what the trunk returned for
+        three rows in evaluation mode, and in which entry the whole output of an expert differs
+        from the backbone's in training mode, where its logits do not; None if in none.
 
     Raises:
         SplitError: they differ; the message names the fork point and says what to pass.
@@ -56,6 +58,7 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState]:
     views, inputs = split.views, split.inputs
     written: set[str] = set()
     evaluated: TrunkState | None = None
+    differs: str | None = None
 
     def backbone(training: bool) -> nn.Module:
         return in_mode(running_copy(source, (source,), views.written), training)
@@ -66,7 +69,8 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState]:
         reference = backbone(training)
         contents = _Contents(reference)
         try:
-            expected = seeded(reference, batch)
+            with whole_outputs() as outputs:
+                expected = seeded(reference, batch)
         except Exception:
             if training:  # a backbone that cannot train on its own input has nothing to compare
                 break
@@ -79,6 +83,9 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState]:
             """Whether the backbone returns the same bits again; most do, and are not asked."""
             return torch.equal(first, seeded(backbone(training), batch))
 
+        with _called(prefix):
+            stopped = throwaway(views, training)
+            own, at_fork = _stopped(split, stopped, batch)
         passes = _passes(split, throwaway(views, training), batch, prefix)
         for ran, state, got, behind in passes:
             for link in ran.links:
@@ -99,12 +106,15 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState]:
             if behind:
                 raise WrittenBehind(behind, prefix)
             _check_buffers(reference, ran, prefix, exact)
+        _check_stopping(own, state, prefix, exact)
+        if training and outputs:
+            differs = output_difference(outputs[-1], _whole_output(split, stopped, own, at_fork))
         if evaluated is None:
             evaluated = state
             check_rows(backbone, throwaway(views, False), state, expected, prefix, moving)
-        del state, passes  # activations may be large beside the weights
+        del state, own, passes  # activations may be large beside the weights
     assert evaluated is not None
-    return frozenset(written), evaluated
+    return frozenset(written), evaluated, differs
 
 
 class _Contents:
@@ -180,6 +190,59 @@ def _passes(
         another = throwaway_expert(split.views, other)
         _refuse_counting(changed_again(other.trunk, places, lambda: played(another)), prefix)
     yield other, state, logits_of(output), behind
+
+
+def _stopped(split: Split, views: Views, inputs: Inputs) -> tuple[TrunkState, Callable[[], None]]:
+    """What the trunk records where it stops at the fork, and what restores the random state."""
+    args, kwargs = own_inputs(inputs, tensors=True)
+    seed_everything()
+    start = read_attributes(views.trunk, split.attributes)
+    with torch.no_grad():
+        state, _ = record(
+            views.trunk, views.running, split.layouts, args, kwargs, stop_at_fork=True
+        )
+    return replace(state, attributes=start), random_state(views.expert)
+
+
+def _check_stopping(
+    own: TrunkState, state: TrunkState, prefix: str, exact: Callable[[], bool]
+) -> None:
+    """Refuse a trunk that computes something else where it stops than where it goes on.
+
+    Before the fork stand-ins are there in the one case, the expert's own modules in the other.
+    """
+    steps = zip(own.keys, own.values, state.values, strict=False)
+    changed = next(
+        (
+            key
+            for key, ours, theirs in steps
+            if key != "inputs"
+            and not all(
+                same(a, b, exact)
+                for a, b in zip(tensors_in(ours), tensors_in(theirs), strict=False)
+            )
+        ),
+        None,
+    )
+    if own.keys != state.keys or changed is not None:
+        where = "" if changed is None else f", first in what `{changed}` returns"
+        raise SplitError(
+            f"{prefix}: where the forward stops at the fork, the trunk computes something else "
+            f"than where it goes on into an expert{where}. Before the fork it looks through the "
+            "backbone's own modules or parameters (`self.modules()`, `self.parameters()`), where "
+            "an expert's are not the trunk's. Look through them in `__init__` and keep the result, "
+            "or in the forward of a submodule, or behind the fork."
+        )
+
+
+def _whole_output(
+    split: Split, views: Views, state: TrunkState, at_fork: Callable[[], None]
+) -> Any:
+    """What an expert's forward returns, with the logits and beside them; nothing is dropped."""
+    write_attributes(views.expert, split.attributes, state.attributes)
+    with torch.no_grad(), whole_outputs() as outputs:
+        play(views.expert, views.running, state, at_fork)
+    return outputs[-1]
 
 
 def _refuse_counting_ahead(

@@ -103,6 +103,7 @@ class SplitModule(Holder):
         self._num_probed = parts.num_probed
         self.redrawn_parameters = list(parts.redrawn)
         self._written = parts.written
+        self._differs = parts.differs
         self.trunk = parts.trunk
         self.experts = nn.ModuleList(parts.experts)
         self._units = places_of_units(self.trunk)
@@ -147,6 +148,7 @@ class SplitModule(Holder):
             self._num_probed,
             self.redrawn_parameters,
             self._written,
+            self._differs,
         )
 
     @property

@@ -43,6 +43,7 @@ class Split:
         calls: those of the backbone's forward in evaluation mode.
         state: what the trunk returned for three rows in evaluation mode.
         unseen: names of modules outside all units that were not called, which the trunk holds.
+        differs: where an expert's whole output differs from the backbone's, in words.
     """
 
     views: Views
@@ -58,6 +59,7 @@ class Split:
     calls: Call | None = None
     state: TrunkState | None = None
     unseen: Sequence[str] = ()
+    differs: str | None = None
 
 
 @dataclass
@@ -75,6 +77,7 @@ class Parts:
         redrawn: names, inside an expert, of trainable parameters that were drawn anew for each
             expert beside frozen ones.
         written: names of parameters and buffers that a forward writes.
+        differs: as in :class:`Split`.
     """
 
     trunk: nn.Module
@@ -91,6 +94,7 @@ class Parts:
     num_probed: int = 1
     redrawn: Sequence[str] = ()
     written: frozenset[str] = frozenset()
+    differs: str | None = None
 
     def classifiers(self) -> list[nn.Module]:
         """The classifier of each expert; none if it is no submodule."""
@@ -136,6 +140,7 @@ def parts_of(
         split.classifier,
         num_probed,
         written=split.views.written,
+        differs=split.differs,
     )
 
 

@@ -15,7 +15,8 @@ from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._copies import same_values
 from ride_plugin._split._views import Views
-from ride_plugin._tree import logits_in
+from ride_plugin._split._logits import spelled
+from ride_plugin._tree import logits_in, places_in
 
 near = partial(close, units=100, scale=0.0, equal_nan=True)  # other kernels may run
 
@@ -67,6 +68,23 @@ def logits_of(output: Any) -> Tensor:
     if logits is None:
         raise SplitError("The backbone returned no logits [B, C].")
     return logits
+
+
+def output_difference(expected: Any, got: Any) -> str | None:
+    """The first entry in which two outputs differ by more than rounding, in words; None if none."""
+    ours, theirs = places_in(got), places_in(expected)
+    if [path for path, _ in ours] != [path for path, _ in theirs]:
+        places = {path for path, _ in ours} ^ {path for path, _ in theirs}
+        first = listed(spelled(path) for path in places)
+        return f"{len(ours)} tensors instead of {len(theirs)}, with or without {first}"
+    for (path, a), (_, b) in zip(ours, theirs, strict=True):
+        try:
+            alike = same_values(a, b) or near(a, b)
+        except (NotImplementedError, RuntimeError, TypeError):  # sparse ones, say
+            alike = a.shape == b.shape
+        if not alike:
+            return f"another {spelled(path)}"
+    return None
 
 
 def same(a: Tensor, b: Tensor, exact: Callable[[], bool]) -> bool:

@@ -1,0 +1,132 @@
+"""What the self-check of a build compares beside the logits: the trunk alone, and whole outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ride_plugin import ArgumentError, RIDEWrapper, SplitError
+from tests.naive import copies_of, train_both
+
+X = torch.randn(5, 6)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), Inner(), nn.Linear(8, 4)
+
+    def number(self) -> int:
+        return 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu() / self.number()).relu())
+
+
+class Linears(Base):
+    def number(self) -> int:
+        return len([m for m in self.modules() if isinstance(m, nn.Linear)])
+
+
+class Parameters(Base):
+    def number(self) -> int:
+        return len(list(self.parameters()))
+
+
+class Names(Base):
+    def number(self) -> int:
+        return len(list(self.named_modules()))
+
+
+class OfAPart(Base):
+    def number(self) -> int:
+        return len(list(self.b.modules()))
+
+
+@pytest.mark.parametrize("net", [Linears, Parameters, Names, OfAPart])
+def test_a_trunk_that_looks_through_the_backbone_is_refused(net: type[Base]) -> None:
+    with pytest.raises(SplitError, match=r"stops at the fork.*in what `div` returns.*`__init__`"):
+        RIDEWrapper(net(), 2, fork_at="b", example_input=X)
+
+
+def test_what_is_counted_at_the_start_works_as_the_error_says() -> None:
+    class Kept(Parameters):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = super().number()
+
+        def number(self) -> int:
+            return self.count
+
+    backbone = Kept()
+    train_both(backbone, RIDEWrapper(backbone, 2, fork_at="b", example_input=X), [X, X])
+
+
+class Mixture(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.aux = y.pow(2).mean()
+        return y
+
+
+class Auxiliary(nn.Module):
+    """Returns a term of all of its layers beside the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = Mixture(6, 8), Mixture(8, 8), nn.Linear(8, 4)
+
+    def beside(self, early: Tensor, late: Tensor) -> Any:
+        return sum(m.aux for m in self.modules() if type(m) is Mixture)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        early = self.a(x)
+        late = self.b(early.relu())
+        return {"logits": self.c(late.relu()), "beside": self.beside(early, late)}
+
+
+class Hidden(Auxiliary):
+    def beside(self, early: Tensor, late: Tensor) -> Any:
+        return [m.aux for m in self.modules() if type(m) is Mixture]
+
+
+class OfWhatModulesReturn(Auxiliary):
+    def beside(self, early: Tensor, late: Tensor) -> Any:
+        return [early, early.pow(2).mean() + late.pow(2).mean()]
+
+
+@pytest.mark.parametrize(
+    ("net", "named"),
+    [
+        (Auxiliary, r"another output\['beside'\]"),
+        (Hidden, r"2 tensors instead of 3.*output\['beside'\]\[1\]"),
+    ],
+)
+def test_whole_outputs_that_lack_the_trunk_are_not_handed_out(
+    net: type[Auxiliary], named: str
+) -> None:
+    with pytest.raises(ArgumentError, match=rf"`return_experts`.*{named}"):
+        RIDEWrapper(net(), 2, fork_at="b", example_input=X, return_experts="outputs")
+    model = RIDEWrapper(net(), 2, fork_at="b", example_input=X)
+    with pytest.raises(ArgumentError, match=rf"`return_experts`.*{named}"):
+        model.return_experts = "outputs"
+    assert model.return_experts is False
+
+
+def test_whole_outputs_are_those_of_the_copies() -> None:
+    backbone = OfWhatModulesReturn()
+    model = RIDEWrapper(backbone, 2, fork_at="b", example_input=X, return_experts="outputs")
+    for got, copied in zip(model(X), copies_of(backbone, model), strict=True):
+        torch.testing.assert_close(got, copied(X))
