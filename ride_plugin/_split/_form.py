@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeAlias
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ride_plugin._checks import version_of
@@ -15,6 +18,9 @@ from ride_plugin._tree import tensors_in
 
 Form: TypeAlias = Any
 """The number of dimensions of a tensor; tuples of forms for what holds several values."""
+
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_PLAIN = (bool, int, float, complex, str, bytes, np.generic, torch.dtype, *_FUNCTIONS)
 
 
 def form_of(value: Any, options: bool = False) -> Form:
@@ -46,6 +52,26 @@ def form_of_inputs(inputs: Inputs) -> Form:
 def single_in(inputs: Inputs) -> tuple[bool, ...]:
     """Which tensors of the arguments have one slice, whatever the batch: they are for all rows."""
     return tuple(t.dim() > 0 and t.shape[0] == 1 for t in tensors_in(inputs))
+
+
+def plain_in(value: Any) -> Iterator[Any]:
+    """What is no tensor and can be compared, depth first: numbers, words, dtypes, functions."""
+    if isinstance(value, _PLAIN) or value is None:
+        yield value
+    else:
+        for item in _items_of(value):
+            yield from plain_in(item)
+
+
+def _items_of(value: Any) -> Iterable[Any]:
+    """What a container holds; nothing of what is none."""
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, list | tuple | deque):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return ()
 
 
 def versions_in(values: Sequence[Any]) -> list[int | None]:

@@ -14,7 +14,13 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ArgumentError, ReplayError
 from ride_plugin._inputs import Inputs
-from ride_plugin._split._form import Form, form_of, form_of_inputs, single_in
+from ride_plugin._split._form import (
+    Form,
+    form_of,
+    form_of_inputs,
+    plain_in,
+    single_in,
+)
 from ride_plugin._split._hollow import Unread, hollow, is_hollow
 from ride_plugin._split._rows import Rows, join_rows, take_rows
 from ride_plugin._tree import CONTAINERS, map_tensors, tensors_in
@@ -224,6 +230,13 @@ class TrunkState:
                 raise ArgumentError(
                     "Expected argument `states` to come from one path through the backbone, but "
                     "they differ. Keep inputs of different kinds apart."
+                )
+            if list(plain_in(other.values)) != list(plain_in(first.values)):
+                raise ArgumentError(
+                    "Expected argument `states` to differ in their tensors alone, but numbers or "
+                    "words among the arguments, or beside the tensors that a module of the trunk "
+                    "returned, differ between them. Run them apart, or make them tensors with one "
+                    "entry for each row."
                 )
             same = all(map(_may_join, first.attributes, other.attributes))
             if not same or first.numbers != other.numbers:

@@ -364,3 +364,49 @@ def test_an_expert_on_its_own_has_the_buffers_that_it_read_in_the_trunk() -> Non
         assert names == {"scale", "shift"}
         assert "scale" in alone.state_dict()
         assert "shift" not in alone.state_dict()
+
+
+class Measures(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y, {"largest": float(x.detach().abs().max())}
+
+
+class Weighs(nn.Module):
+    """Numbers among the arguments, and beside what a module of the trunk returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = Measures(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, weights: Any = (1.0, 1.0)) -> Tensor:
+        h, seen = self.a(x / x.abs().max(1, keepdim=True).values * weights[0])
+        return self.c(self.b(h).relu() * weights[1] * seen["largest"])
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize("numbers", [(1.0, 2.0), (2.0, 1.0)])
+def test_states_with_other_numbers_are_not_joined(kind: Any, numbers: Any) -> None:
+    model = RIDEWrapper(Weighs(), 2, fork_at="b", example_input=torch.randn(2, 6)).eval()
+    x = torch.randn(6, 6)
+    with torch.no_grad():
+        first, alike = (model.run_trunk(part, kind((1.0, 1.0))) for part in x.split(3))
+        other = model.run_trunk(x[3:], kind(numbers))
+        joined = TrunkState.cat([first, alike])
+        torch.testing.assert_close(
+            expert_logits(model(joined)), expert_logits(model(x, kind((1.0, 1.0))))
+        )
+    with pytest.raises(ArgumentError, match="`states` to differ in their tensors alone"):
+        TrunkState.cat([first, other])
+
+
+def test_states_beside_which_a_module_returned_another_number_are_not_joined() -> None:
+    class Plain(Weighs):
+        def forward(self, x: Tensor, weights: Any = (1.0, 1.0)) -> Tensor:
+            h, seen = self.a(x)
+            return self.c(self.b(h).relu() + 0 * len(seen))
+
+    model = RIDEWrapper(Plain(), 2, fork_at="b", example_input=torch.randn(2, 6)).eval()
+    states = [model.run_trunk(torch.randn(3, 6)) for _ in range(2)]
+    with pytest.raises(ArgumentError, match="`states` to differ in their tensors alone"):
+        TrunkState.cat(states)
