@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from ride_plugin._errors import ArgumentError, RIDEError
+from ride_plugin._names_read import may_be_set_late, names_read_by
 from ride_plugin._output import ExpertOutput
 from ride_plugin._split import (
     COMPILED_CALL,
@@ -64,6 +65,9 @@ class _Stop:
 class _Half(Holder):
     """Holds some of a model's parameters and leads to the model, which is not registered in it.
 
+    What it holds of its own has names that begin with ``ride_``: any other may be one of the plain
+    module's.
+
     Attributes:
         called: what the pair calls the module of which this has the parts.
     """
@@ -72,14 +76,20 @@ class _Half(Holder):
 
     def __init__(self, model: SplitModule, around: Around) -> None:
         super().__init__()
-        self.__dict__["model"] = model
-        self.around = around
+        # Not registered: this is a part of it, and not the other way round.
+        vars(self).update(ride_model=model, ride_around=around, ride_mentioned=frozenset())
         self.training = model.training
+
+    def ride_hold(self, experts: Iterable[nn.Module]) -> None:
+        """Hold each expert's module; what is set from here on, the parts have as well."""
+        self.experts = nn.ModuleList(experts)
+        names = [names_read_by(part) for part in self._real_parts()]
+        vars(self)["ride_mentioned"] = frozenset().union(*names)
 
     @property
     def whole(self) -> SplitModule:
         """The model."""
-        model: SplitModule = self.__dict__["model"]
+        model: SplitModule = self.__dict__["ride_model"]
         return model
 
     def train(self, mode: bool = True) -> Self:
@@ -103,12 +113,12 @@ class _Half(Holder):
         Raises:
             AttributeError: it is a submodule or a tensor, of which each part has its own.
         """
-        own = hasattr(nn.Module, name) or name in OF_MODULES
+        own = hasattr(nn.Module, name) or name in OF_MODULES or name.startswith("ride_")
         if own or "experts" not in self._modules or name in self._modules:
             super().__setattr__(name, value)
             return
-        parts = [part for part in (*self.shared(), *self.experts) if hasattr(part, name)]
-        parts = [part for part in parts if not isinstance(part, Forked | Recorded)]
+        added = name in self.ride_mentioned and may_be_set_late(value)
+        parts = [part for part in self._real_parts() if added or hasattr(part, name)]
         if any(name in {*part._modules, *part._parameters, *part._buffers} for part in parts):
             raise AttributeError(
                 f"Expected `{name}` to be replaced in the plain module before wrapping, but got "
@@ -116,8 +126,9 @@ class _Half(Holder):
                 "once in the trunk or once for each expert. Wrap a pair in which it is replaced, "
                 f"or set it in the parts: `model.experts[k].{self.called}.{name}`, say."
             )
-        held = [getattr(part, name) for part in parts]
-        super().__setattr__(name, value)
+        held = [getattr(part, name, None) for part in parts]
+        if not parts or not hasattr(type(self), name):
+            super().__setattr__(name, value)
         if isinstance(value, nn.Module | nn.Parameter):
             return
         is_one = len(set(map(id, held))) == 1  # settings, say; a list that each fills is not
@@ -136,6 +147,10 @@ class _Half(Holder):
         """The modules of this half that exist once, in the trunk."""
         return ()
 
+    def _real_parts(self) -> list[nn.Module]:
+        parts = (*self.shared(), *self.experts)
+        return [part for part in parts if not isinstance(part, Forked | Recorded)]
+
 
 class ExpertFeatures(_Half):
     """The trunk and every expert's feature extractor: returns features ``[B, E * D]``.
@@ -149,10 +164,8 @@ class ExpertFeatures(_Half):
     def __init__(self, model: SplitModule, around: Around, place: Any) -> None:
         super().__init__(model, around)
         self.trunk = model.trunk
-        self.place = place
-        self.experts = nn.ModuleList(  # last: what is set from here on, the parts have as well
-            expert.get_submodule(self.called) for expert in model.experts
-        )
+        self.ride_place = place
+        self.ride_hold(expert.get_submodule(self.called) for expert in model.experts)
 
     def shared(self) -> Sequence[nn.Module]:
         """The extractor's part in the trunk."""
@@ -174,8 +187,8 @@ class ExpertFeatures(_Half):
                 "Use one process for each device (DistributedDataParallel), or the model itself."
             )
         self._check_parts()
-        with self.around():
-            return filled(self.place, torch.cat(self._features(args, kwargs), dim=1))
+        with self.ride_around():
+            return filled(self.ride_place, torch.cat(self._features(args, kwargs), dim=1))
 
     def _features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         model, stop = self.whole, _Stop()
@@ -230,28 +243,28 @@ class ExpertClassifiers(_Half):
         width: int,
     ) -> None:
         super().__init__(model, around)
-        self.path = path
-        self.place = place
-        self.combine = combine
-        self.width = width
-        self.experts = nn.ModuleList(expert.get_submodule(self.called) for expert in model.experts)
+        self.ride_path = path
+        self.ride_place = place
+        self.ride_combine = combine
+        self.ride_width = width
+        self.ride_hold(expert.get_submodule(self.called) for expert in model.experts)
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run each classifier on its expert's features; further arguments go to each of them."""
         number = len(self.experts)
-        columns = number * self.width
+        columns = number * self.ride_width
         if not isinstance(features, Tensor) or features.shape[1:2] != (columns,):
             came = f"{list(features.shape)}" if isinstance(features, Tensor) else repr(features)
             raise ArgumentError(
                 f"Expected argument `features` to be [B, {columns}], the features of {number} "
                 f"experts side by side, but got {came}. Pass what the first half returned."
             )
-        with self.around():
+        with self.ride_around():
             each = [
-                at_path(head(part, *args, **kwargs), self.path)
+                at_path(head(part, *args, **kwargs), self.ride_path)
                 for head, part in zip(self.experts, features.chunk(number, dim=1), strict=True)
             ]
-            return filled(self.place, self.combine(each, self._trains()))
+            return filled(self.ride_place, self.ride_combine(each, self._trains()))
 
     def _trains(self) -> bool:
         """Whether the classifiers are in training mode, whatever was set on the first half since.

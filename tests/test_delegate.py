@@ -512,7 +512,7 @@ class Namesake(Follows):
 
     def __init__(self) -> None:
         super().__init__()
-        self.start, self._lent, self._links, self._versions = 1.0, 0, 2.0, 3
+        self.start, self._late, self._links, self._running = 1.0, 0, 2.0, 3
 
     def parts(self) -> int:
         return 3
@@ -526,7 +526,7 @@ class Subclass(RIDEWrapper):
 
 
 @pytest.mark.parametrize(
-    "name", ["start", "parts", "_lent", "num_classes", "_links", "_versions", "run_trunk"]
+    "name", ["start", "parts", "_late", "num_classes", "_links", "_running", "run_trunk"]
 )
 def test_a_name_of_both_is_not_set_on_the_wrapped_model_alone(name: str) -> None:
     model = RIDEWrapper(Namesake(), 2, fork_at="blocks.1").eval()

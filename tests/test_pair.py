@@ -598,3 +598,47 @@ def test_the_second_half_returns_what_its_own_mode_asks_for() -> None:
         model.train()
         set_modes()
         assert returned() is Tensor
+
+
+class ReadsNames(nn.Sequential):
+    """Reads plain attributes of any name, some of which nobody has set."""
+
+    factor = 1.0
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__(*parts)
+        for name in READ[:-2]:
+            setattr(self, name, 1.0)
+
+    def forward(self, x: Tensor) -> Any:
+        x = super().forward(x)
+        for name in READ[:-2]:
+            x = x * getattr(self, name)
+        return x * getattr(self, "absent", 1.0) * getattr(self, "_absent", 1.0)
+
+
+READ = ("place", "path", "combine", "around", "width", "model", "whole", "shared", "relink",
+        "_versions", "_lent", "_features", "factor", "absent", "_absent")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_half_passes_on_whatever_name_the_plain_module_reads(name: str) -> None:
+    body = ReadsNames(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12))
+    model = RIDEWrapper.from_pair(
+        body, ReadsNames(nn.Linear(12, 5)), 2, fork_at="feature_extractor.2"
+    )
+    features, classifier = model.eval().as_pair()
+    x = torch.randn(4, 8)
+    for expert in model.experts:
+        nn.init.zeros_(expert.classifier[0].bias)
+    before = expert_logits(model(x))
+    for half, value, wanted in ((features, 2.0, 2), (classifier, 3.0, 6)):
+        setattr(half, name, value)
+        for repeats in range(2):
+            torch.testing.assert_close(
+                expert_logits(classifier(features(x))), wanted * before, msg=f"{name}, {repeats}"
+            )
+        half.load_state_dict(copy.deepcopy(half.state_dict()))
+    torch.testing.assert_close(expert_logits(model(x)), 6 * before)
+    again = copy.deepcopy(features), copy.deepcopy(classifier)
+    torch.testing.assert_close(expert_logits(again[1](again[0](x))), 6 * before)

@@ -22,6 +22,9 @@ from ride_plugin._split._sharing import complete_shared
 class Holder(nn.Module):
     """A wrapped model, or one of the two modules of a pair: a part of it with parts of all experts.
 
+    State that is neither a wrapped model's nor a half's alone has names that begin with ``ride_``:
+    any other may be one of the plain module's, and is set in its parts.
+
     What replaces tensors replaces each by itself; afterwards they are held together again.
 
     Attributes:
@@ -32,8 +35,10 @@ class Holder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._versions: list[int | None] = []  # of all tensors, when the state was last asked for
-        self._lent: Lent | None = None  # while a state is loaded
+        self.ride_versions: list[
+            int | None
+        ] = []  # of all tensors, when the state was last asked for
+        self.ride_lent: Lent | None = None  # while a state is loaded
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     def note_shared(self) -> None:
@@ -51,7 +56,7 @@ class Holder(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As for any module."""
-        self._versions = versions_in([*self.parameters(), *self.buffers()])
+        self.ride_versions = versions_in([*self.parameters(), *self.buffers()])
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(
@@ -81,18 +86,18 @@ class Holder(nn.Module):
         refuse_plain_state(state_dict, prefix, self)
         # None may mean that a module around this one loads others only; and something may have
         # written into the state since it was asked for, as torch.distributed.checkpoint does.
-        if state_dict and self._versions == versions_in([*self.parameters(), *self.buffers()]):
+        if state_dict and self.ride_versions == versions_in([*self.parameters(), *self.buffers()]):
             tell_of_nothing_new(state_dict, prefix, self)
         complete_shared(state_dict, prefix, self.experts, fill=False)
         self.note_shared()  # `assign=True` replaces each tensor by itself
-        self._lent = lend_entries(state_dict, prefix, self.parts_by_prefix())
+        self.ride_lent = lend_entries(state_dict, prefix, self.parts_by_prefix())
 
     def after_loading(self, keys: Any) -> None:
         """Called with torch's missing and unexpected names, when all parts have loaded theirs."""
         self.relink()
-        if self._lent is not None:
-            self._lent.take_back(keys.unexpected_keys)
-            self._lent = None
+        if self.ride_lent is not None:
+            self.ride_lent.take_back(keys.unexpected_keys)
+            self.ride_lent = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.note_shared()
