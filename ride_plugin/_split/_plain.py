@@ -15,6 +15,7 @@ from ride_plugin._inputs import resize_batch
 from ride_plugin._split._copies import clone_module, copy_with_hooks, detached_activations
 from ride_plugin._split._hooks import FeatureHook, ForkHook, StartHook, UnitHooks, drop_hooks
 from ride_plugin._split._join import Joined
+from ride_plugin._split._listed import list_own
 from ride_plugin._split._logits import LogitsReader, reader_in
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, trial_run
@@ -102,6 +103,7 @@ def _strip_hooks(root: nn.Module) -> None:
         return isinstance(hook, _OURS) or isinstance(getattr(hook, "__self__", None), _OURS)
 
     for module in root.modules():
+        list_own(module)
         drop_hooks(module, ours)
 
 

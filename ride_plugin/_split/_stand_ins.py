@@ -249,7 +249,7 @@ class Forked(StandIn):
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module; what the forward sets is the unit's, if this pass goes on into it."""
         if name != "training" and self._goes_on():
-            setattr(self.ride_real, name, value)
+            _set_on_real(self.ride_real, name, value)
         else:
             super().__setattr__(name, value)
 
@@ -309,6 +309,14 @@ class _Inside(nn.Module):
 
     def __getitem__(self, index: Any) -> Any:
         return self.ride_forked.ride_part(self.ride_real[index])
+
+
+def _set_on_real(real: nn.Module, name: str, value: Any) -> None:
+    """Set what a forward sets; `functional_call` puts tensors in the place of parameters."""
+    if name in real._parameters and isinstance(value, Tensor):
+        real._parameters[name] = value  # type: ignore[assignment]
+    else:
+        setattr(real, name, value)
 
 
 def leads_to_experts(trunk: nn.Module, running: Running) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._fork import Fork
 from ride_plugin._split._hooks import ForkHook, UnitHooks
+from ride_plugin._split._listed import list_all
 from ride_plugin._split._probe import Call
 from ride_plugin._split._settings import as_they_are
 from ride_plugin._split._stand_ins import Forked, Recorded
@@ -216,13 +217,14 @@ def build_views(
             module.ride_stand_for(owner)
 
     links: list[Link] = []
-    for name, _, key in outside:
+    for name, original, key in outside:
         expert_owns = any(o[0] == name and o[2] == key for o in forked_outside)
         owner, view = (expert, trunk) if expert_owns else (trunk, expert)
         link = Link(_at(view, name), _at(owner, name), key)
         link.let_go()
         link.refresh()
         links.append(link)
+        list_all(link.view, original, running)
     pairs = [(_at(trunk, name), _at(expert, name)) for name, _ in spine]
     return Views(trunk, expert, running, links, pairs, settings=settings)
 

@@ -511,3 +511,26 @@ class Reentrant(Base):
 def test_reentrant_checkpoints_are_trained_as_the_copies_are(where: str, fork_at: str) -> None:
     net = Reentrant(where)
     train_both(net, wrapped(net, fork_at=fork_at), batches())
+
+
+class Doubles(Base):
+    """Runs one of its modules with other weights than it has."""
+
+    doubled = "b"
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in "abc":
+            module = self.get_submodule(name)
+            other = {"weight": 2 * module.weight} if name == self.doubled else {}
+            x = torch.func.functional_call(module, other, (x,)).relu()
+        return x
+
+
+@pytest.mark.parametrize("doubled", ["a", "c"])
+def test_a_forward_runs_a_module_with_other_weights(doubled: str) -> None:
+    net = Doubles()
+    net.doubled = doubled
+    model = wrapped(net, num_classes=4)
+    train_both(net, model, batches())
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    assert len(list(model.parameters())) == 2 + 3 * 4

@@ -1,0 +1,47 @@
+"""torch's lists and dictionaries of parameters in a view that owns only some of them, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ride_plugin._split._tape import Running
+
+_NAME = "named_parameters"
+
+
+class _Listed:
+    """In place of ``named_parameters`` of such a list: to a forward that asks, it has them all."""
+
+    def __init__(self, view: nn.Module, names: list[str], running: Running) -> None:
+        self.view = view
+        self.names = names
+        self.running = running
+
+    def __call__(
+        self, prefix: str = "", *args: Any, **kwargs: Any
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        if (self.running.recorder or self.running.player) is None:
+            yield from type(self.view).named_parameters(self.view, prefix, *args, **kwargs)
+            return
+        for name in self.names:
+            yield f"{prefix}.{name}" if prefix else name, getattr(self.view, name)
+
+
+def list_all(view: nn.Module, original: nn.Module, running: Running) -> None:
+    """Let a forward find all parameters of the original in a list or dictionary of a view."""
+    if isinstance(view, nn.ParameterList | nn.ParameterDict):
+        names = [name for name, tensor in original._parameters.items() if tensor is not None]
+        vars(view)[_NAME] = _Listed(view, names, running)
+
+
+def list_own(module: nn.Module) -> None:
+    """Undo :func:`list_all`; what a module owns again stands in the original order."""
+    listed = vars(module).get(_NAME)
+    if isinstance(listed, _Listed):
+        del vars(module)[_NAME]
+        for name in listed.names:
+            if name in module._parameters:
+                module._parameters[name] = module._parameters.pop(name)
