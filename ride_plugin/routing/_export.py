@@ -15,6 +15,7 @@ from ride_plugin._compiler import check_exports
 from ride_plugin._contexts import evaluating
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._inputs import Inputs, as_inputs, in_order_of, resize_batch, taken_by_model
+from ride_plugin._numerics import without_autocast
 from ride_plugin._split import Rows, TrunkState, hollow
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._wrapper import RIDEWrapper
@@ -35,7 +36,8 @@ def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, 
     example = model.example_input() if example_input is None else as_inputs(example_input)
     inputs = resize_batch((example[0], in_order_of(model.example_input()[1], example[1])), 2)
     stages: dict[str, ExportedProgram] = {}
-    with model.evaluating(), torch.no_grad():
+    # Autocast around the export would become part of some stages, and be refused by others.
+    with model.evaluating(), torch.no_grad(), without_autocast(next(tensors_in(inputs))):
         with taken_by_model(example_input):
             state = model.run_trunk(*inputs[0], **inputs[1])
         if state.layout is None:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checks import refuse
 from ride_plugin._errors import ArgumentError
-from ride_plugin._inputs import as_inputs
+from ride_plugin._inputs import as_inputs, batch_size_of
 from ride_plugin.routing._call import call_of, tensors_of_call
 from ride_plugin.routing._fused import FusedStage
 from ride_plugin.routing._fused_conv import FusedConv2d
+from ride_plugin.routing._stages import check_stages, count_experts
 
 _CONVOLUTION: Any = getattr(torch.ops.onednn, "qconv2d_pointwise", None)
 
@@ -40,8 +42,8 @@ def quantize_stages(
         Modules by the same names, for `StagedRunner`.
 
     Raises:
-        ArgumentError: a stage is not a fused one, there is no batch, or this build of torch has
-            no such convolution.
+        ArgumentError: a stage is missing or is not a fused one, there is no batch with rows, or
+            this build of torch has no such convolution.
 
     Example:
         >>> from torch import nn
@@ -62,12 +64,8 @@ def quantize_stages(
             "Expected a build of torch with oneDNN's convolution in eight bits, but this one has "
             "none. Serve the float stages."
         )
-    for name, stage in stages.items():
-        if not isinstance(stage, FusedStage):
-            raise ArgumentError(
-                f"Expected `stages[{name!r}]` to be a fused stage, but got {type(stage).__name__}. "
-                "Pass what fuse_stages returned."
-            )
+    check_stages(stages, FusedStage, "a fused stage", "`fuse_stages`")
+    count_experts(stages)
     quantized = {name: copy.deepcopy(stage) for name, stage in stages.items()}
     for module, (low, high) in _ranges(quantized, batches).items():
         for stage in quantized.values():
@@ -120,6 +118,10 @@ def _ranges(
 ) -> dict[FusedConv2d, tuple[float, float]]:
     """Smallest and largest input of each convolution that can be quantized."""
     ranges: dict[FusedConv2d, tuple[float, float]] = {}
+    try:
+        each = iter(batches)
+    except TypeError:
+        refuse("batches", "inputs of the model, one after the other", batches, "Pass a list.")
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(module, FusedConv2d)
@@ -140,10 +142,12 @@ def _ranges(
     ]
     seen = False
     try:
-        for batch in batches:
-            seen = True
+        for batch in each:
             try:
                 inputs = as_inputs(tuple(batch) if isinstance(batch, list) else batch)
+                if batch_size_of(inputs) == 0:  # an empty shard has no smallest value
+                    continue
+                seen = True
                 crossing = stages["trunk"](*tensors_of_call(call_of(stages["trunk"]), inputs))
             except ArgumentError as error:
                 raise ArgumentError(
@@ -158,7 +162,7 @@ def _ranges(
             hook.remove()
     if not seen:
         raise ArgumentError(
-            "Expected argument `batches` to yield at least one batch, but it is empty. Pass a list "
-            "of tensors like those to be served."
+            "Expected argument `batches` to yield at least one batch with rows, but it is empty. "
+            "Pass a list of tensors like those to be served."
         )
     return ranges

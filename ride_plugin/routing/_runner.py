@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ride_plugin._checks import refuse
-from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import without_autocast
 from ride_plugin._split import Rows, take_rows
 from ride_plugin._tree import tensors_in
 from ride_plugin.routing._call import call_of, tensors_of_call
 from ride_plugin.routing._exit import RoutingOutput, walk
+from ride_plugin.routing._stage_inputs import check_inputs, inputs_of_program
+from ride_plugin.routing._stages import check_stages, count_experts
 
+_MADE_BY = "`serve.export_stages()`, `fuse_stages` or `quantize_stages`"
 _FIRST_DIM = Rows(0, 1)
 
 
@@ -40,7 +42,8 @@ class StagedRunner:
     """Runs exported stages with early exit; equal to `RoutingInference` row by row.
 
     Needs nothing of the model but its programs, so it is also the pattern for a runner in another
-    language.
+    language. Autocast reaches neither programs nor fused stages: they run in the precision of the
+    export.
 
     Args:
         stages: what `export_stages` returned, or the same programs loaded from files. In place of
@@ -50,24 +53,18 @@ class StagedRunner:
             tensors of a call are taken in the order in which they come.
 
     Raises:
-        ArgumentError: a stage is missing, or is neither a program nor a function.
+        ArgumentError: a stage is missing, has an unknown name, or is neither a program nor a
+            function.
     """
 
     def __init__(self, stages: Mapping[str, ExportedProgram | Callable[..., Any]]) -> None:
-        if not isinstance(stages, Mapping):
-            refuse("stages", "what `export_stages` returned", stages)
-        self.num_experts = sum(str(name).startswith("expert_") for name in stages)
-        experts = [f"expert_{index}" for index in range(self.num_experts)]
-        gates = [f"gate_{index}" for index in range(self.num_experts - 1)]
-        missing = {"trunk", "expert_0", *experts, *gates} - stages.keys()
-        if missing:
-            raise ArgumentError(
-                f"Expected argument `stages` to hold all that `export_stages` returned, but "
-                f"{sorted(missing)} are missing."
-            )
-        self._trunk, self._call = _function("trunk", stages), call_of(stages["trunk"])
-        self._experts = [_function(name, stages) for name in experts]
-        self._gates = [_function(name, stages) for name in gates]
+        kinds = (ExportedProgram, Callable)
+        check_stages(stages, kinds, "an ExportedProgram or a function of tensors", _MADE_BY)
+        self.num_experts = count_experts(stages)
+        functions = {name: _function(stage) for name, stage in stages.items()}
+        self._trunk, self._call = functions["trunk"], call_of(stages["trunk"])
+        self._experts = [functions[f"expert_{index}"] for index in range(self.num_experts)]
+        self._gates = [functions[f"gate_{index}"] for index in range(self.num_experts - 1)]
 
     @overload
     def __call__(
@@ -91,8 +88,8 @@ class StagedRunner:
         """Run the stages on a batch; arguments and return as for `RoutingInference`.
 
         Raises:
-            ArgumentError: names of arguments, or values beside the tensors, are not those of the
-                export.
+            ArgumentError: names of arguments, values beside the tensors, or sizes and dtypes of
+                tensors are not those of the export.
         """
         output = walk(self, *args, **kwargs)
         return output if return_routing else output.logits
@@ -114,13 +111,18 @@ class StagedRunner:
         return verdict
 
 
-def _function(name: str, stages: Mapping[str, Any]) -> Callable[..., Any]:
-    stage = stages[name]
-    if isinstance(stage, ExportedProgram):
-        return stage.module()
-    if callable(stage):
-        return cast("Callable[..., Any]", stage)
-    raise ArgumentError(
-        f"Expected `stages[{name!r}]` to be an ExportedProgram or a function of tensors, but got "
-        f"{type(stage).__name__}."
-    )
+class _Program:
+    """A program that refuses other inputs than the exported ones, and that no autocast reaches."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.module = program.module()
+        self.dtypes, self.sizes = inputs_of_program(program)
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        check_inputs(tensors, self.dtypes, self.sizes)
+        with without_autocast(tensors[0]):
+            return self.module(*tensors)
+
+
+def _function(stage: ExportedProgram | Callable[..., Any]) -> Callable[..., Any]:
+    return _Program(stage) if isinstance(stage, ExportedProgram) else stage

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ride_plugin import ArgumentError, ExpertRouter, RIDEWrapper, RoutingInference
+from ride_plugin import ArgumentError, ConfidenceRouter, ExpertRouter, RIDEWrapper, RoutingInference
 from ride_plugin.routing import StagedRunner, fuse_stages
 from tests.handmade import small_model
 
@@ -341,3 +341,31 @@ def test_a_weight_under_two_names_is_one_in_the_stages():
     for stage in fused.values():  # those of inference mode could not be written
         stage.load_state_dict(stage.state_dict())
     torch.testing.assert_close(StagedRunner(fused)(x), serve(x))
+
+
+def test_programs_refuse_inputs_unlike_the_exported_ones():
+    runner, x = StagedRunner(exported("convolutional")), torch.randn(2, 3, 8, 8)
+    for bad in (torch.randn(2, 3, 9, 9), x[0], x[..., None], x.double(), x.to(torch.uint8)):
+        with pytest.raises(ArgumentError, match=r"float32 \[\w+, 3, 8, 8\].*`example_input`"):
+            runner(bad)
+    scale, other = torch.linspace(1, 2, 6), torch.linspace(1, 2, 5)
+    model = RIDEWrapper(Scaled(), 2, fork_at="late", example_input=(torch.randn(2, 6), scale))
+    runner = StagedRunner(
+        copy.deepcopy(RoutingInference(model, ConfidenceRouter()).export_stages())
+    )
+    for tensors in ((torch.randn(3, 6), other), (torch.randn(3, 5), scale)):
+        with pytest.raises(ArgumentError, match=r"\[\w+, 6\], float32 \[6\], as they were"):
+            runner(*tensors)
+
+
+def test_autocast_changes_nothing_at_the_export_or_at_a_call():
+    serve, x = serving("convolutional")
+    with torch.autocast("cpu", torch.bfloat16):
+        under = serve.export_stages()
+    expected = StagedRunner(exported("convolutional"))(x)
+    for stages in (under, exported("convolutional"), fuse_stages(under)):
+        runner = StagedRunner(stages)
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                got = runner(x)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -115,6 +115,14 @@ def kinds(stages: dict[str, nn.Module]) -> dict[bool, set[type]]:
 
 
 @pytest.mark.exports
+def test_a_batch_without_rows_is_skipped() -> None:
+    serve, x = served()
+    stages = fuse_stages(serve.export_stages())
+    expected = StagedRunner(quantize_stages(stages, [x]))(x)
+    assert torch.equal(StagedRunner(quantize_stages(stages, [x[:0], x, (x[:0],)]))(x), expected)
+
+
+@pytest.mark.exports
 def test_quantized_stages_are_close_and_leave_the_float_ones_alone() -> None:
     serve, x = served()
     stages = fuse_stages(serve.export_stages())
@@ -149,9 +157,16 @@ def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     programs = serve.export_stages()
     with pytest.raises(ArgumentError, match=r"stages\['trunk'\].*fuse_stages"):
         quantize_stages(programs, [x])  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match=r"`batches`.*empty"):
-        quantize_stages(fuse_stages(programs), [])
+    for empty in ([], [x[:0]]):
+        with pytest.raises(ArgumentError, match=r"`batches`.*empty"):
+            quantize_stages(fuse_stages(programs), empty)
     stages = fuse_stages(programs)
+    with pytest.raises(ArgumentError, match=r"`stages` to be a dict.*fuse_stages"):
+        quantize_stages(None, [x])  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"`stages`.*\['trunk'\] are missing"):
+        quantize_stages({name: s for name, s in stages.items() if name != "trunk"}, [x])
+    with pytest.raises(ArgumentError, match=r"`batches` to be inputs.*but got 3"):
+        quantize_stages(stages, 3)  # type: ignore[arg-type]
     for bad in (float("nan"), float("inf"), -float("inf")):
         with pytest.raises(ArgumentError, match=r"`batches`.*finite"):
             quantize_stages(stages, [x.masked_fill(x > 2, bad)])
