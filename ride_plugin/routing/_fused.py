@@ -6,7 +6,7 @@ fewer and faster. No compiler is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,8 @@ from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import without_autocast
 from ride_plugin.routing._call import call_of
 from ride_plugin.routing._rewrite import rewritten
+from ride_plugin.routing._stage_inputs import check_inputs, inputs_of_nodes
+from ride_plugin.routing._stages import check_stages
 
 
 def fuse_stages(stages: Mapping[str, ExportedProgram]) -> dict[str, nn.Module]:
@@ -34,6 +36,7 @@ def fuse_stages(stages: Mapping[str, ExportedProgram]) -> dict[str, nn.Module]:
         of the weights, which do not require gradients. They take any batch size, can be pickled,
         and can serve several threads. They raise ArgumentError where inputs are of other sizes or
         dtypes than the exported ones and, on the CPU, where NaN or infinity comes to a convolution.
+        They can be moved to another device, but not cast: cast the model and export again.
 
     Raises:
         ArgumentError: a stage is not an ``ExportedProgram``, or a convolution's weights are not
@@ -53,15 +56,8 @@ def fuse_stages(stages: Mapping[str, ExportedProgram]) -> dict[str, nn.Module]:
         >>> torch.allclose(runner(x), serve(x), atol=1e-5)
         True
     """
-    fused: dict[str, nn.Module] = {}
-    for name, program in stages.items():
-        if not isinstance(program, ExportedProgram):
-            raise ArgumentError(
-                f"Expected `stages[{name!r}]` to be an ExportedProgram, but got "
-                f"{type(program).__name__}. Pass what `serve.export_stages()` returned."
-            )
-        fused[name] = FusedStage(program)
-    return fused
+    check_stages(stages, ExportedProgram, "an ExportedProgram", "`serve.export_stages()`")
+    return {name: FusedStage(program) for name, program in stages.items()}
 
 
 class FusedStage(nn.Module):
@@ -73,46 +69,25 @@ class FusedStage(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             self.graph_module = rewritten(program)
         self.call = call_of(program)
-        taken = [node.meta["val"] for node in self.graph_module.graph.find_nodes(op="placeholder")]
-        self.dtypes: list[torch.dtype] = [value.dtype for value in taken]
-        self.sizes = [
-            [size if isinstance(size, int) else str(size) for size in value.shape]
-            for value in taken
-        ]
-        """Of each input; what is free has a name, and one size wherever that stands."""
+        placeholders = self.graph_module.graph.find_nodes(op="placeholder")
+        self.dtypes, self.sizes = inputs_of_nodes(placeholders)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the stage; images are taken in either memory format."""
-        self._check(tensors)
+        check_inputs(tensors, self.dtypes, self.sizes)
         if torch.is_autocast_enabled(tensors[0].device.type):
             with without_autocast(tensors[0]):
                 return cast("tuple[Tensor, ...]", self.graph_module.forward(*tensors))
         return cast("tuple[Tensor, ...]", self.graph_module.forward(*tensors))
 
-    def _check(self, tensors: tuple[Tensor, ...]) -> None:
-        """Refuse inputs unlike the exported ones: the graph holds what follows from their sizes."""
-        free: dict[str, int] = {}
-        fits = len(tensors) == len(self.sizes)
-        for tensor, dtype, sizes in zip(tensors, self.dtypes, self.sizes, strict=False):
-            fits = fits and tensor.dtype == dtype and len(tensor.shape) == len(sizes)
-            for size, expected in zip(tensor.shape, sizes, strict=False):
-                if isinstance(expected, str):
-                    expected = free.setdefault(expected, size)
-                fits = fits and size == expected
-        if not fits:
-            wanted = [_described(*kind) for kind in zip(self.dtypes, self.sizes, strict=True)]
-            found = [_described(tensor.dtype, tensor.shape) for tensor in tensors]
-            raise ArgumentError(
-                f"Expected the inputs of this stage to be {', '.join(wanted)}, as they were at the "
-                f"export, but got {', '.join(found)}. Export the stages with an `example_input` "
-                "like the batches to be served."
-            )
-
     def _apply(self, fn: Any, recurse: bool = True) -> FusedStage:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtypes = [fn(torch.empty(0, dtype=dtype)).dtype for dtype in self.dtypes]
-        return self
-
-
-def _described(dtype: torch.dtype, sizes: Iterable[int | str]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} [{', '.join(map(str, sizes))}]"
+        held = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())}
+        for dtype in sorted(held | set(self.dtypes), key=str):
+            found = fn(torch.empty(0, dtype=dtype)).dtype
+            if found != dtype:
+                raise ArgumentError(
+                    f"Expected a fused stage to keep its dtypes, but got a cast from {dtype} to "
+                    f"{found}: its graph holds numbers and steps of the exported precision. Cast "
+                    "the model, and export and fuse its stages again."
+                )
+        return cast("FusedStage", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
