@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ride_plugin._checks import refuse
 from ride_plugin._errors import ArgumentError
 
 
-def check_stages(
-    stages: object, kind: type | tuple[type, ...], expected: str, made_by: str
-) -> None:
-    """Refuse what is no mapping from names to stages of this kind.
+def check_stages(stages: object, kind: Any, expected: str, made_by: str) -> None:
+    """Refuse what is no mapping from names to stages of this kind, as ``isinstance`` takes it.
 
     Raises:
         ArgumentError: it is none; the message says that ``made_by`` returns such.
