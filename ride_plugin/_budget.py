@@ -216,13 +216,15 @@ def _row(
     budget: float,
 ) -> PlanRow:
     expert, gate = of_two.expert_flops[0], of_two.gate_flops[0]
-    own = of_two.expert_parameters[0]
+    own, shared = of_two.expert_parameters[0], of_two.shared_parameters
+    only = number == 1  # nothing is shared then: what is frozen is the expert's own too
     router = None
     if number > 1:
         router = ExpertRouter(model.feature_dim, number, num_classes=model.num_classes)
     report = replace(
         of_two,
-        expert_parameters=(own,) * number,
+        expert_parameters=(own + shared * only,) * number,
+        shared_parameters=0 if only else shared,
         trainable_parameters=of_two.trainable_parameters + (number - 2) * own,  # own ones all train
         expert_flops=(expert,) * number,
         gate_flops=(gate,) * (number - 1),

@@ -153,3 +153,17 @@ def test_where_the_logits_are_can_be_said() -> None:
     (row,) = found.rows
     model = RIDEWrapper(TwoMatrices(), 2, fork_at="body", logits=0)
     assert row.report.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_frozen_parameters_are_shared_by_two_experts_and_the_own_of_one() -> None:
+    def frozen() -> nn.Module:
+        network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 5))
+        network[2].requires_grad_(False)
+        return network
+
+    found = plan(frozen(), num_experts=(1, 2, 4), expert_widths=(1.0,), fork_at="2")
+    for row in found.rows:
+        built = cost_report(RIDEWrapper(frozen(), row.num_experts, fork_at="2"))
+        for name in ("parameters", "expert_parameters", "shared_parameters"):
+            assert getattr(row.report, name) == getattr(built, name)
+        assert row.report.trainable_parameters == built.trainable_parameters
