@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ride_plugin._checks import Numbers, as_cpu_tensor, check_instance, refuse
 from ride_plugin._compiler import uncompiled
 from ride_plugin._contexts import evaluating_any
-from ride_plugin._errors import ArgumentError
+from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._flops import counted
 from ride_plugin._inputs import as_inputs, at_least_one_row, taken_by_model
 from ride_plugin._output import RouterInputs
@@ -170,7 +170,8 @@ def cost_report(
         backbone: the plain network to compare with.
 
     Raises:
-        ArgumentError: ``shares`` are not E numbers that sum to one, or ``model`` is not split.
+        ArgumentError: ``shares`` are not E numbers that sum to one, ``model`` is not split,
+            ``router`` does not fit it, or model or backbone do not run on the inputs.
 
     Example:
         >>> from ride_plugin import RIDEWrapper
@@ -194,8 +195,8 @@ def cost_report(
             f"Expected argument `model` to be a RIDEWrapper, but got {type(model).__name__} "
             f"without {missing}. Count a plain module with `count_flops`."
         )
-    if router is not None and not callable(getattr(router, "gate", None)):
-        refuse("router", "a router, which has a method `gate`", router)
+    if router is not None:
+        check_router(router, model)
     if backbone is not None:
         check_instance(backbone, "backbone", nn.Module, "a torch.nn.Module")
     checked = None if shares is None else check_shares(shares, model.num_experts)
@@ -231,6 +232,26 @@ def cost_report(
     )
 
 
+def check_router(router: object, model: object) -> None:
+    """Raise unless a router has a gate and, where it tells sizes, those of the model.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    if isinstance(router, type) or not callable(getattr(router, "gate", None)):
+        expected = "an ExpertRouter, a ConfidenceRouter or another router with a method `gate`"
+        made = "Make one: `ExpertRouter.for_model(model)` or `ConfidenceRouter()`."
+        refuse("router", expected, router, made if isinstance(router, type) else "")
+    for name in ("num_experts", "num_classes", "feature_dim"):
+        # A router without these, such as ConfidenceRouter, fits every model.
+        sizes = [getattr(one, name, None) for one in (router, model)]
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise ArgumentError(
+                f"Expected argument `router` to fit the model's {name} {sizes[1]}, but got "
+                f"{sizes[0]}. Use `ExpertRouter.for_model(model)`."
+            )
+
+
 def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """FLOPs of one call of any module, in evaluation mode and without gradients.
 
@@ -242,11 +263,15 @@ def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
         *args: what its forward takes, and ``**kwargs``.
         **kwargs: see ``*args``.
 
+    Raises:
+        ArgumentError: ``module`` is no module.
+
     Example:
         >>> count_flops(nn.Linear(10, 5), torch.zeros(1, 10))
         100
     """
-    module = uncompiled(module)
+    advice = "Let the forward of a module call the function."
+    module = check_instance(uncompiled(module), "module", nn.Module, "a module", advice=advice)
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False
@@ -268,7 +293,15 @@ def _flops_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
 
     args, kwargs = map_tensors(moved, (args, kwargs))
-    return count_flops(backbone, *args, **kwargs)
+    try:
+        return count_flops(backbone, *args, **kwargs)
+    except RIDEError:
+        raise
+    except Exception as error:
+        raise ArgumentError(
+            "Expected argument `backbone` to be the plain network, which takes what the model "
+            f"takes, but on the same inputs it raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _by_owner(model: CountableModel) -> tuple[int, int, tuple[int, ...]]:

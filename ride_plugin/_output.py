@@ -26,7 +26,7 @@ _STEPS = 8  # operations between the model and a loss that are looked through
 Pair = TypeVar("Pair", bound="type[tuple[Any, ...]]")
 
 
-def _rebuilt_from_one_iterable(pair: Pair) -> Pair:
+def rebuilt_from_one_iterable(pair: Pair) -> Pair:
     """Let ``type(x)(part for part in x)`` make the pair, beside ``type(x)(*x)``.
 
     Engines map, cast and gather outputs in either manner; autocast of a whole model and the Hugging
@@ -43,7 +43,7 @@ def _rebuilt_from_one_iterable(pair: Pair) -> Pair:
     return pair
 
 
-@_rebuilt_from_one_iterable
+@rebuilt_from_one_iterable
 class ExpertOutput(NamedTuple):
     """Explicit output of a wrapped model: what ``RIDEWrapper(..., return_experts=True)`` returns.
 
@@ -75,7 +75,7 @@ class ExpertOutput(NamedTuple):
         )
 
 
-@_rebuilt_from_one_iterable
+@rebuilt_from_one_iterable
 class RouterInputs(NamedTuple):
     """What the router reads of a batch; plain tensors, so they can be computed once and stored.
 

@@ -244,3 +244,20 @@ def test_a_compiled_model_is_counted_as_it_was_before() -> None:
     assert report == cost_report(model, backbone=backbone)
     assert report.trunk_parameters == 6 * 8 + 8
     assert count_flops(compiled, torch.zeros(1, 6)) == report.flops
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: cost_report(m, router=ExpertRouter), "Make one: `ExpertRouter.for_model"),
+        (lambda m: cost_report(m, router=nn.Linear(2, 2)), "with a method `gate`"),
+        (lambda m: cost_report(m, router=ExpertRouter(12, 5, num_classes=5)), "num_experts 3, but"),
+        (lambda m: cost_report(m, router=ExpertRouter(12, 2, num_classes=5)), "num_experts 3, but"),
+        (lambda m: cost_report(m, router=ExpertRouter(12, 3, num_classes=7)), "num_classes 5, but"),
+        (lambda m: cost_report(m, backbone=nn.Linear(3, 5)), "`backbone` to be the plain network"),
+        (lambda m: count_flops(lambda x: x, torch.zeros(1)), "`module` to be a module"),
+    ],
+)
+def test_what_cannot_be_counted_is_named(call, message):
+    with pytest.raises(ArgumentError, match=message):
+        call(small_model())

@@ -14,6 +14,7 @@ from ride_plugin._checks import check_predictions, is_finite, refuse
 from ride_plugin._contexts import evaluating_any
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
+from ride_plugin._output import rebuilt_from_one_iterable
 from ride_plugin.functional import running_means
 from ride_plugin.routing._confidence import ConfidenceRouter
 from ride_plugin.routing._protocols import RoutableModel, Router, Stages, State
@@ -23,6 +24,7 @@ from ride_plugin.routing._router import ExpertRouter
 _OURS = (ConfidenceRouter, ExpertRouter)
 
 
+@rebuilt_from_one_iterable
 class RoutingOutput(NamedTuple):
     """What ``RoutingInference(...)(x, return_routing=True)`` returns.
 

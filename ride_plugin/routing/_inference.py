@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from typing_extensions import Self
 
-from ride_plugin._checks import as_cpu_tensor, refuse
+from ride_plugin._checks import as_cpu_tensor, has_values, refuse
 from ride_plugin._compiler import uncompiled
+from ride_plugin._cost import check_router
 from ride_plugin._errors import ArgumentError
 from ride_plugin.routing._exit import RoutedStages, RoutingOutput, run_everything, walk
 from ride_plugin.routing._export import export_stages
@@ -70,7 +71,8 @@ class RoutingInference(nn.Module):
         self.router = router
         parameter = next(model.parameters(), torch.empty(0, device="cpu"))
         gates = cast("RoutableModel", model).num_experts - 1
-        self.register_buffer("threshold_logits", torch.zeros(gates, device=parameter.device))
+        with torch.inference_mode(False):  # what is made in it could not be changed outside
+            self.register_buffer("threshold_logits", torch.zeros(gates, device=parameter.device))
         self.set_threshold(threshold)
 
     @property
@@ -224,8 +226,8 @@ class RoutingInference(nn.Module):
             max_flops: the same as FLOPs for each row, as `cost_report` counts them for its shape
                 and the other arguments: a longer sequence costs more. A stored state of the trunk
                 costs what its batch does, with the trunk.
-            max_accuracy_drop: largest loss of top-1 accuracy against all experts, for example
-                0.005; the cheapest threshold within it is chosen.
+            max_accuracy_drop: largest loss of top-1 accuracy against all experts, a share from 0
+                to 1, for example 0.005; the cheapest threshold within it is chosen.
             progress: called after each batch with its number of samples, for example
                 ``tqdm(total=len(dataset)).update``.
 
@@ -287,6 +289,8 @@ class RoutingInference(nn.Module):
 
     def extra_repr(self) -> str:
         """The thresholds, for ``repr``."""
+        if not has_values(self.threshold_logits):
+            return f"threshold=[...] on {self.threshold_logits.device}"
         # Four digits, but all of them where four would show a threshold that exits always or never.
         shown = [(round(value, 4), value) for value in self.threshold.tolist()]
         return f"threshold={[value if short in (0, 1) else short for short, value in shown]}"
@@ -300,20 +304,9 @@ def _check_fit(model: nn.Module, router: nn.Module) -> None:
             f"Expected argument `model` to be a RIDEWrapper, but got {type(model).__name__} "
             f"without {missing}. Hand in the wrapper itself, outside DistributedDataParallel."
         )
-    if not callable(getattr(router, "gate", None)):
-        raise ArgumentError(
-            "Expected argument `router` to be an ExpertRouter or a ConfidenceRouter, but got "
-            f"{type(router).__name__}, which has no method `gate`."
-        )
     if cast("RoutableModel", model).num_experts < 2:
         raise ArgumentError(
             "Expected argument `model` to have at least two experts, but it has one: there is "
             "nothing to route. Use the model itself."
         )
-    for name in ("num_experts", "num_classes", "feature_dim"):
-        # A router without these, such as ConfidenceRouter, fits every model.
-        if hasattr(router, name) and getattr(router, name) != getattr(model, name):
-            raise ArgumentError(
-                f"Expected argument `router` to fit the model's {name} {getattr(model, name)}, "
-                f"but got {getattr(router, name)}. Use `ExpertRouter.for_model(model)`."
-            )
+    check_router(router, model)

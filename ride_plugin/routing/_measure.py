@@ -161,9 +161,12 @@ def _with_trunk(inputs: Inputs) -> Inputs:
 
 def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
     if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        found = type(batch).__name__
+        if isinstance(batch, tuple | list):
+            found += f" of {len(batch)}: ({', '.join(type(part).__name__ for part in batch)})"
         raise ArgumentError(
             "Expected argument `loader` to yield pairs (x, y) with y a tensor of class indices, "
-            f"but got {type(batch).__name__}. Wrap the loader in a generator that yields pairs; x "
+            f"but got {found}. Wrap the loader in a generator that yields pairs; x "
             "may be a tensor, a tuple of positional or a dict of keyword arguments."
         )
     inputs, target = batch

@@ -215,6 +215,8 @@ def _only_one(**targets: float | None) -> tuple[str, float]:
             f"{sorted(given) or 'none'}."
         )
     ((name, value),) = given.items()
+    if name == "max_accuracy_drop":
+        return name, check_number(value, name, 0.0, 1.0, advice="Half a percent is 0.005.")
     return name, check_number(value, name, 0.0)
 
 

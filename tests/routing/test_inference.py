@@ -322,6 +322,11 @@ def test_the_authors_trained_network_routes_the_same_way():
     [
         (lambda m: RoutingInference(nn.Linear(2, 2), ConfidenceRouter()), "to be a RIDEWrapper"),
         (lambda m: RoutingInference(m, nn.Linear(2, 2)), "`router` to be an ExpertRouter"),
+        (lambda m: RoutingInference(m, ConfidenceRouter), r"Make one: .*`ConfidenceRouter\(\)`"),
+        (
+            lambda m: RoutingInference(m, ExpertRouter),
+            r"Make one: `ExpertRouter.for_model\(model\)`",
+        ),
         (lambda m: RoutingInference(small_model(1), ConfidenceRouter()), "nothing to route"),
         (
             lambda m: RoutingInference(m, ExpertRouter(12, 4, num_classes=5)),
@@ -464,3 +469,26 @@ def test_a_compiled_model_is_served_as_it_was_before():
     serve = RoutingInference(torch.compile(model, backend="eager"), ConfidenceRouter())
     assert serve.model is model
     assert not any("_orig_mod" in name for name in serve.state_dict())
+
+
+def test_what_was_made_in_inference_mode_can_be_changed_outside():
+    model = small_model()
+    with torch.inference_mode():
+        serve = RoutingInference(model, ConfidenceRouter(), 0.3)
+    serve.set_threshold(0.25)
+    assert serve.threshold.tolist() == pytest.approx([0.25, 0.25])
+    serve.calibrate([(torch.randn(10, 3, 8, 8), torch.arange(10) % 5)], max_experts=1.0)
+
+
+def test_repr_needs_no_values():
+    serve = RoutingInference(small_model(), ConfidenceRouter()).to("meta")
+    assert "threshold=[...] on meta" in repr(serve)
+
+
+def test_routing_output_can_be_rebuilt_from_one_iterable():
+    output = RoutingInference(small_model(), ConfidenceRouter())(
+        torch.randn(4, 3, 8, 8), return_routing=True
+    )
+    for again in (type(output)(part for part in output), type(output)(*output)):
+        assert type(again) is type(output)
+        assert all(a is b for a, b in zip(again, output, strict=True))
