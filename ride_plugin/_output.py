@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -34,10 +35,11 @@ def rebuilt_from_one_iterable(pair: Pair) -> Pair:
     """
     from_two = pair.__new__
 
-    def new(cls: type[Any], first: Any, *second: Any, **named: Any) -> Any:
-        if second or named or isinstance(first, Tensor) or not isinstance(first, Iterable):
-            return from_two(cls, first, *second, **named)
-        return from_two(cls, *first)
+    @wraps(from_two)
+    def new(cls: type[Any], *parts: Any, **named: Any) -> Any:
+        if len(parts) != 1 or named or isinstance(parts[0], Tensor):
+            return from_two(cls, *parts, **named)
+        return from_two(cls, *(parts[0] if isinstance(parts[0], Iterable) else parts))
 
     pair.__new__ = new  # type: ignore[assignment]
     return pair

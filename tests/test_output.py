@@ -24,7 +24,7 @@ from ride_plugin import (
     experts_loss,
 )
 from ride_plugin._output import attach_expert_logits, joined
-from ride_plugin.routing import RouterInputs
+from ride_plugin.routing import RouterInputs, RoutingOutput
 
 
 def wrapped(**options: Any) -> RIDEWrapper:
@@ -269,6 +269,15 @@ def test_explicit_outputs_survive_being_rebuilt(rebuild: Any, kind: Any) -> None
     assert rebuild is as_a_list or type(again) is kind
     assert [part.shape for part in again] == [part.shape for part in pair]
     assert expert_logits(again).shape == (4, 3, 5)
+
+
+@pytest.mark.parametrize("kind", [ExpertOutput, RouterInputs, RoutingOutput])
+def test_pairs_are_made_by_their_fields_names(kind: Any) -> None:
+    first, second = torch.zeros(2, 5), torch.ones(2)
+    made = kind(**dict(zip(kind._fields, (first, second), strict=True)))
+    assert type(made) is kind
+    assert made[0] is first
+    assert made[1] is second
 
 
 def test_two_of_them_are_gathered_along_the_batch() -> None:
