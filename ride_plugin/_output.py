@@ -41,7 +41,7 @@ def rebuilt_from_one_iterable(pair: Pair) -> Pair:
             return from_two(cls, *parts, **named)
         return from_two(cls, *(parts[0] if isinstance(parts[0], Iterable) else parts))
 
-    pair.__new__ = new  # type: ignore[assignment]
+    pair.__new__ = new  # type: ignore[method-assign]
     return pair
 
 
