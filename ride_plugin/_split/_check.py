@@ -19,6 +19,7 @@ from ride_plugin._split._copies import running_copy
 from ride_plugin._split._hidden import advice, hidden
 from ride_plugin._split._learn import throwaway, throwaway_expert
 from ride_plugin._split._logits import whole_outputs
+from ride_plugin._split._modes import other_modes
 from ride_plugin._split._once import Attributes, changed_again
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
@@ -29,6 +30,7 @@ from ride_plugin._split._views import Views
 from ride_plugin._tree import Place, buffers_of, tensors_in
 
 _BATCH = 3
+_ANOTHER = "Pass `fork_at=` another submodule."
 
 
 class WrittenBehind(Exception):
@@ -99,9 +101,10 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState, 
                 got, unfused(backbone(training), batch, expected, views), exact
             ):
                 difference = (got - expected).abs().max().item()
+                what_to_do = other_modes(reference, (ran.trunk, ran.expert)) or advice(state)
                 raise SplitError(
                     f"{prefix}: with one expert the logits differ from the backbone's "
-                    f"by up to {difference:.3g}. {advice(state)}"
+                    f"by up to {difference:.3g}. {what_to_do}"
                 )
             if behind:
                 raise WrittenBehind(behind, prefix)
@@ -295,8 +298,8 @@ def _check_buffers(
     for name, buffer in buffers_of(reference):
         if name in ours and not same(ours[name], buffer, exact):
             raise SplitError(
-                f"{prefix}: buffer `{name}` differs from the backbone's after one forward. Pass "
-                "`fork_at=` another submodule."
+                f"{prefix}: buffer `{name}` differs from the backbone's after one forward. "
+                + (other_modes(reference, (views.trunk, views.expert)) or _ANOTHER)
             )
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import RIDEWrapper
+from ride_plugin import RIDEWrapper, SplitError
+from ride_plugin._split._modes import other_modes
 from tests.naive import train_both
 
 
@@ -91,3 +92,45 @@ def test_narrow_experts_and_new_classifiers_of_such_a_backbone() -> None:
 
     made = wrapped(net, "b", classifier=Head, num_classes=7)
     assert made(torch.randn(3, 6)).shape == (3, 7)
+
+
+class PartialNorm(FrozenStages):
+    """As for videos: `train` leaves the first normalisation layer as it is and freezes the rest."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__(())
+        self.enabled = enabled
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        layers = [module for module in self.modules() if isinstance(module, nn.BatchNorm1d)]
+        for layer in layers[1:] if self.enabled and mode else ():
+            layer.eval().requires_grad_(False)
+
+
+def test_a_train_that_counts_modules_is_named_with_what_helps() -> None:
+    told = r"\(checked in training mode\).*`PartialNorm` overrides, sets `b\.1` into another mode"
+    with pytest.raises(SplitError, match=told) as refused:
+        wrapped(PartialNorm(True), "b")
+    assert "fork_at" not in str(refused.value)
+    net = PartialNorm(True)
+    net.train()
+    net.enabled = False  # as the message says
+    model = wrapped(net, "b", init="copy")
+    for training in (False, True):
+        model.train(training)
+    layers = {n: m.training for n, m in model.named_modules() if isinstance(m, nn.BatchNorm1d)}
+    assert layers == {"trunk.a.1": True, **{f"experts.{k}.b.1": False for k in range(3)}}
+    wrapped(PartialNorm(True), "c")  # where no part begins at another layer
+
+
+def test_other_differences_have_another_cause() -> None:
+    net, same = PartialNorm(True), PartialNorm(True)
+    net.train()
+    same.train()
+    assert other_modes(net, [same]) is None
+    same.b.train()
+    assert other_modes(net, [same]) is not None
+    plain, part = nn.Sequential(nn.Dropout()), nn.Sequential(nn.Dropout())
+    part.eval()
+    assert other_modes(plain, [part]) is None  # nobody overrides `train`
