@@ -192,7 +192,7 @@ class StandIn(nn.Module):
         except AttributeError:
             if name.startswith(("ride_", "__")) or "ride_owner" not in self.__dict__:
                 raise
-            return self.ride_given(name, getattr(self.ride_real, name))
+        return self.ride_given(name, getattr(self.ride_real, name))
 
     def ride_given(self, name: str, value: Any) -> Any:
         """What callers get as the attribute of this name, or ``[index]``, of the real module."""
