@@ -14,8 +14,8 @@ from ride_plugin._contexts import seed_everything
 from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._copies import same_values
-from ride_plugin._split._views import Views
 from ride_plugin._split._logits import spelled
+from ride_plugin._split._views import Views
 from ride_plugin._tree import logits_in, places_in
 
 near = partial(close, units=100, scale=0.0, equal_nan=True)  # other kernels may run
