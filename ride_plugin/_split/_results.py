@@ -75,7 +75,7 @@ def output_difference(expected: Any, got: Any) -> str | None:
     ours, theirs = places_in(got), places_in(expected)
     if [path for path, _ in ours] != [path for path, _ in theirs]:
         places = {path for path, _ in ours} ^ {path for path, _ in theirs}
-        first = listed(spelled(path) for path in places)
+        first = listed(sorted(map(spelled, places)))
         return f"{len(ours)} tensors instead of {len(theirs)}, with or without {first}"
     for (path, a), (_, b) in zip(ours, theirs, strict=True):
         try:
