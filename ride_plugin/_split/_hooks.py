@@ -191,7 +191,7 @@ class FeatureHook:
     def __init__(self, running: Running) -> None:
         self.running = running
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         self.running.features = next(tensors_in((args, kwargs)), None)
 
 
@@ -199,8 +199,11 @@ def watch_classifier(expert: nn.Module, name: str | None, running: Running) -> N
     """Keep what an expert's classifier receives; one that was replaced has lost the hook for it."""
     if name is not None:
         head = expert.get_submodule(name)
-        for hook in head._forward_pre_hooks.values():
-            if isinstance(hook, FeatureHook) and hook.running is running:
+        for key, hook in head._forward_pre_hooks.items():
+            # What puts another module in the place of one, as torch's quantization does, takes hooks
+            # along, but not that they are given keyword arguments.
+            complete = key in head._forward_pre_hooks_with_kwargs
+            if isinstance(hook, FeatureHook) and hook.running is running and complete:
                 return
         drop_hooks(head, lambda hook: isinstance(hook, FeatureHook))  # that of a copy tells nobody
         head.register_forward_pre_hook(FeatureHook(running), with_kwargs=True)

@@ -41,6 +41,23 @@ def test_a_replaced_classifier_that_is_called_by_keyword_is_seen_to_run() -> Non
     assert expert_logits(model(torch.randn(5, 6))).shape == (5, 2, 7)
 
 
+def test_a_hook_that_somebody_moved_to_another_module_still_sees_keywords() -> None:
+    """As torch's quantization does, which registers it there as a plain one."""
+    model = RIDEWrapper(ByKeyword(), 2, fork_at="late")
+    x = torch.randn(5, 6)
+    wanted = model(x)
+    for expert in model.experts:
+        other = nn.Linear(8, 4)
+        other.load_state_dict(expert.fc.state_dict())
+        for hook in expert.fc._forward_pre_hooks.values():
+            other.register_forward_pre_hook(hook)
+        expert.fc = other
+    torch.testing.assert_close(model(x), wanted)
+    for expert in model.experts:
+        hooks = [type(hook).__name__ for hook in expert.fc._forward_pre_hooks.values()]
+        assert hooks.count("FeatureHook") == 1
+
+
 def test_nothing_of_a_hook_stays_on_a_plain_module() -> None:
     """Torch notes by a hook's number how it is called, and another may get that number."""
     model = RIDEWrapper(ByKeyword(), 2, fork_at="late")
