@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -114,7 +114,8 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState, 
             differs = output_difference(outputs[-1], _whole_output(split, stopped, own, at_fork))
         if evaluated is None:
             evaluated = state
-            check_rows(backbone, throwaway(views, False), state, expected, prefix, moving)
+            fresh = partial(throwaway, views, False)
+            check_rows(backbone, fresh, state, expected, prefix, moving)
         del state, own, passes  # activations may be large beside the weights
     assert evaluated is not None
     return frozenset(written), evaluated, differs

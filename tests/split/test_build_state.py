@@ -142,6 +142,34 @@ def test_quantization_aware_training() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("batches", [1, 3, 20])
+def test_observers_that_have_settled_are_refused_as_well(batches: int, seed: int) -> None:
+    """What they change is then as little as rounding may be."""
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.fc = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.relu(self.body(torch.relu(self.stem(x)))))
+
+    torch.manual_seed(seed)
+    net = prepared(Small())
+    for _ in range(batches):
+        net(torch.randn(5, 6))
+    example = torch.randn(5, 6)
+    with pytest.raises(SplitError, match="in evaluation too, and what a row gets depends"):
+        wrapped(net, example_input=example)
+    model = wrapped(net.apply(quantization.disable_observer), example_input=example).eval()
+    x = torch.randn(8, 6)
+    whole, rows = model.router_inputs(x).expert_logits, torch.tensor([5, 0])
+    got, _ = model.run_expert(1, model.run_trunk(x).select(rows))
+    torch.testing.assert_close(got, whole[rows, 1])
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_what_is_prepared_for_quantization_is_not_narrowed() -> None:
     net = prepared(Quantized()).apply(quantization.disable_observer)
     with pytest.raises(
