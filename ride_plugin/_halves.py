@@ -73,6 +73,8 @@ class _Half(Holder):
     """
 
     called = ""
+    ride_around: Around
+    ride_mentioned: frozenset[str]
 
     def __init__(self, model: SplitModule, around: Around) -> None:
         super().__init__()
