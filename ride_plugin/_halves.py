@@ -23,6 +23,7 @@ from ride_plugin._split import (
     Pair,
     Recorded,
     SplitModule,
+    Unwinding,
     own_containers,
     plain_modules,
     put_fork_hooks_first,
@@ -37,8 +38,8 @@ Around: TypeAlias = Callable[[], AbstractContextManager[None]]
 """What a wrapped model runs in."""
 
 
-class _Reached(BaseException):
-    """Unwinds an expert at its classifier; never leaves the library, and no forward catches it."""
+class _Reached(Unwinding):
+    """Unwinds an expert at its classifier."""
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
@@ -203,6 +204,7 @@ class ExpertFeatures(_Half):
                     model.run_expert(index, state)
                 except _Reached as reached:
                     features.append(reached.features)
+                    reached.call_hooks()
                 else:
                     raise RIDEError(
                         f"Expert {index} went on where its classifier begins: a forward around it "

@@ -39,6 +39,7 @@ from ride_plugin._split._several import called
 from ride_plugin._split._sharing import held_by_all
 from ride_plugin._split._stand_ins import Forked, Recorded
 from ride_plugin._split._state import TrunkState
+from ride_plugin._split._unwinding import Unwinding
 from ride_plugin._split._views import Views
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Split",
     "SplitModule",
     "TrunkState",
+    "Unwinding",
     "Views",
     "called",
     "check_logits_choice",

@@ -77,8 +77,9 @@ def record(
                 "catches whatever there is (`except:`, `except BaseException:`, or a `return` in "
                 "`finally:`). Catch `Exception` there, or pass `fork_at=` another submodule."
             )
-    except ForkReached:
-        pass
+    except ForkReached as reached:
+        recorder.leave()
+        reached.call_hooks()
     finally:
         recorder.leave()
         running.recorder = None

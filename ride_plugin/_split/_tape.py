@@ -28,6 +28,7 @@ from ride_plugin._split._hollow import hollow
 from ride_plugin._split._raised import Raised, being_handled, raised_by
 from ride_plugin._split._reentrant import region_without_gradients
 from ride_plugin._split._state import Layout
+from ride_plugin._split._unwinding import Unwinding
 from ride_plugin._tree import map_tensors, own_container, tensors_in
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
@@ -46,11 +47,8 @@ _APART = (
 )
 
 
-class ForkReached(BaseException):
-    """Unwinds the trunk's forward at the first call of a forked unit; never leaves the library.
-
-    A forward may catch every ``Exception``, to go another way where a module fails.
-    """
+class ForkReached(Unwinding):
+    """Unwinds the trunk's forward at the first call of a forked unit."""
 
 
 class Running(threading.local):

@@ -176,3 +176,39 @@ def test_what_is_raised_again_is_alike_and_leads_nowhere() -> None:
     assert str(again) == "3 rows"
     assert again.left is left
     assert again.__traceback__ is None
+
+
+def test_hooks_that_torch_always_calls_run_where_a_forward_is_ended() -> None:
+    class Holds(nn.Sequential):
+        pass
+
+    body = Holds(nn.Linear(6, 8), nn.ReLU(), Holds(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
+    pair = RIDEWrapper.from_pair(body, nn.Linear(8, 4), 2, fork_at="feature_extractor.2.2").eval()
+    inside: list[nn.Module] = []
+    calls: list[nn.Module] = []
+
+    def enters(module: nn.Module, args: Any) -> None:
+        inside.append(module)
+        calls.append(module)
+
+    def leaves(module: nn.Module, args: Any, result: Any) -> None:
+        assert inside.pop() is module
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enters),
+        nn.modules.module.register_module_forward_hook(leaves, always_call=True),
+    ]
+    try:
+        features, classifier = pair.as_pair()
+        calls.clear()
+        pair(torch.randn(5, 6))
+        assert not inside
+        classifier(features(torch.randn(5, 6)))
+        assert not inside
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert pair.trunk.feature_extractor[2] in calls
+    pair.trunk.register_forward_hook(lambda module, args, result: result + 1, always_call=True)
+    with pytest.warns(UserWarning, match=r"always_call=True` raised TypeError"):
+        pair(torch.randn(5, 6))
