@@ -76,6 +76,9 @@ TESTS = {  # module -> the tests that mirror it, nearest first
     "routing/_rewrite": ("routing/test_fused.py", "routing/test_rewrite.py"),
     "routing/_memory": ("routing/test_rewrite.py",),
     "routing/_int8": ("routing/test_int8.py",),
+    "routing/_own": ("routing/test_export.py",),
+    "routing/_stage_inputs": ("routing/test_export.py", "routing/test_fused.py"),
+    "routing/_stages": ("routing/test_stages.py", "routing/test_int8.py"),
     "routing/*": (
         "routing/test_{}.py", "routing/test_router.py", "routing/test_exit.py",
         "routing/test_inference.py", "test_hostile_models.py", "test_devices.py",
