@@ -200,8 +200,8 @@ def watch_classifier(expert: nn.Module, name: str | None, running: Running) -> N
     if name is not None:
         head = expert.get_submodule(name)
         for key, hook in head._forward_pre_hooks.items():
-            # What puts another module in the place of one, as torch's quantization does, takes hooks
-            # along, but not that they are given keyword arguments.
+            # What puts another module in the place of one, as torch's quantization does, takes
+            # hooks along, but not that they are given keyword arguments.
             complete = key in head._forward_pre_hooks_with_kwargs
             if isinstance(hook, FeatureHook) and hook.running is running and complete:
                 return
