@@ -593,6 +593,7 @@ class SplitModule(Holder):
         note_loss(output)
         logits = logits_in(output)
         received = self._running.features
+        _refuse_lost_dimension(output, received)
         features = pooled(received)
         instead = not self._classifies_logits and is_same_tensor(logits, received)
         if (
@@ -653,6 +654,17 @@ class SplitModule(Holder):
         super().train(mode)
         self.eval_frozen_layers()
         return self
+
+
+def _refuse_lost_dimension(output: Any, received: Tensor | None) -> None:
+    """Raise where a forward has dropped the batch dimension, as `squeeze()` does of one row."""
+    if any(isinstance(value, Tensor) and value.dim() == 1 for value in (output, received)):
+        raise ReplayError(
+            "An expert has dropped the batch dimension of a batch of one row, as a plain "
+            "`squeeze()` in the backbone's forward does. Name the dimension there "
+            "(`squeeze(-1)`), or write `flatten(1)`: the last batch of an epoch may have one row, "
+            "and early exit often leaves one."
+        )
 
 
 def _following(example: Tensor, moved: Tensor) -> Tensor:

@@ -562,3 +562,21 @@ def test_a_spectrogram_is_guessed_from_the_configuration() -> None:
             return self.fc(torch.relu(self.late(x)))
 
     assert RIDEWrapper(Audio(), 2).num_classes == 5
+
+
+@pytest.mark.parametrize("where", ["before the classifier", "behind it"])
+def test_a_squeeze_that_drops_the_batch_dimension_of_one_row_is_named(where: str) -> None:
+    class Squeezing(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            features = torch.relu(self.late(torch.relu(self.stem(x))))[..., None]
+            if where == "before the classifier":
+                return self.fc(features.squeeze())
+            return self.fc(features.squeeze(-1)).squeeze()
+
+    model = RIDEWrapper(Squeezing(lambda *_: None), 2, example_input=torch.randn(2, 8)).eval()
+    assert model(torch.randn(2, 8)).shape == (2, 5)
+    with pytest.raises(ReplayError, match=r"batch of one row, as a plain `squeeze\(\)`"):
+        model(torch.randn(1, 8))
+    state = model.run_trunk(torch.randn(3, 8)).select(torch.tensor([1]))
+    with pytest.raises(ReplayError, match=r"Name the dimension there"):
+        model.run_expert(1, state)
