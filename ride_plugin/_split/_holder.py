@@ -35,9 +35,8 @@ class Holder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ride_versions: list[
-            int | None
-        ] = []  # of all tensors, when the state was last asked for
+        # Of all tensors, when the state was last asked for.
+        self.ride_versions: list[int | None] = []
         self.ride_lent: Lent | None = None  # while a state is loaded
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
