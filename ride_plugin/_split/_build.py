@@ -54,7 +54,7 @@ class Examined:
         inputs: an example of two rows.
         root: the calls in evaluation mode.
         training_root: the calls in training mode; None where that needs more than the inputs.
-        reader: takes the logits out of what the backbone returns; None if that is the logits.
+        reader: takes the logits out of what the backbone returns.
         classifier: name of the module that returns them; None if there is none.
         num_classes: ``C``.
         by_shapes: whether it runs on tensors without contents.
@@ -65,7 +65,7 @@ class Examined:
     inputs: Inputs
     root: Call
     training_root: Call | None
-    reader: LogitsReader | None
+    reader: LogitsReader
     classifier: str | None
     num_classes: int
     by_shapes: bool
@@ -128,8 +128,9 @@ def _split(
 ) -> Split:
     """Cut ``source``, a copy of the backbone; its parameters become those of the split."""
     seen = examine(source, example_input, logits, num_classes, written)
-    if seen.reader is not None:
-        source.register_forward_hook(seen.reader)  # every copy of it returns its logits
+    # Every copy of it returns its logits. A backbone that returns them alone for the example may
+    # return more where it is given targets or a flag.
+    source.register_forward_hook(seen.reader)
     fork = choose_fork(seen.root, fork_at)
     trunk_units, forked_units = sides(fork, seen.root, seen.training_root)
     settings = settings_at(source, seen.settings)
@@ -209,12 +210,11 @@ def examine(
     else:
         roots, outputs = (root, training_root), (output, training_output)
         learn_training_output(reader, roots, outputs, head, traced_soon)
-    plain = isinstance(output, Tensor) and isinstance(training_output, Tensor | None)
     return Examined(
         inputs,
         root,
         training_root,
-        None if plain and logits is None else reader,
+        reader,
         None if head is None else head.name,
         found.shape[1],
         by_shapes,

@@ -69,9 +69,8 @@ def join_parts(
                 expert = _expert_view(head, view, running, tied | settings)
                 forked.ride_stand_for(expert)
                 views = Views(view, expert, running, [], [(view, expert)])
-                if seen.reader is not None:
-                    source.register_forward_hook(seen.reader)
-                    expert.head.register_forward_hook(seen.reader)
+                source.register_forward_hook(seen.reader)
+                expert.head.register_forward_hook(seen.reader)
                 splits.append(learned(source, views, seen, "head", ["head"]))
         except SplitError as error:
             raise SplitError(f"`expert_factory({index})` does not fit: {error}") from error

@@ -37,7 +37,7 @@ from ride_plugin._split._hooks import (
     watch_classifier,
 )
 from ride_plugin._split._learn import learn_at_run_time
-from ride_plugin._split._logits import LogitsReader, describe, note_loss, whole_outputs
+from ride_plugin._split._logits import LogitsReader, describe, whole_outputs
 from ride_plugin._split._misplaced import has_unrun_hooks, keep_stand_ins, places_of_stand_ins
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import (
@@ -590,7 +590,6 @@ class SplitModule(Holder):
                 link.refresh()
 
     def _read(self, output: Any) -> tuple[Tensor, Tensor]:
-        note_loss(output)
         logits = logits_in(output)
         received = self._running.features
         _refuse_lost_dimension(output, received)

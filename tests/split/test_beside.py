@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ride_plugin import RIDELoss, RIDEModule, RIDEWrapper
+from ride_plugin import ReplayError, RIDELoss, RIDEModule, RIDEWrapper
 
 
 class ModelOutput(OrderedDict[str, Any]):
@@ -139,3 +139,52 @@ def test_who_asks_for_outputs_or_computes_the_loss_elsewhere_is_not_told() -> No
         model = RIDEWrapper(Net(ModelOutput), 2, logits="logits")
         one = RIDEModule(model, RIDELoss(nn.CrossEntropyLoss(), [3, 2, 2, 1, 1]))
         assert set(one(x, labels=labels)) == {"loss", "logits"}
+
+
+class OnRequest(Net):
+    """Returns logits alone, and more where it is given labels, as it is in training only."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        features = torch.relu(self.late(torch.relu(self.stem(x))))
+        logits = self.fc(features)
+        return logits if labels is None else self.kind(logits, features)
+
+
+REQUESTED: dict[str, Any] = {
+    "number": lambda z, h: (z, h.pow(2).mean()),
+    "named": lambda z, h: {"logits": z, "centre_loss": h.pow(2).mean()},
+    "second classifier": lambda z, h: {"logits": z, "second": h[:, :5].tanh()},
+}
+
+
+@pytest.mark.parametrize("checkpoint_experts", [False, True])
+@pytest.mark.parametrize("kind", REQUESTED.values(), ids=REQUESTED)
+def test_what_comes_on_request_only_is_told_of_and_handed_out(
+    kind: Any, checkpoint_experts: bool
+) -> None:
+    """The example that the backbone was wrapped with asked for logits alone."""
+    net = OnRequest(kind)
+    model = RIDEWrapper(net, 2, init="copy", checkpoint_experts=checkpoint_experts)
+    x, labels = torch.randn(4, 6), torch.arange(4)
+    with pytest.warns(UserWarning, match=r"gradients flow through, `output\[.*\]`") as record:
+        output = model(x, labels=labels)
+    assert len(record) == 1
+    torch.testing.assert_close(output, model(x))
+    model.return_experts = "outputs"
+    each = model(x, labels=labels)
+    plain = [module.train()(x, labels=labels) for module in model.to_modules()]
+    torch.testing.assert_close(each, plain)
+    assert [type(entry) for entry in each] == [type(net(x, labels=labels))] * 2
+    assert [type(entry) for entry in model(x)] == [Tensor] * 2
+    torch.testing.assert_close(copy.deepcopy(model)(x, labels=labels), plain)
+
+
+@pytest.mark.parametrize("order", [lambda z, h: (z, h), lambda z, h: (h, z)])
+def test_several_matrices_on_request_are_asked_for(order: Any) -> None:
+    x, labels = torch.randn(4, 6), torch.arange(4)
+    net = OnRequest(order)
+    with pytest.raises(ReplayError, match=r"not certain: a tuple with .* Pass `logits=`: an index"):
+        RIDEWrapper(net, 2)(x, labels=labels)
+    place = [tensor.shape[1] for tensor in net(x, labels=labels)].index(5)
+    model = RIDEWrapper(net, 2, logits=place)
+    torch.testing.assert_close(model(x, labels=labels), model(x))
