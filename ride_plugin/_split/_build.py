@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ride_plugin._contexts import in_mode, random_state_kept
 from ride_plugin._errors import ArgumentError, RIDEError, SplitError
 from ride_plugin._inputs import Inputs, own_inputs
+from ride_plugin._split._activated import warn_of_activated
 from ride_plugin._split._beside import sequence_around
 from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._copies import (
@@ -201,6 +202,7 @@ def examine(
         output, found = real, reader.logits_of(real)
         assert found is not None  # of the shapes it is not
     check_classifies(root, output, found, head, reader, num_classes)
+    warn_of_activated(found, lambda: reader.logits_of(traced(False).output))
     training_root: Call | None = None
     training_output: Any = None
     try:

@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ride_plugin._checks import rows_sum_to_one
-from ride_plugin._errors import ArgumentError, ReplayError, SplitError, warn_caller
+from ride_plugin._errors import ArgumentError, ReplayError, SplitError
 from ride_plugin._split._classifier import Head, find_classifier
 from ride_plugin._split._probe import Call
 from ride_plugin._tree import Path, at_path, is_matrix, logits_in, matrices_in
@@ -203,13 +202,6 @@ def check_classifies(
         SplitError: they look like features; or there is no classifier to give ``num_classes``.
     """
     columns = logits.shape[1]
-    if columns > 1 and bool((logits >= 0).all()) and rows_sum_to_one(logits):
-        warn_caller(
-            "The backbone returns probabilities: its rows sum to one. Experts' logits are what is "
-            "averaged and compared here, and a criterion such as cross entropy takes a softmax by "
-            "itself. Take the softmax out of the backbone before wrapping it, and apply it to what "
-            "the wrapped model returns."
-        )
     rectified = bool((logits >= 0).all() & (logits == 0).any() & logits.any())
     found = head is not None and not rectified and (head.exact or isinstance(output, Tensor))
     if num_classes not in (None, columns):

@@ -402,18 +402,6 @@ def test_a_classifier_replaced_by_one_of_other_size_is_noticed() -> None:
         model(torch.randn(4, 8))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_backbone_that_returns_probabilities_is_warned_of(dtype: torch.dtype) -> None:
-    for last, warned in ((nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.Sigmoid(), False)):
-        net = nn.Sequential(*linear_net(), last).to(dtype)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            RIDEWrapper(net, 2)
-        assert [
-            str(w.message).startswith("The backbone returns probabilities") for w in caught
-        ] == ([True] if warned else [])
-
-
 def test_a_compiled_backbone_is_taken_as_it_was_before() -> None:
     net = linear_net()
     compiled = torch.compile(net, backend="eager")
