@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import is_
 from typing import Any, TypeAlias
@@ -237,3 +237,17 @@ def logits_in(output: Any) -> Tensor | None:
     if len(named) == 1:
         return named[0]
     return found[0][1] if len(found) == 1 else None
+
+
+def answers_indices(output: Any) -> bool:
+    """Whether `output[0]` is an entry of it: of a tuple or list, or beside names, but no row."""
+    if isinstance(output, list | tuple):
+        return True
+    if isinstance(output, Tensor):
+        return False
+    if isinstance(output, defaultdict) and 0 not in output:  # it would get an entry
+        return False
+    try:
+        return isinstance(output[0], Tensor)
+    except Exception:  # whatever its class says to an index
+        return False

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 from torch import Tensor
 
 from ride_plugin._split._logits import LogitsReader, depends, proposed, spelled
-from ride_plugin._tree import places_in
+from ride_plugin._tree import answers_indices, places_in
 
 
 def losses_beside(reader: LogitsReader, output: Any) -> list[str]:
@@ -54,7 +53,7 @@ def sequence_around(reader: LogitsReader, output: Any, in_training: Any) -> str 
         output: what the backbone returned in evaluation mode.
         in_training: in training mode; None if it did not run.
     """
-    if not _answers_indices(output):
+    if not answers_indices(output):
         return None
     place = reader.place_in(output)
     elsewhere = in_training is not None and reader.place_in(in_training, True) not in (place, ())
@@ -74,16 +73,3 @@ def sequence_around(reader: LogitsReader, output: Any, in_training: Any) -> str 
         '(The rest of it is there in training with `return_experts="outputs"`.) Pass '
         f"{answer} to say that you know."
     )
-
-
-def _answers_indices(output: Any) -> bool:
-    if isinstance(output, list | tuple):
-        return True
-    if isinstance(output, Tensor):
-        return False
-    if isinstance(output, defaultdict) and 0 not in output:  # it would get an entry
-        return False
-    try:
-        return isinstance(output[0], Tensor)
-    except Exception:  # whatever its class says to an index
-        return False

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ride_plugin._errors import ArgumentError, ReplayError, SplitError
 from ride_plugin._split._classifier import Head, find_classifier
 from ride_plugin._split._probe import Call
-from ride_plugin._tree import Path, at_path, is_matrix, logits_in, matrices_in
+from ride_plugin._tree import Path, answers_indices, at_path, is_matrix, logits_in, matrices_in
 
 Choice: TypeAlias = int | str | Callable[[Any], Tensor] | None
 """What users say about it: an index, a key, a function of the output, or nothing."""
@@ -162,14 +162,20 @@ def find_logits(
     logits = reader.logits_of(output)
     found = matrices_in(output)
     if logits is None and len(found) > 1 and reader.choice is None:
-        path = _computed_last(root, found, differentiable)
+        of_classifier, alone = _of_a_classifier(root, found, differentiable)
+        path = of_classifier if alone else None
         if path is None and num_classes is not None:
             fitting = [path for path, tensor in found if tensor.shape[1] == num_classes]
             path = fitting[0] if len(fitting) == 1 else None
         if path is None:
+            example = "" if of_classifier is None else f"; for example {proposed(of_classifier)}"
+            rows = (
+                " The wrapped model returns the logits alone: write `logits = model(x)` where the "
+                "backbone's output is indexed or unpacked, which would take rows of them."
+            )
             raise SplitError(
-                f"Which part of the backbone's output is the logits? It returned "
-                f"{describe(output)}. {ASK}; for example {proposed(found[-1][0])}."
+                "Which part of the backbone's output is the logits? It returned "
+                f"{describe(output)}. {ASK}{example}.{rows if answers_indices(output) else ''}"
             )
         reader.known[False, tuple(path for path, _ in found)] = path
         logits = reader.logits_of(output)
@@ -199,9 +205,19 @@ def check_classifies(
     """Raise unless the logits come from a classifier, or are said to be logits.
 
     Raises:
-        SplitError: they look like features; or there is no classifier to give ``num_classes``.
+        SplitError: they look like features, or are one column; or there is no classifier to give
+            ``num_classes``.
     """
     columns = logits.shape[1]
+    if columns == 1:
+        raise SplitError(
+            "Expected argument `backbone` to return logits [B, C] of at least two classes, but "
+            f"got one column of {describe(output)}. One output is a "
+            "regression or a single sigmoid, which is not supported: experts are compared by a "
+            "softmax over classes, which is always 1 over one. For a task of two classes give the "
+            "backbone two outputs, `nn.Linear(in_features, 2)`, with CrossEntropyLoss and targets "
+            "0 and 1" + ("." if reader.choice is None else "; or pass another `logits=`.")
+        )
     rectified = bool((logits >= 0).all() & (logits == 0).any() & logits.any())
     found = head is not None and not rectified and (head.exact or isinstance(output, Tensor))
     if num_classes not in (None, columns):
@@ -235,15 +251,19 @@ def describe(output: Any) -> str:
     return f"a {kind} with {listed}"
 
 
-def _computed_last(
+def _of_a_classifier(
     root: Call, found: Sequence[tuple[Path, Tensor]], differentiable: Callable[[], Any]
-) -> Path | None:
-    """The only matrix that a classifier returned, if no other matrix is computed from it."""
+) -> tuple[Path | None, bool]:
+    """The only matrix that a classifier returned, if no other matrix is computed from it.
+
+    Returns:
+        Its place, and whether all others lead to it, so that it is certain.
+    """
     heads = [
         path for path, t in found if (head := find_classifier(root, t)) is not None and head.exact
     ]
     if len(heads) != 1:
-        return None
+        return None, False
     try:
         output = differentiable()
         tensors = [at_path(output, path) for path, _ in found]
@@ -252,9 +272,10 @@ def _computed_last(
             for (path, _), tensor in zip(found, tensors, strict=True)
             if not any(depends(other, tensor) for other in tensors if other is not tensor)
         ]
+        learns = at_path(output, heads[0]).requires_grad
     except Exception:  # no gradients: then nothing is known of the order
-        return None
-    return heads[0] if last == heads else None
+        return None, False
+    return (heads[0] if heads[0] in last and learns else None), last == heads
 
 
 def depends(later: Tensor, earlier: Tensor) -> bool:

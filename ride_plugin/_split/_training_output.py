@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import SplitError
 from ride_plugin._split._classifier import Head, innermost_candidates
-from ride_plugin._split._logits import ASK, LogitsReader, depends, describe, proposed, spelled
+from ride_plugin._split._logits import ASK, LogitsReader, depends, describe, spelled
 from ride_plugin._split._probe import Call, address_of
 from ride_plugin._tree import Path, is_matrix, matrices_in
 
@@ -75,8 +75,7 @@ def learn_training_output(
         if not returned:
             raise SplitError(
                 "In training mode the backbone returns something else than in evaluation, and "
-                f"which part of it is the logits is not certain: {describe(output)}. {ASK}; for "
-                f"example {proposed(found[-1][0]) if found else '`logits=0`'}."
+                f"which part of it is the logits is not certain: {describe(output)}. {ASK}."
             )
         reader.known[True, place] = returned[0]
         return

@@ -188,15 +188,74 @@ def test_the_answer_settles_it(backbone: Callable[[], nn.Module], logits: Any) -
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)
 
 
-def test_the_list_of_candidates_comes_with_an_example_that_works() -> None:
+class Beside(Net):
+    """Returns a number for each sample after the logits, as the loss of IB takes it."""
+
+    def forward(self, x: Tensor) -> Any:
+        features = torch.relu(self.late(torch.relu(self.stem(x))))
+        return self.shape(self.fc(features), features.abs().sum(1, keepdim=True))
+
+
+class Summed(nn.Module):
+    """Three heads of one layer, of which the sum decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.late, self.fc = nn.Linear(8, 16), nn.Linear(16, 48), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        parts = torch.relu(self.late(torch.relu(self.stem(x)))).chunk(3, 1)
+        return tuple(map(self.fc, parts))
+
+
+@pytest.mark.parametrize(
+    ("net", "example"),
+    [
+        (Beside(lambda z, n: (z, n)), "`logits=0`"),
+        (Beside(lambda z, n: (n, z)), "`logits=1`"),
+        (Beside(lambda z, n: {"out": z, "norm": n}), "`logits='out'`"),
+        (Twice(), None),  # two layers returned one each
+        (Summed(), None),
+        (Cosine(), None),  # the layer returned what the logits are computed from
+        (Cosine(True), None),
+        (Net(lambda f, z: (2 * z, f, f.tanh())), None),
+    ],
+)
+def test_an_example_is_given_if_one_entry_alone_comes_from_a_classifier(
+    net: nn.Module, example: str | None
+) -> None:
+    """The last matrix was proposed, which may be anything."""
+    with pytest.raises(SplitError, match=r"is the logits.*Pass `logits=`: an index") as error:
+        RIDEWrapper(net, 2)
+    text = str(error.value)
+    assert ("for example" in text) == (example is not None)
+    unpacked = isinstance(net(torch.randn(2, 8)), tuple)
+    assert ("write `logits = model(x)` where" in text) == unpacked
+    if example is not None:
+        assert f"for example {example}." in text
+        assert RIDEWrapper(net, 2, **eval(f"dict({example[1:-1]})")).num_classes == 5
+
+
+def test_the_list_of_candidates_has_their_shapes() -> None:
     with pytest.raises(SplitError) as error:
         RIDEWrapper(Twice(), 2)
     assert "output['projection'] of shape [2, 12], output['out'] of shape [2, 5]" in str(
         error.value
     )
-    assert "for example `logits='out'`" in str(error.value)
     assert RIDEWrapper(Twice(), 2, logits="out").num_classes == 5
     assert RIDEWrapper(Twice(), 2, num_classes=5).num_classes == 5  # only one of them has five
+
+
+@pytest.mark.parametrize("num_classes", [None, 2, 5])
+def test_one_column_is_no_classification(num_classes: int | None) -> None:
+    single = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(),
+                           nn.Linear(16, 1))  # fmt: skip
+    match = r"one column of a torch.float32 tensor of shape \[2, 1\].*two outputs, `nn.Linear"
+    for net in (single, nn.Sequential(single, nn.Sigmoid())):
+        with pytest.raises(SplitError, match=match):
+            RIDEWrapper(net, 2, num_classes=num_classes)
+    with pytest.raises(SplitError, match=r"one column of a tuple.*or pass another `logits=`"):
+        RIDEWrapper(Beside(lambda z, n: (z, n)), 2, logits=1, num_classes=num_classes)
 
 
 @pytest.mark.parametrize("logits", ["none", 2, lambda output: output["out"].unsqueeze(0)])
