@@ -188,3 +188,9 @@ def test_several_matrices_on_request_are_asked_for(order: Any) -> None:
     place = [tensor.shape[1] for tensor in net(x, labels=labels)].index(5)
     model = RIDEWrapper(net, 2, logits=place)
     torch.testing.assert_close(model(x, labels=labels), model(x))
+
+
+def test_another_tensor_on_request_is_refused_by_its_shape() -> None:
+    model = RIDEWrapper(OnRequest(lambda z, h: z[:, None]), 2)
+    with pytest.raises(ReplayError, match=r"An expert returned a .* \[4, 1, 5\].*logits of 5"):
+        model(torch.randn(4, 6), labels=torch.arange(4))
