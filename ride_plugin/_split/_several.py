@@ -32,7 +32,7 @@ def one_of_several(number: int, key: str, name: str, quiet: bool) -> OneOfSevera
     Args:
         number: of the experts.
         key: name of the module in each of them.
-        name: what was asked for; an index in brackets.
+        name: what was asked for: a name, a call with its parentheses, or an index in brackets.
         quiet: whether a loop over all modules asks, which comes by the experts' own as well.
     """
     asked = called("model.trunk", key) + (name if name.startswith("[") else f".{name}")
@@ -43,7 +43,7 @@ def one_of_several(number: int, key: str, name: str, quiet: bool) -> OneOfSevera
         "`model.classifiers`); groups of parameters for an optimizer are made as for the backbone "
         "by `model.parameter_groups_by(function)`."
     )
-    if not quiet and is_question():
+    if name.isidentifier() and not quiet and is_question():
         warn_caller(f"The answer to `hasattr` or to `getattr` with a default is no. {message}")
     return OneOfSeveral(message)
 

@@ -258,7 +258,7 @@ class NormalisesItsClassifier(Base):
 class TakesAnotherPathLater(Base):
     def __init__(self) -> None:
         super().__init__()
-        self.steps, self.extra = 0, nn.Linear(8, 8)
+        self.steps, self.extra = 0, nn.Softplus()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x).relu()
