@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as of_torch
 
 from ride_plugin._errors import warn_caller
 
@@ -26,9 +25,9 @@ class Unwinding(BaseException):
             return
         for module, args, kwargs in reversed(list(self._left())):
             hooks = [
-                (key, hook, of_torch._global_forward_hooks_with_kwargs)
-                for key, hook in of_torch._global_forward_hooks.items()
-                if key in of_torch._global_forward_hooks_always_called
+                (key, hook, nn.modules.module._global_forward_hooks_with_kwargs)
+                for key, hook in nn.modules.module._global_forward_hooks.items()
+                if key in nn.modules.module._global_forward_hooks_always_called
             ] + [
                 (key, hook, module._forward_hooks_with_kwargs)
                 for key, hook in module._forward_hooks.items()

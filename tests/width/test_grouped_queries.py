@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ride_plugin import RIDEWrapper, WidthError
+from ride_plugin import RIDEWrapper, SplitError, WidthError
 
 
 class GroupedAttention(nn.Module):
@@ -75,10 +75,13 @@ def test_grouped_queries_run_on_padded_batches(key_heads: int) -> None:
 
 
 def test_what_is_prepared_for_quantization_is_refused() -> None:
-    from torch.ao.quantization import FakeQuantize
+    from torch.ao.quantization import FakeQuantize, disable_observer
 
     backbone = nn.Sequential(
         nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), FakeQuantize(), nn.Linear(16, 5)
     )
+    with pytest.raises(SplitError, match=r"disable_observer.*wrap the plain network"):
+        RIDEWrapper(backbone, 2, fork_at="2", expert_width=0.5)
+    backbone.apply(disable_observer)
     with pytest.raises(WidthError, match=r"Wrap and narrow the backbone first"):
         RIDEWrapper(backbone, 2, fork_at="2", expert_width=0.5)
