@@ -197,6 +197,7 @@ TORCHS_OWN = {  # private in name, but the only way to what torch keeps there
     "_backward_hooks",
     "_backward_pre_hooks",
     "_buffers",
+    "_call_impl",
     "_cdata",
     "_forward_hooks",
     "_forward_hooks_always_called",
