@@ -90,7 +90,7 @@ def test_bare_logits_name_the_remedy_first_and_then_the_likely_causes() -> None:
     [
         (lambda out: out[:2], "Slice"),
         (lambda out: out[torch.tensor([3, 0])], "Index"),
-        (lambda out: out[:, :4][torch.tensor([True, False, True, True])], "Slice, Index"),
+        (lambda out: out[:, :4][torch.tensor([True, False, True, True])], "(Slice, )+Index"),
         (lambda out: out.chunk(2)[0] / 2.0, "Split, Div"),
     ],
 )

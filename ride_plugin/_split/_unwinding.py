@@ -23,9 +23,11 @@ class Unwinding(BaseException):
         """Call the hooks that torch would have called for an ``Exception``, from inside out."""
         if torch.compiler.is_compiling():
             return
+        # Before torch 2.6 hooks of all modules get no keyword arguments.
+        with_kwargs_of_all = getattr(nn.modules.module, "_global_forward_hooks_with_kwargs", {})
         for module, args, kwargs in reversed(list(self._left())):
             hooks = [
-                (key, hook, nn.modules.module._global_forward_hooks_with_kwargs)
+                (key, hook, with_kwargs_of_all)
                 for key, hook in nn.modules.module._global_forward_hooks.items()
                 if key in nn.modules.module._global_forward_hooks_always_called
             ] + [
