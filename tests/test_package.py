@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,13 @@ def test_the_splitter_imports_the_ground_only() -> None:
             outside = {n.split(".")[1] for n in GRAPH[name] if not n.startswith(inside)}
             ground = {"_checks", "_closeness", "_compiler", "_contexts", "_cosine", "_errors"}
             assert outside <= ground | {"_inputs", "_tree"}, name
+
+
+def test_the_splitter_s_map_names_each_of_its_files() -> None:
+    folder = PACKAGE / "_split"
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    described = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert set(re.findall(r"``(_\w+)``", described or "")) == files
 
 
 def test_narrowing_knows_the_splitter_and_nothing_above_it() -> None:

@@ -1,4 +1,26 @@
-"""How a backbone becomes trunk and experts: record and replay, fork, views, self-check."""
+"""How a backbone becomes trunk and experts: record and replay, fork, views, self-check.
+
+Where to read first, and what belongs together:
+
+- *A pass.* ``_tape`` records a forward and replays it; ``_hooks`` and ``_stand_ins`` tell it where
+  units begin, ``_passes`` runs it, ``_state`` is what crosses the cut (``_rows``, ``_form``,
+  ``_hollow``). Forwards out of the ordinary: ``_raised``, ``_unwinding``, ``_reentrant``,
+  ``_listed``.
+- *The build.* ``_build`` calls the steps one after the other: a copy (``_source``, ``_copies``,
+  ``_settings``), an example (``_example``, ``_meta``), the calls (``_probe``, ``_units``), the
+  logits (``_logits``, ``_classifier``, ``_training_output``, ``_beside``, ``_activated``), the fork
+  (``_fork``), two copies with stand-ins (``_views``), what crosses between them (``_learn``,
+  ``_use``), and the self-check (``_check``, ``_check_rows``, ``_results``).
+- *What cannot be cut there*, and is refused by name: ``_feedback``, ``_once``, ``_hidden``,
+  ``_references``, ``_modes``, ``_unseen``.
+- *The model.* ``_module`` is made of ``_parts``. Tensors that all experts have are ``_sharing``,
+  loading and saving ``_holder``, ``_lend`` and ``_plain_state``, groups of parameters ``_groups``.
+  What somebody does to the wrong part of a model is told by ``_misplaced``, ``_several`` and
+  ``_handed_out``.
+- *Other ways in and out.* Two modules as one backbone (``_pair``), parts written by hand
+  (``_join``), experts from networks of their own (``_graft``, ``_inert``), and back to a plain
+  module (``_plain``).
+"""
 
 from ride_plugin._split._beside import losses_beside
 from ride_plugin._split._build import reason_of_fork, split_backbone
