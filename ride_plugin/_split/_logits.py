@@ -57,7 +57,7 @@ def losses_dropped() -> Iterator[list[Tensor]]:
         _kept.losses = before
 
 
-def note_loss(output: Any) -> None:
+def _note_loss(output: Any) -> None:
     """Note an entry named `loss` of what an expert's forward returned, if somebody asked."""
     if _kept.losses is not None and not isinstance(output, Tensor):
         loss = at_path(output, ("loss",))
@@ -88,7 +88,7 @@ class LogitsReader:
             _kept.outputs.append(output)
         if isinstance(output, Tensor) and not callable(self.choice):
             return output  # whoever runs the expert looks at its shape
-        note_loss(output)
+        _note_loss(output)
         logits = self.logits_of(output, module.training)
         if logits is None:
             raise ReplayError(

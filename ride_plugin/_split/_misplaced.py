@@ -136,10 +136,13 @@ def _hooks(module: nn.Module, and_before: bool = False) -> Iterator[tuple[int, A
     kinds = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
     for hooks in (*kinds, module._forward_pre_hooks) if and_before else kinds:
         for key, hook in hooks.items():
-            if not isinstance(hook, _OURS) and not isinstance(
-                getattr(hook, "__self__", None), _OURS
-            ):
+            if not is_ours(hook):
                 yield key, hook
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is one of this library's."""
+    return isinstance(hook, _OURS) or isinstance(getattr(hook, "__self__", None), _OURS)
 
 
 def _stand_ins_in(module: nn.Module) -> set[str]:

@@ -13,17 +13,15 @@ from ride_plugin._contexts import in_mode, random_state_kept, seed_everything
 from ride_plugin._errors import RIDEError
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._copies import clone_module, copy_with_hooks, detached_activations
-from ride_plugin._split._hooks import FeatureHook, ForkHook, StartHook, UnitHooks, drop_hooks
+from ride_plugin._split._hooks import drop_hooks
 from ride_plugin._split._join import Joined
 from ride_plugin._split._listed import list_own
 from ride_plugin._split._logits import LogitsReader, reader_in
+from ride_plugin._split._misplaced import is_ours
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, trial_run
 from ride_plugin._split._stand_ins import Recorded
-from ride_plugin._split._unseen import UnseenHook
 from ride_plugin._split._views import Link
-
-_OURS = (ForkHook, FeatureHook, LogitsReader, StartHook, UnitHooks, UnseenHook)
 
 
 def plain_modules(parts: Parts, indices: Sequence[int]) -> nn.ModuleList:
@@ -99,12 +97,9 @@ def _reunite(root: nn.Module, links: Sequence[Link]) -> None:
 
 
 def _strip_hooks(root: nn.Module) -> None:
-    def ours(hook: Any) -> bool:
-        return isinstance(hook, _OURS) or isinstance(getattr(hook, "__self__", None), _OURS)
-
     for module in root.modules():
         list_own(module)
-        drop_hooks(module, ours)
+        drop_hooks(module, is_ours)
 
 
 def _check(parts: Parts, index: int, module: nn.Module, reader: LogitsReader) -> None:

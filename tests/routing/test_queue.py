@@ -36,6 +36,18 @@ def serving(threshold=0.5, channels_last=False):
 SERVE = serving()
 
 
+def counted(serve):
+    """A list to which each run of an expert adds its index and its number of rows."""
+    sizes, run = [], serve.model.run_expert
+
+    def counting(index, state):
+        sizes.append((index, state.batch_size))
+        return run(index, state)
+
+    serve.model.run_expert = counting
+    return sizes
+
+
 def batches(sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(size, 3, 8, 8, generator=generator) for size in sizes]
@@ -78,15 +90,8 @@ def test_queue_equals_routed_inference_and_keeps_its_bound(
 
 
 def test_later_experts_run_on_full_batches():
-    sizes = []
     serve = serving(threshold=0.0)
-    run = serve.model.run_expert
-
-    def counted(index, state):
-        sizes.append((index, state.batch_size))
-        return run(index, state)
-
-    serve.model.run_expert = counted
+    sizes = counted(serve)
     queue = RoutingQueue(serve, batch_size=8, max_wait=100)
     for x in batches([2] * 10):
         queue.submit(x)
@@ -323,14 +328,8 @@ def test_submissions_of_different_kinds_all_have_their_results(batch_size, max_w
 
 
 def test_other_image_sizes_wait_beside_each_other():
-    serve, sizes = serving(threshold=0.0), []
-    run = serve.model.run_expert
-
-    def counted(index, state):
-        sizes.append((index, state.batch_size))
-        return run(index, state)
-
-    serve.model.run_expert = counted
+    serve = serving(threshold=0.0)
+    sizes = counted(serve)
     queue = RoutingQueue(serve, batch_size=64, max_wait=100)
     inputs = [torch.randn(2, 3, size, size) for size in (8, 8, 8, 10, 10, 8)]
     for x in inputs:
@@ -431,14 +430,8 @@ def test_what_the_model_returned_is_not_written_into():
 
 
 def test_an_expert_runs_on_the_oldest_rows_and_never_on_more_than_a_batch():
-    sizes, serve = [], serving(threshold=0.0)
-    run = serve.model.run_expert
-
-    def counted(index, state):
-        sizes.append((index, state.batch_size))
-        return run(index, state)
-
-    serve.model.run_expert = counted
+    serve = serving(threshold=0.0)
+    sizes = counted(serve)
     queue = RoutingQueue(serve, batch_size=5, max_wait=100)
     for x in batches([3, 4, 9]):
         queue.submit(x)
