@@ -533,7 +533,7 @@ class RIDEWrapper(SplitModule):
             return from_backbone(self, names, name)
 
     def _checkpointed_experts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        self._explain_unfreezing()
+        self._frozen_parts.tell_what_trains(self.experts)
         state = self.run_trunk(*args, **kwargs)
 
         def logits_of(index: int) -> Tensor:

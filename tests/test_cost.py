@@ -140,8 +140,10 @@ def test_a_path_that_is_learned_anew_each_time_is_not_counted():
             return self.head(self.late(x).mean((2, 3)))
 
     model = RIDEWrapper(Random(), 2, fork_at="late", example_input=torch.randn(2, 3, 8, 8))
-    model._layouts.clear()  # nothing that the model knows fits this input
-    model._learn_layout = lambda *args: [model.trunk.stem(args[0][0]) for _ in range(9)] and None
+    model._known_paths.layouts.clear()  # nothing that the model knows fits this input
+    model._known_paths.learn = lambda m, parts, inputs: (
+        [m.trunk.stem(inputs[0][0]) for _ in range(9)] and None
+    )
     report = cost_report(model, backbone=Random())
     assert report.trunk_flops + report.expert_flops[0] == report.backbone_flops
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from typing_extensions import Self
 
-from ride_plugin._checks import refuse, version_of
+from ride_plugin._checks import refuse
 from ride_plugin._compiler import check_compiles
-from ride_plugin._contexts import RandomState, evaluating, random_state_kept
+from ride_plugin._contexts import RandomState, evaluating
 from ride_plugin._errors import (
     ArgumentError,
     CheckpointError,
@@ -25,7 +24,9 @@ from ride_plugin._errors import (
 )
 from ride_plugin._inputs import Inputs, in_order_of, resize_batch
 from ride_plugin._split._copies import COMPILED_CALL, copy_with_hooks, detached_activations
+from ride_plugin._split._expert_result import logits_and_features
 from ride_plugin._split._form import versions_in
+from ride_plugin._split._frozen import Frozen
 from ride_plugin._split._groups import G, merged_groups
 from ride_plugin._split._handed_out import HandedOut
 from ride_plugin._split._holder import Holder
@@ -36,24 +37,21 @@ from ride_plugin._split._hooks import (
     places_of_units,
     watch_classifier,
 )
-from ride_plugin._split._learn import learn_at_run_time
-from ride_plugin._split._logits import LogitsReader, describe, whole_outputs
+from ride_plugin._split._logits import LogitsReader
 from ride_plugin._split._misplaced import has_unrun_hooks, keep_stand_ins, places_of_stand_ins
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import (
     own_containers,
     play,
-    pooled,
     read_attributes,
     record,
     write_attributes,
 )
-from ride_plugin._split._probe import RANDOM, is_same_tensor
+from ride_plugin._split._paths import Paths
+from ride_plugin._split._probe import RANDOM
 from ride_plugin._split._sharing import (
     Group,
     count_parameters,
-    frozen_layers,
-    held_by_all,
     held_together,
     hold_together,
     trains,
@@ -61,10 +59,7 @@ from ride_plugin._split._sharing import (
 )
 from ride_plugin._split._stand_ins import Forked
 from ride_plugin._split._state import Absent, Layout, TrunkState
-from ride_plugin._tree import Place, logits_in, map_tensors, tensors_in
-
-_MOST_LAYOUTS = 64  # a number among the arguments may be another at each call
-_MOST_LOOKS = 16  # each takes as long as a few passes; where paths are random they find nothing
+from ride_plugin._tree import Place, map_tensors, tensors_in
 
 
 class SplitModule(Holder):
@@ -95,7 +90,7 @@ class SplitModule(Holder):
         self.classifier_name = parts.classifier
         self._running = parts.running
         self._links = parts.links
-        self._layouts = parts.layouts
+        self._known_paths = Paths(parts.layouts)
         self._attributes = parts.attributes
         self._late = parts.late
         self._draws = RANDOM in parts.attributes  # with numpy or Python, before the fork
@@ -116,19 +111,9 @@ class SplitModule(Holder):
                 place.module.ride_several = self.num_experts
         self._told_of_hooks = False  # of the trunk, which do not run
         self._goes_on_into = (parts.experts[0],)  # the trunk's pass; a tuple, so not registered
-        self._frozen_layers = [
-            layer
-            for part in (self.trunk, *self.experts)
-            for layer in frozen_layers(part, self.trunk.training)
-        ]
-        self._shared_and_frozen = {
-            name: (tensors, key)
-            for name, (tensors, key) in held_by_all(self.experts).items()
-            if not tensors[key].requires_grad
-        }
+        self._frozen_parts = Frozen(self.trunk, parts.experts)
         self._held_together: list[Group] = []  # between a change of tensors and `relink`
         self._handed_out = HandedOut()
-        self._num_looks = 0  # at paths that training took and the build did not
 
     def parts(self) -> Parts:
         """What the model is made of now; the modules themselves, not copies."""
@@ -138,7 +123,7 @@ class SplitModule(Holder):
             list(self.experts),
             self._running,
             self._links,
-            self._layouts,
+            self._known_paths.layouts,
             self._attributes,
             self._late,
             self._inputs,
@@ -298,7 +283,7 @@ class SplitModule(Holder):
         """
         of_parts = ("trunk", *(f"experts.{k}" for k in range(self.num_experts)))
         written = {f"{part}.{name}" for part in of_parts for name in self._written}
-        fixed = unchanging(self, self._frozen_layers, written)
+        fixed = unchanging(self, self._frozen_parts.layers, written)
         return {
             name: value.detach()
             for name, value in self.state_dict(keep_vars=True).items()
@@ -351,23 +336,15 @@ class SplitModule(Holder):
 
     def eval_frozen_layers(self) -> None:
         """Leave normalisation layers in evaluation that were frozen there, see :meth:`train`."""
-        for layer in self._frozen_layers:
-            if not trains(layer.parameters(recurse=False)):
-                layer.eval()
+        self._frozen_parts.keep_in_evaluation()
 
     def refusing_writes(self) -> AbstractContextManager[None]:
         """Around a pass: an error if an expert writes what all share; tells what trains as one."""
-        return nullcontext() if torch.compiler.is_compiling() else self._refusing_writes()
-
-    @contextmanager
-    def _refusing_writes(self) -> Iterator[None]:
+        if torch.compiler.is_compiling():
+            return nullcontext()
         if self.training and torch.is_grad_enabled():
-            self._explain_unfreezing()
-        fixed = [(name, held[key]) for name, (held, key) in self._shared_and_frozen.items()]
-        versions = [version_of(tensor) for _, tensor in fixed]
-        yield
-        if versions != [version_of(tensor) for _, tensor in fixed]:
-            self._refuse_written(fixed, versions)
+            self._frozen_parts.tell_what_trains(self.experts)
+        return self._frozen_parts.refusing_writes()
 
     def _all_experts(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -390,8 +367,7 @@ class SplitModule(Holder):
         # Where paths are random, each look for one takes long and finds nothing.
         if state.layout is None and not torch.compiler.is_compiling():
             watched = _get_current_dispatch_mode() is not None  # by a counter of FLOPs, say
-            if not watched and self._num_looks < _MOST_LOOKS:
-                self._num_looks += 1
+            if not watched and self._known_paths.may_look():
                 state = self._settled(state, args, kwargs)
         return (state, *self._run_expert(0, state))
 
@@ -404,7 +380,9 @@ class SplitModule(Holder):
         put another one in its place. Where none of this matters, the exporter needs it, which takes
         no forward that ends in the middle; and a single expert then runs as the backbone does.
         """
-        changes = self.num_experts > 1 and any(known.changes_in_place for known in self._layouts)
+        changes = self.num_experts > 1 and any(
+            known.changes_in_place for known in self._known_paths.layouts
+        )
         return bool(
             changes
             or self._late
@@ -431,7 +409,12 @@ class SplitModule(Holder):
 
         try:
             state, output = record(
-                self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=stops
+                self.trunk,
+                self._running,
+                self._known_paths.layouts,
+                args,
+                kwargs,
+                stop_at_fork=stops,
             )
             state = replace(state, attributes=before)
             if output is None:  # it stopped
@@ -449,7 +432,9 @@ class SplitModule(Holder):
         before = read_attributes(self.trunk, self._attributes)
         self._keep_hooks()
         self._tell_of_hooks()
-        state, _ = record(self.trunk, self._running, self._layouts, args, kwargs, stop_at_fork=True)
+        state, _ = record(
+            self.trunk, self._running, self._known_paths.layouts, args, kwargs, stop_at_fork=True
+        )
         self._look_again()
         return replace(state, attributes=before)
 
@@ -472,36 +457,6 @@ class SplitModule(Holder):
             f"`model.experts[{index}].load_state_dict(other.state_dict())`. (Experts of a model "
             "may change places, and parts of them may be replaced.)"
         )
-
-    def _refuse_written(
-        self, fixed: Sequence[tuple[str, Tensor]], versions: Sequence[int | None]
-    ) -> None:
-        """Raise because an expert wrote what all share, as if nothing ever wrote it."""
-        written = [n for (n, t), v in zip(fixed, versions, strict=True) if version_of(t) != v]
-        raise ReplayError(
-            f"The forward of an expert has written {written[:3]}, which all experts share, because "
-            "nothing wrote it when the model was wrapped. To give each expert its own, wrap the "
-            "backbone in a state in which its forward writes it (a warm-up that is over, say), or "
-            "let the forward assign a new tensor instead of writing into the old."
-        )
-
-    def _explain_unfreezing(self) -> None:
-        """Warn once that what was frozen at wrapping, and therefore is shared, trains now."""
-        if not any(tensors[key].requires_grad for tensors, key in self._shared_and_frozen.values()):
-            return
-        unfrozen = [
-            name
-            for name, (tensors, key) in held_by_all(self.experts).items()
-            if name in self._shared_and_frozen and tensors[key].requires_grad
-        ]
-        self._shared_and_frozen = {}
-        if unfrozen:
-            more = f" and {len(unfrozen) - 3} more" if len(unfrozen) > 3 else ""
-            warn_caller(
-                "These parameters were frozen when the model was wrapped, so all experts share "
-                f"them: {unfrozen[:3]}{more}. They train now, as one tensor for all experts. To "
-                "give each expert its own, unfreeze them before wrapping (`requires_grad_(True)`)."
-            )
 
     def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TrunkState | None:
         """The trunk's state, if that was given in place of a batch.
@@ -535,7 +490,7 @@ class SplitModule(Holder):
     ) -> TrunkState:
         if state.layout is None and not torch.compiler.is_compiling():
             # A path not seen at the build, for example padding at another input size.
-            layout = self._learn_layout(*state.values[0])
+            layout = self._known_paths.learn(self, self.parts(), state.values[0])
             tape = state.keys, state.values, state.batch_size
             if layout is not None and layout.fits(*tape):  # not where paths are random
                 state = replace(state, layout=layout)
@@ -590,49 +545,13 @@ class SplitModule(Holder):
                 link.refresh()
 
     def _read(self, output: Any) -> tuple[Tensor, Tensor]:
-        logits = logits_in(output)
-        received = self._running.features
-        _refuse_lost_dimension(output, received)
-        features = pooled(received)
-        instead = not self._classifies_logits and is_same_tensor(logits, received)
-        if (
-            logits is None
-            or logits.shape[1] != self.num_classes
-            or (features is None and self.classifier_name is not None)
-            or instead
-        ):
-            raise ReplayError(
-                f"An expert returned {describe(output)}"
-                + (", and its classifier did not run" if features is None else "")
-                + (", which is what its classifier received" if instead else "")
-                + f", where logits of {self.num_classes} classes were expected, as when the "
-                "backbone was wrapped. A forward that is told by arguments to return something "
-                "else cannot be trained this way: call the model for its logits. The experts' "
-                "features come from `model.router_inputs(x)`, a plain backbone from "
-                "`model.to_module(k)`; another number of classes is asked for when wrapping, by "
-                "`num_classes=`."
-            )
-        # A classifier that is not a module of its own leaves no feature; its logits stand in.
-        return logits, logits if features is None else features
-
-    def _learn_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
-        layouts = []
-        with random_state_kept(self), whole_outputs():  # these outputs are of no expert's own pass
-            try:
-                parts, training = self.parts(), self.trunk.training
-                for index in range(self._num_probed):
-                    views = parts.views(index)
-                    layout = learn_at_run_time(views, (args, kwargs), training, self._attributes)
-                    layouts.append(layout)
-            except Exception:  # as a small batch of this kind does not run, say
-                return None  # every row can still go on; only `select` needs the layout
-        if any(other.path != layouts[0].path for other in layouts):
-            return None  # a random path
-        layout = reduce(Layout.joined, layouts)
-        new = all(known.path != layout.path for known in self._layouts)
-        if new and len(self._layouts) < _MOST_LAYOUTS:
-            self._layouts.append(layout)
-        return layout
+        return logits_and_features(
+            output,
+            self._running.features,
+            self.num_classes,
+            classifier=self.classifier_name,
+            classifies_logits=self._classifies_logits,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # Activations that a backbone keeps (`self.feat = out`) would make deepcopy fail.
@@ -653,17 +572,6 @@ class SplitModule(Holder):
         super().train(mode)
         self.eval_frozen_layers()
         return self
-
-
-def _refuse_lost_dimension(output: Any, received: Tensor | None) -> None:
-    """Raise where a forward has dropped the batch dimension, as `squeeze()` does of one row."""
-    if any(isinstance(value, Tensor) and value.dim() == 1 for value in (output, received)):
-        raise ReplayError(
-            "An expert has dropped the batch dimension of a batch of one row, as a plain "
-            "`squeeze()` in the backbone's forward does. Name the dimension there "
-            "(`squeeze(-1)`), or write `flatten(1)`: the last batch of an epoch may have one row, "
-            "and early exit often leaves one."
-        )
 
 
 def _following(example: Tensor, moved: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""What an expert returned, as logits and features, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ride_plugin._errors import ReplayError
+from ride_plugin._split._logits import describe
+from ride_plugin._split._passes import pooled
+from ride_plugin._split._probe import is_same_tensor
+from ride_plugin._tree import logits_in
+
+
+def logits_and_features(
+    output: Any,
+    received: Tensor | None,
+    num_classes: int,
+    *,
+    classifier: str | None,
+    classifies_logits: bool,
+) -> tuple[Tensor, Tensor]:
+    """An expert's logits ``[B, C]``, and what its classifier received, pooled to ``[B, D]``.
+
+    Args:
+        output: what the expert's forward returned.
+        received: what its classifier received; None if it did not run.
+        num_classes: ``C``.
+        classifier: name of the classifier inside an expert; None if it is no submodule.
+        classifies_logits: whether the classifier received the very logits when it was wrapped.
+
+    Raises:
+        ReplayError: the output is another than it was when the backbone was wrapped.
+    """
+    logits = logits_in(output)
+    _refuse_lost_dimension(output, received)
+    features = pooled(received)
+    instead = not classifies_logits and is_same_tensor(logits, received)
+    if (
+        logits is None
+        or logits.shape[1] != num_classes
+        or (features is None and classifier is not None)
+        or instead
+    ):
+        raise ReplayError(
+            f"An expert returned {describe(output)}"
+            + (", and its classifier did not run" if features is None else "")
+            + (", which is what its classifier received" if instead else "")
+            + f", where logits of {num_classes} classes were expected, as when the "
+            "backbone was wrapped. A forward that is told by arguments to return something "
+            "else cannot be trained this way: call the model for its logits. The experts' "
+            "features come from `model.router_inputs(x)`, a plain backbone from "
+            "`model.to_module(k)`; another number of classes is asked for when wrapping, by "
+            "`num_classes=`."
+        )
+    # A classifier that is not a module of its own leaves no feature; its logits stand in.
+    return logits, logits if features is None else features
+
+
+def _refuse_lost_dimension(output: Any, received: Tensor | None) -> None:
+    """Raise where a forward has dropped the batch dimension, as `squeeze()` does of one row."""
+    if any(isinstance(value, Tensor) and value.dim() == 1 for value in (output, received)):
+        raise ReplayError(
+            "An expert has dropped the batch dimension of a batch of one row, as a plain "
+            "`squeeze()` in the backbone's forward does. Name the dimension there "
+            "(`squeeze(-1)`), or write `flatten(1)`: the last batch of an epoch may have one row, "
+            "and early exit often leaves one."
+        )
