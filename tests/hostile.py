@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,11 @@ Kinds = dict[str, tuple[Any, list[Any]]]
 
 After a slash stand further words by which a message may name it, such as what it holds.
 """
+
+
+def case_name(value: object) -> str:
+    """A name of a case that is the same in every process: without addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _good(kinds: Kinds) -> dict[str, Any]:

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from ride_plugin._checks import (
+from ride_plugin._checks import check_number
+from ride_plugin._devices import follow
+from ride_plugin._numerics import float32_or_better
+from ride_plugin._tensor_checks import (
     NO_INDEX,
     ClassCounts,
     check_class_counts,
     check_floating,
     check_logits_target,
-    check_number,
     warn_of_probabilities,
 )
-from ride_plugin._devices import follow
-from ride_plugin._numerics import float32_or_better
 
 
 def adjust_logits(logits: Tensor, class_counts: ClassCounts, tau: float = 1.0) -> Tensor:

@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import (
-    ClassCounts,
-    check_class_counts,
-    check_instance,
-    check_no_shares,
-    check_number,
-)
+from ride_plugin._checks import check_instance, check_number
 from ride_plugin._errors import ArgumentError
 from ride_plugin._schedule import Schedule
+from ride_plugin._tensor_checks import ClassCounts, check_class_counts, check_no_shares
 
 
 def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) -> Tensor:
