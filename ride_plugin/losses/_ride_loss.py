@@ -199,14 +199,17 @@ class RIDELoss(nn.Module):
     def step(self) -> None:
         """End the epoch: for the diversity term, every schedule given, and the criterion's own.
 
-        A criterion with a ``step()`` had it called by the loop before it was wrapped.
+        A criterion with a ``step()`` had it called by the loop before it was wrapped. What it steps
+        there is not stepped once more.
         """
-        for module in self.modules():
-            if isinstance(module, Schedule):
-                module.step()
+        schedules = [module for module in self.modules() if isinstance(module, Schedule)]
+        before = [schedule.last_epoch for schedule in schedules]
         for one in {id(one): one for one in self._each()}.values():
             if not isinstance(one, Schedule) and callable(getattr(one, "step", None)):
                 one.step()
+        for schedule, epoch in zip(schedules, before, strict=True):
+            if schedule.last_epoch == epoch:
+                schedule.step()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         keeping_digits(self, lambda: super(RIDELoss, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]

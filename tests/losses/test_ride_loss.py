@@ -569,6 +569,32 @@ def test_a_criterion_that_the_loop_stepped_is_stepped_once_an_epoch() -> None:
     assert drw.last_epoch == 1
 
 
+@pytest.mark.parametrize("steps_it", [True, False])
+def test_a_schedule_inside_the_criterion_is_stepped_once_an_epoch(steps_it: bool) -> None:
+    class Criterion(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ldam, self.epochs = LDAMLoss(COUNTS), 0
+            self.drw = DeferredReweighting(self.ldam, COUNTS, start_epoch=160)
+
+        def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+            return self.ldam(logits, target)
+
+        def step(self) -> None:
+            self.epochs += 1
+            if steps_it:
+                self.drw.step()
+
+    criterion = Criterion()
+    for schedules in ([], [criterion.drw]):
+        criterion.drw.last_epoch = criterion.epochs = 0
+        loss = RIDELoss(criterion, COUNTS, schedules=schedules)
+        for _ in range(90):
+            loss.step()
+        assert (criterion.drw.last_epoch, criterion.epochs) == (90, 90)
+        assert criterion.ldam.weight.tolist() == [1.0] * 4
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 def test_targets_of_any_whole_numbers_are_taken_with_gradients_and_without(dtype) -> None:
     loss, experts = RIDELoss(nn.CrossEntropyLoss(), COUNTS), torch.randn(6, 3, 4)
