@@ -20,19 +20,38 @@ class Schedule(nn.Module):
     an LR scheduler is, so that a state which was kept can be gone back to.
 
     Attributes:
-        start_epoch: the first epoch, counted from zero, in which the change acts.
-        last_epoch: the current epoch.
+        start_epoch: the first epoch, counted from zero, in which the change acts. It may be set,
+            and so may all that a schedule was built with: it acts at once.
+        last_epoch: the current epoch, which may be set, too.
     """
 
     epoch: Tensor
 
     def __init__(self, start_epoch: int) -> None:
         super().__init__()
-        self.start_epoch = check_integer(
-            start_epoch, "start_epoch", advice="Epochs count from zero; 0 starts at once."
-        )
-        self.last_epoch = 0
+        self._start_epoch = _checked_start(start_epoch)
+        self._last_epoch = 0
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64, device="cpu"))
+
+    @property
+    def start_epoch(self) -> int:
+        """The first epoch in which the change acts."""
+        return self._start_epoch
+
+    @start_epoch.setter
+    def start_epoch(self, value: int) -> None:
+        self._start_epoch = _checked_start(value)
+        self._refresh()
+
+    @property
+    def last_epoch(self) -> int:
+        """The current epoch."""
+        return self._last_epoch
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        self._last_epoch = check_integer(value, "last_epoch")
+        self._refresh()
 
     @property
     def is_active(self) -> bool:
@@ -42,7 +61,6 @@ class Schedule(nn.Module):
     def step(self) -> None:
         """Go on to the next epoch; call it at the end of each, beside the LR scheduler's."""
         self.last_epoch += 1
-        self._refresh()
 
     def _refresh(self) -> None:
         """Let everything that depends on the epoch follow it."""
@@ -63,7 +81,11 @@ class Schedule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         name = f"{prefix}epoch"
         if name in state_dict:
-            self.last_epoch = check_integer(state_dict[name], name)
+            self._last_epoch = check_integer(state_dict[name], name)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.epoch = self.epoch.clone()  # `assign=True` takes the tensor of the state itself
         self._refresh()
+
+
+def _checked_start(epoch: object) -> int:
+    return check_integer(epoch, "start_epoch", advice="Epochs count from zero; 0 starts at once.")

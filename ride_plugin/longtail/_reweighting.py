@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from ride_plugin._checks import check_instance, check_number
 from ride_plugin._errors import ArgumentError
 from ride_plugin._schedule import Schedule
-from ride_plugin._tensor_checks import ClassCounts, check_class_counts, check_no_shares
+from ride_plugin._tensor_checks import (
+    ClassCounts,
+    Numbers,
+    as_weight,
+    check_class_counts,
+    check_no_shares,
+)
 
 
 def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) -> Tensor:
@@ -57,7 +63,8 @@ class DeferredReweighting(Schedule):
     criterion keeps its own.
 
     Attributes:
-        last_epoch: the current epoch, counted from zero.
+        last_epoch: the current epoch, counted from zero. It may be set, as may ``start_epoch`` and
+            ``weight``: the criterion's weights follow at once.
         is_active: whether the class weights act in it.
         weight: ``[C]``, the class weights used from ``start_epoch`` on.
 
@@ -94,7 +101,7 @@ class DeferredReweighting(Schedule):
             ArgumentError: the criterion has no weights of this length, or a number is out of range.
         """
         super().__init__(start_epoch)
-        self.weight = effective_number_weights(class_counts, beta)
+        self._weight = effective_number_weights(class_counts, beta)
         check_instance(criterion, "criterion", nn.Module, "a module that holds class weights")
         held = getattr(criterion, "weight", None)
         if not isinstance(held, Tensor) or held.shape != self.weight.shape:
@@ -111,6 +118,16 @@ class DeferredReweighting(Schedule):
             # nn.CrossEntropyLoss keeps the tensor that it was given, which others may have, too.
             criterion.weight = held.detach().clone()
         self._before: Tensor | None = None  # the criterion's own weights, while others are there
+        self._refresh()
+
+    @property
+    def weight(self) -> Tensor:
+        """The class weights used from ``start_epoch`` on."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: Numbers) -> None:
+        self._weight = as_weight(value, len(self._weight))
         self._refresh()
 
     def _refresh(self) -> None:

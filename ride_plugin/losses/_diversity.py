@@ -17,6 +17,15 @@ from ride_plugin.functional import Form
 from ride_plugin.losses._temperature import TemperatureSchedule
 
 
+def _of_schedule(name: str) -> Any:
+    """A setting that the schedule keeps; it may be set here as well as there."""
+    return property(
+        lambda loss: getattr(loss.schedule, name),
+        lambda loss, value: setattr(loss.schedule, name, value),
+        doc=f"``{name}`` of the schedule.",
+    )
+
+
 class DiversityLoss(nn.Module):
     r"""Distribution-aware diversity loss: minus the divergence between experts.
 
@@ -55,7 +64,8 @@ class DiversityLoss(nn.Module):
         temperature: a schedule of your own instead of ``gamma``, ``eta`` and ``start_epoch``.
 
     Attributes:
-        schedule: the `TemperatureSchedule` in use.
+        schedule: the `TemperatureSchedule` in use. Its settings, ``weight`` and ``detach_others``
+            may be set while training, once an epoch say, and act at once.
 
     Raises:
         ArgumentError: an argument is out of range, or the schedule does not fit the others.
@@ -68,6 +78,11 @@ class DiversityLoss(nn.Module):
         >>> loss.backward()
         >>> diversity.step()  # at the end of each epoch
     """
+
+    form = _of_schedule("form")
+    gamma = _of_schedule("gamma")
+    eta = _of_schedule("eta")
+    start_epoch = _of_schedule("start_epoch")
 
     def __init__(
         self,
@@ -88,7 +103,6 @@ class DiversityLoss(nn.Module):
             0,
             advice="The loss has its minus sign built in: the authors' -0.2 is weight=0.2.",
         )
-        self.form: Form = check_choice(form, "form", get_args(Form))
         self.detach_others = check_bool(detach_others, "detach_others")
         all_given = {"gamma": gamma, "eta": eta, "start_epoch": start_epoch}
         given: dict[str, Any] = {k: value for k, value in all_given.items() if value is not None}
@@ -96,6 +110,7 @@ class DiversityLoss(nn.Module):
             temperature = TemperatureSchedule(class_counts, form=form, **given)
         else:
             check_instance(temperature, "temperature", TemperatureSchedule, "a TemperatureSchedule")
+            check_choice(form, "form", get_args(Form))
             _check_schedule(temperature, len(check_class_counts(class_counts)), form, given)
         self.schedule = temperature
 

@@ -42,7 +42,8 @@ class TemperatureSchedule(Schedule):
 
     Attributes:
         temperature: ``[C]``, the temperatures of the current epoch (a buffer updated in place).
-        last_epoch: the current epoch.
+        last_epoch: the current epoch. It may be set, as may ``eta``, ``gamma``, ``start_epoch`` and
+            ``form``: the temperatures follow at once.
         is_active: whether classes have temperatures of their own in it.
 
     Raises:
@@ -71,30 +72,63 @@ class TemperatureSchedule(Schedule):
         form: Form = "official",
     ) -> None:
         super().__init__(start_epoch)
-        self.eta = check_number(eta, "eta", 0, open_low=True, advice="The paper uses 1.")
-        self.gamma = check_number(
+        self._class_counts = check_class_counts(class_counts)
+        self.register_buffer(
+            "temperature",
+            torch.empty(len(self._class_counts), dtype=torch.float32, device="cpu"),
+            persistent=False,
+        )
+        self._set(eta, gamma, form)
+
+    @property
+    def eta(self) -> float:
+        r"""Base temperature $\eta$."""
+        return self._eta
+
+    @eta.setter
+    def eta(self, value: float) -> None:
+        self._set(value, self._gamma, self._form)
+
+    @property
+    def gamma(self) -> float:
+        """How strongly temperatures follow the counts."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, value: float) -> None:
+        self._set(self._eta, value, self._form)
+
+    @property
+    def form(self) -> Form:
+        """The normalisation, ``"official"`` or ``"paper"``."""
+        return self._form
+
+    @form.setter
+    def form(self, value: Form) -> None:
+        self._set(self._eta, self._gamma, value)
+
+    def _set(self, eta: float, gamma: float, form: Form) -> None:
+        """Take settings that fit together, or none of them."""
+        eta = check_number(eta, "eta", 0, open_low=True, advice="The paper uses 1.")
+        gamma = check_number(
             gamma,
             "gamma",
             0,
             1,
             advice="The authors use 0.05, 0.02 and 0.015; 0 gives all classes one temperature.",
         )
-        self.form: Form = check_choice(form, "form", get_args(Form))
+        form = check_choice(form, "form", get_args(Form))
         # In float64 and no buffer, so that casting the module back and forth loses nothing.
         self._by_class = functional.class_temperatures(
-            check_class_counts(class_counts), eta=self.eta, gamma=self.gamma, form=self.form
+            self._class_counts, eta=eta, gamma=gamma, form=form
         )
-        self.register_buffer(
-            "temperature",
-            torch.empty(len(self._by_class), dtype=torch.float32, device="cpu"),
-            persistent=False,
-        )
+        self._eta, self._gamma, self._form = eta, gamma, form
         self._refresh()
 
     @property
     def num_classes(self) -> int:
         """Number of classes C."""
-        return len(self._by_class)
+        return len(self._class_counts)
 
     def extra_repr(self) -> str:
         """Arguments and epoch, as ``repr`` shows them."""
@@ -116,4 +150,4 @@ class TemperatureSchedule(Schedule):
         if self.is_active:
             self.temperature.copy_(self._by_class)
         else:
-            self.temperature.fill_(self.eta)
+            self.temperature.fill_(self._eta)

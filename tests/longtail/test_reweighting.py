@@ -162,3 +162,23 @@ def test_weights_that_the_loop_sets_before_stay_until_the_start_epoch() -> None:
     assert torch.equal(criterion.weight, drw.weight)
     drw.load_state_dict(before)
     assert criterion.weight.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_what_is_set_later_acts_at_once() -> None:
+    criterion = LDAMLoss(COUNTS)
+    drw = DeferredReweighting(criterion, COUNTS, start_epoch=160)
+    drw.last_epoch = 170
+    assert torch.equal(criterion.weight, effective_number_weights(COUNTS))
+    assert int(drw.state_dict()["epoch"]) == 170
+    drw.start_epoch = 171
+    assert criterion.weight.tolist() == [1.0] * 3
+    drw.weight = [1, 2, 3]
+    assert criterion.weight.tolist() == [1.0] * 3
+    drw.start_epoch = 0
+    assert criterion.weight.tolist() == [1.0, 2.0, 3.0]
+    drw.weight = torch.tensor([3.0, 2.0, 1.0])
+    assert criterion.weight.tolist() == [3.0, 2.0, 1.0]
+    for name, value in (("weight", [1, 2]), ("start_epoch", -1), ("last_epoch", None)):
+        with pytest.raises(RIDEError, match=f"`{name}`"):
+            setattr(drw, name, value)
+    assert criterion.weight.tolist() == [3.0, 2.0, 1.0]

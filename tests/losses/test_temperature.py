@@ -208,6 +208,44 @@ def test_arguments_out_of_range_are_named(argument: str, value) -> None:
         TemperatureSchedule(COUNTS, **{argument: value})
 
 
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [{"gamma": 0.5}, {"eta": 2.0}, {"form": "paper"}, {"start_epoch": 3}, {"start_epoch": 1}],
+)
+def test_what_is_set_later_acts_at_once_as_if_built_with_it(settings: dict, epoch: int) -> None:
+    kept = TemperatureSchedule(COUNTS, start_epoch=2)
+    diversity = DiversityLoss(COUNTS, start_epoch=2)
+    built = TemperatureSchedule(COUNTS, **{"start_epoch": 2, **settings})
+    buffer = kept.temperature
+    for schedule in (kept, diversity.schedule, built):
+        schedule.last_epoch = epoch
+    for name, value in settings.items():
+        setattr(kept, name, value)
+        setattr(diversity, name, value)
+        assert getattr(diversity, name) == value
+    for schedule in (kept, diversity.schedule):
+        assert schedule.temperature.equal(built.temperature)
+        assert repr(schedule) == repr(built)
+        assert int(schedule.state_dict()["epoch"]) == epoch
+    assert kept.temperature is buffer  # which a compiled loss has seen
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("gamma", 1.5), ("eta", 0.0), ("form", "paperr"), ("start_epoch", -1), ("last_epoch", 0.5)],
+)
+def test_what_cannot_be_is_refused_when_it_is_set(name: str, value) -> None:
+    schedule = TemperatureSchedule(COUNTS, form="paper")
+    before = repr(schedule)
+    with pytest.raises(ArgumentError, match=f"Expected argument `{name}`.*but got '?{value}"):
+        setattr(schedule, name, value)
+    with pytest.raises(ArgumentError, match=r"must be below 0\.316"):
+        schedule.gamma = 0.5  # possible, but not in this form
+    assert repr(schedule) == before
+    assert schedule.temperature.equal(TemperatureSchedule(COUNTS, form="paper").temperature)
+
+
 def test_gamma_that_makes_a_temperature_negative_is_told_its_limit() -> None:
     with pytest.raises(ArgumentError, match=r"must be below 0\.316") as error:
         TemperatureSchedule(COUNTS, gamma=0.5, form="paper")
