@@ -15,6 +15,7 @@ from ride_plugin._tensor_checks import (
     check_class_counts,
     check_no_shares,
 )
+from ride_plugin._values import has_values
 
 
 def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) -> Tensor:
@@ -117,7 +118,8 @@ class DeferredReweighting(Schedule):
         if not isinstance(held, nn.Parameter):
             # nn.CrossEntropyLoss keeps the tensor that it was given, which others may have, too.
             criterion.weight = held.detach().clone()
-        self._before: Tensor | None = None  # the criterion's own weights, while others are there
+        self._own = held.detach().clone()  # the criterion's weights before the start
+        self._switched = False
         self._refresh()
 
     @property
@@ -134,14 +136,16 @@ class DeferredReweighting(Schedule):
         super()._refresh()
         held = self.criterion.weight
         assert isinstance(held, Tensor)
+        # A state that was loaded into the criterion may have brought these weights, too.
+        switched = self._switched or (has_values(held) and torch.equal(held, self._weight.to(held)))
         with torch.no_grad():
             if self.is_active:
-                if self._before is None:
-                    self._before = held.detach().clone()
-                held.copy_(self.weight)
-            elif self._before is not None:
-                held.copy_(self._before)
-                self._before = None
+                if not switched:
+                    self._own = held.detach().clone()  # the loop may have set others
+                held.copy_(self._weight)
+            elif switched:
+                held.copy_(self._own)
+        self._switched = self.is_active
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows."""

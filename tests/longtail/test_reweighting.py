@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from ride_plugin import RIDEError
+from ride_plugin import RIDEError, RIDELoss
 from ride_plugin.longtail import (
     DeferredReweighting,
     FocalLoss,
@@ -182,3 +182,24 @@ def test_what_is_set_later_acts_at_once() -> None:
         with pytest.raises(RIDEError, match=f"`{name}`"):
             setattr(drw, name, value)
     assert criterion.weight.tolist() == [3.0, 2.0, 1.0]
+
+
+def test_a_fresh_loss_goes_back_from_a_late_state_to_an_early_one() -> None:
+    def build() -> RIDELoss:
+        criterion = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+        drw = DeferredReweighting(criterion, COUNTS, start_epoch=2)
+        return RIDELoss(criterion, COUNTS, schedules=[drw])
+
+    trained = build()
+    early = copy.deepcopy(trained.state_dict())
+    for _ in range(3):
+        trained.step()
+    fresh = build()
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh.criterion.weight, effective_number_weights(COUNTS))
+    fresh.load_state_dict(early)
+    assert fresh.criterion.weight.tolist() == [1.0, 2.0, 3.0]
+    later = build()
+    later.schedules[0].start_epoch = 10
+    later.load_state_dict(trained.state_dict())
+    assert later.criterion.weight.tolist() == [1.0, 2.0, 3.0]
