@@ -7,10 +7,8 @@ images, so a term that rewards them for parting has to compare what the criteria
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,10 +17,10 @@ from torch.nn import functional as F
 
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._numerics import float32_or_better
+from ride_plugin.losses._trial_copy import trial_copy
 
 _RATIO = 1.5  # of two probabilities that should be the same
 _SHIFT = 10.0  # of all logits, which a softmax does not see; most of a sigmoid's range
-_LARGEST = 2**26  # bytes
 
 
 def seen_logits(criteria: Sequence[Any], experts: Tensor) -> Tensor:
@@ -106,24 +104,9 @@ def _gradient(
     kwargs: Mapping[str, Any],
 ) -> Tensor:
     """The gradient of a criterion, of which nothing is changed, by logits ``[B, C]``."""
-    apart = _apart(criterion)
-    if apart is None:
-        return torch.zeros_like(logits)
+    apart = trial_copy(criterion)
     logits.requires_grad_()
     with random_state_kept(logits):
         loss = apart(logits, target, *args, **kwargs)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     return gradient
-
-
-def _apart(criterion: Callable[..., Any]) -> Callable[..., Any] | None:
-    """A criterion to try out; None if trying might change something or copy a whole network."""
-    if isinstance(criterion, FunctionType):
-        return criterion
-    if isinstance(criterion, partial):
-        inside = _apart(criterion.func)
-        return inside and partial(inside, *criterion.args, **criterion.keywords)
-    if not isinstance(criterion, nn.Module):
-        return None
-    held = sum(tensor.nbytes for tensor in (*criterion.parameters(), *criterion.buffers()))
-    return copy.deepcopy(criterion) if held <= _LARGEST else None
