@@ -94,22 +94,29 @@ class _KnownGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        return value.clone()
+    def forward(logits: Tensor, value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        # The gradient is an output, too: as such it depends on the logits, so that who asks for a
+        # second derivative comes here again, also where `grad_value` is a constant.
+        return value.clone(), gradient.detach()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]
+    ) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled():
-            # once_differentiable would let it pass, as a constant, where grad_value is one.
+    def backward(
+        ctx: Any, grad_value: Tensor | None, grad_gradient: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        if grad_gradient is not None and not torch.compiler.is_compiling():
             raise NotImplementedError(
                 "The divergences have no second derivative. Differentiate a loss twice without the "
-                "diversity or distillation term (`experts_loss(criterion, output, target)`), and "
-                "call backward on the terms without `create_graph=True`."
+                "diversity or distillation term: `experts_loss(criterion, output, target)`."
             )
+        if grad_value is None:
+            return None, None, None
         (gradient,) = ctx.saved_tensors
         return gradient * grad_value[:, None, None], None, None
 
@@ -127,8 +134,8 @@ def with_gradient(
     """
     with torch.no_grad():
         value, gradient = _by_slices(function, logits, *beside)
-    attached: Tensor = _KnownGradient.apply(logits, value, gradient)  # type: ignore[no-untyped-call]
-    return attached
+    attached: tuple[Tensor, Tensor] = _KnownGradient.apply(logits, value, gradient)  # type: ignore[no-untyped-call]
+    return attached[0]
 
 
 def float32_or_better(logits: Tensor) -> Tensor:

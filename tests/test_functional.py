@@ -77,10 +77,38 @@ def test_gradient_with_others_constant_is_that_of_each_expert_alone() -> None:
         torch.testing.assert_close(ours[:, i], p * (d - (p * d).sum(-1, keepdim=True)))
 
 
-def test_second_derivative_is_refused_instead_of_wrong() -> None:
+DIVERGENCES = [
+    functional.pairwise_kl,
+    functional.kl_from_mean,
+    lambda z: functional.kl_from_reference(z, z[:, 0].detach().flip(1)),
+]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_second_derivative_is_refused_instead_of_wrong(divergence) -> None:
     logits = make_logits(2)
+    (once,) = torch.autograd.grad(divergence(logits).sum(), logits, create_graph=True)
+    (plain,) = torch.autograd.grad(divergence(logits).sum(), logits)
+    assert torch.equal(once, plain)  # the first one alone may be asked for in any way
+    for penalty in (once.pow(2).sum(), divergence(logits).sum() + once.sum()):
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            penalty.backward(retain_graph=True)
+    weight = torch.ones(BATCH, dtype=logits.dtype, requires_grad=True)
+    (once,) = torch.autograd.grad(divergence(logits) @ weight, logits, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
-        torch.autograd.grad(functional.pairwise_kl(logits).sum(), logits, create_graph=True)
+        once.sum().backward()
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.func.grad(lambda z: torch.func.grad(lambda y: divergence(y).sum())(z).sum())(logits)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_functional_gradient_is_that_of_autograd(divergence) -> None:
+    logits = make_logits(3)
+    (expected,) = torch.autograd.grad(divergence(logits).sum(), logits)
+    detached = logits.detach()
+    got, value = torch.func.grad_and_value(lambda z: divergence(z).sum())(detached)
+    assert torch.equal(got, expected)
+    assert torch.equal(value, divergence(detached).sum())
 
 
 @pytest.mark.parametrize("divergence", [functional.pairwise_kl, functional.kl_from_mean])
