@@ -58,36 +58,39 @@ def adds_a_prior(
     entropy, where weights and smoothed labels together do not, adds nothing and is left out.
 
     Where each class has a sigmoid of its own, the gradient is that times the weight of the class.
-    How much it grows when all logits do tells the sigmoid alone.
+    How much it grows when all logits do tells the sigmoid alone. Of two classes, each sample has
+    only one other, so samples of both are compared.
 
     Args:
-        criterion: of ``(logits, target, *args, **kwargs)``; what a module keeps and draws stays as
-            it is.
+        criterion: of ``(logits, target, *args, **kwargs)``; what it keeps and draws stays as it is.
         logits: ``[B, C]``, of whatever values.
-        target: as the criterion takes it; class indices ``[B]``, or ``[B, C]`` with something for
-            each class, of which the largest is taken for the sample's.
-        args: handed on.
-        kwargs: handed on.
+        target: as the criterion takes it. Class indices ``[B]`` and what has something for each
+            class, ``[B, C]``, also within a tuple, list or dictionary, are replaced by labels made
+            for the purpose.
+        args: handed on, with such labels as well.
+        kwargs: handed on, likewise.
     """
-    if not isinstance(target, Tensor):
-        return False
-    if target.shape == logits.shape:  # mixed or smoothed labels, of which one is made
-        labels = target.argmax(1)
-        target = F.one_hot(labels, logits.shape[1]).to(target.dtype)
-    elif target.dim() == 1 and not target.is_floating_point():
-        labels = target.long()
-    else:
-        return False
     function = criterion.func if isinstance(criterion, partial) else criterion
     if function is F.cross_entropy or type(function) is nn.CrossEntropyLoss:
         return False
+    batch, classes = logits.shape
+    labels = torch.arange(batch, device=logits.device) % classes
+    if not _has_labels(target, labels, classes):
+        return False
+    given = [_with_labels(each, labels, classes) for each in (target, args, dict(kwargs or {}))]
+    one_hot = F.one_hot(labels, classes)
     try:
-        at_equal, higher = (
-            _gradient(criterion, torch.full_like(logits, value), target, args, kwargs or {})
-            for value in (0.0, _SHIFT)
+        at_equal, higher, others_higher = (
+            _gradient(criterion, (_SHIFT * add).to(logits.dtype).expand(batch, classes), *given)
+            for add in (torch.zeros_like(one_hot), torch.ones_like(one_hot), 1 - one_hot)
         )
-        is_softmax = torch.isclose(at_equal, higher, rtol=0.1).all()
-        shares = torch.where(is_softmax, at_equal, higher / at_equal)
+        is_softmax = bool(torch.isclose(at_equal, higher, rtol=0.1).all())
+        if classes == 2:
+            # Weights of classes are part of both; margins leave no class less than a half.
+            shares = at_equal / others_higher if is_softmax else higher / at_equal
+            low, high = sorted((float(shares[0, 1]), float(shares[1, 0])))
+            return 0 < low * _RATIO < high and (not is_softmax or low < 0.5 < high)
+        shares = at_equal if is_softmax else higher / at_equal
         others = shares.scatter(1, labels[:, None], torch.nan)
         largest = others.nan_to_num(-torch.inf).amax(1)
         smallest = others.nan_to_num(torch.inf).amin(1)
@@ -96,10 +99,38 @@ def adds_a_prior(
         return False
 
 
+def _is_of_labels(value: object, labels: Tensor, classes: int) -> bool:
+    """Whether it is class indices ``[B]``, or something for each class, ``[B, C]``."""
+    if not isinstance(value, Tensor):
+        return False
+    indices = value.shape == labels.shape and not value.is_floating_point()
+    return indices or value.shape == (len(labels), classes)
+
+
+def _has_labels(value: object, labels: Tensor, classes: int) -> bool:
+    if isinstance(value, (tuple, list, dict)):
+        inside = value.values() if isinstance(value, dict) else value
+        return any(_has_labels(one, labels, classes) for one in inside)
+    return _is_of_labels(value, labels, classes)
+
+
+def _with_labels(value: Any, labels: Tensor, classes: int) -> Any:
+    """A target, or more, with these labels in place of its own."""
+    if isinstance(value, dict):
+        return {name: _with_labels(one, labels, classes) for name, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        made = [_with_labels(one, labels, classes) for one in value]
+        return tuple(made) if isinstance(value, tuple) else made
+    if not _is_of_labels(value, labels, classes):
+        return value
+    own = labels if value.dim() == 1 else F.one_hot(labels, classes)
+    return own.to(value.dtype)
+
+
 def _gradient(
     criterion: Callable[..., Any],
     logits: Tensor,
-    target: Tensor,
+    target: Any,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Tensor:

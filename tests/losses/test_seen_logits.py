@@ -165,8 +165,78 @@ def test_sigmoids_of_class_indices_are_told_by_the_prior_and_not_by_weights() ->
     assert not adds_a_prior(OfSigmoids(prior=False, weight=WEIGHT), torch.randn(6, 4), TARGET)
 
 
-def test_what_cannot_be_tried_out_is_taken_without_a_word() -> None:
-    for target in (torch.rand(6, 1), torch.rand(6, 4, 1), "text"):
+def of_two(logits: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+    return F.cross_entropy(logits, target, **kwargs)
+
+
+def sigmoids_of_two(logits: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, F.one_hot(target, 2).to(logits), **kwargs)
+
+
+@pytest.mark.parametrize("criterion", [of_two, sigmoids_of_two])
+@pytest.mark.parametrize("counts", [(90.0, 10.0), (10.0, 90.0), (3.0, 2.0)])
+def test_a_prior_of_two_classes_is_told_from_weights(criterion: Any, counts: Any) -> None:
+    counts = torch.tensor(counts)
+    prior = counts.div(counts.sum()).log()
+    prior = torch.special.logit(prior.exp()) if criterion is sigmoids_of_two else prior
+
+    def adjusted(logits: Tensor, target: Tensor) -> Tensor:
+        return criterion(logits + 1.1 * prior, target)
+
+    with pytest.warns(UserWarning, match="adds a prior"):
+        # None of the first batch is of the rare class, say.
+        RIDELoss(adjusted, counts)(experts()[..., :2], torch.zeros(6, dtype=torch.long))
+    RIDELoss(partial(criterion, weight=counts), counts)(experts()[..., :2], TARGET % 2)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        LDAMLoss([90, 10]),
+        LDAMLoss([90, 10], scale=1, weight=[0.2, 1.8]),
+        FocalLoss(weight=[0.2, 1.8]),
+        partial(of_two, label_smoothing=0.2),
+        partial(sigmoids_of_two, pos_weight=torch.tensor([0.2, 5.0])),
+        nn.MultiMarginLoss(weight=torch.tensor([0.2, 1.8])),
+    ],
+)
+def test_margins_and_weights_of_two_classes_are_no_prior(criterion: Any) -> None:
+    assert not adds_a_prior(criterion, torch.randn(6, 2), TARGET % 2)
+
+
+def mixed(criterion: Any, logits: Tensor, pair: Any) -> Tensor:
+    if isinstance(pair, dict):
+        pair = pair.values()
+    one, other, share = pair
+    return share * criterion(logits, one) + (1 - share) * criterion(logits, other)
+
+
+class OfArguments(Foreign):
+    def forward(self, logits: Tensor, one: Tensor, *rest: Any) -> Tensor:
+        return mixed(super().forward, logits, (one, *rest))
+
+
+@pytest.mark.parametrize("kind", [tuple, list, lambda pair: dict(enumerate(pair))])
+def test_a_prior_is_told_with_pairs_of_targets(kind: Any) -> None:
+    for target in (TARGET, F.one_hot(TARGET, 4).float()):
+        pair = kind([target, target.flip(0), 0.3])
+        with pytest.warns(UserWarning, match="adds a prior"):
+            RIDELoss(partial(mixed, Foreign()), COUNTS)(experts(), pair)
+        RIDELoss(partial(mixed, Foreign(tau=0.0)), COUNTS)(experts(), pair)
+
+
+def test_a_prior_is_told_where_the_other_labels_are_arguments() -> None:
+    with pytest.warns(UserWarning, match="adds a prior"):
+        RIDELoss(OfArguments(), COUNTS)(experts(), TARGET, TARGET.flip(0), 0.3)
+
+
+def test_a_prior_is_told_beside_labels_that_are_ignored() -> None:
+    with pytest.warns(UserWarning, match="adds a prior"):
+        RIDELoss(Foreign(), COUNTS)(experts(), TARGET.where(TARGET > 0, -100))
+
+
+def test_what_has_no_labels_is_taken_without_a_word() -> None:
+    for target in (torch.rand(6, 1), torch.rand(6, 4, 1), "text", (torch.rand(6), 3)):
         assert not adds_a_prior(Foreign(), torch.randn(6, 4), target)
 
 
