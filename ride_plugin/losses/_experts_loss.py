@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -36,8 +37,9 @@ def experts_loss(
     Args:
         criterion: maps logits ``[B, C]`` and ``target`` to a scalar, such as
             ``nn.CrossEntropyLoss()``, or to one loss for each sample, ``[B]``; or a sequence with
-            one for each expert. Logits of half precision reach it as float32. Plain cross entropy
-            runs once over all experts, which gives the same number.
+            one for each expert. Logits of half precision reach it as float32, and so do the class
+            weights of torch's own losses; weights in a function of yours have to be float32. Plain
+            cross entropy runs once over all experts, which gives the same number.
         output: what the wrapped model returned, or expert logits ``[B, E, C]``.
         target: class indices ``[B]`` or probabilities ``[B, C]``; for criteria other than cross
             entropy, any tensor of B rows that they take (several labels, say), or whatever else
@@ -109,6 +111,27 @@ def as_indices(target: Any) -> Any:
     return target if target.dtype == torch.bool else target.long()
 
 
+def with_precise_weights(criterion: Any, logits: Tensor) -> Any:
+    """A criterion of torch whose class weights are of half precision, with those of the logits.
+
+    torch's functions take weights and logits of one precision only, and the logits are upcast.
+    """
+
+    def precise(tensor: Any) -> Any:
+        half = isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
+        return tensor.to(logits.dtype) if half else tensor
+
+    if isinstance(criterion, partial) and criterion.func is F.cross_entropy:
+        keywords = {name: precise(value) for name, value in criterion.keywords.items()}
+        return partial(criterion.func, *criterion.args, **keywords)
+    if isinstance(criterion, nn.Module) and type(criterion).__module__ == nn.modules.loss.__name__:
+        held = dict(criterion.named_buffers())
+        weights = {name: precise(value) for name, value in held.items()}
+        if any(weights[name] is not held[name] for name in held):
+            return lambda *args: torch.func.functional_call(criterion, weights, args)
+    return criterion
+
+
 def _averages_rows(criterion: object) -> bool:
     """Tell whether one call on all experts' rows gives the mean of their losses.
 
@@ -139,9 +162,8 @@ def _one_per_expert(
 
 
 def _call(criterion: object, logits: Tensor, target: Tensor) -> Tensor:
-    loss: object = check_callable(criterion, "criterion", "criterion(logits, target)")(
-        logits, target
-    )
+    check_callable(criterion, "criterion", "criterion(logits, target)")
+    loss: object = with_precise_weights(criterion, logits)(logits, target)
     if not isinstance(loss, Tensor) or loss.shape not in ((), logits.shape[:1]):
         shape = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ArgumentError(

@@ -19,7 +19,12 @@ from ride_plugin._schedule import Schedule
 from ride_plugin._tensor_checks import ClassCounts, check_class_counts
 from ride_plugin._values import may_read, rows_sum_to_one
 from ride_plugin.losses._diversity import DiversityLoss
-from ride_plugin.losses._experts_loss import Criterion, as_indices, experts_loss
+from ride_plugin.losses._experts_loss import (
+    Criterion,
+    as_indices,
+    experts_loss,
+    with_precise_weights,
+)
 from ride_plugin.losses._seen_logits import adds_a_prior, seen_logits
 
 
@@ -256,6 +261,8 @@ class RIDELoss(nn.Module):
             return self.criterion
 
         def bound(criterion: Any) -> Any:
+            if not args:
+                return partial(criterion, **kwargs)
             return lambda logits, target: criterion(logits, target, *args, **kwargs)
 
         if isinstance(self.criterion, (list, nn.ModuleList)):
@@ -285,10 +292,12 @@ class RIDELoss(nn.Module):
         self, logits: Tensor, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         criteria, target = self._with(args, kwargs), as_indices(target)
-        if not isinstance(criteria, (list, nn.ModuleList)):
-            loss: Tensor = criteria(logits, target)
-            return loss
-        return torch.stack([one(logits, target) for one in criteria]).mean(0)
+        several = isinstance(criteria, (list, nn.ModuleList))
+        losses: list[Tensor] = [
+            with_precise_weights(one, logits)(logits, target)
+            for one in (criteria if several else [criteria])
+        ]
+        return torch.stack(losses).mean(0) if several else losses[0]
 
 
 def _look_at_the_targets(experts: Tensor, target: Any) -> None:

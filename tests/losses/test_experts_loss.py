@@ -1,11 +1,19 @@
 """Every expert is trained by itself, with whatever criterion."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin import ArgumentError, ExpertOutput, MissingExpertLogitsError, experts_loss
+from ride_plugin import (
+    ArgumentError,
+    ExpertOutput,
+    MissingExpertLogitsError,
+    RIDELoss,
+    experts_loss,
+)
 from ride_plugin._output import attach_expert_logits
 from ride_plugin.longtail import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
 
@@ -256,3 +264,43 @@ def test_a_class_to_ignore_is_not_blamed_for_another_mistake() -> None:
     assert experts_loss(ignored, torch.randn(3, 2, 4), torch.tensor([0, 7, 2])).isfinite()
     with pytest.raises(ArgumentError, match="from 0 to 9"):
         experts_loss(ignored, torch.randn(3, 2, 4), torch.tensor([0, 7, 9]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda weight: nn.CrossEntropyLoss(weight=weight),
+        lambda weight: nn.CrossEntropyLoss(weight=weight, reduction="none", label_smoothing=0.1),
+        lambda weight: partial(F.cross_entropy, weight=weight),
+        lambda weight: nn.MultiMarginLoss(weight=weight),
+        lambda weight: [nn.CrossEntropyLoss(weight=weight)] * 2,
+    ],
+)
+def test_class_weights_of_half_precision_are_taken_as_the_logits_are(build, dtype) -> None:
+    weight = torch.rand(4).to(dtype)
+    target = torch.tensor([0, 1, 2, 3, 1])
+    for precise in (torch.float32, torch.float64):
+        logits = torch.randn(5, 2, 4).to(dtype).to(precise).requires_grad_()
+        expected = experts_loss(build(weight.to(precise)), logits, target)
+        assert torch.equal(experts_loss(build(weight), logits, target), expected)
+        if precise == torch.float32:
+            halves = logits.detach().to(dtype).requires_grad_()
+            assert torch.equal(experts_loss(build(weight), halves, target), expected)
+            criterion, exact = (
+                RIDELoss(build(one), [9, 5, 3, 1]) for one in (weight, weight.float())
+            )
+            assert torch.equal(criterion(halves, target), exact(halves, target))
+            with torch.no_grad():
+                assert torch.equal(criterion(halves, target), exact(halves, target))
+    assert weight.dtype == dtype
+
+
+def test_a_cast_criterion_is_taken() -> None:
+    criterion, logits = nn.CrossEntropyLoss(weight=torch.ones(4)).bfloat16(), torch.randn(5, 2, 4)
+    target = torch.tensor([0, 1, 2, 3, 1])
+    expected = experts_loss(F.cross_entropy, logits, target)
+    torch.testing.assert_close(
+        experts_loss(criterion, logits.bfloat16(), target), expected, rtol=2e-2, atol=0
+    )
+    assert criterion.weight.dtype == torch.bfloat16
