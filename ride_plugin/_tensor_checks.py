@@ -119,14 +119,27 @@ def check_target(
     The range of indices is left to `check_classes`, since some losses have an index to ignore.
     Probabilities are checked on the CPU, where nothing has to be waited for.
     """
+    target = check_target_form(target, batch, num_classes, soft=soft, device=device)
+    if target.is_floating_point() and may_read(target):
+        _check_probabilities(target)
+    return target
+
+
+def check_target_form(
+    target: object,
+    batch: int,
+    num_classes: int,
+    *,
+    soft: bool = True,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return a target as `check_target` does, whatever numbers stand in it."""
     if isinstance(target, Tensor) and device is not None and target.device != device:
         refuse("target", f"on {device}, as the logits are", target, f"It is on {target.device}.")
     if isinstance(target, Tensor) and not target.is_complex() and target.dtype != torch.bool:
         if not target.is_floating_point() and target.shape == (batch,):
             return target.long()
         if target.is_floating_point() and soft and target.shape == (batch, num_classes):
-            if may_read(target):
-                _check_probabilities(target)
             return target
     expected, advice = f"a tensor of class indices [{batch}]", "Pass one int64 index a sample."
     if soft:

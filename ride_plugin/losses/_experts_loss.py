@@ -14,7 +14,7 @@ from ride_plugin._checks import check_callable, check_choice, refuse
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import Output, expert_logits
-from ride_plugin._tensor_checks import check_classes, check_target
+from ride_plugin._tensor_checks import check_classes, check_target_form
 from ride_plugin._values import may_read
 
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -41,9 +41,10 @@ def experts_loss(
             weights of torch's own losses; weights in a function of yours have to be float32. Plain
             cross entropy runs once over all experts, which gives the same number.
         output: what the wrapped model returned, or expert logits ``[B, E, C]``.
-        target: class indices ``[B]`` or probabilities ``[B, C]``; for criteria other than cross
-            entropy, any tensor of B rows that they take (several labels, say), or whatever else
-            they take in its place (mixup's pair of labels, a dict).
+        target: class indices ``[B]`` or probabilities ``[B, C]``, which for torch's cross entropy
+            need not sum to one, as in torch; for other criteria any tensor of B rows that they
+            take (several labels, say), or whatever else they take in its place (mixup's pair of
+            labels, a dict).
         reduction: ``"sum"`` over experts as in the paper, or ``"mean"``, which keeps the scale of
             a single model's loss (and needs the diversity weight divided by E to match).
 
@@ -93,10 +94,10 @@ def experts_loss(
 
 
 def _checked(target: Any, experts: Tensor, *, strict: bool) -> Any:
-    """The target of cross entropy in full; another criterion says itself what it cannot use."""
+    """A target that cross entropy takes; another criterion says itself what it cannot use."""
     batch, _, classes = experts.shape
     if strict or (isinstance(target, Tensor) and target.dim() == 0):
-        return check_target(target, batch, classes, device=experts.device)
+        return check_target_form(target, batch, classes, device=experts.device)
     if not isinstance(target, Tensor):
         return target
     if len(target) != batch:

@@ -205,9 +205,28 @@ def test_targets_that_only_the_criterion_understands() -> None:
     assert caught[0].filename == __file__
     torch.testing.assert_close(found, expected + loss.diversity(out, several))
     with pytest.raises(ArgumentError, match=r"`target`.*sum to one"):
-        RIDELoss(nn.CrossEntropyLoss(), COUNTS)(out, several)
+        RIDELoss(BalancedSoftmaxLoss(COUNTS), COUNTS)(out, several)
     with pytest.raises(ArgumentError, match="`target` to be that of 6 samples"):
         loss(out, several[:4])
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), F.cross_entropy])
+@pytest.mark.parametrize(
+    "target", [(torch.rand(6, 4) > 0.5).float(), F.one_hot(TARGET, 4) * torch.rand(6, 1)]
+)
+def test_soft_targets_of_any_sum_are_those_of_cross_entropy_with_one_warning(
+    criterion, target: Tensor
+) -> None:
+    loss, out = RIDELoss(criterion, COUNTS), output()
+    expected = sum(F.cross_entropy(z, target) for z in out.expert_logits.unbind(1))
+    torch.testing.assert_close(experts_loss(criterion, out, target), expected)
+    with pytest.warns(UserWarning, match="Rows of `target` do not sum to one") as caught:
+        found = loss(out, target)
+    assert len(caught) == 1
+    torch.testing.assert_close(found, expected + loss.diversity(out, target))
+    loss(out, target)  # warnings are errors here
+    with pytest.raises(ArgumentError, match=r"`target`.*sum to one"):  # for a mean temperature
+        DiversityLoss(COUNTS, form="paper")(out, target)
 
 
 def test_targets_that_are_no_tensor_reach_the_criterion() -> None:
