@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -19,6 +20,10 @@ from ride_plugin._values import may_read
 
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Maps logits ``[B, C]`` and a target to a scalar, or to one loss for each sample, ``[B]``."""
+
+
+_SEVERAL = (Sequence, nn.ModuleList)
+_OF_AN_INDEX = re.compile("out of (range|bounds)|Class values")  # what torch says of labels
 
 
 def experts_loss(
@@ -78,10 +83,12 @@ def experts_loss(
             return mean * num_experts if reduction == "sum" else mean
         criteria = _one_per_expert(criterion, num_experts)
         losses = [_call(one, experts[:, i], target) for i, one in enumerate(criteria)]
-    except (IndexError, RuntimeError):
-        if isinstance(target, Tensor) and may_read(target):
-            left_out = getattr(criterion, "ignore_index", -100)
-            check_classes(target[target != left_out], "target", classes)
+    except (IndexError, RuntimeError) as error:
+        if isinstance(target, Tensor) and may_read(target) and _OF_AN_INDEX.search(str(error)):
+            labels = target
+            for one in criterion if isinstance(criterion, _SEVERAL) else [criterion]:
+                labels = labels[labels != setting_of(one, "ignore_index", -100)]
+            check_classes(labels, "target", classes)
         raise
     if len({loss.dim() for loss in losses}) > 1:
         shapes = ", ".join(str(list(loss.shape)) for loss in losses)
@@ -91,6 +98,15 @@ def experts_loss(
         )
     each = torch.stack(losses)
     return each.sum(0) if reduction == "sum" else each.mean(0)
+
+
+def setting_of(criterion: object, name: str, default: Any) -> Any:
+    """What a criterion has as an attribute, or as a keyword if it is a ``functools.partial``."""
+    if isinstance(criterion, partial):
+        if name in criterion.keywords:
+            return criterion.keywords[name]
+        criterion = criterion.func
+    return getattr(criterion, name, default)
 
 
 def _checked(target: Any, experts: Tensor, *, strict: bool) -> Any:
@@ -152,7 +168,7 @@ def _averages_rows(criterion: object) -> bool:
 def _one_per_expert(
     criterion: Criterion | Sequence[Criterion] | nn.ModuleList, num_experts: int
 ) -> list[Criterion]:
-    if not isinstance(criterion, (Sequence, nn.ModuleList)):
+    if not isinstance(criterion, _SEVERAL):
         return [criterion] * num_experts
     if len(criterion) != num_experts:
         raise ArgumentError(

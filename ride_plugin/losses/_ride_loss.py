@@ -23,6 +23,7 @@ from ride_plugin.losses._experts_loss import (
     Criterion,
     as_indices,
     experts_loss,
+    setting_of,
     with_precise_weights,
 )
 from ride_plugin.losses._seen_logits import adds_a_prior, seen_logits
@@ -160,9 +161,7 @@ class RIDELoss(nn.Module):
     @property
     def reduction(self) -> str:
         """The criterion's own, over samples: libraries ask any loss for it, and may set it."""
-        first = self._each()[0]
-        named = first.keywords if isinstance(first, partial) else {}
-        return str(named.get("reduction", getattr(first, "reduction", "mean")))
+        return str(setting_of(self._each()[0], "reduction", "mean"))
 
     @reduction.setter
     def reduction(self, value: str) -> None:

@@ -266,6 +266,25 @@ def test_a_class_to_ignore_is_not_blamed_for_another_mistake() -> None:
         experts_loss(ignored, torch.randn(3, 2, 4), torch.tensor([0, 7, 9]))
 
 
+@pytest.mark.parametrize("criterion_of", [lambda one: one, lambda one: [one, one]])
+def test_labels_are_blamed_for_what_torch_says_of_labels_only(criterion_of) -> None:
+    logits, target = torch.randn(3, 2, 5), torch.tensor([0, 255, 2])
+    for criterion in (
+        partial(F.cross_entropy, ignore_index=255, weight=torch.ones(4)),
+        nn.CrossEntropyLoss(ignore_index=255, weight=torch.ones(4)),
+        lambda z, y: F.cross_entropy(z, y, torch.ones(4), ignore_index=255),
+    ):
+        with pytest.raises(RuntimeError, match="weight tensor"):
+            experts_loss(criterion_of(criterion), logits, target)
+    ignoring = criterion_of(partial(F.cross_entropy, ignore_index=255))
+    with pytest.raises(ArgumentError, match="got values from 0 to 7"):
+        experts_loss(ignoring, logits, torch.tensor([0, 255, 7]))
+    if callable(ignoring):
+        loss = RIDELoss(F.cross_entropy, [9, 5, 3, 2, 1])
+        with pytest.raises(ArgumentError, match="got values from 0 to 7"):
+            loss(logits.requires_grad_(), torch.tensor([0, 255, 7]), ignore_index=255)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "build",
