@@ -120,7 +120,8 @@ class DiversityLoss(nn.Module):
         Args:
             output: what the wrapped model returned, or expert logits ``[B, E, C]``.
             target: in the paper's form class indices ``[B]``, or probabilities ``[B, C]``, for
-                which a sample's temperature is the expected one. The official form does not use it.
+                which a sample's temperature is the expected one. The official form does not use it:
+                rows with a label to ignore, -100 say, count as any other.
 
         Returns:
             A scalar, float32 (float64 for float64 logits); zero for a single expert.

@@ -37,7 +37,9 @@ class RIDELoss(nn.Module):
     $$L = \sum_i \ell(z_i, y) + L_\text{diversity},$$
 
     and without gradients, as in validation, the criterion of the plain logits, $\ell(\bar z, y)$.
-    So the loop stays as it is, and the numbers of its validation stay comparable.
+    So the loop stays as it is, and the numbers of its validation stay comparable. (A reentrant
+    checkpoint runs its block without gradients first: a loss computed inside of it prints as in
+    validation, while the gradients are those of training. Compute the loss outside.)
 
     If the criterion has a method ``with_prior(logits)``, as `LogitAdjustedLoss` and
     `BalancedSoftmaxLoss` have, the diversity term compares what it returns. (Not in the paper: on
@@ -123,7 +125,10 @@ class RIDELoss(nn.Module):
         Args:
             output: what the wrapped model returned, or expert logits ``[B, E, C]``; without
                 gradients also plain logits ``[B, C]``.
-            target: as the criterion takes it. `DiversityLoss` uses it in the paper's form only.
+            target: as the criterion takes it. `DiversityLoss` uses it in the paper's form only. Rows
+                whose label the criterion ignores (``ignore_index``) are part of the diversity term,
+                which needs no label; the paper's form refuses them. To leave them out:
+                ``criterion(expert_logits(output)[known], target[known])``.
             *args: handed on to the criterion.
             **kwargs: handed on to the criterion. ``output`` and ``target`` may come under the
                 criterion's own names, ``criterion(input=..., target=...)``, say.

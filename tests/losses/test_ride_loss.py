@@ -655,3 +655,15 @@ def test_a_criterion_that_is_no_module_is_moved_as_well() -> None:
 
     loss = RIDELoss(Plain(), COUNTS).to("cpu")
     assert loss.criterion.moved == "cpu"
+
+
+def test_ignored_rows_are_part_of_the_term_until_they_are_left_out() -> None:
+    criterion, out = RIDELoss(nn.CrossEntropyLoss(), COUNTS), output()
+    target = TARGET.where(TARGET > 0, -100)
+    alone, known = experts_loss(F.cross_entropy, out, target), target >= 0
+    torch.testing.assert_close(criterion(out, target), alone + criterion.diversity(out, TARGET))
+    left = expert_logits(out)[known]
+    expected = alone + criterion.diversity(left, target[known])
+    torch.testing.assert_close(criterion(left, target[known]), expected)
+    with pytest.raises(ArgumentError, match="drop samples without a label"):
+        RIDELoss(nn.CrossEntropyLoss(), DiversityLoss(COUNTS, form="paper"))(out, target)
