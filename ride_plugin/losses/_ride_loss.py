@@ -125,9 +125,9 @@ class RIDELoss(nn.Module):
         Args:
             output: what the wrapped model returned, or expert logits ``[B, E, C]``; without
                 gradients also plain logits ``[B, C]``.
-            target: as the criterion takes it. `DiversityLoss` uses it in the paper's form only. Rows
-                whose label the criterion ignores (``ignore_index``) are part of the diversity term,
-                which needs no label; the paper's form refuses them. To leave them out:
+            target: as the criterion takes it. `DiversityLoss` uses it in the paper's form only.
+                Rows whose label the criterion ignores (``ignore_index``) are part of the diversity
+                term, which needs no label; the paper's form refuses them. To leave them out:
                 ``criterion(expert_logits(output)[known], target[known])``.
             *args: handed on to the criterion.
             **kwargs: handed on to the criterion. ``output`` and ``target`` may come under the
