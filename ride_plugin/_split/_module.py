@@ -154,9 +154,12 @@ class SplitModule(Holder):
         return self._handed_out.shared
 
     @property
-    def classifiers(self) -> list[nn.Module]:
-        """The classifier of each expert, in order; for cRT, tau-normalisation and the like."""
-        return self.parts().classifiers()
+    def classifiers(self) -> tuple[nn.Module, ...]:
+        """The classifier of each expert, in order; for cRT, tau-normalisation and the like.
+
+        A tuple: another classifier takes its place in the expert, ``model.experts[i].fc = ...``.
+        """
+        return tuple(self.parts().classifiers())
 
     def run_trunk(self, *args: Any, **kwargs: Any) -> TrunkState:
         """Run the shared part only; hand the result to :meth:`run_expert`, or to the model.

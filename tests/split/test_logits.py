@@ -94,7 +94,7 @@ def test_logits_are_found_wherever_they_lie(shape: Callable[[Tensor, Tensor], An
         model = RIDEWrapper(net, 2, fork_at="late", init="copy")
     assert model.num_classes == 5
     assert model.feature_dim == 16
-    assert model.classifiers == [expert.fc for expert in model.experts]
+    assert model.classifiers == tuple(expert.fc for expert in model.experts)
     x = torch.randn(6, 8)
     for k, expert in enumerate(model.experts):
         state = {**net.state_dict()}
@@ -354,7 +354,7 @@ def test_class_weights_used_by_a_function_are_a_classifier() -> None:
             return 16 * F.linear(F.normalize(x), F.normalize(self.fc.weight))
 
     model = RIDEWrapper(Functional(lambda f, z: z), 2, fork_at="late")
-    assert model.classifiers == []
+    assert model.classifiers == ()
     assert model.num_classes == 5
 
 

@@ -227,6 +227,14 @@ def test_a_classifier_can_be_swapped_on_experts_from_a_factory() -> None:
     assert model.classifiers[1].weight.shape == (10, 20)
 
 
+def test_another_classifier_is_not_set_where_nobody_reads_it() -> None:
+    model = RIDEWrapper(CifarResNet(10, n=1), 2)
+    with pytest.raises(TypeError):
+        model.classifiers[0] = nn.Linear(64, 10)
+    model.experts[0].linear = other = nn.Linear(64, 10)
+    assert model.classifiers == (other, model.experts[1].linear)
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
