@@ -164,7 +164,8 @@ def expert_logits(output: Output) -> Tensor:
 
     Raises:
         MissingExpertLogitsError: ``output`` is a bare ``[B, C]`` tensor, was changed in place
-            since the model returned it, or is a copy on an accelerator.
+            since the model returned it, is a copy on an accelerator, or has a gradient that its
+            experts' logits do not have (a reentrant checkpoint around the model).
         ArgumentError: ``output`` is none of the accepted forms.
 
     Example:
@@ -226,6 +227,14 @@ def _carried(output: Tensor) -> Tensor | None:
             "the model's output itself, or do to the experts' logits what was done to it: "
             "`criterion(expert_logits(output)[:n], target)` for its first n rows. The output of "
             "RoutingInference never has them."
+        )
+    if output.requires_grad and not experts.requires_grad:
+        raise MissingExpertLogitsError(
+            "Checkpoint with `use_reentrant=False`, or leave it to the RIDEWrapper by "
+            "`checkpoint_experts=True`. Expected argument `output` to carry expert logits of its "
+            "own graph, but they have no gradient while the output has one, so a loss of them "
+            "would train nothing. A reentrant checkpoint around the whole model does this, and "
+            "`requires_grad_()` on an output that was computed under `torch.no_grad`."
         )
     owner = getattr(output, _OWNER, None)
     if owner is not None and not torch.compiler.is_compiling():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+from torch.utils.checkpoint import checkpoint
 
 from ride_plugin import (
     ArgumentError,
@@ -133,6 +134,34 @@ def test_a_change_in_place_is_seen(change: Callable[[Tensor], object]) -> None:
             change(out)
             with pytest.raises(MissingExpertLogitsError, match="changed in place"):
                 expert_logits(out)
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [
+        lambda model, x: checkpoint(model, x.requires_grad_(), use_reentrant=True),
+        lambda model, x: torch.no_grad()(model)(x).requires_grad_(),
+    ],
+    ids=["reentrant", "no_grad"],
+)
+def test_experts_logits_outside_the_outputs_graph_train_nothing_and_are_refused(
+    apart: Callable[[RIDEWrapper, Tensor], Tensor],
+) -> None:
+    output = apart(wrapped(), torch.randn(4, 6))
+    with pytest.raises(MissingExpertLogitsError, match=r"use_reentrant=False.*checkpoint_experts"):
+        experts_loss(nn.CrossEntropyLoss(), output, torch.tensor([0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize(("reentrant", "explicit"), [(False, False), (True, True)])
+def test_a_checkpoint_around_the_model_trains_the_experts(reentrant: bool, explicit: bool) -> None:
+    model, x = wrapped(return_experts=explicit), torch.randn(4, 6)
+    y, parameters = torch.tensor([0, 1, 2, 3]), list(model.parameters())
+    loss = experts_loss(nn.CrossEntropyLoss(), model(x), y)
+    expected = torch.autograd.grad(loss, parameters)
+    output = checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+    experts_loss(nn.CrossEntropyLoss(), output, y).backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 def saved(output: Tensor) -> Any:
