@@ -13,7 +13,7 @@ from ride_plugin import (
     ExpertRouter,
     RIDEWrapper,
     RoutingInference,
-    _checks,
+    _tensor_checks,
     cost_report,
 )
 from ride_plugin.routing import LongTailedCalibrationWarning
@@ -489,7 +489,7 @@ def elsewhere(monkeypatch):
         return copied[-1]
 
     monkeypatch.setattr(torch.Tensor, "cpu", brought)
-    monkeypatch.setattr(_checks, "may_read", lambda tensor: any(tensor is t for t in copied))
+    monkeypatch.setattr(_tensor_checks, "may_read", lambda one: any(one is t for t in copied))
 
 
 @pytest.mark.parametrize(
