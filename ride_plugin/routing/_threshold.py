@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -83,12 +83,16 @@ class CalibrationResult:
         index: the chosen point of the curve.
         baselines: curves of the confidence exits on the same samples, by kind.
         num_samples: how many samples the loader held.
+        target: what was asked for, the name of the argument and its value.
+        gate: the kind of a `ConfidenceRouter`, or ``"router"`` for any other.
     """
 
     curve: ExitCurve
     index: int
-    baselines: Mapping[str, ExitCurve] = field(default_factory=dict)
-    num_samples: int = 0
+    baselines: Mapping[str, ExitCurve]
+    num_samples: int
+    target: tuple[str, float]
+    gate: str
 
     @property
     def threshold(self) -> float:
@@ -101,14 +105,14 @@ class CalibrationResult:
         return float(self.curve.threshold_logits[self.index])
 
     def __str__(self) -> str:
-        budget = float(self.curve.mean_experts[self.index])
-        chosen = {"router": (self.curve, self.index)} | {
-            kind: (curve, curve.best_within(max_experts=budget))
-            for kind, curve in self.baselines.items()
-        }
-        chosen |= {"all experts": (self.curve, 0)}
+        chosen = {self.gate: (self.curve, self.index)}
+        for kind, curve in self.baselines.items():
+            if kind != self.gate:
+                chosen[kind] = curve, _choose(curve, *self.target)
+        chosen["all experts"] = self.curve, 0
+        name, value = self.target
         lines = [
-            f"{self.num_samples} samples, at most {budget:.3f} experts each",
+            f"{self.num_samples} samples, {name}={value:g}; means of all samples:",
             f"{'gate':16} {'logit >':>10} {'experts':>8} {'x all':>6} {'accuracy':>9}",
         ]
         for name, (curve, index) in chosen.items():
@@ -148,7 +152,9 @@ def calibrate(
     curves = {
         kind: _sweep(gates, found.right, found.flops, whole) for kind, gates in found.gates.items()
     }
-    return CalibrationResult(curve, index, curves, num_samples=len(found.labels))
+    router = routed.router
+    gate = router.kind if isinstance(router, ConfidenceRouter) else "router"
+    return CalibrationResult(curve, index, curves, len(found.labels), (name, value), gate)
 
 
 def _sweep(gates: Tensor, right: Tensor, row_flops: Tensor, whole: float) -> ExitCurve:

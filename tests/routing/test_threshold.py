@@ -147,7 +147,7 @@ def test_baselines_equal_a_calibration_of_their_own(data):
 def test_the_comparison_prints(data):
     _, result = calibrated(data, max_experts=2.0)
     text = str(result)
-    assert "200 samples, at most" in text
+    assert text.startswith("200 samples, max_experts=2; ")
     for name in ("router", "max_probability", "margin", "all experts"):
         assert f"\n{name} " in text
 
@@ -336,14 +336,56 @@ def test_baselines_have_gates_that_cost_nothing(data):
         assert (curve.flops[0], curve.flops[-1]) == (costs[-1], costs[0])
 
 
-def test_the_comparison_prints_what_the_curves_hold(data):
-    _, result = calibrated(data, max_experts=1.8)
-    rows = {line[:16].strip(): line[16:].split() for line in str(result).splitlines()[2:]}
-    assert rows["all experts"][:2] == ["-inf", "3.000"]
-    assert rows["router"][1] == f"{result.curve.mean_experts[result.index]:.3f}"
+def rows_of(result):
+    return [(line[:16].strip(), *line[16:].split()) for line in str(result).splitlines()[2:]]
+
+
+def a_row(name, curve, index):
+    values = [
+        f"{curve.threshold_logits[index]:.3f}",
+        f"{curve.mean_experts[index]:.3f}",
+        f"{curve.relative_flops[index]:.2f}",
+        f"{curve.accuracy[index]:.4f}",
+    ]
+    return (name, *values)
+
+
+@pytest.mark.parametrize(
+    "target", [{"max_experts": 1.8}, {"max_flops": None}, {"max_accuracy_drop": 0.02}]
+)
+def test_the_comparison_is_of_the_best_of_each_gate_within_what_was_asked(data, target):
+    if "max_flops" in target:
+        costs = cost_report(data[0], router=data[1]).flops_by_experts
+        target = {"max_flops": (costs[0] + costs[1]) / 2}
+    _, result = calibrated(data, **target)
+    ((name, value),) = target.items()
+    expected = [a_row("router", result.curve, result.index)]
     for kind, curve in result.baselines.items():
-        budget = float(result.curve.mean_experts[result.index])
-        assert rows[kind][3] == f"{curve.accuracy[curve.best_within(max_experts=budget)]:.4f}"
+        points = zip(curve.mean_experts, curve.flops, curve.accuracy, strict=True)
+        points = [(*map(float, point), i) for i, point in enumerate(points)]
+        if name == "max_accuracy_drop":
+            good = [p for p in points if p[2] >= points[0][2] - value - 1e-12]
+            best = min(good, key=lambda p: p[1])
+        else:
+            within = [p for p in points if p[name == "max_flops"] <= value]
+            best = min(within, key=lambda p: (-p[2], p[name == "max_flops"]))
+        expected.append(a_row(kind, curve, best[3]))
+    expected.append(a_row("all experts", result.curve, 0))
+    assert rows_of(result) == expected
+    assert f"{name}={value:g}" in str(result).splitlines()[0]
+
+
+@pytest.mark.parametrize("kind", ["margin", "max_probability"])
+def test_the_row_of_a_confidence_exit_has_its_name_and_comes_once(data, kind):
+    model, _, x, y = data
+    serve = RoutingInference(model, ConfidenceRouter(kind))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LongTailedCalibrationWarning)
+        result = serve.calibrate(batches(x, y), max_experts=1.8)
+    (other,) = set(result.baselines) - {kind}
+    rows = rows_of(result)
+    assert [row[0] for row in rows] == [kind, other, "all experts"]
+    assert rows[0] == a_row(kind, result.curve, result.index)
 
 
 def test_empty_batches_are_passed_over_and_batches_of_one_count(data):
