@@ -6,11 +6,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from ride_plugin._checks import check_choice, check_instance, check_integer, check_number, refuse
 from ride_plugin._errors import ArgumentError
-from ride_plugin._tensor_checks import Numbers, as_labels
+from ride_plugin._tensor_checks import Numbers, as_cpu_tensor, as_labels
 
 Profile = Literal["exp", "step"]
 
@@ -165,8 +165,9 @@ class LongTailedSubset(Subset[Any]):
             dataset: any map-style data set.
             imbalance_factor: see :func:`long_tailed_counts`.
             labels: class of every image; read from the data set's ``targets`` or ``labels``, or
-                from the second tensor of a TensorDataset, if None. A ``target_transform`` of the
-                data set is applied to what is read, which may be names then.
+                from the second tensor of a TensorDataset, if None; those of the sets behind a
+                Subset (``random_split``) or a ConcatDataset. A ``target_transform`` of the data set
+                is applied to what is read, which may be names then.
             profile: see :func:`long_tailed_counts`.
             max_count: see :func:`long_tailed_indices`.
             seed: of the draw.
@@ -200,6 +201,11 @@ def _labels_of(dataset: Dataset[Any]) -> Numbers:
             return found if transform is None else _transformed(found, transform)
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
         return tuple(dataset.tensors)[1]
+    if isinstance(dataset, Subset):
+        chosen = as_cpu_tensor(dataset.indices, "dataset.indices").long()
+        return as_cpu_tensor(_labels_of(dataset.dataset), "labels")[chosen]
+    if isinstance(dataset, ConcatDataset):
+        return torch.cat([as_cpu_tensor(_labels_of(part), "labels") for part in dataset.datasets])
     raise ArgumentError(
         "Expected argument `dataset` to have its classes in `targets` or `labels`, but got "
         f"{type(dataset).__name__} without. Pass labels=[the class of every sample]."

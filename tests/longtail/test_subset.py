@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
 
 from ride_plugin import ArgumentError, RIDEError
 from ride_plugin.longtail import LongTailedSubset, long_tailed_counts, long_tailed_indices
@@ -96,6 +96,43 @@ def test_subset_finds_the_labels_and_describes_itself(dataset) -> None:
     assert len(data) == 52
     images = [x[0] if isinstance(x, tuple) else x for x in (data[i] for i in range(52))]
     assert LABELS[torch.tensor(images)].tolist() == data.labels.tolist()
+
+
+class Shown(Labelled):
+    """Gives out each sample's label as well."""
+
+    def __getitem__(self, index: int):
+        label = self.targets[index]
+        return index, self.target_transform(label) if hasattr(self, "target_transform") else label
+
+
+UNLABELLED = torch.cat([LABELS[:60], torch.full((60,), -1)])
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Subset(Shown(targets=LABELS.tolist()), range(10, 110)),
+        Subset(TensorDataset(torch.arange(120), LABELS), np.arange(119, 10, -1)),
+        Subset(Subset(Shown(targets=LABELS), list(range(0, 119))), torch.arange(5, 100)),
+        random_split(Shown(targets=LABELS.numpy()), [100, 20])[0],
+        Subset(Shown(targets=LABELS, target_transform=lambda label: 3 - label), range(100)),
+        Subset(Shown(targets=UNLABELLED), range(60)),
+        Subset(LongTailedSubset(Shown(targets=LABELS), 2), range(1, 70)),
+        ConcatDataset([Shown(targets=LABELS.tolist()), Subset(Shown(targets=LABELS), [3, 4, 9])]),
+    ],
+    ids=["range", "tensors", "nested", "split", "transform", "unlabelled", "long-tailed", "concat"],
+)
+def test_labels_are_those_of_the_sets_behind_a_part_or_a_union(dataset) -> None:
+    data = LongTailedSubset(dataset, 3)
+    assert data.labels.tolist() == [int(label) for _, label in data]
+    assert data.labels.bincount().tolist() == data.class_counts
+
+
+def test_a_part_of_a_set_without_labels_is_refused() -> None:
+    for dataset in (Subset(Labelled(), range(9)), ConcatDataset([Labelled()])):
+        with pytest.raises(ArgumentError, match=r"`dataset`.*Labelled.*labels="):
+            LongTailedSubset(dataset)
 
 
 def test_labels_may_be_handed_in() -> None:
