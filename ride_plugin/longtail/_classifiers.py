@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -19,8 +19,8 @@ def find_classifiers(model: Classifiers, classifier: str | None = None) -> list[
     """Return the classifier layers of a model, one per expert.
 
     Args:
-        model: a wrapped model (anything with ``classifiers``), a linear layer, a list of layers,
-            or any model together with ``classifier``.
+        model: a wrapped model (anything with ``classifiers``), also inside of what an engine made
+            of it, a linear layer, a list of layers, or any model together with ``classifier``.
         classifier: dotted name of the classifier in a plain model, such as ``"fc"``.
 
     Returns:
@@ -44,7 +44,20 @@ def find_classifiers(model: Classifiers, classifier: str | None = None) -> list[
         return [names[classifier]]
     if isinstance(model, nn.Linear):
         return [model]
-    found = getattr(model, "classifiers", model)
+    holders = _holders(model) if isinstance(model, nn.Module) else []
+    if len(holders) > 1:
+        raise ArgumentError(
+            "Expected argument `model` to be or to hold one wrapped model, but got "
+            f"{type(model).__name__} with {len(holders)} inside. Pass one of them."
+        )
+    found: Any = holders[0].classifiers if holders else model
+    if holders and not found:
+        raise ArgumentError(
+            "Expected argument `model` to have a layer as its classifier, but got "
+            f"{type(model).__name__}, whose logits come from none, but from a bare parameter, say. "
+            "Let the backbone compute them by a layer, `self.fc = nn.Linear(...)`, before it is "
+            "wrapped, or do it with that parameter of each expert by hand."
+        )
     layers = list(found) if isinstance(found, (list, tuple, nn.ModuleList)) else []
     if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
         raise ArgumentError(
@@ -53,6 +66,13 @@ def find_classifiers(model: Classifiers, classifier: str | None = None) -> list[
             'classifier: classifier="fc".'
         )
     return layers
+
+
+def _holders(module: nn.Module) -> list[nn.Module]:
+    """The modules with ``classifiers``, of which engines may have wrapped one."""
+    if hasattr(module, "classifiers"):
+        return [module]
+    return [found for child in module.children() for found in _holders(child)]
 
 
 def linear_classifiers(model: Classifiers, classifier: str | None, method: str) -> list[nn.Linear]:

@@ -53,6 +53,54 @@ def test_classifiers_are_found_in_every_form(model) -> None:
     assert find_classifiers(nn.ModuleList([plain[8]])) == [plain[8]]
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+        lambda model: nn.Sequential(nn.Identity(), nn.DataParallel(model)),
+        pytest.param(lambda m: torch.compile(m, backend="eager"), marks=pytest.mark.compiles),
+    ],
+    ids=["parallel", "averaged", "sequence", "compiled"],
+)
+def test_the_wrapped_model_inside_of_an_engine_is_the_one(model, engine) -> None:
+    outer = engine(model)
+    inner = RIDEWrapper.inside(outer)
+    assert find_classifiers(outer) == list(inner.classifiers)
+    before = [layer.weight.clone() for layer in inner.classifiers]
+    reset_classifiers(outer)
+    for old, layer in zip(before, inner.classifiers, strict=True):
+        assert not torch.equal(old, layer.weight)
+    trained = freeze_representation(outer)
+    heads = [p for layer in inner.classifiers for p in layer.parameters()]
+    assert [id(p) for p in trained] == [id(p) for p in heads]
+    assert [id(p) for p in outer.parameters() if p.requires_grad] == [id(p) for p in heads]
+
+
+def test_several_wrapped_models_inside_are_refused(model) -> None:
+    pair = nn.ModuleDict({"student": model, "teacher": copy.deepcopy(model)})
+    with pytest.raises(RIDEError, match="one wrapped model, but got ModuleDict with 2 inside"):
+        find_classifiers(pair)
+
+
+def test_a_head_that_is_a_bare_parameter_is_named() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late = nn.Linear(6, 8), nn.Linear(8, 8)
+            self.head = nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x):
+            return self.late(self.early(x).relu()).relu() @ self.head.t()
+
+    model = RIDEWrapper(Bare(), 2, fork_at="late", example_input=torch.randn(2, 6))
+    for function in (find_classifiers, reset_classifiers, freeze_representation):
+        for outer in (model, nn.DataParallel(model)):
+            with pytest.raises(RIDEError, match=r"layer as its classifier.*bare parameter"):
+                function(outer)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_classifiers_not_found_are_named() -> None:
     with pytest.raises(RIDEError, match=r"`classifier`.*Sequential.*'fc'.*'8'"):
         find_classifiers(net(), "fc")
