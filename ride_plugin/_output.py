@@ -25,6 +25,7 @@ _ATTRIBUTE = "_ride_expert_logits"
 _OWNER = "_ride_owner"  # whose they are: the tensor's id, and its version at that time
 _STEPS = 8  # operations between the model and a loss that are looked through
 
+T = TypeVar("T")
 Pair = TypeVar("Pair", bound="type[tuple[Any, ...]]")
 
 
@@ -187,6 +188,11 @@ def expert_logits(output: Output) -> Tensor:
             "Pass what the wrapped model returned.",
         )
     return experts
+
+
+def without_experts(output: T | ExpertOutput) -> T | Tensor:
+    """The ensemble's logits of an `ExpertOutput`; anything else as it is."""
+    return output.logits if isinstance(output, ExpertOutput) else output
 
 
 def plain_logits(output: object, name: str) -> Tensor:

@@ -12,6 +12,7 @@ from typing_extensions import Self
 from ride_plugin._checks import check_number
 from ride_plugin._devices import follow
 from ride_plugin._numerics import float32_or_better
+from ride_plugin._output import ExpertOutput, without_experts
 from ride_plugin._tensor_checks import (
     NO_INDEX,
     ClassCounts,
@@ -22,7 +23,9 @@ from ride_plugin._tensor_checks import (
 )
 
 
-def adjust_logits(logits: Tensor, class_counts: ClassCounts, tau: float = 1.0) -> Tensor:
+def adjust_logits(
+    logits: Tensor | ExpertOutput, class_counts: ClassCounts, tau: float = 1.0
+) -> Tensor:
     r"""Move a trained model's decisions towards rare classes, or back to frequent ones.
 
     $$\tilde z_c = z_c - \tau \log \pi_c, \qquad \pi_c = \frac{n_c}{\sum_k n_k}$$
@@ -34,7 +37,8 @@ def adjust_logits(logits: Tensor, class_counts: ClassCounts, tau: float = 1.0) -
     few-shot ones; choose it on held-out data.
 
     Args:
-        logits: ``[..., C]``: the model's output, that of routed inference, or expert logits.
+        logits: ``[..., C]``: the model's output, that of routed inference, or expert logits; of an
+            ``ExpertOutput`` the ensemble's.
         class_counts: training images per class, ``[C]``, positive.
         tau: strength; 0 changes nothing.
 
@@ -54,8 +58,8 @@ def adjust_logits(logits: Tensor, class_counts: ClassCounts, tau: float = 1.0) -
         tensor([[0.2877, 1.3863]])
     """
     adjustment = check_number(tau, "tau", advice="The paper takes 1.") * _log_prior(class_counts)
-    check_floating(
-        logits,
+    logits = check_floating(
+        without_experts(logits),
         "logits",
         "...",
         len(adjustment),

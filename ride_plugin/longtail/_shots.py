@@ -13,6 +13,7 @@ from torch import Tensor
 from ride_plugin._checks import check_bool
 from ride_plugin._distributed import of_all_ranks, running
 from ride_plugin._errors import ArgumentError
+from ride_plugin._output import ExpertOutput, without_experts
 from ride_plugin._tensor_checks import (
     ClassCounts,
     Numbers,
@@ -118,7 +119,7 @@ class ShotReport:
 
 
 def shot_report(
-    output: Tensor | Numbers,
+    output: Numbers | ExpertOutput,
     target: Numbers,
     class_counts: ClassCounts,
     *,
@@ -132,7 +133,8 @@ def shot_report(
     gets the report of all of them.
 
     Args:
-        output: logits or probabilities ``[N, C]``, or predicted classes ``[N]`` (integers).
+        output: logits or probabilities ``[N, C]``, an ``ExpertOutput``, or predicted classes
+            ``[N]`` (integers).
         target: ``[N]`` true classes.
         class_counts: **training** images per class, ``[C]``, positive.
         many: classes with more training images than this are many-shot.
@@ -193,8 +195,8 @@ def shot_report(
     )
 
 
-def _predictions(output: Tensor | Numbers, num_samples: int, num_classes: int) -> Tensor:
-    values = as_cpu_tensor(output, "output")
+def _predictions(output: Numbers | ExpertOutput, num_samples: int, num_classes: int) -> Tensor:
+    values = as_cpu_tensor(without_experts(output), "output")
     if not num_samples and not values.numel():  # this rank has none
         return values.flatten().long()
     if values.is_floating_point() and list(values.shape) == [num_samples, num_classes]:

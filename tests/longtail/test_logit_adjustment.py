@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ride_plugin import RIDEError, RIDEWrapper, expert_logits, experts_loss
+from ride_plugin import ExpertOutput, RIDEError, RIDEWrapper, expert_logits, experts_loss
 from ride_plugin.longtail import BalancedSoftmaxLoss, LogitAdjustedLoss, adjust_logits
 
 COUNTS = [300, 40, 5]
@@ -108,6 +108,8 @@ def test_after_training_it_takes_a_wrapped_model_s_output_and_half_precision() -
     adjusted = adjust_logits(out, COUNTS, -0.3)
     assert type(adjusted) is torch.Tensor
     torch.testing.assert_close(adjusted, adjust_logits(expert_logits(out), COUNTS, -0.3).mean(1))
+    explicit = ExpertOutput(out, expert_logits(out))
+    assert torch.equal(adjust_logits(explicit, COUNTS, -0.3), adjusted)
     half = adjust_logits(torch.tensor([[1.0, -math.inf, 0.0]]).half(), COUNTS)
     assert half.dtype == torch.float32
     assert half.isneginf().tolist() == [[False, True, False]]

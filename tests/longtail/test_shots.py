@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from ride_plugin import RIDEError
+from ride_plugin import ExpertOutput, RIDEError
 from ride_plugin.longtail import analyze, bias_variance, shot_groups, shot_report
 
 COUNTS = [300, 101, 100, 50, 20, 19, 1]
@@ -74,6 +74,13 @@ def test_absent_groups_are_none_and_printed_as_absent() -> None:
     lines = str(report).splitlines()
     assert [line.split()[-1] for line in lines[3:]] == ["absent", "absent"]
     assert "nan" not in str(report)
+
+
+def test_the_explicit_output_of_a_model_counts_by_the_mean_of_its_experts() -> None:
+    experts = torch.randn(6, 3, 4)
+    mean, target, counts = experts.mean(1), torch.arange(6) % 4, [200, 50, 30, 5]
+    output = ExpertOutput(mean, experts)
+    assert shot_report(output, target, counts) == shot_report(mean, target, counts)
 
 
 def test_csv_holds_every_class(tmp_path) -> None:

@@ -114,7 +114,7 @@ UNLABELLED = torch.cat([LABELS[:60], torch.full((60,), -1)])
     [
         Subset(Shown(targets=LABELS.tolist()), range(10, 110)),
         Subset(TensorDataset(torch.arange(120), LABELS), np.arange(119, 10, -1)),
-        Subset(Subset(Shown(targets=LABELS), list(range(0, 119))), torch.arange(5, 100)),
+        Subset(Subset(Shown(targets=LABELS), list(range(119))), torch.arange(5, 100)),
         random_split(Shown(targets=LABELS.numpy()), [100, 20])[0],
         Subset(Shown(targets=LABELS, target_transform=lambda label: 3 - label), range(100)),
         Subset(Shown(targets=UNLABELLED), range(60)),
