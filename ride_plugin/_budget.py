@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from ride_plugin._checks import check_instance, check_integer, check_number, refuse
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._cost import CostReport, check_shares, cost_report
-from ride_plugin._errors import ArgumentError, WidthError
+from ride_plugin._errors import ArgumentError, WidthError, listed
+from ride_plugin._initialise import is_constant
 from ride_plugin._wrapper import RIDEWrapper
 from ride_plugin.routing import ExpertRouter
 
 Shares = Sequence[float] | Tensor
+
+_MADE_ANEW = (
+    "would be drawn at random and never learn, being frozen. Unfreeze them before "
+    "(`requires_grad_(True)`), or fork behind them (`fork_at=`)."
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Plan:
     Attributes:
         rows: every choice, by number of experts, wide ones first.
         max_flops_ratio: the budget, in FLOPs of the plain backbone.
-        failed: widths to which the backbone's experts cannot be narrowed, and why.
+        failed: widths to which the backbone's experts cannot be narrowed, and why; also those for
+            which frozen parameters would be drawn anew.
     """
 
     rows: tuple[PlanRow, ...]
@@ -172,6 +179,9 @@ def plan(
             except WidthError as error:
                 failed.append((width, str(error)))
                 continue
+            if width < 1 and (lost := _frozen_and_made_anew(model)):
+                failed.append((width, f"{listed(lost)} of the experts {_MADE_ANEW}"))
+                continue
             report = cost_report(model, router=ExpertRouter.for_model(model), backbone=backbone)
             rows += [
                 _row(number, width, report, model, shares_of.get(number), max_flops_ratio)
@@ -179,6 +189,16 @@ def plan(
             ]
     rows.sort(key=lambda row: row.num_experts)  # stable: wide ones stay first
     return Plan(tuple(rows), max_flops_ratio, tuple(failed))
+
+
+def _frozen_and_made_anew(narrow: RIDEWrapper) -> list[str]:
+    """Names in an expert of what narrowing has made anew though it does not train."""
+    of_trunk = {id(parameter) for parameter in narrow.trunk.parameters()}
+    return [
+        name
+        for name, parameter in narrow.experts[0].named_parameters()
+        if not (parameter.requires_grad or id(parameter) in of_trunk or is_constant(parameter))
+    ]
 
 
 def _several(values: Any, name: str) -> list[Any]:

@@ -112,6 +112,21 @@ def test_widths_that_are_not_possible_are_listed_with_the_reason() -> None:
     assert "width 0.50 is not possible: Cannot narrow" in str(found)
 
 
+def test_widths_that_would_draw_frozen_layers_at_random_are_left_out() -> None:
+    backbone = CifarResNet(10, n=1)
+    backbone.layer2.requires_grad_(False)
+    found = plan(backbone, num_experts=(2,), expert_widths=(1.0, 0.5), fork_at="layer2")
+    assert [row.expert_width for row in found.rows] == [1.0]
+    ((width, why),) = found.failed
+    assert width == 0.5
+    assert why.startswith("`layer2.0.conv1.weight`, ")
+    assert "would be drawn at random and never learn" in why
+    backbone.layer3[0].bn1.requires_grad_(False)  # ones and zeros, whatever the width
+    behind = plan(backbone, num_experts=(2,), expert_widths=(1.0, 0.5), fork_at="layer3")
+    assert [row.expert_width for row in behind.rows] == [1.0, 0.5]
+    assert behind.failed == ()
+
+
 def test_backbone_and_random_state_stay_as_they_are() -> None:
     backbone = CifarResNet(10, n=1).train()
     kept = copy.deepcopy(backbone.state_dict())
