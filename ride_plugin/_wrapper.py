@@ -336,6 +336,11 @@ class RIDEWrapper(SplitModule):
         what the model returns, logits that carry the experts'. Where extractor or classifier
         returned a tuple, a dict or a dataclass, so do these, with None in the other places.
 
+        What is done to features between the two has to treat each expert's part by itself.
+        ``F.normalize(features, dim=1)`` divides by the norm of all parts together; write
+        ``F.normalize(features.unflatten(1, (E, -1)), dim=2).flatten(1)``, or let such a step belong
+        to the extractor.
+
         What a model refuses or keeps together (loading, moving, modes, writes into what experts
         share) the two refuse and keep as well. ``checkpoint_experts`` and ``torch.compile`` are for
         the model as a whole.
