@@ -240,8 +240,12 @@ def test_whoever_waits_for_the_gradient_of_the_output_sees_that_of_the_carried_l
     out = wrapped()(torch.randn(4, 6))
     called = []
     out.register_hook(called.append)
+    expert_logits(out).register_hook(called.append)
     experts_loss(nn.CrossEntropyLoss(), out, torch.tensor([0, 1, 2, 3])).backward()
-    assert len(called) == 1
+    of_experts, of_mean = sorted(called, key=lambda gradient: gradient is None)
+    assert of_experts.shape == (4, 3, 5)
+    assert of_experts.any()
+    assert of_mean is None  # which tells a loss of the mean alone from one of the experts
 
 
 # ------------------------------------------------------------- what engines do to outputs
