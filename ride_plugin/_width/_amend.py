@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -167,7 +167,7 @@ class Amender:
         first = next((c.old for c in changes if c.module is module and c.name == key), None)
         return int((getattr(module, key) if first is None else first).shape[dim])
 
-    def give_way(self, tensors: Iterable[Tensor], reason: str) -> None:
+    def give_way(self, tensors: Iterable[Tensor], reason: str) -> NoReturn:
         """Try another way to narrow the attention that runs; else let layers keep their widths.
 
         Raises:

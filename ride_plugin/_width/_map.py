@@ -15,7 +15,8 @@ class WidthMap:
     """``w(c)``: the width nearest to ``ratio * c`` that every layer of width ``c`` can take.
 
     A grouped convolution, a group norm or attention with ``c = groups * size`` channels needs a
-    new width that keeps the number of groups or the size of each. From 64 channels on, multiples
+    new width that keeps the size of each group, or their number with more than one channel in
+    each: a norm of one value is zero. From 64 channels on, multiples
     of eight stay multiples of eight; below, even widths stay even. CIFAR ResNet-32 at 0.75: 32 ->
     24 and 64 -> 48; ResNet-50: 256 -> 192 and 512 -> 384, as the authors have them.
 
@@ -42,7 +43,10 @@ class WidthMap:
             fitting = [
                 new
                 for new in range(max(2, step), width + 1, step)
-                if all(new % groups == 0 or new % size == 0 for groups, size in groupings)
+                if all(
+                    new % size == 0 or new % groups == 0 < new - groups
+                    for groups, size in groupings
+                )
             ]
             if fitting and min(abs(new - wanted) for new in fitting) <= 0.15 * width:
                 return min(fitting, key=lambda new: (abs(new - wanted), new))

@@ -28,6 +28,7 @@ from ride_plugin._width._kernels import fit_kernel, keeps_ratio
 from ride_plugin._width._layers import ChannelPad, Kind, kind_of
 from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Ledger
 from ride_plugin._width._map import WidthMap
+from ride_plugin._width._norms import fit_norm
 from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck, operation_name
 from ride_plugin._width._scales import rescaled
 
@@ -134,7 +135,7 @@ class Trial(TorchFunctionMode):
             fit_kernel(self.ledger, step, list(tensors_in((args, kwargs))))
         args, kwargs = map_tensors(self.ledger.current, (args, kwargs or {}))
         if name in NORMS:
-            args, kwargs = self._fix_norm(name, args, kwargs)
+            args, kwargs = fit_norm(self.amender, step, args, kwargs)
         try:
             if name == "__setitem__":
                 _refuse_unfit(*args)
@@ -220,50 +221,6 @@ class Trial(TorchFunctionMode):
                 and self.ledger.names[id(module)] not in self.ledger.new_widths
             ):
                 self._fix(module, kind, x)
-
-    def _fix_norm(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x: Tensor = args[0] if args else kwargs["input"]
-        given = list(args)
-        last = name in ("layer_norm", "rms_norm")
-        module = self.ledger.modules.get(self.amender.running[-1] if self.amender.running else "")
-        if last:
-            shape = given[1] if len(given) > 1 else kwargs["normalized_shape"]
-            size = tuple(x.shape[-len(shape) :])
-        else:
-            size = (x.shape[1],)
-        for i, value in enumerate(given[1:], 1):
-            given[i] = self._norm_argument(value, size)
-        kwargs = {k: v if k == "input" else self._norm_argument(v, size) for k, v in kwargs.items()}
-        if last and tuple(shape) != size:
-            if len(given) > 1:
-                given[1] = size
-            else:
-                kwargs["normalized_shape"] = size
-            if module is not None and hasattr(module, "normalized_shape"):
-                self.ledger.set_attribute(module, "normalized_shape", size)
-        if name == "group_norm":
-            groups = given[1] if len(given) > 1 else kwargs["num_groups"]
-            if size[0] % groups and isinstance(module, nn.GroupNorm):
-                groups = max(1, size[0] // (module.num_channels // module.num_groups))
-                if size[0] % groups:
-                    self.amender.give_way((x,), f"{size[0]} channels in {module.num_groups} groups")
-                self.ledger.set_attribute(module, "num_groups", groups)
-                given[1:2] = [groups]
-        for attribute in ("num_features", "num_channels", "num_parameters"):
-            if module is None or not isinstance(getattr(module, attribute, None), int):
-                continue
-            if name != "prelu" or module.num_parameters != 1:  # one for all channels stays one
-                self.ledger.set_attribute(module, attribute, size[0])
-        return tuple(given), kwargs
-
-    def _norm_argument(self, value: Any, size: tuple[int, ...]) -> Any:
-        if isinstance(value, Tensor) and value.numel() > 1 and tuple(value.shape) != size:
-            for module, key in self.ledger.owners.get(id(value), ()):
-                self.ledger.resize(module, key, dict(enumerate(size)))
-            return self.ledger.current(value)
-        return value
 
     def _factors_of(self, name: str, sizes: dict[int, int]) -> Iterator[tuple[nn.Module, str, Any]]:
         """Factors from the old sizes of a parameter that no layer owns, beside it."""

@@ -19,6 +19,7 @@ from ride_plugin._width._map import WidthMap, groupings_of
         (0.7, [], 64, 48),  # 44.8: the multiple of eight next to it
         (0.5, [(3, 5)], 15, 6),  # 7.5, in three groups
         (0.5, [(7, 11)], 77, 35),  # 38.5, in seven groups
+        (0.34, [(4, 3)], 12, 3),  # 4.1, but not one channel in each of four groups
         (0.1, [(3, 3)], 9, 2),  # no width in threes is near, and the share decides
     ],
 )
