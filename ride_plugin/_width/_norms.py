@@ -34,12 +34,15 @@ def fit_norm(
         size = tuple(x.shape[-len(shape) :])
     else:
         size = (x.shape[1],)
+    done = len(ledger.changes)
     for i, value in enumerate(given[1:], 1):
         given[i] = _fitted(amender, value, size)
     kwargs = {k: v if k == "input" else _fitted(amender, v, size) for k, v in kwargs.items()}
     if last and shape != size:
         if "normalized_shape" in vars(module):
             ledger.set_attribute(module, "normalized_shape", size)
+        elif len(ledger.changes) == done:  # else it may be the shape of what was just resized
+            amender.give_way((x,), f"`{name}` with a fixed size")
         if len(given) > 1:
             given[1] = size
         else:

@@ -61,3 +61,30 @@ def test_groups_that_no_attribute_holds_keep_their_channels(groups, kept, by_key
     expert = narrowed(GroupsOfAFunction(groups, by_keyword), 0.5)
     assert expert.body.out_features == kept
     assert (expert.after.in_features, expert.after.out_features) == (kept, 48)
+
+
+class SizeOfItsOwn(nn.Module):
+    """Norms as many channels as an attribute says that torch does not know."""
+
+    def __init__(self, weighted: bool) -> None:
+        super().__init__()
+        self.size, self.gain = 64, nn.Parameter(torch.ones(64)) if weighted else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.size,), self.gain)
+
+
+class SizeOfItsGain(SizeOfItsOwn):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.gain.shape, weight=self.gain)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_size_that_cannot_be_set_keeps_its_channels(weighted: bool) -> None:
+    expert = narrowed(SizeOfItsOwn(weighted), 0.5)
+    assert (expert.body.out_features, expert.after.out_features) == (64, 48)
+
+
+def test_a_size_that_is_a_parameters_follows_it() -> None:
+    expert = narrowed(SizeOfItsGain(weighted=True), 0.5)
+    assert expert.body.out_features == 32 == len(expert.norm.gain)
