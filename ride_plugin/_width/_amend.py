@@ -46,6 +46,11 @@ class Amender:
         self.running: list[str] = []
         self.amended = False
 
+    @property
+    def where(self) -> str:
+        """Name of the innermost module that runs."""
+        return self.running[-1] if self.running else ""
+
     def reconciled(
         self, name: str, step: Step, args: Any, kwargs: Any, error: Exception
     ) -> tuple[Any, Any]:
@@ -176,7 +181,6 @@ class Amender:
         """
         if self.amended:
             raise Amended  # this failure may be a consequence of an earlier change of the plan
-        where = self.running[-1] if self.running else ""
         for name in reversed(self.running):
             attention = self.attentions.get(name)
             if attention is not None:
@@ -199,7 +203,7 @@ class Amender:
                     kept = True
             if kept:
                 raise Amended
-        raise Stuck(f"`{where or 'its forward'}` does not run when narrowed ({reason})")
+        raise Stuck(f"`{self.where or 'its forward'}` does not run when narrowed ({reason})")
 
 
 def _has_width(tensor: Tensor) -> bool:

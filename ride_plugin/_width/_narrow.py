@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ride_plugin._closeness import close
 from ride_plugin._contexts import random_state_kept
-from ride_plugin._errors import RIDEError, WidthError, listed
+from ride_plugin._errors import RIDEError, WidthError, listed, warn_caller
 from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split import (
     Split,
@@ -70,15 +70,21 @@ def narrow_expert(split: Split, width: float) -> Split:
         with random_state_kept(expert), torch.no_grad():
             replace_fixed_modules(split)
             try:  # almost free, but a backbone may look at values
-                changes = _narrowed(split, width, meta=True)
+                changes, unclear = _narrowed(split, width, meta=True)
             except (Exception, Stuck):
-                changes = _narrowed(split, width, meta=False)
+                changes, unclear = _narrowed(split, width, meta=False)
     except Stuck as error:
         raise WidthError(_message(width, str(error))) from error
     after = _size(expert, frozen)
     if after > before * (1 + width) / 2:
         raise WidthError(
             _message(width, f"only {max(0, before - after):,} of {before:,} parameters could go")
+        )
+    if unclear:
+        warn_caller(
+            f"{listed(unclear)} of the narrowed experts may be computed from a width, since each "
+            "is the root of one, or one over it. It was left as it is: what was as wide has "
+            "several widths. Set it in `model.experts[k]` if it is to follow one of them."
         )
     _redraw(changes)
     for link in views.links:
@@ -134,7 +140,7 @@ def _message(width: float, reason: str) -> str:
     )
 
 
-def _narrowed(split: Split, width: float, meta: bool) -> list[Change]:
+def _narrowed(split: Split, width: float, meta: bool) -> tuple[list[Change], list[str]]:
     """Try widths on a copy until they fit, then do the same to the expert.
 
     Args:
@@ -143,7 +149,7 @@ def _narrowed(split: Split, width: float, meta: bool) -> list[Change]:
         meta: try on tensors without contents; it raises where the backbone looks at values.
 
     Returns:
-        The changes of the expert.
+        The changes of the expert, and names of factors that may be computed from a width.
     """
 
     def copied() -> Views:  # for each trial, since a forward may fill a cache
@@ -163,6 +169,7 @@ def _narrowed(split: Split, width: float, meta: bool) -> list[Change]:
             # It does not train on its input alone.
         references = [_reference(split, views, mode, state) for mode, state in enumerate(states)]
         trial = _fitting_trial(split, copied, width, references, tables)
+        unclear = trial.follow_factors()
     ledger = Ledger(split.views.expert, _tensors_of(split.views.trunk))
     put_back = [ledger.undo, *empty_caches(split.views.expert)]
     trial.ledger.repeat_on(ledger)
@@ -174,7 +181,7 @@ def _narrowed(split: Split, width: float, meta: bool) -> list[Change]:
         for step in put_back:
             step()
         raise
-    return ledger.changes
+    return ledger.changes, unclear
 
 
 def _reference(split: Split, views: Views, training: int, state: TrunkState) -> _Reference:

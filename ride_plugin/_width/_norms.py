@@ -27,7 +27,7 @@ def fit_norm(
     """
     name, ledger, given = step.name, amender.ledger, list(args)
     x: Tensor = given[0] if given else kwargs["input"]
-    module: Any = ledger.modules[amender.running[-1] if amender.running else ""]
+    module: Any = ledger.modules[amender.where]
     last = name in ("layer_norm", "rms_norm")
     if last:
         shape = tuple(given[1] if len(given) > 1 else kwargs["normalized_shape"])

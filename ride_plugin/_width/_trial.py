@@ -12,7 +12,7 @@ a fixed number of channels cannot move positions into channels unnoticed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Ledger
 from ride_plugin._width._map import WidthMap
 from ride_plugin._width._norms import fit_norm
 from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck, operation_name
-from ride_plugin._width._scales import rescaled
+from ride_plugin._width._scales import Factors
 
 _MISFITS = (RuntimeError, ValueError, IndexError, AssertionError)  # what torch raises for sizes
 
@@ -63,15 +63,11 @@ class Trial(TorchFunctionMode):
         self.amender = Amender(self.ledger, plan, widths, attentions, tables)
         self._steps: Sequence[Step] = ()
         self._position = 0
-        self._comparison, self._choices = Comparison(), Choices()
-        # All are found before one is set: another's new size may be the old one of the next.
-        factors = [found for item in plan.raw.items() for found in self._factors_of(*item)]
+        self._comparison, self._choices, self._factors = Comparison(), Choices(), Factors()
         self._set_attributes()
         for name, sizes in plan.raw.items():
             path, _, key = name.rpartition(".")
             self.ledger.resize(self.ledger.modules[path], key, sizes)
-        for module, factor, value in factors:
-            self.ledger.set_attribute(module, factor, value)
 
     def run(self, play: Callable[[], Any], steps: Sequence[Step], output: Sequence[Any]) -> None:
         """Run the expert once; ``steps`` and ``output`` are the full-width expert's.
@@ -104,6 +100,10 @@ class Trial(TorchFunctionMode):
             raise Stuck("the narrowed expert's forward takes another path than the original's")
         if self.amender.amended:
             raise Amended
+
+    def follow_factors(self) -> list[str]:
+        """After the runs, set factors that are roots of sizes; returns those that are unclear."""
+        return self._factors.follow(self.ledger, self.amender.attentions)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.amender.running.append(self.ledger.names[id(module)])
@@ -147,6 +147,7 @@ class Trial(TorchFunctionMode):
             except _MISFITS as again:
                 reason = f"`{name}`: {str(again).splitlines()[0]}"
                 self.amender.give_way(tensors_in((args, kwargs)), reason)
+        self._factors.note(self.amender.where, step, args, kwargs)
         self._compare(name, step, list(tensors_in((args, kwargs))), result)
         self._choices.note(name, next(iter(step.inputs), None), args, kwargs, result)
         tags = self.ledger.tags_of_result(name, args, kwargs)
@@ -221,19 +222,6 @@ class Trial(TorchFunctionMode):
                 and self.ledger.names[id(module)] not in self.ledger.new_widths
             ):
                 self._fix(module, kind, x)
-
-    def _factors_of(self, name: str, sizes: dict[int, int]) -> Iterator[tuple[nn.Module, str, Any]]:
-        """Factors from the old sizes of a parameter that no layer owns, beside it."""
-        path, _, key = name.rpartition(".")
-        module = self.ledger.modules[path]
-        shape = getattr(module, key).shape
-        if path in self.amender.attentions:
-            return  # its factors come from a head's size
-        for old in {shape[dim] for dim in sizes}:
-            new = {sizes.get(dim, old) for dim, size in enumerate(shape) if size == old}
-            if len(new) == 1:
-                for factor, value in rescaled(module, old, *new):
-                    yield module, factor, value
 
     def _set_attributes(self) -> None:
         self._projections: dict[str, int] = {}

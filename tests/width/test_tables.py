@@ -1,21 +1,13 @@
-"""Tables that a constructor computed are not cut; factors from a size follow it."""
+"""Tables that a constructor computed are not cut."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._width._attention import attention_of
-from ride_plugin._width._map import WidthMap
-from ride_plugin._width._plan import NarrowingPlan
-from ride_plugin._width._scales import rescaled
 from ride_plugin._width._tables import tables_of
-from ride_plugin._width._trial import Trial
 
 LENGTH, WIDTH = 6, 32
 
@@ -155,98 +147,3 @@ def test_tables_are_told_from_other_buffers() -> None:
     expected = {"cos": both, "basis": both, "alibi": both, "time": frozenset({-2})}
     assert tables_of(module) == expected
     assert tables_of(nn.Sequential(module)) == {f"0.{k}": v for k, v in expected.items()}
-
-
-class RMSNorm(nn.Module):
-    """Written by hand, with the root of its size for a factor."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.root, self.gain = size**0.5, nn.Parameter(torch.ones(size))
-        self.eps, self.drop_rate = 1e-6, size**-0.5
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) * self.root * self.gain
-
-
-class EqualLinear(nn.Module):
-    """A linear layer that scales its weight when it is used, as generators of images do."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight, self.factor = nn.Parameter(torch.randn(outputs, inputs)), inputs**-0.5
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.factor)
-
-
-def test_factors_follow_the_parameter_that_they_belong_to() -> None:
-    expert = narrowed(nn.Linear(WIDTH, 48), RMSNorm(48), EqualLinear(48, 64), nn.Linear(64, WIDTH))
-    norm, linear = expert[2], expert[3]
-    size = len(norm.gain)
-    assert size == expert[1].out_features == linear.weight.shape[1] < 48
-    assert norm.root == pytest.approx(size**0.5)
-    assert norm.drop_rate == 48**-0.5
-    assert linear.factor == pytest.approx(size**-0.5)
-    x = torch.randn(3, size)
-    expected = x / x.square().mean(-1, keepdim=True).sqrt()
-    torch.testing.assert_close(norm(x), expected)
-
-
-def test_a_factor_is_changed_once_where_an_old_size_is_anothers_new_one() -> None:
-    for sizes in ({0: 18, 1: 24}, {1: 24, 0: 18}):
-        linear = EqualLinear(32, 24)
-        linear.bias = nn.Parameter(torch.zeros(24))
-        plan = NarrowingPlan(raw={"weight": sizes, "bias": {0: 18}})
-        Trial(linear, set(), plan, WidthMap(0.75, []), [], {})
-        assert linear.weight.shape == (18, 24)
-        assert linear.factor == pytest.approx(24**-0.5)
-
-
-def test_a_factor_of_a_head_stays_where_a_table_has_as_many_heads() -> None:
-    class Biased(nn.Module):
-        """Has as many heads as a head has numbers."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.num_heads, self.scale = 8, 8**-0.5
-            self.qkv, self.proj = nn.Linear(WIDTH, 3 * 64), nn.Linear(64, WIDTH)
-            self.bias = nn.Parameter(torch.randn(8, LENGTH, LENGTH))
-
-        def forward(self, x: Tensor) -> Tensor:
-            parts = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            q, k, v = parts.unbind(0)
-            scores = q @ k.transpose(-2, -1) * self.scale + self.bias
-            return x + self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(-2))
-
-    attention = narrowed(Biased())[1]
-    assert (attention.num_heads, attention.bias.shape[0]) == (6, 6)
-    assert attention.scale == 8**-0.5
-
-
-@pytest.mark.parametrize("name", ["scale", "temperature", "norm_factor", "anything"])
-def test_any_factor_of_a_heads_size_follows_it(name: str) -> None:
-    class Inner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.factor, self.dropout = 4.0, nn.Dropout(0.25)
-
-    attention = nn.Module()
-    attention.num_heads, attention.head_dim, attention.attn_drop = 2, 16, 0.25
-    attention.qkv, attention.inner = nn.Linear(WIDTH, 96), Inner()
-    setattr(attention, name, 0.25)
-    found = attention_of("", attention)
-    assert found is not None
-    changed = {(m, key): value for m, key, value in found.apply("head_dim", 0.75)[1]}
-    assert changed == {
-        (attention, "head_dim"): 12,
-        (attention, name): pytest.approx(12**-0.5),
-        (attention.inner, "factor"): pytest.approx(12**0.5),
-    }
-
-
-def test_a_size_of_one_has_no_root_to_tell() -> None:
-    module = nn.Module()
-    module.gain, module.other = 1.0, math.pi
-    assert list(rescaled(module, 1, 2)) == []
-    assert list(rescaled(module, 9, 4)) == []
