@@ -80,6 +80,7 @@ class Amender:
                 rank = min(tensors[first].dim(), tensors[k].dim())
                 pairs += [(first, -d, k, -d) for d in range(1, rank + 1)]
         broadcasts = name not in JOINS | PRODUCTS | {"linear"}
+        reason = f"`{name}`: {str(error).splitlines()[0]}"
         changed = False
         for i, a, j, b in pairs:
             left, right = tensors[i].shape[a], tensors[j].shape[b]
@@ -90,12 +91,12 @@ class Amender:
             loser, axis, size = self._loser((tensors[i], a), (tensors[j], b))
             k = i if loser is tensors[i] else j
             old = step.inputs[k][axis] if k < len(step.inputs) else None
-            self.pin(loser, axis, size, old)
+            self.pin(loser, axis, size, old, reason)
             tensors[k] = resized(loser, {axis % loser.dim(): size})
             self.ledger.keep_alive(tensors[k])
             changed = True
         if not changed:
-            self.give_way(tensors, f"`{name}`: {str(error).splitlines()[0]}")
+            self.give_way(tensors, reason)
         replaced = iter(tensors)
         fitted: tuple[Any, Any] = map_tensors(lambda _: next(replaced), (args, kwargs))
         return fitted
@@ -119,7 +120,9 @@ class Amender:
         loser, winner = (a, b) if reluctance(a) < reluctance(b) else (b, a)
         return loser[0], loser[1], winner[0].shape[winner[1]]
 
-    def pin(self, tensor: Tensor, axis: int, size: int, old_size: int | None) -> None:
+    def pin(
+        self, tensor: Tensor, axis: int, size: int, old_size: int | None, reason: str = ""
+    ) -> None:
         """Amend the plan so that ``tensor`` gets ``size`` along ``axis``."""
         now = tensor.shape[axis]
         if now == size:
@@ -140,6 +143,8 @@ class Amender:
                 elif self.plan.out.get(name) != old_out and old_out:
                     self.plan.out[name] = old_out
                     done = True
+                if reason and done and self.plan.out.get(name) == old_out:
+                    self.plan.kept.setdefault(self.where, reason)
         if not done:
             self.give_way((), f"a width of {now} meets one of {size}")
         self.amended = True
@@ -202,6 +207,7 @@ class Amender:
                     self.plan.out[name] = old_out
                     kept = True
             if kept:
+                self.plan.kept.setdefault(self.where, reason)
                 raise Amended
         raise Stuck(f"`{self.where or 'its forward'}` does not run when narrowed ({reason})")
 

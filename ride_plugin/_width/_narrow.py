@@ -70,16 +70,17 @@ def narrow_expert(split: Split, width: float) -> Split:
         with random_state_kept(expert), torch.no_grad():
             replace_fixed_modules(split)
             try:  # almost free, but a backbone may look at values
-                changes, unclear = _narrowed(split, width, meta=True)
+                changes, unclear, kept = _narrowed(split, width, meta=True)
             except (Exception, Stuck):
-                changes, unclear = _narrowed(split, width, meta=False)
+                changes, unclear, kept = _narrowed(split, width, meta=False)
     except Stuck as error:
         raise WidthError(_message(width, str(error))) from error
     after = _size(expert, frozen)
     if after > before * (1 + width) / 2:
-        raise WidthError(
-            _message(width, f"only {max(0, before - after):,} of {before:,} parameters could go")
-        )
+        reason = f"only {max(0, before - after):,} of {before:,} parameters could go"
+        if kept:
+            reason += f", since layers kept their widths for {'; '.join(kept[:3])}"
+        raise WidthError(_message(width, reason))
     if unclear:
         warn_caller(
             f"{listed(unclear)} of the narrowed experts may be computed from a width, since each "
@@ -140,7 +141,7 @@ def _message(width: float, reason: str) -> str:
     )
 
 
-def _narrowed(split: Split, width: float, meta: bool) -> tuple[list[Change], list[str]]:
+def _narrowed(split: Split, width: float, meta: bool) -> tuple[list[Change], list[str], list[str]]:
     """Try widths on a copy until they fit, then do the same to the expert.
 
     Args:
@@ -149,7 +150,8 @@ def _narrowed(split: Split, width: float, meta: bool) -> tuple[list[Change], lis
         meta: try on tensors without contents; it raises where the backbone looks at values.
 
     Returns:
-        The changes of the expert, and names of factors that may be computed from a width.
+        The changes of the expert, names of factors that may be computed from a width, and why
+        layers kept their widths.
     """
 
     def copied() -> Views:  # for each trial, since a forward may fill a cache
@@ -181,7 +183,8 @@ def _narrowed(split: Split, width: float, meta: bool) -> tuple[list[Change], lis
         for step in put_back:
             step()
         raise
-    return ledger.changes, unclear
+    kept = [f"`{name}` ({reason})" if name else reason for name, reason in trial.plan.kept.items()]
+    return ledger.changes, unclear, kept
 
 
 def _reference(split: Split, views: Views, training: int, state: TrunkState) -> _Reference:

@@ -26,12 +26,14 @@ class NarrowingPlan:
     Attributes:
         out: output width of a layer, where it differs from what the map gives.
         raw: sizes of a parameter that no layer owns, by dimension.
+        kept: where layers kept their widths and why, by the modules' names.
         choice: how far an attention module has fallen back, as an index into its choices.
     """
 
     out: dict[str, int] = field(default_factory=dict)
     raw: dict[str, dict[int, int]] = field(default_factory=dict)
     choice: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

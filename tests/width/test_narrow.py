@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -218,6 +220,51 @@ def test_a_layer_that_cannot_be_narrowed_is_named() -> None:
     backbone = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), Fixed(), nn.ReLU(), nn.Linear(16, 4))
     with pytest.raises(WidthError, match=r"Cannot narrow.*`expert_width=1\.0`"):
         RIDEWrapper(backbone, 2, fork_at="2", expert_width=0.75)
+
+
+class Sliced(nn.Module):
+    """Passes half of its channels by: the first ones, by a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.half, self.left = 32, nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.left(x[:, : self.half]), x[:, self.half :]], 1)
+
+
+class Reordered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.arange(64).flip(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.order]
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(64, 64, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bc,cdk->bd", x, self.mix)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (Sliced(), "`block` (`__getitem__` returns another number"),
+        (Reordered(), "`block` (`__getitem__`: index 63 is out of bounds"),
+        (Mixed(), "`block` (`einsum`: "),
+    ],
+)
+def test_what_layers_kept_their_widths_for_is_named(block: nn.Module, reason: str) -> None:
+    net = nn.Sequential(OrderedDict(stem=nn.Linear(8, 24), into=nn.Linear(24, 64), block=block))
+    net.append(nn.Linear(64, 5))
+    expected = re.escape(f"parameters could go, since layers kept their widths for {reason}")
+    with pytest.raises(WidthError, match=expected):
+        RIDEWrapper(net, 2, fork_at="into", expert_width=0.5, example_input=torch.randn(4, 8))
 
 
 @pytest.mark.parametrize(
