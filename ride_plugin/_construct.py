@@ -20,7 +20,6 @@ from ride_plugin._initialise import (
     renew_classifier,
     warn_if_all_frozen,
     warn_if_frozen,
-    warn_if_trained,
 )
 from ride_plugin._split import (
     Choice,
@@ -33,6 +32,7 @@ from ride_plugin._split import (
     replicate,
     split_backbone,
 )
+from ride_plugin._trained import warn_if_trained
 from ride_plugin._width import narrow_expert
 
 

@@ -22,7 +22,6 @@ _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked 
 _FEW = 8  # entries or rows that are looked at first
 _SAMPLE = 64  # entries at random places, looked at before all zeros of a weight are counted
 _BLOCK = 2**16  # entries; so many, and their order, stay near the processor while they are shuffled
-_ZERO, _ONE = torch.zeros(1, device="cpu"), torch.ones(1, device="cpu")
 
 
 def reinitialise(expert: nn.Module, keep: set[int]) -> list[str]:
@@ -99,48 +98,6 @@ def break_tie(classifier: nn.Module, keep: Set[int] = frozenset()) -> None:
 def _is_own(parameter: Tensor, keep: Set[int]) -> bool:
     """Whether a parameter may start with other values: fresh ones of a frozen one would stay."""
     return parameter.requires_grad and id(parameter) not in keep
-
-
-def warn_if_trained(expert: nn.Module) -> None:
-    """Warn that fresh weights would throw away a training that left its traces."""
-    for name, module in expert.named_modules():
-        trace = _trace_of_training(module)
-        if trace is not None:
-            warn_caller(
-                f"The backbone looks trained (`{name}` {trace}), and init='fresh' discards the "
-                "weights of its forked part. Pass init='copy' to keep them, or a backbone with "
-                "fresh weights."
-            )
-            return
-
-
-def _trace_of_training(module: nn.Module) -> str | None:
-    """What no initialisation in use leaves behind, in words; None if there is nothing."""
-    # Its own tensors: a stand-in for a module of the trunk would answer with the trunk's.
-    own = {
-        name: tensor.detach()
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    }
-    batches = own.get("num_batches_tracked")
-    if batches is not None and int(batches) > 0:
-        return f"has seen {int(batches)} batches"
-    if bool(
-        (own.get("running_mean", _ZERO) != 0).any() | (own.get("running_var", _ONE) != 1).any()
-    ):
-        return "holds running statistics"
-    weight, bias = own.get("weight"), own.get("bias")
-    if weight is None or not weight.is_floating_point():
-        return None
-    gains = "norm" in type(module).__name__.lower() and weight.dim() == 1
-    # Some draw the gains at random, but then not the biases as well.
-    if gains and not is_constant(weight) and (bias is None or not is_constant(bias)):
-        return "has gains that differ"
-    if weight.dim() > 1 and bias is not None and not is_constant(bias):
-        largest = weight[0].numel() ** -0.5  # torch's default draws biases up to this
-        if float(bias.abs().max()) > 4 * largest:
-            return "has biases larger than any initialisation draws"
-    return None
 
 
 def warn_if_all_frozen(expert: nn.Module, keep: set[int]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -55,13 +53,6 @@ def test_weights_that_cannot_be_redrawn_are_named() -> None:
     with pytest.warns(UserWarning, match=r"4\.weight"):
         model = RIDEWrapper(backbone, 2)
     assert torch.equal(model.experts[1].get_parameter("4.weight"), torch.eye(32))
-
-
-def test_fresh_weights_for_a_trained_backbone_warn() -> None:
-    backbone = CifarResNet(n=1)
-    backbone(torch.randn(4, 3, 32, 32))
-    with pytest.warns(UserWarning, match="looks trained"):
-        RIDEWrapper(backbone, 2)
 
 
 def test_copy_keeps_weights_and_renews_classifiers() -> None:
@@ -271,75 +262,6 @@ def test_tied_tensors_are_kept() -> None:
     before = expert.weight.clone()
     reinitialise(expert, keep={id(expert.weight)})
     assert torch.equal(expert.weight, before)
-
-
-class RMSNorm(nn.Module):
-    """As language models have it: gains, and nothing else."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.weight / x.square().mean(-1, keepdim=True).sqrt()
-
-
-def normalised(norm: nn.Module | None) -> nn.Sequential:
-    inner = [] if norm is None else [norm]
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), *inner, nn.Linear(16, 5))
-
-
-@pytest.mark.parametrize(
-    ("norm", "trained", "trace"),
-    [
-        (nn.BatchNorm1d(16), lambda n: n[3].running_mean.normal_(), "`3` holds running statistics"),
-        (nn.BatchNorm1d(16), lambda n: n[3].running_var.uniform_(), "`3` holds running statistics"),
-        (
-            nn.LayerNorm(16),
-            lambda n: [p.normal_() for p in n[3].parameters()],
-            "`3` has gains that differ",
-        ),
-        (RMSNorm(16), lambda n: n[3].weight.normal_(), "`3` has gains that differ"),
-        (None, lambda n: n[2].bias.normal_(std=2), "`2` has biases larger than any"),
-    ],
-)
-def test_every_trace_of_training_is_warned_of(norm, trained, trace: str) -> None:
-    net = normalised(norm)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        RIDEWrapper(net, 2, fork_at="2")
-        with torch.no_grad():
-            trained(net)
-        RIDEWrapper(net, 2, fork_at="2", init="copy")
-        RIDEWrapper(net, 1, fork_at="2")  # nothing is drawn anew
-    with pytest.warns(UserWarning, match=f"looks trained .{trace}.*init='copy'") as caught:
-        RIDEWrapper(net, 2, fork_at="2", expert_width=0.5 if norm is None else 1.0)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-
-
-@pytest.mark.parametrize(
-    "initialise",
-    [
-        lambda net: nn.init.normal_(net[3].weight, 1, 0.02),  # as DCGAN draws gains
-        lambda net: nn.init.normal_(net[2].bias, std=1e-6),  # as vision transformers do
-        lambda net: nn.init.constant_(net[4].bias, -4.6),  # the prior of the focal loss
-    ],
-)
-def test_what_initialisations_draw_is_no_trace_of_training(initialise) -> None:
-    net = normalised(nn.BatchNorm1d(16))
-    initialise(net)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        RIDEWrapper(net, 2, fork_at="2")
-
-
-def test_traces_in_the_trunk_are_none_of_the_experts() -> None:
-    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 16), nn.Linear(16, 5))
-    net(torch.randn(4, 8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        RIDEWrapper(net, 2, fork_at="2")
 
 
 def test_a_classifier_without_a_method_of_its_own_gets_its_values_in_another_order() -> None:
