@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ride_plugin._apart import warn_if_equal
+from ride_plugin._computed import settle_computed
 from ride_plugin._errors import warn_caller
 from ride_plugin._initialise import (
     break_tie,
@@ -101,6 +102,14 @@ def initialise(parts: Parts, init: Literal["fresh", "copy"], expert_width: float
             if init == "copy":
                 renew_classifier(head, shared)
             break_tie(head, shared)
+    changed = parts.experts if init == "fresh" else classifiers
+    stale = [settle_computed(module, shared) for module in changed]
+    if any(stale):
+        warn_caller(
+            "Drawn anew beside buffers of a parametrization, which stay as they are and may have "
+            f"been computed from the weight before: {stale[0]}. If they were, compute them again "
+            "in `model.experts[k]`."
+        )
     warn_if_all_frozen(parts.experts[0], of_trunk)
     warn_if_equal(parts.experts, shared, "" if init == "fresh" else parts.classifier, left)
     return parts
