@@ -22,6 +22,7 @@ from ride_plugin._initialise import (
     warn_if_all_frozen,
     warn_if_frozen,
 )
+from ride_plugin._set_biases import set_biases
 from ride_plugin._split import (
     Choice,
     Pair,
@@ -84,6 +85,17 @@ def initialise(parts: Parts, init: Literal["fresh", "copy"], expert_width: float
     of_trunk = {id(t) for t in (*parts.trunk.parameters(), *parts.trunk.buffers())}
     shared = of_trunk | {id(d[key]) for d, key in held_by_all(parts.experts).values()}
     classifiers, left = parts.classifiers(), []
+    was_set = [
+        set_biases(expert, parts.classifier, parts.num_classes, may_be_trained=init == "copy")
+        for expert in parts.experts
+    ]
+    if was_set[0]:
+        warn_caller(
+            "Kept, because their layers do not draw such values, so that each entry seems to have "
+            f"its place (a class's prior, an offset): {list(was_set[0])}. For other values set "
+            "them in `model.experts[k]`."
+        )
+    shared |= {id(bias) for found in was_set for bias in found.values()}
     if expert_width < 1:
         why = f"expert_width={expert_width} makes new layers"
         warn_if_frozen(parts.experts[0], of_trunk, why)

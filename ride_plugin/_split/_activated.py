@@ -11,14 +11,20 @@ from ride_plugin._errors import warn_caller
 from ride_plugin._values import rows_sum_to_one
 
 _WHY = "Experts' logits are what is averaged and compared here"
-_OF_SHAPE = ("View", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Permute", "ToCopy", "Clone")
+_OF_SHAPE = (
+    *("View", "Reshape", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "Permute"),
+    *("Select", "Slice", "ToCopy", "Clone"),
+)
+_OF_LAYERS = ("Add", "Mm", "Convolution", "MkldnnConvolution")  # with a bias a linear one is Addmm
 
 
 def warn_of_activated(logits: Tensor, differentiable: Callable[[], Tensor | None]) -> None:
     """Warn if a softmax, a log-softmax or a sigmoid has been applied to the logits.
 
     Numbers between zero and one may be logits that happen to be small, as those of a new model
-    are, so that a sigmoid is known by the graph for gradients only.
+    are, so that a sigmoid is known by the graph for gradients only. Those of a new model whose bias
+    holds logarithms of frequencies look like the output of a log-softmax, so that this is none if
+    the last operation in that graph is a layer's or an addition.
 
     Args:
         logits: of an example, with contents.
@@ -33,6 +39,8 @@ def warn_of_activated(logits: Tensor, differentiable: Callable[[], Tensor | None
             "before wrapping it, and apply it to what the wrapped model returns."
         )
     elif bool((logits <= 0).all()) and rows_sum_to_one(logits.exp()):
+        if _ends_in(differentiable, *_OF_LAYERS):
+            return
         warn_caller(
             "The backbone returns logarithms of probabilities, as log_softmax does: the "
             f"exponentials of its rows sum to one. {_WHY}, and the mean of log-probabilities is "
@@ -40,7 +48,7 @@ def warn_of_activated(logits: Tensor, differentiable: Callable[[], Tensor | None
             "with CrossEntropyLoss in the place of NLLLoss, and apply log_softmax to what the "
             "wrapped model returns."
         )
-    elif bool(((logits >= 0) & (logits <= 1)).all()) and _ends_in_sigmoid(differentiable):
+    elif bool(((logits >= 0) & (logits <= 1)).all()) and _ends_in(differentiable, "Sigmoid"):
         warn_caller(
             "The backbone returns probabilities: it ends in a sigmoid. "
             f"{_WHY}, and the diversity term takes a softmax of them, which is nearly flat over "
@@ -50,11 +58,12 @@ def warn_of_activated(logits: Tensor, differentiable: Callable[[], Tensor | None
         )
 
 
-def _ends_in_sigmoid(differentiable: Callable[[], Any]) -> bool:
+def _ends_in(differentiable: Callable[[], Any], *operations: str) -> bool:
+    """Whether one of these computed the logits, but for changes of their shape."""
     try:
         node = differentiable().grad_fn
     except Exception:  # no gradients: then nothing is known of the last operation
         return False
     while node is not None and node.name().startswith(_OF_SHAPE):
         node = node.next_functions[0][0]
-    return node is not None and node.name().startswith("Sigmoid")
+    return node is not None and node.name().startswith(operations)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ride_plugin import RIDEWrapper
@@ -61,3 +62,30 @@ def test_logits_are_not(what: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RIDEWrapper(Net(LOGITS[what]), 2, num_classes=5)
+
+
+class Prior(nn.Module):
+    """Small logits of five classes, and the logarithms of their frequencies."""
+
+    def __init__(self, how: str, std: float) -> None:
+        super().__init__()
+        self.how = how
+        self.weight = nn.Parameter(std * torch.randn(5, 16))
+        self.bias = nn.Parameter(torch.tensor([100.0, 5, 50, 2, 10]).div(167).log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "a convolution":
+            return F.conv1d(x[..., None], self.weight[..., None], self.bias).flatten(1)
+        if self.how == "an addition":
+            return x @ self.weight.t() + self.bias
+        return F.linear(x[:, None], self.weight, self.bias)[:, 0]
+
+
+@pytest.mark.parametrize("how", ["a linear layer", "a convolution", "an addition"])
+@pytest.mark.parametrize("std", [0.0, 1e-3])
+def test_logits_near_logarithms_of_frequencies_are_not(how: str, std: float) -> None:
+    net = Net(lambda z: z)
+    net.fc = Prior(how, std)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RIDEWrapper(net, 2, num_classes=5, init="copy")
