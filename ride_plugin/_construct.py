@@ -19,8 +19,6 @@ from ride_plugin._initialise import (
     redraw,
     reinitialise,
     renew_classifier,
-    warn_if_all_frozen,
-    warn_if_frozen,
 )
 from ride_plugin._set_biases import set_biases
 from ride_plugin._split import (
@@ -35,6 +33,7 @@ from ride_plugin._split import (
     split_backbone,
 )
 from ride_plugin._trained import warn_if_trained
+from ride_plugin._unlearned import warn_if_all_frozen, warn_if_frozen
 from ride_plugin._width import narrow_expert
 
 

@@ -9,13 +9,14 @@ Values that have their places are left as they are, and named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Set
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ride_plugin._errors import warn_caller
 from ride_plugin._structure import is_structured
 
 _LARGEST_CHECKED = 4096  # rows; orthogonality of larger matrices is not looked for
@@ -100,31 +101,6 @@ def _is_own(parameter: Tensor, keep: Set[int]) -> bool:
     return parameter.requires_grad and id(parameter) not in keep
 
 
-def warn_if_all_frozen(expert: nn.Module, keep: set[int]) -> None:
-    """Warn that no parameter of an expert's own can learn."""
-    own = [parameter for parameter in expert.parameters() if id(parameter) not in keep]
-    if own and not any(parameter.requires_grad for parameter in own):
-        warn_caller(
-            "Every parameter behind the fork is frozen, so all experts are equal and stay equal. "
-            "Unfreeze what shall learn before wrapping (`requires_grad_(True)`)."
-        )
-
-
-def warn_if_frozen(module: nn.Module, keep: set[int], why: str) -> None:
-    """Warn that parameters which cannot learn have been given random values."""
-    frozen = [
-        name
-        for name, parameter in module.named_parameters()
-        if not parameter.requires_grad and id(parameter) not in keep and not is_constant(parameter)
-    ]
-    if frozen:
-        warn_caller(
-            f"{why}, so these frozen parameters hold random values that will not learn: {frozen}. "
-            "Unfreeze them before wrapping (`requires_grad_(True)`), or fork behind them "
-            "(`fork_at=`)."
-        )
-
-
 def redraw(parameter: Tensor) -> bool:
     """Draw a parameter anew in place; False if its values have their places, so that it is left."""
     if not _can_be_drawn(parameter):
@@ -192,8 +168,43 @@ def _draw(parameter: Tensor) -> bool:
             matrix = matrix.index_select(dim, order) * sign.view(shape).to(matrix.dtype)
         parameter.copy_(matrix.view_as(parameter))
     else:
-        parameter.copy_(shuffled(parameter, parameter.numel()).view_as(parameter))
+        _shuffle(parameter)
     return True
+
+
+def _shuffle(parameter: Tensor) -> None:
+    """Put the entries in another order, within blocks of one spread; equal lengths stay equal."""
+    length = _length_of_rows(parameter)
+    for block in parameter.chunk(_blocks_in(parameter)):
+        block.copy_(shuffled(block, block.numel()).view_as(block))
+    if length is not None and _length_of_rows(parameter) is None:
+        parameter.copy_(F.normalize(parameter.flatten(1)).mul(length).view_as(parameter))
+
+
+def _blocks_in(parameter: Tensor) -> int:
+    """How many blocks of rows are drawn by themselves: more than one if their spreads differ.
+
+    Two, three or four layers whose weights stand in one parameter, queries, keys and values say,
+    may have been drawn with different spreads. Twelfths belong to one of them each. Where chance
+    alone makes spreads differ, a draw within blocks is as good.
+    """
+    count = math.gcd(len(parameter), 12)
+    if parameter.numel() < 64 * count:
+        return 1
+    squares = parameter.abs().float().square().reshape(count, -1).mean(1)
+    return count if float(squares.max()) > 2 * float(squares.min()) else 1
+
+
+def _length_of_rows(parameter: Tensor) -> float | None:
+    """The length that all rows have, as prototypes have it; None if they differ."""
+    if parameter.dim() < 2 or len(parameter) < 2:
+        return None
+    rows = parameter.flatten(1)
+    for some in (rows[:_FEW], rows):  # a few tell almost always
+        low, high = torch.linalg.vector_norm(some.abs().float(), dim=1).aminmax()
+        if float(high - low) > 1e-4 * float(high):
+            return None
+    return float(high)
 
 
 def _redraw_gates(parameter: Tensor, gates: int) -> bool:

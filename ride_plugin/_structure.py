@@ -1,4 +1,4 @@
-"""Parameters whose entries have their places: ranges, tables of positions, repeated rows.
+"""Parameters whose entries have their places: ranges, tables of positions, kernels, equal rows.
 
 In most parameters every entry was drawn by itself, so their order says nothing. What a constructor
 computed instead (``A_log`` of a state-space model, sinusoidal positions, one gate's bias) shows in
@@ -24,11 +24,21 @@ def is_structured(parameter: Tensor) -> bool:
     """Whether the order of the entries along some dimension is no matter of chance."""
     if parameter.is_complex():
         return any(is_structured(part) for part in torch.view_as_real(parameter).unbind(-1))
+    if parameter.numel() <= _LONGEST and _repeats_few_values(parameter):
+        return True
     return any(
         _is_ordered(_lines_along(parameter, dim))
         for dim, size in enumerate(parameter.shape)
         if size > 1
     )
+
+
+def _repeats_few_values(parameter: Tensor) -> bool:
+    """Whether it holds a few numbers again and again, as a kernel for blurring or for edges does.
+
+    Two numbers may be a draw of signs, and no other draw repeats so many, be it in bfloat16.
+    """
+    return 2 < len(parameter.unique()) <= 2 * parameter.numel() // 3
 
 
 def _lines_along(parameter: Tensor, dim: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
@@ -115,6 +116,12 @@ def test_experts_without_anything_to_learn_warn(init: str) -> None:
         RIDEWrapper(backbone, 2, init=init)
 
 
+class Weight(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
 def test_entries_are_shuffled_constants_stay_statistics_are_reset() -> None:
     expert = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
     with torch.no_grad():
@@ -140,6 +147,36 @@ def test_large_parameters_are_shuffled_entry_by_entry(shape: tuple[int, ...]) ->
     for a, b in ((first, old), (second, old), (first, second)):
         assert float((a == b).float().mean()) < 1e-3
         assert abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.03
+
+
+@pytest.mark.parametrize("renew", [redraw, lambda w: renew_classifier(Weight(w))])
+@pytest.mark.parametrize("spreads", [(1.0, 0.02), (0.02, 0.02, 1.0), (0.02, 0.2, 0.02, 0.02)])
+def test_weights_of_several_layers_in_one_parameter_keep_their_spreads(spreads, renew) -> None:
+    for shape in ((48, 64), (48, 8, 3, 3)):
+        old = torch.cat([spread * torch.randn(shape) for spread in spreads])
+        weight = nn.Parameter(old.clone())
+        with torch.no_grad():
+            renew(weight)
+        for new, layer in zip(weight.chunk(len(spreads)), old.chunk(len(spreads)), strict=True):
+            assert not torch.equal(new, layer)
+            assert torch.equal(new.flatten().sort().values, layer.flatten().sort().values)
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (64, 3, 3, 3), (2, 8)])
+@pytest.mark.parametrize("length", [1.0, 0.1])
+def test_rows_of_one_length_keep_it(shape: tuple[int, ...], length: float) -> None:
+    old = length * F.normalize(torch.randn(shape).flatten(1)).view(shape)
+    drawn = old.clone()
+    assert redraw(drawn)
+    assert not torch.equal(drawn, old)
+    lengths = drawn.flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, length))
+
+
+def test_signs_stay_signs() -> None:
+    drawn = torch.randint(0, 2, (20, 30)).float() * 2 - 1
+    assert redraw(drawn)
+    assert drawn.abs().eq(1).all()
 
 
 @pytest.mark.parametrize("entries", [10, 16384, 40000])

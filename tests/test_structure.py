@@ -24,6 +24,8 @@ def gates(width: int) -> Tensor:
     return bias
 
 
+SMOOTH = torch.tensor([1.0, 2, 1])
+EDGE = torch.tensor([1.0, 0, -1])
 FREQUENCIES = torch.arange(32)[:, None] * (torch.arange(32) + 0.5)
 STRUCTURED = {
     "rates of Mamba": torch.arange(1, 17.0).repeat(64, 1).log(),
@@ -39,6 +41,10 @@ STRUCTURED = {
     "a bias of four gates": gates(64),
     "gains above biases": torch.stack([torch.randn(64) * 0.02 + 1, torch.randn(64) * 0.02]),
     "equal slices": torch.randn(1, 16, 5).repeat(4, 1, 1),
+    "a kernel that blurs": (SMOOTH[:, None] * SMOOTH / 16)[None, None],
+    "a kernel for edges": (SMOOTH[:, None] * EDGE)[None, None],
+    "a kernel for points": torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]),
+    "kernels for two directions": torch.stack([SMOOTH[:, None] * EDGE, EDGE[:, None] * SMOOTH]),
     "equal columns": torch.randn(16, 1).expand(16, 4),
 }
 

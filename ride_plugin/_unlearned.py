@@ -1,0 +1,33 @@
+"""Frozen parameters of experts: told of where they leave experts equal, or random for good."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ride_plugin._errors import warn_caller
+from ride_plugin._initialise import is_constant
+
+
+def warn_if_all_frozen(expert: nn.Module, keep: set[int]) -> None:
+    """Warn that no parameter of an expert's own can learn."""
+    own = [parameter for parameter in expert.parameters() if id(parameter) not in keep]
+    if own and not any(parameter.requires_grad for parameter in own):
+        warn_caller(
+            "Every parameter behind the fork is frozen, so all experts are equal and stay equal. "
+            "Unfreeze what shall learn before wrapping (`requires_grad_(True)`)."
+        )
+
+
+def warn_if_frozen(module: nn.Module, keep: set[int], why: str) -> None:
+    """Warn that parameters which cannot learn have been given random values."""
+    frozen = [
+        name
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad and id(parameter) not in keep and not is_constant(parameter)
+    ]
+    if frozen:
+        warn_caller(
+            f"{why}, so these frozen parameters hold random values that will not learn: {frozen}. "
+            "Unfreeze them before wrapping (`requires_grad_(True)`), or fork behind them "
+            "(`fork_at=`)."
+        )
