@@ -5,7 +5,7 @@ Each step takes values and returns values; the backbone itself is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from ride_plugin._apart import warn_if_equal
 from ride_plugin._computed import settle_computed
 from ride_plugin._errors import warn_caller
+from ride_plugin._followers import follow, followers_in
 from ride_plugin._initialise import (
     break_tie,
     redraw,
@@ -66,6 +67,8 @@ def construct(
     drawn = expert_factory is None and (num_experts > 1 or expert_width < 1)
     if drawn and init == "fresh":
         warn_if_trained(split.views.expert)  # before narrowing, which starts the statistics anew
+    # A frozen copy of pretrained weights, an old classifier say, shall keep them.
+    followers = followers_in(split.views.expert) if drawn and init == "fresh" else {}
     if expert_width < 1:
         split = narrow_expert(split, expert_width)
     if expert_factory is None:
@@ -75,11 +78,16 @@ def construct(
     if classifier is not None or num_classes not in (None, parts.num_classes):
         parts = replace_classifiers(parts, classifier, num_classes)
     if drawn:
-        parts = initialise(parts, init, expert_width)
+        parts = initialise(parts, init, expert_width, followers)
     return parts
 
 
-def initialise(parts: Parts, init: Literal["fresh", "copy"], expert_width: float = 1.0) -> Parts:
+def initialise(
+    parts: Parts,
+    init: Literal["fresh", "copy"],
+    expert_width: float,
+    followers: Mapping[str, str],
+) -> Parts:
     """Give the experts the weights that they start with, and say which of them will not learn."""
     of_trunk = {id(t) for t in (*parts.trunk.parameters(), *parts.trunk.buffers())}
     shared = of_trunk | {id(d[key]) for d, key in held_by_all(parts.experts).values()}
@@ -120,6 +128,14 @@ def initialise(parts: Parts, init: Literal["fresh", "copy"], expert_width: float
             "Drawn anew beside buffers of a parametrization, which stay as they are and may have "
             f"been computed from the weight before: {stale[0]}. If they were, compute them again "
             "in `model.experts[k]`."
+        )
+    old = [follow(expert, followers, shared) for expert in parts.experts]
+    if old[0]:
+        warn_caller(
+            "These frozen tensors held the values of weights that were drawn anew, and all experts "
+            f"share them, so that they keep the old values: {old[0]}. If they shall follow the "
+            "weights, unfreeze them before wrapping (`requires_grad_(True)`), and freeze and set "
+            "them in `model.experts[k]` afterwards."
         )
     warn_if_all_frozen(parts.experts[0], of_trunk)
     warn_if_equal(parts.experts, shared, "" if init == "fresh" else parts.classifier, left)
