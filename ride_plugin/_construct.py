@@ -12,16 +12,20 @@ import torch
 from torch import nn
 
 from ride_plugin._apart import warn_if_equal
-from ride_plugin._computed import settle_computed
 from ride_plugin._errors import warn_caller
-from ride_plugin._followers import follow, followers_in
 from ride_plugin._initialise import (
     break_tie,
+    follow,
+    followers_in,
     redraw,
     reinitialise,
     renew_classifier,
+    set_biases,
+    settle_computed,
+    warn_if_all_frozen,
+    warn_if_frozen,
+    warn_if_trained,
 )
-from ride_plugin._set_biases import set_biases
 from ride_plugin._split import (
     Choice,
     Pair,
@@ -33,8 +37,6 @@ from ride_plugin._split import (
     replicate,
     split_backbone,
 )
-from ride_plugin._trained import warn_if_trained
-from ride_plugin._unlearned import warn_if_all_frozen, warn_if_frozen
 from ride_plugin._width import narrow_expert
 
 

@@ -15,9 +15,9 @@ from ride_plugin._initialise import (
     has_orthogonal_rows,
     is_constant,
     is_sparse,
+    is_structured,
     shuffled,
 )
-from ride_plugin._structure import is_structured
 
 
 class Kind(NamedTuple):

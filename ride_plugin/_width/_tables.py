@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ride_plugin._structure import is_structured
+from ride_plugin._initialise import is_structured
 
 _COLUMNS = 256  # so many columns, and so many entries of each, are compared
 

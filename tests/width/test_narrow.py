@@ -23,7 +23,7 @@ from ride_plugin import (
     expert_logits,
     experts_loss,
 )
-from ride_plugin._trained import warn_if_trained
+from ride_plugin._initialise import warn_if_trained
 from ride_plugin._width._amend import Amender
 from ride_plugin._width._ledger import Ledger
 from ride_plugin._width._map import WidthMap

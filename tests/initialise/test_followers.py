@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._followers import follow, followers_in
+from ride_plugin._initialise import follow, followers_in
 
 
 class Averaged(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ride_plugin._initialise import is_constant
+from ride_plugin._initialise._draw import is_constant
 
 
 def set_biases(

@@ -20,7 +20,7 @@ from ride_plugin._initialise import (
 )
 from ride_plugin._split._copies import clone_module
 
-from .backbones import CifarResNet, mlp
+from ..backbones import CifarResNet, mlp
 
 
 def test_fresh_experts_differ_and_keep_the_spread() -> None:

@@ -10,16 +10,24 @@ import torch
 from torch import nn
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._trained import warn_if_trained
+from ride_plugin._initialise import warn_if_trained
 
-from .backbones import CifarResNet
+from ..backbones import CifarResNet
 
 
 def test_fresh_weights_for_a_trained_backbone_warn() -> None:
     backbone = CifarResNet(n=1)
-    backbone(torch.randn(4, 3, 32, 32))
-    with pytest.warns(UserWarning, match="looks trained"):
+    for _ in range(9):
+        backbone(torch.randn(4, 3, 32, 32))
+    with pytest.warns(UserWarning, match="looks trained.*has seen 9 batches"):
         RIDEWrapper(backbone, 2)
+
+
+def test_a_batch_in_the_constructor_is_no_training() -> None:
+    """Many networks run one, to find the size of their features."""
+    backbone = CifarResNet(n=1)
+    backbone(torch.randn(1, 3, 32, 32))
+    RIDEWrapper(backbone, 2)  # warnings are errors
 
 
 class RMSNorm(nn.Module):

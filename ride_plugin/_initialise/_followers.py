@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._initialise import is_constant
+from ride_plugin._initialise._draw import is_constant
 
 _FEW = 8  # entries that tell almost always
 

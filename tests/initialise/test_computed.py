@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._computed import settle_computed
+from ride_plugin._initialise import settle_computed
 
 SPECTRAL = {"parametrized": parametrizations.spectral_norm, "old": spectral_norm}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._structure import is_structured
+from ride_plugin._initialise import is_structured
 
 
 def sinusoids(positions: int, width: int) -> Tensor:

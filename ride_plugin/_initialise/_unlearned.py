@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ride_plugin._errors import warn_caller
-from ride_plugin._initialise import is_constant
+from ride_plugin._initialise._draw import is_constant
 
 
 def warn_if_all_frozen(expert: nn.Module, keep: set[int]) -> None:

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from ride_plugin._errors import warn_caller
-from ride_plugin._initialise import is_constant
-from ride_plugin._structure import is_structured
+from ride_plugin._initialise._draw import is_constant
+from ride_plugin._initialise._structure import is_structured
 
+_DUMMIES = 8  # batches that a constructor may pass through, to find the size of the features
 _ZERO, _ONE = torch.zeros(1, device="cpu"), torch.ones(1, device="cpu")
 
 
@@ -33,12 +34,11 @@ def _trace_of_training(module: nn.Module) -> str | None:
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
     }
-    batches = own.get("num_batches_tracked")
-    if batches is not None and int(batches) > 0:
-        return f"has seen {int(batches)} batches"
-    if bool(
-        (own.get("running_mean", _ZERO) != 0).any() | (own.get("running_var", _ONE) != 1).any()
-    ):
+    batches = int(own.get("num_batches_tracked", 0))
+    if batches > _DUMMIES:
+        return f"has seen {batches} batches"
+    moved = (own.get("running_mean", _ZERO) != 0).any() | (own.get("running_var", _ONE) != 1).any()
+    if not batches and bool(moved):
         return "holds running statistics"
     weight, bias = own.get("weight"), own.get("bias")
     if weight is None or not weight.is_floating_point():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._set_biases import set_biases
+from ride_plugin._initialise import set_biases
 
 COUNTS = torch.tensor([50.0, 200, 10, 100, 5, 300])
 PRIORS = {
