@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ride_plugin._checks import check_integer, refuse
-from ride_plugin._split import SplitModule, merged_groups, replace_classifiers
+from ride_plugin._split import SplitModule, merged_groups, plain_views, replace_classifiers
 
 _PARTS = r"(?:trunk|experts\.\d+)\."
 # Names under which backbones return parameters for an optimizer: `get_param_groups`,
@@ -34,10 +34,26 @@ def alike(values: list[Any]) -> bool:
         return False
 
 
-def _no_weight_decay(model: SplitModule, own: Callable[..., Any]) -> Callable[..., set[str]]:
-    def no_weight_decay() -> set[str]:
-        names = set(own())
-        return {n for n, _ in model.named_parameters() if re.sub(f"^{_PARTS}", "", n) in names}
+def _asked_of_each(model: SplitModule, name: str) -> list[Any]:
+    """What this method answers for every expert as a plain network, which has all the names.
+
+    A trunk alone does not: such methods often choose from `self.named_parameters()`.
+    """
+    return [getattr(network, name)() for network in plain_views(model.parts())]
+
+
+def _no_weight_decay(model: SplitModule, own: Callable[..., Any]) -> Callable[..., Any]:
+    def no_weight_decay() -> Any:
+        """What the backbone's method returns, and the same behind each part's prefix.
+
+        Code compares whole names or uses the entries as patterns (timm), which the prefixed entries
+        serve, or looks for the entries inside names (SlowFast), which the plain ones serve.
+        """
+        answers = _asked_of_each(model, "no_weight_decay")
+        entries = dict.fromkeys(entry for answer in answers for entry in answer)
+        parts = ("trunk", *(f"experts.{k}" for k in range(len(answers))))
+        every = [*entries, *(f"{part}.{entry}" for part in parts for entry in entries)]
+        return every if isinstance(answers[0], list) else set(every)
 
     return no_weight_decay
 
@@ -58,8 +74,11 @@ def _group_matcher(model: SplitModule, own: Callable[..., Any]) -> Callable[...,
     return group_matcher
 
 
-def _no_weight_decay_keywords(model: SplitModule, own: Callable[..., Any]) -> Callable[..., Any]:
-    return own  # parts of names, which the model's names have as well
+def _no_weight_decay_keywords(
+    model: SplitModule, own: Callable[..., Any]
+) -> Callable[..., set[str]]:
+    # They are parts of names, which the model's names have as well.
+    return lambda: set().union(*_asked_of_each(model, "no_weight_decay_keywords"))
 
 
 def parameter_groups(model: SplitModule, name: str) -> Callable[..., Any]:

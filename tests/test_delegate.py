@@ -190,13 +190,6 @@ def test_tensors_are_named_where_they_are_and_nowhere_else(name: str, place: str
         assert re.findall(r"`(model\.(?:trunk|experts).*?)`", str(told.value)) == [place]
 
 
-def test_parameters_without_weight_decay_have_the_models_names() -> None:
-    model = wrapped()
-    names = model.no_weight_decay()
-    assert names == {"trunk.token", "trunk.stem.bias", "experts.0.scale", "experts.1.scale"}
-    assert names <= {name for name, _ in model.named_parameters()}
-
-
 def test_layer_groups_match_the_models_names() -> None:
     matcher = wrapped().group_matcher(coarse=True)
     assert re.match(matcher["stem"], "trunk.token")

@@ -54,7 +54,7 @@ from ride_plugin._split._passes import (
     record,
     write_attributes,
 )
-from ride_plugin._split._plain import plain_modules
+from ride_plugin._split._plain import plain_modules, plain_views
 from ride_plugin._split._probe import Call
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._settings import held_together_by, unchanged
@@ -96,6 +96,7 @@ __all__ = [
     "on_meta",
     "own_containers",
     "plain_modules",
+    "plain_views",
     "play",
     "put_fork_hooks_first",
     "read_attributes",

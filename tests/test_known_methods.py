@@ -1,0 +1,93 @@
+"""Methods of backbones that name parameters, asked of a wrapped model."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ride_plugin import RIDEWrapper
+
+
+class Net(nn.Module):
+    """Blocks with a scale each, as timm's transformers have tables of positions in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(8))
+        self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+        for block in self.blocks:
+            block.scale = nn.Parameter(torch.ones(8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.token
+        for block in self.blocks:
+            x = x + torch.relu(block(x)) * block.scale
+        return self.head(x)
+
+
+class Walks(Net):
+    """Chooses of its own parameters: timm's Swin, BEiT, MaxViT; LeViT of its state dict."""
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if "scale" in name}
+
+    def no_weight_decay_keywords(self) -> Any:
+        return {name.rsplit(".", 1)[-1]: 1 for name in self.state_dict() if "blocks.3.s" in name}
+
+
+class Fixed(Net):
+    """Names that it may have or not: timm's vision transformers."""
+
+    def no_weight_decay(self) -> set[str]:
+        return {"token", "blocks.2.scale", "blocks.3.scale", "dist_token"}
+
+
+class Patterns(Net):
+    """Names with wildcards: timm's XCiT."""
+
+    def no_weight_decay(self) -> set[str]:
+        return {"blocks.*.scale", "token"}
+
+
+class PartsOfNames(Net):
+    """What names contain: SlowFast's MViT."""
+
+    def no_weight_decay(self) -> list[str]:
+        return ["scale", "token"]
+
+
+READINGS: dict[str, Callable[[str, Collection[str]], bool]] = {
+    "whole names": lambda name, skip: name in skip,
+    "patterns": lambda name, skip: any(fnmatch.fnmatch(name, entry) for entry in skip),
+    "parts of names": lambda name, skip: any(entry in name for entry in skip),
+}
+
+
+def own_name(name: str) -> str:
+    """The backbone's name of a parameter, of the wrapped model's."""
+    return re.sub(r"^(trunk|experts\.\d+)\.", "", name)
+
+
+@pytest.mark.parametrize("read", READINGS.values(), ids=READINGS)
+@pytest.mark.parametrize("kind", [Walks, Fixed, Patterns, PartsOfNames])
+def test_weight_decay_spares_the_parameters_that_it_spares_in_the_backbone(
+    kind: Any, read: Callable[[str, Collection[str]], bool]
+) -> None:
+    backbone = kind()
+    model = RIDEWrapper(backbone, 2, fork_at="blocks.2")
+    spared, plain = model.no_weight_decay(), backbone.no_weight_decay()
+    assert type(spared) is type(plain)
+    for name, _ in model.named_parameters():
+        assert read(name, spared) == read(own_name(name), plain), name
+
+
+def test_keywords_are_those_of_all_experts() -> None:
+    model = RIDEWrapper(Walks(), 2, fork_at="blocks.2")
+    assert model.no_weight_decay_keywords() == {"scale"}
