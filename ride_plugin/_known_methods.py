@@ -16,6 +16,7 @@ from ride_plugin._checks import check_integer, refuse
 from ride_plugin._split import SplitModule, merged_groups, plain_views, replace_classifiers
 
 _PARTS = r"(?:trunk|experts\.\d+)\."
+_ANCHOR = r"(?<![\\\[])\^"
 # Names under which backbones return parameters for an optimizer: `get_param_groups`,
 # `optim_parameters`, `get_1x_lr_params`, `get_parameters`, `get_optim_policies`. Code asks with
 # `hasattr` and trains otherwise, without a word, where there is none.
@@ -34,12 +35,12 @@ def alike(values: list[Any]) -> bool:
         return False
 
 
-def _asked_of_each(model: SplitModule, name: str) -> list[Any]:
+def _asked_of_each(model: SplitModule, name: str, *args: Any, **kwargs: Any) -> list[Any]:
     """What this method answers for every expert as a plain network, which has all the names.
 
     A trunk alone does not: such methods often choose from `self.named_parameters()`.
     """
-    return [getattr(network, name)() for network in plain_views(model.parts())]
+    return [getattr(network, name)(*args, **kwargs) for network in plain_views(model.parts())]
 
 
 def _no_weight_decay(model: SplitModule, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,15 +62,18 @@ def _no_weight_decay(model: SplitModule, own: Callable[..., Any]) -> Callable[..
 def _group_matcher(model: SplitModule, own: Callable[..., Any]) -> Callable[..., Any]:
     def anywhere(pattern: Any) -> Any:
         if isinstance(pattern, str):
-            return f"^{_PARTS}(?:{pattern.removeprefix('^')})"
+            # Each alternative may begin with an anchor, which is of no use behind the prefix.
+            return f"^{_PARTS}(?:{re.sub(_ANCHOR, '', pattern)})"
         if isinstance(pattern, dict):
             return {key: anywhere(item) for key, item in pattern.items()}
+        if callable(pattern):  # maps a name to its layer
+            return lambda name: pattern(re.sub(f"^{_PARTS}", "", name))
         return (
             type(pattern)(map(anywhere, pattern)) if isinstance(pattern, list | tuple) else pattern
         )
 
     def group_matcher(*args: Any, **kwargs: Any) -> Any:
-        return anywhere(own(*args, **kwargs))
+        return anywhere(_asked_of_each(model, "group_matcher", *args, **kwargs)[0])
 
     return group_matcher
 

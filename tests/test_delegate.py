@@ -190,20 +190,6 @@ def test_tensors_are_named_where_they_are_and_nowhere_else(name: str, place: str
         assert re.findall(r"`(model\.(?:trunk|experts).*?)`", str(told.value)) == [place]
 
 
-def test_layer_groups_match_the_models_names() -> None:
-    matcher = wrapped().group_matcher(coarse=True)
-    assert re.match(matcher["stem"], "trunk.token")
-    assert re.match(matcher["stem"], "trunk.stem.weight")
-    assert not re.match(matcher["stem"], "token")
-    block, head = matcher["blocks"]
-    found = re.match(block[0], "experts.1.blocks.2.weight")
-    assert found is not None
-    assert found.groups() == ("2",)
-    assert block[1] is None
-    assert re.match(head[0], "experts.0.head.bias")
-    assert head[1] == (99,)
-
-
 def test_the_classifiers_are_got_and_reset_for_every_expert() -> None:
     model = wrapped()
     assert tuple(model.get_classifier()) == model.classifiers

@@ -91,3 +91,50 @@ def test_weight_decay_spares_the_parameters_that_it_spares_in_the_backbone(
 def test_keywords_are_those_of_all_experts() -> None:
     model = RIDEWrapper(Walks(), 2, fork_at="blocks.2")
     assert model.no_weight_decay_keywords() == {"scale"}
+
+
+class Matched(Net):
+    """Says by patterns which layer a parameter belongs to, the last one with two anchors."""
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        if coarse:
+            return {"stem": r"^token", "blocks": r"^blocks\.(\d+)\.[^b]"}
+        return {"stem": r"token", "blocks": [(r"^blocks\.(\d+)", None), (r"^neck|^head", (99,))]}
+
+
+class Called(Net):
+    """Says it by a function that counts its own blocks with scales: timm's CaiT."""
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        first = 0 if coarse else 1
+        last = sum("scale" in name for name, _ in self.named_parameters())
+
+        def layer_of(name: str) -> int:
+            if name.startswith("blocks."):
+                return int(name.split(".")[1]) + first
+            return 0 if name == "token" else last + first
+
+        return layer_of
+
+
+def layer_of(name: str, matcher: Any) -> tuple[float, ...]:
+    """As timm's `group_with_matcher` finds the layer of a name."""
+    if not isinstance(matcher, dict):
+        return (matcher(name),)
+    for place, entry in enumerate(matcher.values()):
+        for pattern, suffix in [(entry, None)] if isinstance(entry, str) else entry:
+            found = re.compile(pattern).match(name)
+            if found:
+                return (place, *map(float, (*found.groups(), *(suffix or ()))))
+    return (float("inf"),)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("kind", [Matched, Called])
+def test_a_parameter_is_in_the_layer_that_it_is_in_in_the_backbone(kind: Any, coarse: bool) -> None:
+    backbone = kind()
+    model = RIDEWrapper(backbone, 2, fork_at="blocks.2")
+    matcher, plain = model.group_matcher(coarse=coarse), backbone.group_matcher(coarse)
+    assert type(matcher) is type(plain)
+    for name, _ in model.named_parameters():
+        assert layer_of(name, matcher) == layer_of(own_name(name), plain), name
