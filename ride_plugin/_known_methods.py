@@ -13,7 +13,13 @@ from typing import Any
 from torch import nn
 
 from ride_plugin._checks import check_integer, refuse
-from ride_plugin._split import SplitModule, merged_groups, plain_views, replace_classifiers
+from ride_plugin._split import (
+    Recorded,
+    SplitModule,
+    merged_groups,
+    plain_views,
+    replace_classifiers,
+)
 
 _PARTS = r"(?:trunk|experts\.\d+)\."
 _ANCHOR = r"(?<![\\\[])\^"
@@ -98,7 +104,16 @@ def parameter_groups(model: SplitModule, name: str) -> Callable[..., Any]:
 
 
 def _get_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[..., nn.Module]:
-    return lambda: nn.ModuleList(model.classifiers)
+    def get_classifier(*args: Any, **kwargs: Any) -> nn.Module:
+        """What the method returns for each expert: it may be two heads, or more than a layer."""
+        answers = [expert.get_classifier(*args, **kwargs) for expert in model.experts]
+        each = [answer if isinstance(answer, list | tuple) else [answer] for answer in answers]
+        found = [part for parts in each for part in parts if isinstance(part, nn.Module)]
+        # One that runs before the fork is the trunk's, where experts have a stand-in for it.
+        real = [part.ride_real if isinstance(part, Recorded) else part for part in found]
+        return nn.ModuleList(dict.fromkeys(real) or model.classifiers)
+
+    return get_classifier
 
 
 def _reset_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[..., None]:

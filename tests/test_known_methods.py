@@ -138,3 +138,43 @@ def test_a_parameter_is_in_the_layer_that_it_is_in_in_the_backbone(kind: Any, co
     assert type(matcher) is type(plain)
     for name, _ in model.named_parameters():
         assert layer_of(name, matcher) == layer_of(own_name(name), plain), name
+
+
+class Heads(Net):
+    """Two classifiers, each behind a normalisation: timm's LeViT and distilled transformers."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 5))
+        self.head_dist = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 5))
+        self.early = early
+
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+        return self.head, self.head_dist
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.head_dist(x) if self.early else 0.0
+        for block in self.blocks:
+            x = x + torch.relu(block(x))
+        return self.head(x) + (first if self.early else self.head_dist(x))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_the_classifier_is_all_of_it(early: bool) -> None:
+    model = RIDEWrapper(Heads(early), 2, fork_at="blocks.2")
+    found = {id(parameter) for parameter in model.get_classifier().parameters()}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in found}
+    assert names == {name for name, _ in model.named_parameters() if "head" in name}
+    assert len(names) == (3 if early else 4) * 4
+
+
+class Nameless(Net):
+    """Has the method and does not know its classifier."""
+
+    def get_classifier(self) -> None:
+        return None
+
+
+def test_a_classifier_that_the_backbone_does_not_know_is_the_one_that_was_found() -> None:
+    model = RIDEWrapper(Nameless(), 2, fork_at="blocks.2")
+    assert list(model.get_classifier()) == model.classifiers
