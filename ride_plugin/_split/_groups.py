@@ -40,6 +40,12 @@ def merged_groups(
     check_callable(function, argument, f"{argument}(network)")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     results = [_listed(function(view)) for view in plain_views(parts)]
+    if isinstance(results[0], torch.optim.Optimizer):
+        raise ArgumentError(
+            f"Expected `{argument}` to return groups of parameters, but got an optimizer, "
+            f"{type(results[0]).__name__}, which is for one expert's network. Return its groups, "
+            "`optimizer.param_groups`, and make the model's optimizer of what comes back."
+        )
     if not any(id(tensor) in names for tensor in _tensors(results)):
         raise ArgumentError(
             f"Expected `{argument}` to return parameters of the network that it gets, in lists or "

@@ -159,3 +159,19 @@ def test_what_cannot_be_merged_is_refused() -> None:
 
     with pytest.raises(ArgumentError, match=r"one structure for every expert, but got 0.1 .* 0.2"):
         model.parameter_groups_by(another_rate_each_time)
+
+
+def test_an_optimizer_is_refused_for_its_groups() -> None:
+    model = RIDEWrapper(Blocks(), 2, fork_at="blocks.2")
+
+    def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(by_layer(network), lr=0.1)
+
+    with pytest.raises(ArgumentError, match=r"got an optimizer, AdamW.*`optimizer\.param_groups`"):
+        model.parameter_groups_by(optimizer_of)
+    groups = model.parameter_groups_by(lambda network: optimizer_of(network).param_groups)
+    optimizer = torch.optim.AdamW(groups)
+    plain = optimizer_of(Blocks()).param_groups
+    assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in plain]
+    found = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
