@@ -184,6 +184,8 @@ def set_on_parts(model: SplitModule, names: Names, name: str, value: Any) -> boo
     if isinstance(old, nn.Module):
         raise _replaced_too_late(model, name, "module")
     if any(name in part._parameters or name in part._buffers for part in parts):
+        if value is None and all(getattr(part, name, None) is None for part in parts):
+            return True
         raise _replaced_too_late(model, name, "tensor")
     if isinstance(value, nn.Module | nn.Parameter | MethodType) or _holds_modules(old):
         _tell_alone(name, "has")

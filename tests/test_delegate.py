@@ -544,6 +544,27 @@ def test_what_cannot_be_the_same_in_every_part_is_told() -> None:
             setattr(model, name, value)
 
 
+class Unset(Backbone):
+    """Has a buffer and a parameter that are None until somebody fills them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("thresholds", None)
+        self.register_parameter("offset", None)
+
+
+def test_none_may_be_set_where_none_is() -> None:
+    model = RIDEWrapper(Unset(), 2, fork_at="blocks.2")
+    for name in ("thresholds", "offset"):
+        setattr(model, name, None)
+        assert getattr(model, name) is None
+        assert name not in vars(model)
+        with pytest.raises(AttributeError, match=f"`{name}` to be replaced before wrapping"):
+            setattr(model, name, torch.ones(5))
+    with pytest.raises(AttributeError, match="`token` to be replaced before wrapping"):
+        model.token = None
+
+
 class Grouped(Backbone):
     """Says how an optimizer should treat its parameters, in the ways that are in use."""
 
