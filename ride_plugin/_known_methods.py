@@ -106,7 +106,8 @@ def parameter_groups(model: SplitModule, name: str) -> Callable[..., Any]:
 def _get_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[..., nn.Module]:
     def get_classifier(*args: Any, **kwargs: Any) -> nn.Module:
         """What the method returns for each expert: it may be two heads, or more than a layer."""
-        answers = [expert.get_classifier(*args, **kwargs) for expert in model.experts]
+        experts: list[Any] = list(model.experts)
+        answers = [expert.get_classifier(*args, **kwargs) for expert in experts]
         each = [answer if isinstance(answer, list | tuple) else [answer] for answer in answers]
         found = [part for parts in each for part in parts if isinstance(part, nn.Module)]
         # One that runs before the fork is the trunk's, where experts have a stand-in for it.
