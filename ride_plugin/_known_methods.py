@@ -132,6 +132,7 @@ def _reset_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[.
                 )
         number = check_integer(num_classes, "num_classes", 2)
         model.num_classes = replace_classifiers(model.parts(), None, number).num_classes
+        model.relink()  # the parts hold other settings together
 
     return reset_classifier
 

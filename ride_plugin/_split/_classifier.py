@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ride_plugin._contexts import in_mode
 from ride_plugin._cosine import CosineClassifier
 from ride_plugin._errors import ArgumentError, SplitError
+from ride_plugin._split._class_number import set_class_number
 from ride_plugin._split._hooks import watch_classifier
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._probe import Call, address_of
@@ -118,6 +119,8 @@ def replace_classifiers(
         new = in_mode(new.to(parameter.device, parameter.dtype), old.training)
         expert.set_submodule(str(parts.classifier), new)
         watch_classifier(expert, parts.classifier, parts.running)
+    if num_classes != parts.num_classes:
+        set_class_number(parts, num_classes)
     return replace(parts, num_classes=num_classes)
 
 
