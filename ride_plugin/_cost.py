@@ -17,6 +17,7 @@ from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._flops import counted
 from ride_plugin._inputs import as_inputs, at_least_one_row, taken_by_model
 from ride_plugin._output import RouterInputs
+from ride_plugin._parameters import parameters_by_owner
 from ride_plugin._tensor_checks import Numbers, as_cpu_tensor
 from ride_plugin._tree import map_tensors
 
@@ -217,7 +218,8 @@ def cost_report(
                 if router is not None:
                     gate, _ = counted(router, router.gate, index, logits, features)
                 gate_flops.append(gate // rows)
-    trunk, shared, own = _by_owner(model)
+    named = model.named_parameters(remove_duplicate=False)
+    trunk, shared, own = parameters_by_owner(named, model.num_experts)
     return CostReport(
         trunk_parameters=trunk,
         expert_parameters=own,
@@ -303,23 +305,6 @@ def _flops_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             "Expected argument `backbone` to be the plain network, which takes what the model "
             f"takes, but on the same inputs it raised {type(error).__name__}: {error}"
         ) from error
-
-
-def _by_owner(model: CountableModel) -> tuple[int, int, tuple[int, ...]]:
-    """Numbers of parameters: the trunk's, those that several experts share, each expert's own."""
-    owners: dict[int, set[int]] = {}
-    sizes: dict[int, int] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        part, _, rest = name.partition(".")
-        owner = int(rest.partition(".")[0]) if part == "experts" else -1
-        owners.setdefault(id(parameter), set()).add(owner)
-        sizes[id(parameter)] = parameter.numel()
-    trunk = sum(sizes[key] for key, found in owners.items() if -1 in found)
-    own = [0] * model.num_experts
-    for key, found in owners.items():
-        if len(found) == 1 and -1 not in found:
-            own[min(found)] += sizes[key]
-    return trunk, sum(sizes.values()) - trunk - sum(own), tuple(own)
 
 
 def _parameters(module: object) -> int:

@@ -34,6 +34,7 @@ from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._fold_batchnorm import folded_copy
 from ride_plugin._halves import halves_of
 from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, joined
+from ride_plugin._parameters import summary
 from ride_plugin._recompute import checkpointed
 from ride_plugin._split import (
     Pair,
@@ -451,6 +452,11 @@ class RIDEWrapper(SplitModule):
             self._watch.drops_a_loss()
         return each
 
+    def relink(self) -> None:
+        """Follow tensors, and settings that all parts hold, where something has replaced them."""
+        super().relink()
+        self._settings = held_together_by((self.trunk, *self.experts))
+
     def _settings_kept(self) -> AbstractContextManager[None]:
         if self.num_experts == 1 or torch.compiler.is_compiling():
             return nullcontext()
@@ -500,20 +506,8 @@ class RIDEWrapper(SplitModule):
         refuse_tracing("torch.jit.script")
 
     def __repr__(self) -> str:
-        """What is shared, forked and narrowed, and what that costs, in five lines."""
-        shared, forked = parameters_by_child(self.trunk), parameters_by_child(self.experts[0])
-        total = sum(parameter.numel() for parameter in self.parameters())
-        of_one = sum(shared.values()) + sum(forked.values())
-        width = f"expert_width={self.expert_width}" if self.expert_width < 1 else "nothing"
-        return (
-            f"{type(self).__name__}(num_experts={self.num_experts}, num_classes={self.num_classes},"
-            f" fork_at={self.fork_at!r})\n"
-            f"  shared: {', '.join(shared) or 'nothing'}; {sum(shared.values()):,} parameters\n"
-            f"  forked: {', '.join(forked)}; {sum(forked.values()):,} parameters for each expert\n"
-            f"  narrowed: {width}\n"
-            f"  cost: {total:,} parameters, {total / max(1, of_one):.2f} x those with one expert; "
-            "`cost_report` counts FLOPs"
-        )
+        """What is shared, forked and narrowed, and what that costs, in a few lines."""
+        return summary(self, self.expert_width)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module; what the backbone has is set in trunk and experts, which read it."""
@@ -568,16 +562,3 @@ def _tell_swap(
         f"{type(extractor).__name__} and a {type(classifier).__name__}, which run in the other "
         "order only. Swap them: `from_pair(feature_extractor, classifier)`."
     ) from error
-
-
-def parameters_by_child(module: nn.Module) -> dict[str, int]:
-    """Parameters below each child, or below each of its children where it is the only one."""
-    prefix = ""
-    while len(children := dict(module.named_children())) == 1:
-        ((name, module),) = children.items()
-        prefix += name + "."
-    sizes: dict[str, int] = {}
-    for name, parameter in module.named_parameters():
-        child = prefix + name.split(".")[0]
-        sizes[child] = sizes.get(child, 0) + parameter.numel()
-    return sizes

@@ -542,19 +542,6 @@ def test_inference_mode_is_refused() -> None:
         RIDEWrapper(backbone, 2)
 
 
-def test_a_printed_model_says_what_is_shared_forked_narrowed_and_what_it_costs():
-    model = RIDEWrapper(plain_convnet(), 3, expert_width=0.5)
-    head, shared, forked, narrowed, cost = str(model).splitlines()
-    trunk = sum(p.numel() for p in model.trunk.parameters())
-    expert = sum(p.numel() for p in model.experts[0].parameters())
-    assert f"fork_at={model.fork_at!r}" in head
-    assert f"{trunk:,} parameters" in shared
-    assert f"{expert:,} parameters for each expert" in forked
-    assert "expert_width=0.5" in narrowed
-    assert f"{trunk + 3 * expert:,} parameters" in cost
-    assert f"{(trunk + 3 * expert) / (trunk + expert):.2f} x" in cost
-
-
 class AsksForGradients(nn.Module):
     """A forward that turns gradients on by itself in training, as Wav2Vec2's encoder does."""
 
