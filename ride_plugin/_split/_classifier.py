@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from ride_plugin._cosine import CosineClassifier
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._split._class_number import set_class_number
 from ride_plugin._split._hooks import watch_classifier
-from ride_plugin._split._parts import Parts
+from ride_plugin._split._parts import Parts, trial_run
 from ride_plugin._split._probe import Call, address_of
+from ride_plugin._tree import map_tensors
 
 ClassifierFactory = Callable[[int, int], nn.Module]
 
@@ -81,7 +83,8 @@ def replace_classifiers(
     """Give each expert a new classifier: the one asked for, or a linear layer as the old one.
 
     Raises:
-        SplitError: the backbone's classifier is not an ordinary linear layer on pooled features.
+        SplitError: the backbone's classifier is not an ordinary linear layer on pooled features, or
+            not all that its logits are computed from.
         ArgumentError: ``classifier`` is of another kind.
     """
     num_classes = parts.num_classes if num_classes is None else num_classes
@@ -100,6 +103,7 @@ def replace_classifiers(
             "Expected argument `classifier` to be None, 'cosine' or a function of "
             f"(in_features, num_classes) that returns a module, but got {classifier!r}."
         )
+    _refuse_several(parts, olds[0])
     for expert, old in zip(parts.experts, olds, strict=True):
         parameter = next(old.parameters())
         with parameter.device:  # whatever torch's default device is
@@ -122,6 +126,34 @@ def replace_classifiers(
     if num_classes != parts.num_classes:
         set_class_number(parts, num_classes)
     return replace(parts, num_classes=num_classes)
+
+
+def _refuse_several(parts: Parts, head: nn.Module) -> None:
+    """Refuse logits that differ from row to row where the classifier returns zeros for each.
+
+    A sum or mean of two classifiers does; a scale, a temperature or a bias of a classifier do not.
+
+    Raises:
+        SplitError: they do.
+    """
+
+    def zeros(module: nn.Module, args: Any, output: Any) -> Any:
+        return map_tensors(torch.zeros_like, output)
+
+    handle = head.register_forward_hook(zeros)
+    try:
+        logits, _ = trial_run(parts, 0, parts.inputs)
+    finally:
+        handle.remove()
+    if not logits.is_meta and not torch.equal(
+        logits.nan_to_num(), logits[:1].nan_to_num().expand_as(logits)
+    ):
+        raise SplitError(
+            f"The backbone computes its logits from more than one module: `{parts.classifier}` "
+            "would be replaced, and the logits depend on something beside what it returns, another "
+            "classifier say. Change it before wrapping, and leave `classifier=` and "
+            "`num_classes=` out."
+        )
 
 
 def _in_features(head: nn.Module, num_classes: int) -> int | None:

@@ -579,19 +579,18 @@ def test_plain_backbones_are_not_warned_of() -> None:
         RIDEWrapper(linear_net(), 2)(torch.randn(4, 8))
 
 
-def test_logits_of_two_classifiers_cannot_have_one_of_them_made_anew() -> None:
-    class Distilled(Net):
+def test_a_classifier_cannot_be_made_anew_where_more_is_made_for_its_classes() -> None:
+    class Shifted(Net):
         def __init__(self) -> None:
-            super().__init__(lambda f, z: (f, z))
-            self.other = nn.Linear(16, 5)
+            super().__init__(lambda f, z: z)
+            self.shift = nn.Parameter(torch.ones(5))
 
         def forward(self, x: Tensor) -> Tensor:
-            features, logits = super().forward(x)
-            return (logits + self.other(features)) / 2
+            return super().forward(x) + self.shift
 
-    assert RIDEWrapper(Distilled(), 2).num_classes == 5
+    assert RIDEWrapper(Shifted(), 2).num_classes == 5
     with pytest.raises(SplitError, match=r"from more than one\. Change it before wrapping"):
-        RIDEWrapper(Distilled(), 2, num_classes=9)
+        RIDEWrapper(Shifted(), 2, num_classes=9)
 
 
 def test_a_spectrogram_is_guessed_from_the_configuration() -> None:
