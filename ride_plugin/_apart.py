@@ -1,7 +1,7 @@
 """Whether what was drawn anew for each expert differs between them.
 
 This looks at the result, whatever was meant to make it differ. Experts all of whose weights are
-equal are found in training.
+equal for another reason than a copy are found in training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence, Set
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._errors import warn_caller
+from ride_plugin._errors import listed, warn_caller
 from ride_plugin._initialise import is_constant
 
 _SURPRISE = 14.0  # minus the logarithm of a probability, as for structure
@@ -51,6 +51,30 @@ def warn_if_equal(
         warn_caller(
             f"Not drawn anew, so equal in all experts: {left}. To make experts differ there, set "
             "them in `model.experts[k]`."
+        )
+
+
+def warn_if_copied(experts: Sequence[nn.Module], keep: Set[int], num_classes: int) -> None:
+    """Warn of experts that ``init="copy"`` has left equal: nothing in them was drawn anew.
+
+    Args:
+        experts: with the values that they start with.
+        keep: ids of tensors that are not an expert's own.
+        num_classes: ``C``, by which parameters that may be class weights are told.
+    """
+    first, second = (dict(expert.named_parameters()) for expert in (*experts, *experts)[:2])
+    own = {n: p for n, p in first.items() if p.requires_grad and id(p) not in keep}
+    if len(experts) < 2 or not own:
+        return
+    if all(name in second and torch.equal(p, second[name]) for name, p in own.items()):
+        rows = [name for name, p in own.items() if p.dim() > 1 and num_classes in p.shape]
+        which = f" (perhaps {listed(rows)})" if rows else ""
+        warn_caller(
+            'Experts 0 and 1 have equal weights: init="copy" draws the classifier anew, and none '
+            "was found that is a module of the experts and trains. Equal experts receive equal "
+            "gradients and stay one expert. Draw something anew in each of `model.experts[k]`"
+            f"{which} before training; or let a module compute the logits of class weights, an "
+            "nn.Linear or a ride_plugin.longtail.CosineClassifier say, and wrap that."
         )
 
 

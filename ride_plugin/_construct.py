@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ride_plugin._apart import warn_if_equal
+from ride_plugin._apart import warn_if_copied, warn_if_equal
 from ride_plugin._errors import warn_caller
 from ride_plugin._initialise import (
     break_tie,
@@ -141,6 +141,8 @@ def initialise(
         )
     warn_if_all_frozen(parts.experts[0], of_trunk)
     warn_if_equal(parts.experts, shared, "" if init == "fresh" else parts.classifier, left)
+    if init == "copy":
+        warn_if_copied(parts.experts, shared, parts.num_classes)
     return parts
 
 

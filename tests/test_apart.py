@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import RIDEWrapper
+from ride_plugin import RIDEWrapper, expert_logits
 from ride_plugin._apart import warn_if_equal
 
 
@@ -83,3 +83,45 @@ def test_many_entries_in_one_order_are_no_chance(dtype: torch.dtype) -> None:
         warn_if_equal([first, second], {id(first["w"])}, "")
         warn_if_equal([first, second], set(), "", ["w"])
         warn_if_equal([first], set(), "")
+
+
+class ClassWeights(nn.Module):
+    """Class weights that no module uses: angles, distances to prototypes, or the trunk's table."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.early, self.late, self.kind = nn.Linear(8, 16), nn.Linear(16, 16), kind
+        self.weight = nn.Parameter(torch.randn(5, 16))
+        if kind == "frozen":
+            self.fc = nn.Linear(16, 5).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.late(self.early(x).relu()).relu()
+        if self.kind == "prototypes":
+            return -torch.cdist(h, self.weight)
+        if self.kind == "frozen":
+            return self.fc(h)
+        return nn.functional.linear(h, nn.functional.normalize(self.weight))
+
+
+@pytest.mark.parametrize("kind", ["angles", "prototypes", "frozen"])
+def test_copies_in_which_nothing_was_drawn_anew_are_told_when_wrapping(kind: str) -> None:
+    hint = "" if kind == "frozen" else r" \(perhaps `weight`\)"
+    said = r"init=\"copy\" draws the classifier anew.*in each of `model.experts\[k\]`" + hint
+    with pytest.warns(UserWarning, match=said) as caught:
+        model = RIDEWrapper(ClassWeights(kind), 2, fork_at="late", init="copy")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    x = torch.randn(3, 8)
+    assert torch.equal(*expert_logits(model(x)).unbind(1))
+    with torch.no_grad():
+        model.experts[1].late.weight.normal_()  # something anew: their gradients differ
+    assert not torch.equal(*expert_logits(model(x)).unbind(1))
+
+
+@pytest.mark.parametrize("init", ["fresh", "copy"])
+def test_experts_that_differ_or_are_one_are_not_told_of(init: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RIDEWrapper(ClassWeights("angles"), 1, fork_at="late", init=init)
+        RIDEWrapper(layers(nn.Linear(16, 5)), 2, fork_at="2", init=init)
