@@ -144,6 +144,32 @@ def test_what_sets_something_in_each_module_can_be_called_on_every_part() -> Non
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+class Resizable(Backbone):
+    """Changes what lies before the fork, of its own old size, as an image transformer does."""
+
+    def set_input_size(self, size: int) -> None:
+        old, repeats = self.token.shape[0], size // self.token.shape[0]
+        self.token = nn.Parameter(self.token.detach().repeat(repeats))
+        self.stem.weight = nn.Parameter(self.stem.weight.detach().repeat(1, repeats))
+        assert self.stem.weight.shape[1] == old * repeats
+
+
+def test_what_changes_the_trunk_is_called_there_alone() -> None:
+    model = RIDEWrapper(Resizable(), 2, fork_at="blocks.2")
+    with pytest.raises(AttributeError, match=r"the trunk alone: `model\.trunk\.set_input_size\("):
+        model.set_input_size(16)
+    model.trunk.set_input_size(16)
+    x = torch.randn(3, 16)
+    for k, plain in enumerate(copies_of(Resized(), model)):
+        torch.testing.assert_close(expert_logits(model(x))[:, k], plain(x))
+
+
+class Resized(Resizable):
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_input_size(16)
+
+
 @pytest.mark.filterwarnings("ignore:This code asks the model")
 @pytest.mark.parametrize(
     ("name", "in_trunk", "in_experts"),

@@ -103,7 +103,8 @@ def test_frozen_layers_of_the_trunk_do_not_warn() -> None:
 def test_a_frozen_classifier_is_kept_and_shared() -> None:
     backbone = CifarResNet(n=1)
     backbone.linear.requires_grad_(False)
-    model = RIDEWrapper(backbone, 2, init="copy")
+    with pytest.warns(UserWarning, match="Experts 0 and 1 have equal weights"):
+        model = RIDEWrapper(backbone, 2, init="copy")
     first, second = model.classifiers
     assert first.weight is second.weight
     assert torch.equal(first.weight, backbone.linear.weight)
