@@ -219,7 +219,7 @@ def _guesses_of(
     elif isinstance(first, nn.Conv3d):
         for frames, side in ((8, 32), (8, 112), (16, 112), (16, 224)):
             yield (floats(2, first.in_channels, frames, side, side),), {}
-    elif isinstance(first, nn.Embedding):
+    elif isinstance(first, nn.Embedding | nn.EmbeddingBag):
         yield (tokens(16, first.num_embeddings),), {}
     elif isinstance(first, nn.Linear):
         yield (floats(2, first.in_features),), {}
@@ -242,5 +242,6 @@ def _guesses_of(
 
 
 def _input_is_known(module: nn.Module) -> bool:
-    known = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.Linear, nn.RNNBase)
-    return isinstance(module, (*known, nn.modules.batchnorm._BatchNorm))
+    embeddings, convolutions = (nn.Embedding, nn.EmbeddingBag), (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    others = (nn.Linear, nn.RNNBase, nn.modules.batchnorm._BatchNorm)
+    return isinstance(module, (*convolutions, *embeddings, *others))

@@ -261,3 +261,20 @@ def test_a_tuple_that_is_one_argument_is_told_from_several(
     assert output.shape == (2, 4)
     with pytest.raises(SplitError, match="does not run on `example_input`"):
         find_example(backbone, (torch.randn(5, 7), torch.ones(5)), LogitsReader())
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.EmbeddingBag(50, 16), nn.Linear(16, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.fc(self.table(ids).relu())
+
+
+def test_a_bag_of_embeddings_takes_token_ids() -> None:
+    ((ids,), kwargs), output = find_example(Bag().eval(), None, LogitsReader())
+    assert (ids.shape, ids.dtype, output.shape) == ((2, 16), torch.int64, (2, 5))
+    assert not kwargs
+    assert ids.min() >= 0
+    assert ids.max() < 50
