@@ -101,8 +101,9 @@ class RIDEWrapper(SplitModule):
             None is warned of.
         num_classes: ``C``. If it is the backbone's own number it confirms it; if not, the experts'
             classifiers are made anew with as many outputs, which needs a linear layer in the
-            backbone (a pretrained head of 1000 classes, a task of 150) or ``classifier=``. None
-            takes the backbone's own number.
+            backbone (a pretrained head of 1000 classes, a task of 150) or ``classifier=``, and the
+            parts' `num_classes`, `num_labels` and configuration say so. None takes the backbone's
+            own number.
         return_experts: True returns :class:`ExpertOutput` instead of a tensor that carries the
             experts' logits; ``"training"`` does so in training mode only, so that validation code
             still receives plain logits. Can be set at any time, also when an engine has wrapped the
