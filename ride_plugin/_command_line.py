@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._budget import plan
+from ride_plugin._checks import as_labels, check_floating
 from ride_plugin._cost import cost_report
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._parameters import parameters_by_child
 from ride_plugin._split import reason_of_fork
-from ride_plugin._tensor_checks import as_labels, check_floating
 from ride_plugin._wrapper import RIDEWrapper
 from ride_plugin.longtail import analyze, shot_report
 from ride_plugin.routing import routing_report

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_instance, refuse
+from ride_plugin._checks import Numbers, as_cpu_tensor, check_instance, refuse
 from ride_plugin._compiler import uncompiled
 from ride_plugin._contexts import evaluating_any
 from ride_plugin._errors import ArgumentError, RIDEError
@@ -18,7 +18,6 @@ from ride_plugin._flops import counted
 from ride_plugin._inputs import as_inputs, at_least_one_row, taken_by_model
 from ride_plugin._output import RouterInputs
 from ride_plugin._parameters import parameters_by_owner
-from ride_plugin._tensor_checks import Numbers, as_cpu_tensor
 from ride_plugin._tree import map_tensors
 
 

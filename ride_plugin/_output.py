@@ -15,10 +15,9 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import refuse
+from ride_plugin._checks import may_read, refuse, version_of
 from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
 from ride_plugin._numerics import float32_or_better
-from ride_plugin._values import may_read, version_of
 from ride_plugin.functional import mean_logits
 
 _ATTRIBUTE = "_ride_expert_logits"

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from ride_plugin._checks import version_of
 from ride_plugin._contexts import random_state, stream_state, streams_in
 from ride_plugin._errors import ReplayError, listed
 from ride_plugin._split import own_containers
 from ride_plugin._tree import OF_MODULES, tensors_in
-from ride_plugin._values import version_of
 
 
 def checkpointed(

@@ -14,21 +14,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ride_plugin._checks import check_choice, check_number, refuse
-from ride_plugin._errors import ArgumentError
-from ride_plugin._numerics import compare, float32_or_better, inverse_of, with_gradient
-from ride_plugin._tensor_checks import (
+from ride_plugin._checks import (
     ClassCounts,
+    check_choice,
     check_class_counts,
     check_classes,
     check_floating,
     check_least,
+    check_number,
     check_numbers,
     check_predictions,
     check_target,
     check_temperature,
     check_temperatures,
+    refuse,
 )
+from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import compare, float32_or_better, inverse_of, with_gradient
 
 __all__ = [
     "Form",

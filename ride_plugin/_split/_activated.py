@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ride_plugin._checks import rows_sum_to_one
 from ride_plugin._errors import warn_caller
-from ride_plugin._values import rows_sum_to_one
 
 _WHY = "Experts' logits are what is averaged and compared here"
 _OF_SHAPE = (

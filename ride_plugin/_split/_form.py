@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ride_plugin._checks import version_of
 from ride_plugin._inputs import Inputs
 from ride_plugin._tree import tensors_in
-from ride_plugin._values import version_of
 
 Form: TypeAlias = Any
 """The number of dimensions of a tensor; tuples of forms for what holds several values."""

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from ride_plugin._checks import version_of
 from ride_plugin._errors import ReplayError, warn_caller
 from ride_plugin._split._sharing import frozen_layers, held_by_all, trains
-from ride_plugin._values import version_of
 
 
 class Frozen:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ride_plugin._checks import version_of
 from ride_plugin._contexts import is_stream
 from ride_plugin._split._copies import same_values
 from ride_plugin._split._passes import own_containers
@@ -21,7 +22,6 @@ from ride_plugin._split._probe import differ, mark_of
 from ride_plugin._split._settings import contents_of
 from ride_plugin._split._state import Absent
 from ride_plugin._tree import OF_MODULES, Place, map_tensors, tensors_in
-from ride_plugin._values import version_of
 
 
 class Attributes:

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checks import version_of
 from ride_plugin._contexts import is_stream
 from ride_plugin._errors import ReplayError
 from ride_plugin._tree import OF_MODULES, Place
-from ride_plugin._values import version_of
 
 _ATOMS = (
     *(int, float, complex, bool, str, bytes, type(None), range, slice, np.generic, Enum, PurePath),

@@ -22,6 +22,7 @@ import torch.utils.hooks
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from ride_plugin._checks import version_of
 from ride_plugin._errors import ReplayError, warn_caller
 from ride_plugin._split._hollow import hollow
 from ride_plugin._split._raised import Raised, being_handled, raised_by
@@ -29,7 +30,6 @@ from ride_plugin._split._reentrant import region_without_gradients
 from ride_plugin._split._state import Layout
 from ride_plugin._split._unwinding import Unwinding
 from ride_plugin._tree import map_tensors, own_container, tensors_in
-from ride_plugin._values import version_of
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
 # Copies; an array of numpy would share the memory that changes.

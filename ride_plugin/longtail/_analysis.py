@@ -8,9 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ride_plugin._errors import ArgumentError
-from ride_plugin._numerics import float32_or_better
-from ride_plugin._tensor_checks import (
+from ride_plugin._checks import (
     ClassCounts,
     Numbers,
     as_cpu_tensor,
@@ -19,6 +17,8 @@ from ride_plugin._tensor_checks import (
     check_class_counts,
     warn_of_probabilities,
 )
+from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
 from ride_plugin.functional import running_means
 from ride_plugin.longtail._calibration_error import expected_calibration_error
 from ride_plugin.longtail._shots import ShotReport, shot_report

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ride_plugin._checks import refuse
-from ride_plugin._tensor_checks import (
+from ride_plugin._checks import (
     ClassCounts,
     Numbers,
     as_indices,
     as_labels,
     check_class_counts,
     check_classes,
+    refuse,
 )
 from ride_plugin.longtail._splits import BySplit, Ints, mean_by_split, shot_groups
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ride_plugin._checks import check_integer
+from ride_plugin._checks import Numbers, as_cpu_tensor, check_integer
 from ride_plugin._errors import ArgumentError
-from ride_plugin._tensor_checks import Numbers, as_cpu_tensor
 
 
 def expected_calibration_error(confidence: Numbers, correct: Numbers, num_bins: int = 15) -> float:

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from ride_plugin._checks import check_number
-from ride_plugin._devices import follow, keeping_values
-from ride_plugin._numerics import float32_or_better
-from ride_plugin._tensor_checks import (
+from ride_plugin._checks import (
     Numbers,
     as_weight,
     check_logits_target,
+    check_number,
     warn_of_probabilities,
 )
+from ride_plugin._devices import follow, keeping_values
+from ride_plugin._numerics import float32_or_better
 
 
 def focal_loss(

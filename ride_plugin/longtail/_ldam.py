@@ -9,20 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from ride_plugin._checks import check_number
-from ride_plugin._devices import follow, keeping_values
-from ride_plugin._errors import ArgumentError, warn_caller
-from ride_plugin._numerics import float32_or_better
-from ride_plugin._tensor_checks import (
+from ride_plugin._checks import (
     NO_INDEX,
     ClassCounts,
     Numbers,
+    are_probabilities,
     as_weight,
     check_class_counts,
     check_logits_target,
+    check_number,
+    has_values,
     warn_of_probabilities,
 )
-from ride_plugin._values import are_probabilities, has_values
+from ride_plugin._devices import follow, keeping_values
+from ride_plugin._errors import ArgumentError, warn_caller
+from ride_plugin._numerics import float32_or_better
 
 # Cosines computed in bfloat16 or TF32 exceed 1 by up to about 1 %; linear heads exceed it by far.
 _COSINE_TOLERANCE = 2e-2

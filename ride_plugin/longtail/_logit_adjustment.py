@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from ride_plugin._checks import check_number
-from ride_plugin._devices import follow
-from ride_plugin._numerics import float32_or_better
-from ride_plugin._output import ExpertOutput, without_experts
-from ride_plugin._tensor_checks import (
+from ride_plugin._checks import (
     NO_INDEX,
     ClassCounts,
     check_class_counts,
     check_floating,
     check_logits_target,
+    check_number,
     warn_of_probabilities,
 )
+from ride_plugin._devices import follow
+from ride_plugin._numerics import float32_or_better
+from ride_plugin._output import ExpertOutput, without_experts
 
 
 def adjust_logits(

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ride_plugin._checks import check_number
-from ride_plugin._errors import ArgumentError
-from ride_plugin._numerics import float32_or_better
-from ride_plugin._tensor_checks import (
+from ride_plugin._checks import (
     ClassCounts,
     Numbers,
     as_cpu_tensor,
     as_labels,
     check_class_counts,
     check_floating,
+    check_number,
     warn_of_probabilities,
 )
+from ride_plugin._errors import ArgumentError
+from ride_plugin._numerics import float32_or_better
 from ride_plugin.longtail._held_out import HeldOut, held_out_samples
 
 _LARGEST_TAU = 3.0

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_instance, check_number
-from ride_plugin._errors import ArgumentError
-from ride_plugin._schedule import Schedule
-from ride_plugin._tensor_checks import (
+from ride_plugin._checks import (
     ClassCounts,
     Numbers,
     as_weight,
     check_class_counts,
+    check_instance,
     check_no_shares,
+    check_number,
+    has_values,
 )
-from ride_plugin._values import has_values
+from ride_plugin._errors import ArgumentError
+from ride_plugin._schedule import Schedule
 
 
 def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) -> Tensor:

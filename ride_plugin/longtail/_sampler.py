@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from ride_plugin._checks import check_integer
-from ride_plugin._tensor_checks import Numbers, as_labels
+from ride_plugin._checks import Numbers, as_labels, check_integer
 
 _AT_ONCE = 65536
 

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import check_bool
-from ride_plugin._distributed import of_all_ranks, running
-from ride_plugin._errors import ArgumentError
-from ride_plugin._output import ExpertOutput, without_experts
-from ride_plugin._tensor_checks import (
+from ride_plugin._checks import (
     ClassCounts,
     Numbers,
     as_cpu_tensor,
     as_labels,
+    check_bool,
     check_class_counts,
     check_classes,
     check_predictions,
 )
+from ride_plugin._distributed import of_all_ranks, running
+from ride_plugin._errors import ArgumentError
+from ride_plugin._output import ExpertOutput, without_experts
 from ride_plugin.longtail._splits import (
     SPLITS,
     BySplit,

@@ -9,9 +9,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ride_plugin._checks import check_number
+from ride_plugin._checks import ClassCounts, check_class_counts, check_no_shares, check_number
 from ride_plugin._errors import ArgumentError
-from ride_plugin._tensor_checks import ClassCounts, check_class_counts, check_no_shares
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from ride_plugin._checks import check_choice, check_instance, check_integer, check_number, refuse
+from ride_plugin._checks import (
+    Numbers,
+    as_cpu_tensor,
+    as_labels,
+    check_choice,
+    check_instance,
+    check_integer,
+    check_number,
+    refuse,
+)
 from ride_plugin._errors import ArgumentError
-from ride_plugin._tensor_checks import Numbers, as_cpu_tensor, as_labels
 
 Profile = Literal["exp", "step"]
 

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import check_number
+from ride_plugin._checks import check_floating, check_number, has_values
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
-from ride_plugin._tensor_checks import check_floating
-from ride_plugin._values import has_values
 from ride_plugin.longtail._classifiers import Classifiers, linear_classifiers
 
 

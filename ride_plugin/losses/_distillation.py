@@ -8,10 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import functional
-from ride_plugin._checks import check_choice, check_number, refuse
+from ride_plugin._checks import (
+    check_choice,
+    check_floating,
+    check_number,
+    refuse,
+    warn_of_probabilities,
+)
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import Output, expert_logits, plain_logits
-from ride_plugin._tensor_checks import check_floating, warn_of_probabilities
 
 DistillationForm = Literal["per_expert", "official"]
 

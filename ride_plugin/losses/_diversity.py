@@ -7,12 +7,20 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from ride_plugin import functional
-from ride_plugin._checks import check_bool, check_choice, check_instance, check_number, refuse
+from ride_plugin._checks import (
+    ClassCounts,
+    check_bool,
+    check_choice,
+    check_class_counts,
+    check_instance,
+    check_number,
+    check_target,
+    refuse,
+)
 from ride_plugin._devices import follow
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import Output, expert_logits
-from ride_plugin._tensor_checks import ClassCounts, check_class_counts, check_target
 from ride_plugin.functional import Form
 from ride_plugin.losses._temperature import TemperatureSchedule
 

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._checks import check_callable, check_choice, refuse
+from ride_plugin._checks import (
+    check_callable,
+    check_choice,
+    check_classes,
+    check_target_form,
+    may_read,
+    refuse,
+)
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import Output, expert_logits
-from ride_plugin._tensor_checks import check_classes, check_target_form
-from ride_plugin._values import may_read
 
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Maps logits ``[B, C]`` and a target to a scalar, or to one loss for each sample, ``[B]``."""

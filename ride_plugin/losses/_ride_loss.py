@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ride_plugin._checks import check_callable, check_choice, refuse
+from ride_plugin._checks import (
+    ClassCounts,
+    check_callable,
+    check_choice,
+    check_class_counts,
+    may_read,
+    refuse,
+    rows_sum_to_one,
+)
 from ride_plugin._devices import keeping_digits
 from ride_plugin._errors import ArgumentError, warn_caller
 from ride_plugin._output import Output, expert_logits, plain_logits
 from ride_plugin._schedule import Schedule
-from ride_plugin._tensor_checks import ClassCounts, check_class_counts
-from ride_plugin._values import may_read, rows_sum_to_one
 from ride_plugin.losses._diversity import DiversityLoss
 from ride_plugin.losses._experts_loss import (
     Criterion,

@@ -10,10 +10,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ride_plugin import functional
-from ride_plugin._checks import check_choice, check_number
+from ride_plugin._checks import ClassCounts, check_choice, check_class_counts, check_number
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._schedule import Schedule
-from ride_plugin._tensor_checks import ClassCounts, check_class_counts
 from ride_plugin.functional import Form
 
 

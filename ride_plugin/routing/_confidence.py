@@ -7,10 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_choice
+from ride_plugin._checks import check_choice, check_floating, check_predictions, is_finite
 from ride_plugin._numerics import float32_or_better
-from ride_plugin._tensor_checks import check_floating, check_predictions
-from ride_plugin._values import is_finite
 
 Kind = Literal["margin", "max_probability"]
 

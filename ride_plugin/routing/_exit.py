@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import refuse
+from ride_plugin._checks import check_predictions, is_finite, refuse
 from ride_plugin._contexts import evaluating_any
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import rebuilt_from_one_iterable
-from ride_plugin._tensor_checks import check_predictions
-from ride_plugin._values import is_finite
 from ride_plugin.functional import running_means
 from ride_plugin.routing._confidence import ConfidenceRouter
 from ride_plugin.routing._protocols import RoutableModel, Router, Stages, State

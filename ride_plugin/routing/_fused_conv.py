@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checks import may_read
 from ride_plugin._errors import ArgumentError
-from ride_plugin._values import may_read
 
 _POINTWISE: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 _ONTO: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)  # writes over the addend

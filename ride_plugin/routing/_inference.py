@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from typing_extensions import Self
 
-from ride_plugin._checks import refuse
+from ride_plugin._checks import as_cpu_tensor, has_values, refuse
 from ride_plugin._compiler import uncompiled
 from ride_plugin._cost import check_router
 from ride_plugin._errors import ArgumentError
-from ride_plugin._tensor_checks import as_cpu_tensor
-from ride_plugin._values import has_values
 from ride_plugin.routing._exit import RoutedStages, RoutingOutput, run_everything, walk
 from ride_plugin.routing._export import export_stages
 from ride_plugin.routing._protocols import RoutableModel, Router

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ride_plugin._checks import check_number
+from ride_plugin._checks import ClassCounts, check_class_counts, check_number
 from ride_plugin._devices import follow, keeping_values
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import Output, expert_logits
-from ride_plugin._tensor_checks import ClassCounts, check_class_counts
 from ride_plugin.functional import routing_loss, routing_targets
 
 

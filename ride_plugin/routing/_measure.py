@@ -9,14 +9,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import refuse
+from ride_plugin._checks import check_classes, check_predictions, check_target, refuse
 from ride_plugin._cost import CostReport, cost_report
 from ride_plugin._distributed import of_all_ranks
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import Inputs, as_inputs
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._split import TrunkState
-from ride_plugin._tensor_checks import check_classes, check_predictions, check_target
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin.functional import running_means
 from ride_plugin.routing._call import describe

@@ -10,10 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import check_instance, check_integer
+from ride_plugin._checks import check_instance, check_integer, check_predictions
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import Autocast
-from ride_plugin._tensor_checks import check_predictions
 from ride_plugin._tree import map_tensors
 from ride_plugin.routing._exit import RoutingOutput, Underway, rows_going_on, run_first, run_next
 from ride_plugin.routing._inference import RoutingInference

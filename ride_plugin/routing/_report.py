@@ -7,10 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import check_bool, check_integer
+from ride_plugin._checks import (
+    ClassCounts,
+    Numbers,
+    as_labels,
+    check_bool,
+    check_class_counts,
+    check_integer,
+)
 from ride_plugin._distributed import of_all_ranks, running
 from ride_plugin._errors import ArgumentError
-from ride_plugin._tensor_checks import ClassCounts, Numbers, as_labels, check_class_counts
 from ride_plugin.longtail import shot_groups
 
 

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._checks import check_choice, check_integer, refuse
+from ride_plugin._checks import (
+    check_choice,
+    check_floating,
+    check_integer,
+    check_numbers,
+    check_predictions,
+    is_finite,
+    refuse,
+)
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better, without_autocast
 from ride_plugin._output import RouterInputs
-from ride_plugin._tensor_checks import check_floating, check_numbers, check_predictions
-from ride_plugin._values import is_finite
 from ride_plugin.functional import running_means
 
 if TYPE_CHECKING:

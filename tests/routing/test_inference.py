@@ -166,8 +166,8 @@ def test_at_most_one_nonzero_per_gate_and_no_item_off_the_cpu(monkeypatch):
     serve, x = serving(threshold=(0.5, 0.4))
     serve.router = ConfidenceRouter()
     serve(x)
-    for where in ("_tensor_checks", "_values"):  # as elsewhere
-        monkeypatch.setattr(f"ride_plugin.{where}.may_read", lambda tensor: False)
+    for where in ("_tensors", "_values"):  # as elsewhere
+        monkeypatch.setattr(f"ride_plugin._checks.{where}.may_read", lambda tensor: False)
     with Count():
         serve(x)
     assert Count.seen.count("nonzero") == 2

@@ -13,9 +13,9 @@ from ride_plugin import (
     ExpertRouter,
     RIDEWrapper,
     RoutingInference,
-    _tensor_checks,
     cost_report,
 )
+from ride_plugin._checks import _tensors
 from ride_plugin.routing import LongTailedCalibrationWarning
 from ride_plugin.routing._exit import exceeds
 from ride_plugin.routing._threshold import _sweep
@@ -532,7 +532,7 @@ def elsewhere(monkeypatch):
         return copied[-1]
 
     monkeypatch.setattr(torch.Tensor, "cpu", brought)
-    monkeypatch.setattr(_tensor_checks, "may_read", lambda one: any(one is t for t in copied))
+    monkeypatch.setattr(_tensors, "may_read", lambda one: any(one is t for t in copied))
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from ride_plugin import (
     ArgumentError,
     DiversityLoss,
-    _tensor_checks,
-    _values,
     experts_loss,
     functional,
     longtail,
 )
+from ride_plugin._checks import _tensors, _values
 from tests.hostile import case_name
 
 
@@ -32,15 +31,15 @@ def test_shapes_of_floating_point_tensors() -> None:
         ("...", 3, "C"),
         ("...", "B", "E", "C"),
     ):
-        assert _tensor_checks.check_floating(tensor, "logits", *shape) is tensor
+        assert _tensors.check_floating(tensor, "logits", *shape) is tensor
     for shape in (("B", "C"), (2, "E", 5), ("...", 3), ("...", "A", "B", "E", "C")):
         with pytest.raises(ArgumentError, match=r"`logits`.*floating-point.*shape \[2, 3, 4\]"):
-            _tensor_checks.check_floating(tensor, "logits", *shape)
+            _tensors.check_floating(tensor, "logits", *shape)
     for value in (tensor.long(), tensor.numpy(), tensor.tolist(), None):
         with pytest.raises(
             ArgumentError, match=r"`logits` to be a floating-point tensor \[B, E, C\]"
         ):
-            _tensor_checks.check_floating(value, "logits", "B", "E", "C")
+            _tensors.check_floating(value, "logits", "B", "E", "C")
 
 
 # Class counts: in the order of class indices, whatever they come in.
@@ -81,22 +80,22 @@ READ_ONLY.flags.writeable = False
     ids=lambda counts: type(counts).__name__,
 )
 def test_class_counts_are_put_in_the_order_of_classes(counts: Any) -> None:
-    checked = _tensor_checks.check_class_counts(counts)
+    checked = _tensors.check_class_counts(counts)
     assert checked.tolist() == COUNTS
     assert checked.dtype == torch.float64
     if not isinstance(counts, torch.Tensor):
-        assert _tensor_checks.as_weight(counts, 3).tolist() == COUNTS
+        assert _tensors.as_weight(counts, 3).tolist() == COUNTS
 
 
 def test_value_counts_of_pandas_itself() -> None:
     pandas = pytest.importorskip("pandas")
     counts = pandas.Series([1] * 50 + [2] * 7 + [0] * 5).value_counts()
     assert counts.tolist() == [50, 7, 5]  # by frequency, which is not the order of classes
-    assert _tensor_checks.check_class_counts(counts).tolist() == COUNTS
-    assert _tensor_checks.check_class_counts(counts.sort_index().to_numpy()).tolist() == COUNTS
-    assert _tensor_checks.as_labels(pandas.Series([2, 0], index=[7, 3])).tolist() == [2, 0]
+    assert _tensors.check_class_counts(counts).tolist() == COUNTS
+    assert _tensors.check_class_counts(counts.sort_index().to_numpy()).tolist() == COUNTS
+    assert _tensors.as_labels(pandas.Series([2, 0], index=[7, 3])).tolist() == [2, 0]
     with pytest.raises(ArgumentError, match="class indices from 0 on as its keys"):
-        _tensor_checks.check_class_counts(pandas.Series(["cat", "cat", "dog"]).value_counts())
+        _tensors.check_class_counts(pandas.Series(["cat", "cat", "dog"]).value_counts())
 
 
 @pytest.mark.parametrize(
@@ -111,9 +110,9 @@ def test_value_counts_of_pandas_itself() -> None:
 )
 def test_keys_that_are_not_the_class_indices_are_refused(counts: Any) -> None:
     with pytest.raises(ArgumentError, match=r"class indices from 0 on as its keys.*Pass a list"):
-        _tensor_checks.check_class_counts(counts)
+        _tensors.check_class_counts(counts)
     with pytest.raises(ArgumentError, match="`weight` to have the class indices"):
-        _tensor_checks.as_weight(counts)
+        _tensors.as_weight(counts)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_keys_that_are_not_the_class_indices_are_refused(counts: Any) -> None:
 )
 def test_what_are_no_class_counts_is_refused(counts: Any) -> None:
     with pytest.raises(ArgumentError, match="Expected argument `class_counts` to be "):
-        _tensor_checks.check_class_counts(counts)
+        _tensors.check_class_counts(counts)
 
 
 # Targets.
@@ -135,16 +134,16 @@ def test_what_are_no_class_counts_is_refused(counts: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
 def test_class_indices_of_any_integer_type_become_int64(dtype: torch.dtype) -> None:
-    checked = _tensor_checks.check_target(torch.tensor([0, 2], dtype=dtype), 2, 3)
+    checked = _tensors.check_target(torch.tensor([0, 2], dtype=dtype), 2, 3)
     assert checked.dtype == torch.int64
     assert checked.tolist() == [0, 2]
 
 
 def test_probabilities_are_taken_as_they_are() -> None:
     mixed = torch.tensor([[0.2, 0.8, 0.0]])
-    assert _tensor_checks.check_target(mixed, 1, 3) is mixed
+    assert _tensors.check_target(mixed, 1, 3) is mixed
     with pytest.raises(ArgumentError, match=r"`target`.*add two losses"):
-        _tensor_checks.check_target(mixed, 1, 3, soft=False)
+        _tensors.check_target(mixed, 1, 3, soft=False)
 
 
 @pytest.mark.parametrize(
@@ -158,16 +157,16 @@ def test_probabilities_are_taken_as_they_are() -> None:
 )
 def test_what_is_no_target_is_refused(target: Any) -> None:
     with pytest.raises(ArgumentError, match="Expected argument `target`"):
-        _tensor_checks.check_target(target, 2, 3)
+        _tensors.check_target(target, 2, 3)
 
 
 def test_classes_out_of_range_are_named() -> None:
     for labels, words in (([0, 3], "from 0 to 2, but got values from 0 to 3"), ([-1], "-1 to -1")):
         with pytest.raises(ArgumentError, match=words):
-            _tensor_checks.check_classes(torch.tensor(labels), "target", 3)
-    _tensor_checks.check_classes(torch.tensor([0, 2]), "target", 3)
-    _tensor_checks.check_classes(torch.tensor([9]), "target")
-    _tensor_checks.check_classes(torch.tensor([9], device="meta"), "target", 3)  # not read back
+            _tensors.check_classes(torch.tensor(labels), "target", 3)
+    _tensors.check_classes(torch.tensor([0, 2]), "target", 3)
+    _tensors.check_classes(torch.tensor([9]), "target")
+    _tensors.check_classes(torch.tensor([9], device="meta"), "target", 3)  # not read back
 
 
 @pytest.mark.parametrize("index", [-100, -1, 3])
@@ -198,7 +197,7 @@ def test_no_class_index_is_left_out_without_a_word_where_none_is_read(criterion,
 )
 def test_what_are_no_labels_is_refused(labels: Any) -> None:
     with pytest.raises(ArgumentError, match="Expected argument `labels` to "):
-        _tensor_checks.as_labels(labels)
+        _tensors.as_labels(labels)
 
 
 @pytest.mark.parametrize(
@@ -276,13 +275,13 @@ def test_probabilities_in_the_place_of_logits_are_warned_of_with_what_to_pass(ki
     with pytest.warns(
         UserWarning, match=r"`scores` sum to one.*before its softmax.*`p.log\(\)`"
     ) as (warned):
-        assert _tensor_checks.warn_of_probabilities(PROBABILITIES[kind](scores()), "scores")
+        assert _tensors.warn_of_probabilities(PROBABILITIES[kind](scores()), "scores")
     assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize("kind", LOGITS)
 def test_logits_are_taken_without_a_word(kind: str) -> None:
-    assert _tensor_checks.warn_of_probabilities(LOGITS[kind](scores()), "scores")
+    assert _tensors.warn_of_probabilities(LOGITS[kind](scores()), "scores")
 
 
 def test_random_logits_of_one_sample_and_two_classes_hardly_ever_look_like_probabilities() -> None:
@@ -295,11 +294,9 @@ def test_random_logits_of_one_sample_and_two_classes_hardly_ever_look_like_proba
 
 def test_probabilities_that_cannot_be_read_are_not_looked_at() -> None:
     uniform = torch.full((4, 3), 1 / 3)
-    assert not _tensor_checks.warn_of_probabilities(uniform.to("meta"), "scores")
+    assert not _tensors.warn_of_probabilities(uniform.to("meta"), "scores")
     looked = []
-    torch.vmap(lambda row: looked.append(_tensor_checks.warn_of_probabilities(row, "x")) or row)(
-        uniform
-    )
+    torch.vmap(lambda row: looked.append(_tensors.warn_of_probabilities(row, "x")) or row)(uniform)
     assert looked == [False]
 
 
@@ -368,7 +365,7 @@ def test_a_temperature_too_small_to_divide_by_gives_no_number() -> None:
 
 
 def test_python_s_numbers_keep_all_their_digits() -> None:
-    assert _tensor_checks.check_class_counts([16_777_217.0, 3.0])[0] == 16_777_217
-    assert _tensor_checks.as_cpu_tensor([0.1, 0.2], "x").tolist() == [0.1, 0.2]
-    assert _tensor_checks.as_cpu_tensor(np.array([0.1], np.float32), "x").dtype == torch.float32
-    assert _tensor_checks.as_cpu_tensor([1, 2], "x").dtype == torch.int64
+    assert _tensors.check_class_counts([16_777_217.0, 3.0])[0] == 16_777_217
+    assert _tensors.as_cpu_tensor([0.1, 0.2], "x").tolist() == [0.1, 0.2]
+    assert _tensors.as_cpu_tensor(np.array([0.1], np.float32), "x").dtype == torch.float32
+    assert _tensors.as_cpu_tensor([1, 2], "x").dtype == torch.int64

@@ -2,7 +2,7 @@
 
 A function here returns the argument in the form that the caller computes with, so that the integers
 and numbers of numpy and torch are as good as Python's. Tensors of many values have their checks in
-:mod:`ride_plugin._tensor_checks`.
+``_tensors``.
 """
 
 from __future__ import annotations

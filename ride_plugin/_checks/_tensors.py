@@ -1,7 +1,7 @@
 """Checks of tensors and of what becomes one: class counts, weights, labels, targets, logits.
 
 A function here returns the argument in the form that the caller computes with, as those of
-:mod:`ride_plugin._checks` do for single numbers.
+``_single`` do for single numbers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ride_plugin._checks import as_python, check_number, refuse, shown
+from ride_plugin._checks._single import as_python, check_number, refuse, shown
+from ride_plugin._checks._values import are_probabilities, is_finite, may_read, rows_sum_to_one
 from ride_plugin._errors import ArgumentError, warn_caller
-from ride_plugin._values import are_probabilities, is_finite, may_read, rows_sum_to_one
 
 Numbers: TypeAlias = Sequence[int] | Sequence[float] | Tensor | NDArray[np.generic]
 """A list, tuple, array or tensor of numbers."""

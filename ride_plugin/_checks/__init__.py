@@ -1,0 +1,83 @@
+"""Every check of an argument: what may come in, and the words that refuse everything else.
+
+``_single`` has the checks of single arguments, ``_tensors`` those of tensors and of what becomes
+one (class counts, labels, targets, logits), and ``_values`` what can be seen in a tensor at all.
+"""
+
+from ride_plugin._checks._single import (
+    check_bool,
+    check_callable,
+    check_choice,
+    check_function,
+    check_instance,
+    check_integer,
+    check_number,
+    refuse,
+)
+from ride_plugin._checks._tensors import (
+    NO_INDEX,
+    ClassCounts,
+    Numbers,
+    as_cpu_tensor,
+    as_indices,
+    as_labels,
+    as_weight,
+    check_class_counts,
+    check_classes,
+    check_floating,
+    check_least,
+    check_logits_target,
+    check_no_shares,
+    check_numbers,
+    check_predictions,
+    check_target,
+    check_target_form,
+    check_temperature,
+    check_temperatures,
+    warn_of_probabilities,
+)
+from ride_plugin._checks._values import (
+    are_probabilities,
+    has_values,
+    is_finite,
+    may_read,
+    rows_sum_to_one,
+    version_of,
+)
+
+__all__ = [
+    "NO_INDEX",
+    "ClassCounts",
+    "Numbers",
+    "are_probabilities",
+    "as_cpu_tensor",
+    "as_indices",
+    "as_labels",
+    "as_weight",
+    "check_bool",
+    "check_callable",
+    "check_choice",
+    "check_class_counts",
+    "check_classes",
+    "check_floating",
+    "check_function",
+    "check_instance",
+    "check_integer",
+    "check_least",
+    "check_logits_target",
+    "check_no_shares",
+    "check_number",
+    "check_numbers",
+    "check_predictions",
+    "check_target",
+    "check_target_form",
+    "check_temperature",
+    "check_temperatures",
+    "has_values",
+    "is_finite",
+    "may_read",
+    "refuse",
+    "rows_sum_to_one",
+    "version_of",
+    "warn_of_probabilities",
+]
