@@ -12,7 +12,7 @@ Where to read first, and what belongs together:
   (``_fork``), two copies with stand-ins (``_views``), what crosses between them (``_learn``,
   ``_use``), and the self-check (``_check``, ``_check_rows``, ``_results``).
 - *What cannot be cut there*, and is refused by name: ``_feedback``, ``_once``, ``_hidden``,
-  ``_references``, ``_modes``, ``_unseen``.
+  ``_references``, ``_modes``, ``_unseen``, ``_again``.
 - *The model.* ``_module`` is made of ``_parts``, knows ways through the forward (``_paths``) and
   reads what experts return (``_expert_result``). Tensors that all experts have are ``_sharing`` and
   ``_frozen``, loading and saving ``_holder``, ``_lend`` and ``_plain_state``, groups of parameters

@@ -23,6 +23,7 @@ from ride_plugin._errors import (
     warn_caller,
 )
 from ride_plugin._inputs import Inputs, in_order_of, resize_batch
+from ride_plugin._split._again import writers_in
 from ride_plugin._split._copies import COMPILED_CALL, copy_with_hooks, detached_activations
 from ride_plugin._split._expert_result import logits_and_features
 from ride_plugin._split._form import versions_in
@@ -57,7 +58,7 @@ from ride_plugin._split._sharing import (
     trains,
     unchanging,
 )
-from ride_plugin._split._stand_ins import Forked
+from ride_plugin._split._stand_ins import Forked, Recorded
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._tree import Place, map_tensors, tensors_in
 
@@ -107,8 +108,12 @@ class SplitModule(Holder):
             place for part in (self.trunk, *self.experts) for place in places_of_stand_ins(part)
         ]
         for place in self._stand_ins:
-            if isinstance(place.module, Forked):
-                place.module.ride_several = self.num_experts
+            stand_in = place.module
+            if isinstance(stand_in, Forked):
+                stand_in.ride_several = self.num_experts
+            elif isinstance(stand_in, Recorded) and self.num_experts > 1:
+                unit, name = stand_in.ride_real, stand_in.ride_key
+                stand_in.ride_writers = writers_in(unit, name, parts.written)
         self._told_of_hooks = False  # of the trunk, which do not run
         self._goes_on_into = (parts.experts[0],)  # the trunk's pass; a tuple, so not registered
         self._frozen_parts = Frozen(self.trunk, parts.experts)

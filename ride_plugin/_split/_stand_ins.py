@@ -6,7 +6,7 @@ the backbone's own root with its own forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.overrides import _get_current_function_mode
 from typing_extensions import Self
 
 from ride_plugin._errors import ReplayError
+from ride_plugin._split._again import refuse_writing
 from ride_plugin._split._several import asks_as_backbone, is_of_one_expert, one_of_several
 from ride_plugin._split._tape import Running
 from ride_plugin._tree import OF_MODULES
@@ -216,11 +217,18 @@ class StandIn(nn.Module):
 
 
 class Recorded(StandIn):
-    """In an expert: stands for a unit of the trunk and returns what that unit returned."""
+    """In an expert: stands for a unit of the trunk and returns what that unit returned.
+
+    ``ride_writers`` are the modules in it that write, if other experts would write there as well.
+    """
+
+    ride_writers: Collection[str] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         player = self.ride_running.player
         if player is None or player.position >= len(player.keys):
+            if self.ride_writers and player is not None:
+                refuse_writing(self.ride_real, self.ride_key, self.ride_writers)
             return self.ride_real(*args, **kwargs)  # a shared module used after the fork
         if not player.is_next(self.ride_key):
             raise player.out_of_step(self.ride_key)

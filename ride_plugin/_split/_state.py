@@ -26,9 +26,11 @@ from ride_plugin._split._rows import Rows, join_rows, take_rows
 from ride_plugin._tree import CONTAINERS, map_tensors, tensors_in
 
 _UNKNOWN_PATH = (
-    "The backbone's forward took a path that was not seen when it was wrapped (another input size, "
-    "or training mode), so it is not known which dimension of its values is the batch. Wrap it "
-    "with `example_input=` of the size in use."
+    "The backbone's forward took a path that was not seen when it was wrapped, so it is not known "
+    "which dimension of its values is the batch. Wrap it with `example_input=` of the size in use, "
+    "if that is another. Where the number of rows decides the path (`x.split(4)`, a loop over "
+    "rows), the two or three rows on which an example is tried do not show it: move that into the "
+    "forward of a submodule of the trunk, behind the fork, or out of the backbone."
 )
 
 
