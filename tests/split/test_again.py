@@ -60,7 +60,7 @@ def test_statistics_of_the_trunk_are_not_written_by_experts(call: str, copied: b
     model = wrapped(Twice())
     model = copy.deepcopy(model) if copied else model
     args, kwargs = CALLS[call]
-    with pytest.raises(ReplayError, match=r"`stem`, a module of the trunk, runs behind .*`stem\.1`"):
+    with pytest.raises(ReplayError, match=r"`stem`, a module of the trunk, .*`stem\.1`"):
         model(*args, **kwargs)
     assert model.trunk.stem[1].num_batches_tracked == 1  # of the trunk's own pass
 
