@@ -140,10 +140,10 @@ def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """``copy.deepcopy(value, memo)``, without its detours for what most modules hold."""
     kind = type(value)
+    if id(value) in memo:  # a function too, in whose place another may stand
+        return memo[id(value)]
     if kind in _ATOMS:
         return value
-    if id(value) in memo:
-        return memo[id(value)]
     if kind is set and not value:  # names of buffers that are not saved
         memo[id(value)] = result = set[Any]()
         return result

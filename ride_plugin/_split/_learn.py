@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,7 @@ def learn(
     warm: bool = False,
     known: Collection[tuple[Any, ...]] = (),
     meta: bool = False,
+    memo: Mapping[int, Any] | None = None,
 ) -> Lesson | None:
     """Run the views on two small batches, on throwaway copies.
 
@@ -71,6 +72,7 @@ def learn(
         warm: start from the attributes that an earlier forward leaves behind (a filled cache).
         known: paths on which nothing more is to be learned; None is returned there.
         meta: run on tensors without contents; it raises where the backbone looks at values.
+        memo: what stands in the copies for something, by its id.
 
     Raises:
         SplitError: the batch dimension of a value that crosses the cut is ambiguous.
@@ -79,7 +81,7 @@ def learn(
     # Where none can be had is no error, so that a search for errors shall not find one.
     anomaly = torch.autograd.set_detect_anomaly(False)
     with torch.inference_mode(False), torch.enable_grad(), anomaly:
-        views = throwaway(views, training, meta)
+        views = throwaway(views, training, meta, memo)
         for parameter in (*views.trunk.parameters(), *views.expert.parameters()):
             parameter.requires_grad_(False)
         batches = tuple(resize_batch(inputs, size) for size in _BATCHES)
@@ -88,13 +90,17 @@ def learn(
 
 
 def learn_at_run_time(
-    views: Views, inputs: Inputs, training: bool, attributes: Sequence[Place]
+    views: Views,
+    inputs: Inputs,
+    training: bool,
+    attributes: Sequence[Place],
+    memo: Mapping[int, Any],
 ) -> Layout:
     """The layout of a path that the build did not see: on the meta device if that will do."""
     try:
-        lesson = learn(views, inputs, training, attributes, meta=True)
+        lesson = learn(views, inputs, training, attributes, meta=True, memo=memo)
     except Exception:
-        lesson = learn(views, inputs, training, attributes)
+        lesson = learn(views, inputs, training, attributes, memo=memo)
     assert lesson is not None  # nothing was known
     return lesson.layout
 
@@ -221,12 +227,15 @@ def _cached_methods(root: nn.Module) -> set[str]:
     }
 
 
-def throwaway(views: Views, training: bool, meta: bool = False) -> Views:
+def throwaway(
+    views: Views, training: bool, meta: bool = False, memo: Mapping[int, Any] | None = None
+) -> Views:
     """Copy both views, so that a probe changes no statistic and no random state of the real ones.
 
     The copy's expert is what its trunk's stand-ins lead to, as in the original.
     """
-    copied = running_copy(views, (views.trunk, views.expert), views.written, meta)
+    parts = views.trunk, views.expert
+    copied = running_copy(views, parts, views.written, meta, dict(memo or {}))
     _share_running(copied)
     copied.trunk.train(training)
     copied.expert.train(training)

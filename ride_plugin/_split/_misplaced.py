@@ -7,20 +7,17 @@ and has the stand-in is told where the layer is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ride_plugin._errors import ReplayError, warn_caller
-from ride_plugin._split._hooks import FeatureHook, ForkHook, StartHook, UnitHooks
-from ride_plugin._split._logits import LogitsReader
+from ride_plugin._split._observers import hooks_of_others, is_of_torch
 from ride_plugin._split._several import called
 from ride_plugin._split._stand_ins import FREEZING, HOOKING, Forked, StandIn
-from ride_plugin._split._unseen import UnseenHook
 
-_OURS = (ForkHook, FeatureHook, LogitsReader, StartHook, UnitHooks, UnseenHook)
 _NOTHING = object()
 
 
@@ -121,28 +118,11 @@ def has_unrun_hooks(trunk: nn.Module, experts: Iterable[nn.Module]) -> bool:
 
     Hooks on every module there is are on the experts as well; those of torch know what they do.
     """
-    hooks = [hook for key, hook in _hooks(trunk) if key not in trunk._forward_hooks_always_called]
-    return any(not _is_of_torch(hook) for hook in hooks) and not any(
-        True for expert in experts for _ in _hooks(expert)
+    own = hooks_of_others(trunk)
+    hooks = [hook for key, hook in own if key not in trunk._forward_hooks_always_called]
+    return any(not is_of_torch(hook) for hook in hooks) and not any(
+        True for expert in experts for _ in hooks_of_others(expert)
     )
-
-
-def _is_of_torch(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", None) or type(hook).__module__).startswith("torch.")
-
-
-def _hooks(module: nn.Module, and_before: bool = False) -> Iterator[tuple[int, Any]]:
-    """The hooks of others that run after a module, or at any time."""
-    kinds = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
-    for hooks in (*kinds, module._forward_pre_hooks) if and_before else kinds:
-        for key, hook in hooks.items():
-            if not is_ours(hook):
-                yield key, hook
-
-
-def is_ours(hook: Any) -> bool:
-    """Whether a hook is one of this library's."""
-    return isinstance(hook, _OURS) or isinstance(getattr(hook, "__self__", None), _OURS)
 
 
 def _stand_ins_in(module: nn.Module) -> set[str]:
@@ -154,8 +134,8 @@ def _has_reached(reals: Sequence[nn.Module], stand_in: StandIn, what: str, value
     if what == FREEZING:
         return all(p.requires_grad == value for real in reals for p in real.parameters())
     if what == HOOKING:
-        gone = next(_hooks(stand_in, True), None) is None
-        return gone or any(True for real in reals for _ in _hooks(real, True))
+        gone = next(hooks_of_others(stand_in, True), None) is None
+        return gone or any(True for real in reals for _ in hooks_of_others(real, True))
     try:
         found = [getattr(real, what, _NOTHING) for real in reals]
         return all(one is value or bool(one == value) for one in found)

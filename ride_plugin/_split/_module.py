@@ -40,6 +40,7 @@ from ride_plugin._split._hooks import (
 )
 from ride_plugin._split._logits import LogitsReader
 from ride_plugin._split._misplaced import has_unrun_hooks, keep_stand_ins, places_of_stand_ins
+from ride_plugin._split._observers import numbers_of_hooks
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import (
     own_containers,
@@ -91,7 +92,8 @@ class SplitModule(Holder):
         self.classifier_name = parts.classifier
         self._running = parts.running
         self._links = parts.links
-        self._known_paths = Paths(parts.layouts)
+        hooks = numbers_of_hooks((parts.trunk, *parts.experts))
+        self._known_paths = Paths(parts.layouts, hooks)
         self._attributes = parts.attributes
         self._late = parts.late
         self._draws = RANDOM in parts.attributes  # with numpy or Python, before the fork

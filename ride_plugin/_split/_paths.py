@@ -10,6 +10,7 @@ from ride_plugin._contexts import random_state_kept
 from ride_plugin._inputs import Inputs
 from ride_plugin._split._learn import learn_at_run_time
 from ride_plugin._split._logits import whole_outputs
+from ride_plugin._split._observers import without_later
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._state import Layout
 
@@ -24,8 +25,9 @@ class Paths:
         layouts: one for each path.
     """
 
-    def __init__(self, layouts: list[Layout]) -> None:
+    def __init__(self, layouts: list[Layout], hooks: frozenset[int]) -> None:
         self.layouts = layouts
+        self._hooks = hooks  # numbers of those on trunk and experts, when the backbone was wrapped
         self._num_looks = 0
 
     def may_look(self) -> bool:
@@ -36,11 +38,13 @@ class Paths:
     def learn(self, model: nn.Module, parts: Parts, inputs: Inputs) -> Layout | None:
         """The layout of the path that these inputs take; None where it cannot be told."""
         layouts = []
+        memo = without_later((parts.trunk, *parts.experts), self._hooks)
         with random_state_kept(model), whole_outputs():  # of no expert's own pass
             try:
                 for index in range(parts.num_probed):
                     views, training = parts.views(index), parts.trunk.training
-                    layouts.append(learn_at_run_time(views, inputs, training, parts.attributes))
+                    lesson = views, inputs, training, parts.attributes
+                    layouts.append(learn_at_run_time(*lesson, memo))
             except Exception:  # as a small batch of this kind does not run, say
                 return None  # every row can still go on; only `select` needs the layout
         if any(other.path != layouts[0].path for other in layouts):

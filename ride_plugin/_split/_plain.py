@@ -17,7 +17,7 @@ from ride_plugin._split._hooks import drop_hooks
 from ride_plugin._split._join import Joined
 from ride_plugin._split._listed import list_own
 from ride_plugin._split._logits import LogitsReader, reader_in
-from ride_plugin._split._misplaced import is_ours
+from ride_plugin._split._observers import is_ours
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, trial_run
 from ride_plugin._split._stand_ins import Recorded
