@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -115,11 +115,7 @@ def resize_batch(inputs: Inputs, batch_size: int) -> Inputs:
     given = rows_of_example(inputs)
     generator = torch.Generator().manual_seed(0)
 
-    def resize(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or tensor.shape[0] != given:
-            return tensor
-        if tensor.layout in _SPARSE:
-            return resize(tensor.to_dense()).to_sparse(layout=tensor.layout)
+    def resize(tensor: Tensor) -> list[Tensor]:
         rows = [tensor[i % given] for i in range(batch_size)]
         for i in range(given, batch_size):
             if tensor.is_floating_point():
@@ -127,7 +123,26 @@ def resize_batch(inputs: Inputs, batch_size: int) -> Inputs:
                 rows[i] = rows[i] + 0.3 * noise
             elif rows[i].dim() > 0:
                 rows[i] = rows[i].roll(i, dims=0)
-        return torch.stack(rows)
+        return rows
 
-    resized: Inputs = map_tensors(resize, own_inputs(inputs))
-    return resized
+    return _with_rows(inputs, resize)
+
+
+def repeat_row(inputs: Inputs, row: int) -> Inputs:
+    """One row of an example twice, as it was given."""
+    return _with_rows(inputs, lambda tensor: [tensor[row]] * 2)
+
+
+def _with_rows(inputs: Inputs, rows: Callable[[Tensor], list[Tensor]]) -> Inputs:
+    """Other rows in every tensor that has one for each row of the batch."""
+    given = rows_of_example(inputs)
+
+    def change(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != given:
+            return tensor
+        if tensor.layout in _SPARSE:
+            return change(tensor.to_dense()).to_sparse(layout=tensor.layout)
+        return torch.stack(rows(tensor))
+
+    changed: Inputs = map_tensors(change, own_inputs(inputs))
+    return changed

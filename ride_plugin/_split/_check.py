@@ -23,7 +23,14 @@ from ride_plugin._split._modes import other_modes
 from ride_plugin._split._once import Attributes, changed_again
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import play, read_attributes, record, write_attributes
-from ride_plugin._split._results import logits_of, output_difference, same, seeded, unfused
+from ride_plugin._split._results import (
+    logits_of,
+    output_difference,
+    refuse_packing,
+    same,
+    seeded,
+    unfused,
+)
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._use import memory_of
 from ride_plugin._split._views import Views
@@ -65,6 +72,7 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState, 
     def backbone(training: bool) -> nn.Module:
         return in_mode(running_copy(source, (source,), views.written), training)
 
+    refuse_packing(backbone, inputs, views)
     for training in (False, True):
         prefix = _prefix(split.fork_at, training)
         batch = resize_batch(inputs, 2 if training else _BATCH)

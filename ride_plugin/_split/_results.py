@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ride_plugin._closeness import close
 from ride_plugin._contexts import seed_everything
 from ride_plugin._errors import SplitError, listed
-from ride_plugin._inputs import Inputs, own_inputs
+from ride_plugin._inputs import Inputs, own_inputs, repeat_row
 from ride_plugin._split._copies import same_values
 from ride_plugin._split._logits import spelled
 from ride_plugin._split._views import Views
@@ -35,32 +35,48 @@ def unfused(hooked: nn.Module, inputs: Inputs, expected: Tensor, views: Views) -
     wrapper needs hooks, so it differs from the plain backbone by rounding, and no more. Likewise
     torch's encoder packs rows without their padding unless a mode sees its operations, as one does
     where the encoder is cut between its layers.
-
-    Raises:
-        SplitError: the logits depend on whether an encoder that is cut packs its rows.
     """
-    cut = {id(own) for own, _ in views.spine}
-    names = {name for name, module in views.trunk.named_modules() if id(module) in cut}
-    packing: list[str] = []
-    for name, module in hooked.named_modules():
+    for module in hooked.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_pre_hook(lambda *_: None)
-        elif isinstance(module, nn.TransformerEncoder) and name in names:
-            packing += [name] if getattr(module, "use_nested_tensor", False) else []
-            module.use_nested_tensor = False
+    for encoder in _packing(hooked, views).values():
+        encoder.use_nested_tensor = False
     logits = seeded(hooked, inputs)
-    if near(logits, expected):
-        return logits
-    if packing and not hooked.training:
-        raise SplitError(
-            f"The logits depend on what {listed(packing)} (nn.TransformerEncoder) returns at "
-            "padded positions: zeros where it packs the rows, which it does in evaluation without "
-            "gradients and only when it runs as a whole, and other values everywhere else. Leave "
-            "padded positions out of what follows the encoder (a mean over all positions, say); or "
-            "make the encoder with `enable_nested_tensor=False`; or pass as `fork_at=` the encoder "
-            f"itself, {packing[0]!r}, or a later submodule."
-        )
-    return expected
+    return logits if near(logits, expected) else expected
+
+
+def refuse_packing(backbone: Callable[[bool], nn.Module], inputs: Inputs, views: Views) -> None:
+    """Raise SplitError if the logits depend on whether an encoder that is cut packs its rows.
+
+    Rows of the example are taken as they are given: torch packs only those that are padded at
+    their end, which is elsewhere in a row that was varied by a rotation.
+    """
+    packing = _packing(views.trunk, views)
+    for row in range(2) if packing else ():
+        batch = repeat_row(inputs, row)
+        packed = seeded(backbone(False), batch)
+        if unfused(backbone(False), batch, packed, views) is packed:
+            raise SplitError(
+                f"The logits depend on what {listed(packing)} (nn.TransformerEncoder) returns at "
+                "padded positions: zeros where it packs the rows, which it does in evaluation "
+                "without gradients and only when it runs as a whole, and other values everywhere "
+                "else. Leave padded positions out of what follows the encoder (a mean over all "
+                "positions, say); or make the encoder with `enable_nested_tensor=False`; or pass "
+                f"as `fork_at=` the encoder itself, {next(iter(packing))!r}, or a later submodule."
+            )
+
+
+def _packing(module: nn.Module, views: Views) -> dict[str, nn.TransformerEncoder]:
+    """torch's encoders in a module that are cut between their layers, and may pack padded rows."""
+    cut = {id(own) for own, _ in views.spine}
+    names = {name for name, part in views.trunk.named_modules() if id(part) in cut}
+    return {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.TransformerEncoder)
+        and name in names
+        and getattr(part, "use_nested_tensor", False)
+    }
 
 
 def logits_of(output: Any) -> Tensor:

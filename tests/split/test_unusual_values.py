@@ -523,10 +523,13 @@ def test_torchs_own_encoder_takes_a_padding_mask(fork_at: str | None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_logits_that_hang_on_the_padding_of_an_encoder_are_refused_between_its_layers() -> None:
+@pytest.mark.parametrize("given", [slice(0, 5), slice(1, 2), slice(1, 3), slice(3, 5)])
+def test_logits_that_hang_on_the_padding_of_an_encoder_are_refused_between_its_layers(
+    given: slice,
+) -> None:
     net, ids = Encodes(pooled=True), padded()
     with pytest.raises(SplitError, match=r"`encoder`.*padded positions.*'encoder'"):
-        wrapped(net, ids, fork_at=None)
+        wrapped(net, ids[given], fork_at=None)
     model = wrapped(net, ids, fork_at="encoder").eval()
     with torch.no_grad():
         expected = copies_of(net, model)[1].eval()(ids)
