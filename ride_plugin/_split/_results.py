@@ -67,7 +67,7 @@ def refuse_packing(backbone: Callable[[bool], nn.Module], inputs: Inputs, views:
 
 
 def _packing(module: nn.Module, views: Views) -> dict[str, nn.TransformerEncoder]:
-    """torch's encoders in a module that are cut between their layers, and may pack padded rows."""
+    """Torch's encoders in a module that are cut between their layers, and may pack padded rows."""
     cut = {id(own) for own, _ in views.spine}
     names = {name for name, part in views.trunk.named_modules() if id(part) in cut}
     return {
