@@ -58,6 +58,8 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
                 "forward receives it."
             ) from error
         if not _has_rows(reader, output):
+            if reason := _batch_second(reader, output, inputs):
+                raise SplitError(f"For two rows of `example_input` the backbone {reason}.")
             _refuse_other_rows(backbone, given, reader)
         return inputs, output
     furthest, best = -1, "it has no layer whose input shape is known"
@@ -68,7 +70,9 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
                 output = _run(backbone, inputs)
                 if _has_rows(reader, output):
                     return inputs, output
-                cause = f"returned {describe(output)} where logits [B, C] were expected"
+                cause = _batch_second(reader, output, inputs) or (
+                    f"returned {describe(output)} where logits [B, C] were expected"
+                )
                 count[0] += 1
             except Exception as error:
                 first = (str(error).splitlines() or [""])[0]
@@ -115,10 +119,24 @@ def _run(backbone: nn.Module, inputs: Inputs) -> Any:
         return backbone(*args, **kwargs)
 
 
-def _has_rows(reader: LogitsReader, output: Any) -> bool:
+def _has_rows(reader: LogitsReader, output: Any, number: int = 2) -> bool:
     logits = reader.logits_of(output)
     found = [t for _, t in matrices_in(output)] if logits is None else [logits]
-    return any(tensor.shape[0] == 2 for tensor in found)
+    return any(tensor.shape[0] == number for tensor in found)
+
+
+def _batch_second(reader: LogitsReader, output: Any, inputs: Inputs) -> str | None:
+    """What a backbone did, if it takes the second dimension of two rows for the batch."""
+    first = next(tensor for tensor in tensors_in(inputs) if tensor.dim() > 0)
+    if first.dim() < 2 or not _has_rows(reader, output, first.shape[1]):
+        return None
+    return (
+        f"returned {describe(output)}: a row for each of the {first.shape[1]} entries along "
+        f"dimension 1 of {list(first.shape)}. The batch seems to lie there, with time first, as "
+        "`nn.LSTM` takes it without `batch_first=True`; here and where rows are routed it is cut "
+        "along dimension 0. Let the forward take [B, T] and transpose inside "
+        "(`x = x.transpose(0, 1)`)"
+    )
 
 
 @contextmanager

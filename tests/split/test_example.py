@@ -232,6 +232,28 @@ def test_rows_that_are_no_samples_are_told_from_an_example_that_does_not_run() -
         find_example(Crops(), torch.randn(5, 7), reader)
 
 
+class TimeFirst(nn.Module):
+    """Tokens [T, B], as recurrent layers take them by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(9, 8), nn.LSTM(8, 8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.lstm(self.embed(tokens))[1][0][-1])
+        return logits
+
+
+@pytest.mark.parametrize("shape", [(10, 6), (6, 6), (3, 6), None])
+def test_a_batch_along_the_second_dimension_is_named_with_what_to_do(
+    shape: tuple[int, int] | None,
+) -> None:
+    example = None if shape is None else torch.randint(9, shape)
+    with pytest.raises(SplitError, match=r"dimension 1 of \[2, .*time first.*transpose inside"):
+        RIDEWrapper(TimeFirst(), 2, example_input=example)
+
+
 class OneTuple(Crops):
     """Takes tokens and their lengths in one argument, as loaders of texts put them together."""
 
