@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ride_plugin._contexts import seed_everything
 from ride_plugin._errors import SplitError, listed
+from ride_plugin._inputs import own_inputs
 from ride_plugin._split._hidden import advice
 from ride_plugin._split._passes import play, record
 from ride_plugin._split._results import logits_of, near, seeded
@@ -57,6 +58,14 @@ def check_rows(
             "that is prepared for quantization-aware training, "
             "`net.apply(torch.ao.quantization.disable_observer)` does. Or wrap the plain network, "
             "and prepare the wrapped one."
+        )
+    if relates and _draws(backbone, state):
+        raise SplitError(
+            f"{prefix}: its forward draws random numbers in evaluation (`F.dropout(x, "
+            "training=True)`, say), so that a row gets others with other rows, which routing "
+            "cannot allow behind the fork. Draw in training only (`training=self.training`), or "
+            "pass `fork_at=` a submodule behind it. For dropout in evaluation let an `nn.Dropout` "
+            "do it, and set that to training mode in the wrapped model (`.train()`)."
         )
     if relates:
         raise SplitError(
@@ -132,6 +141,15 @@ def _relates_rows(
     alone = seeded(backbone(False), state.select(rows).values[0])
     rounding = 1e-3 * float(expected.abs().max())
     return alone.shape == expected[rows].shape and not near(alone, expected[rows], allowed=rounding)
+
+
+def _draws(backbone: Callable[[bool], nn.Module], state: TrunkState) -> bool:
+    """Whether the backbone returns something else for the same rows once more."""
+    inputs = state.values[0]
+    expected = seeded(backbone(False), inputs)
+    args, kwargs = own_inputs(inputs, tensors=True)
+    with torch.no_grad():  # and not seeded again
+        return not near(logits_of(backbone(False)(*args, **kwargs)), expected)
 
 
 def _rows_agree_in_double(

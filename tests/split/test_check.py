@@ -74,6 +74,35 @@ def test_what_is_counted_at_the_start_works_as_the_error_says() -> None:
     train_both(backbone, RIDEWrapper(backbone, 2, fork_at="b", example_input=X), [X, X])
 
 
+class AlwaysOn(Base):
+    """Dropout in evaluation too, behind the fork or before it."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__()
+        self.late = late
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        h = h if self.late else nn.functional.dropout(h, training=True)
+        h = self.b(h).relu()
+        return self.c(nn.functional.dropout(h, training=True) if self.late else h)
+
+
+class RowsMean(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(self.a(x).relu())
+        return self.c(h - h.mean(0))
+
+
+def test_a_forward_that_draws_in_evaluation_is_told_from_one_that_looks_at_other_rows() -> None:
+    with pytest.raises(SplitError, match=r"draws random numbers in evaluation.*self\.training"):
+        RIDEWrapper(AlwaysOn(late=True), 2, fork_at="b", example_input=X)
+    with pytest.raises(SplitError, match=r"depends on the rows that come with it"):
+        RIDEWrapper(RowsMean(), 2, fork_at="b", example_input=X)
+    RIDEWrapper(AlwaysOn(late=True), 2, fork_at="c", example_input=X)
+    RIDEWrapper(AlwaysOn(late=False), 2, fork_at="b", example_input=X)
+
+
 class Mixture(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
