@@ -76,7 +76,24 @@ def _default(units: Sequence[Call]) -> tuple[int, str]:
     while index < last and (not parametric[index] or id(units[index].module) in called_before):
         called_before |= _modules_of(units[index : index + 1])
         index += 1
-    return index, reason
+    return _first_branch(units, index), reason
+
+
+def _first_branch(units: Sequence[Call], index: int) -> int:
+    """Index of the first of several branches that take one value, among which is this unit.
+
+    They are called one after the other, as the kernel sizes of a text CNN are; cut between them,
+    experts would differ in some alone. A value that each changes in place is another for each.
+    """
+    unit, first = units[index], index
+    if not unit.inputs or unit.version is None:
+        return index
+    for i in range(index - 1, -1, -1):
+        if units[i].num_parameters:
+            if units[i].inputs != unit.inputs or units[i].version != unit.version:
+                return first
+            first = i
+    return index  # nothing is shared before the first
 
 
 def _first_repeated(units: Sequence[Call]) -> int:

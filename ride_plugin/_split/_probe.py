@@ -17,6 +17,7 @@ from ride_plugin._contexts import RandomState, is_stream
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._settings import contents_in
 from ride_plugin._tree import CONTAINERS, OF_MODULES, Place, tensors_in
+from ride_plugin._values import version_of
 
 RANDOM = ("", "numpy.random and random")  # draws leave their mark as attributes do
 
@@ -37,6 +38,7 @@ class Call:
     children: list[Call] = field(default_factory=list)
     inputs: list[Seen] = field(default_factory=list)
     outputs: list[Seen] = field(default_factory=list)
+    version: int | None = None  # of the first input: how often it had been changed in place
     changed: set[Place] = field(default_factory=set)
     settings: frozenset[Place] = frozenset()
 
@@ -83,7 +85,9 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
     alive: list[Any] = []  # addresses identify tensors only while all of them live
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        call = Call(names[id(module)], module, inputs=_seen((args, kwargs)))
+        first = next(tensors_in((args, kwargs)), None)
+        version = None if first is None else version_of(first)
+        call = Call(names[id(module)], module, inputs=_seen((args, kwargs)), version=version)
         alive.append((args, kwargs))
         stack[-1].children.append(call)
         stack.append(call)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -189,6 +189,82 @@ def test_a_backbone_without_layers_has_nothing_to_fork() -> None:
 
     with pytest.raises(SplitError, match="no submodule with parameters"):
         RIDEWrapper(Bare(), 2, example_input=torch.rand(2, 6), num_classes=4)
+
+
+class KernelSizes(nn.Module):
+    """Convolutions of three kernel sizes over one text, with or without modules between them."""
+
+    def __init__(self, between: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        self.sizes = nn.ModuleList([nn.Conv1d(8, 6, k) for k in (2, 3, 4)])
+        self.relu = nn.ReLU() if between else torch.relu
+        self.fc = nn.Linear(18, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embed(tokens).transpose(1, 2)
+        found = [self.relu(conv(h)).amax(2) for conv in self.sizes]
+        logits: Tensor = self.fc(torch.cat(found, 1))
+        return logits
+
+
+class AddsInPlace(nn.Module):
+    """Blocks that add to one value, which is not what each of them takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for block in self.blocks:
+            h += block(h)
+        logits: Tensor = self.fc(h)
+        return logits
+
+
+class WideAndDeep(AddsInPlace):
+    """The last branch takes what the first took, with others between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for block in self.blocks[:1]:
+            h = block(h).relu()
+        logits: Tensor = self.fc(h + self.wide(x))
+        return logits
+
+
+class AtOnce(AddsInPlace):
+    """Nothing to share before the branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = nn.ModuleList([nn.Linear(6, 8) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(sum(other(x) for other in self.others))
+        return logits
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_branches_of_one_value_are_forked_together(between: bool) -> None:
+    model = RIDEWrapper(KernelSizes(between), 2, example_input=torch.randint(9, (4, 7)))
+    assert model.fork_at == "sizes"
+    assert {name.split(".")[0] for name, _ in model.trunk.named_parameters()} == {"embed"}
+
+
+@pytest.mark.parametrize(
+    ("net", "fork_at"),
+    [(AddsInPlace(), "blocks.4"), (WideAndDeep(), "wide"), (AtOnce(), "others.2")],
+)
+def test_units_that_take_other_values_are_no_branches(net: nn.Module, fork_at: str) -> None:
+    root, _ = call_tree(net.eval(), ((torch.rand(2, 6),), {}))
+    assert choose_fork(root, None).name == fork_at
 
 
 class Unrolled(nn.Module):
