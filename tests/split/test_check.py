@@ -84,7 +84,7 @@ class AlwaysOn(Base):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x).relu()
         h = h if self.late else nn.functional.dropout(h, training=True)
-        h = self.b(h).relu()
+        h = self.b(h)
         return self.c(nn.functional.dropout(h, training=True) if self.late else h)
 
 
