@@ -17,8 +17,8 @@ Where to read first, and what belongs together:
   keeps hooks of others out by ``_observers``) and reads what experts return (``_expert_result``).
   Tensors that all experts have are ``_sharing`` and ``_frozen``, loading and saving ``_holder``,
   ``_lend`` and ``_plain_state``, groups of parameters ``_groups``, another number of classes
-  ``_class_number``. What somebody does to the wrong
-  part of a model is told by ``_misplaced``, ``_several`` and ``_handed_out``.
+  ``_class_number``. What somebody does to the wrong part of a model is told by ``_misplaced``,
+  ``_several`` and ``_handed_out``.
 - *Other ways in and out.* Two modules as one backbone (``_pair``), parts written by hand
   (``_join``), experts from networks of their own (``_graft``, ``_inert``), and back to a plain
   module (``_plain``).

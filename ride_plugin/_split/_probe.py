@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ride_plugin._checks import version_of
 from ride_plugin._contexts import RandomState, is_stream
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._settings import contents_in
 from ride_plugin._tree import CONTAINERS, OF_MODULES, Place, tensors_in
-from ride_plugin._values import version_of
 
 RANDOM = ("", "numpy.random and random")  # draws leave their mark as attributes do
 
