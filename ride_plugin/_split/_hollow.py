@@ -36,8 +36,13 @@ def hollow(value: Tensor) -> Tensor:
 
 
 def is_hollow(value: Tensor) -> bool:
-    """Whether a value takes no memory, as one that nobody reads."""
-    return value.dim() > 1 and value.layout is torch.strided and not any(value.stride())
+    """Whether a value takes no memory, as one that nobody reads.
+
+    Not so one without elements, of which none can be taken to stand for all.
+    """
+    if value.dim() < 2 or value.layout is not torch.strided:
+        return False
+    return not any(value.stride()) and value.numel() > 0
 
 
 class Unread(Tensor):

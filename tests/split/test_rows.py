@@ -101,3 +101,28 @@ def test_videos_of_any_number_of_frames_are_routed_as_they_are_run() -> None:
             torch.testing.assert_close(logits, whole[rows, k])
     with pytest.raises(ArgumentError, match="one input size"):
         type(state).cat([state, model.run_trunk(torch.randn(4, 3, 3, 8, 8))])
+
+
+class Pads(nn.Module):
+    """Pads to a multiple of four before the fork, with nothing where there is no need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 8, 4, 4), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, torch.zeros(*x.shape[:2], -x.shape[2] % 4)], dim=2)
+        return self.fc(self.b(self.a(x).relu()).mean(2))
+
+
+@pytest.mark.parametrize("length", [10, 12])
+def test_a_tensor_without_elements_may_cross_the_fork(length: int) -> None:
+    example = torch.randn(2, 3, length)
+    model = RIDEWrapper(Pads(), 2, fork_at="b", example_input=example).eval()
+    for x in (torch.randn(4, 3, 12), torch.randn(4, 3, 9)):
+        whole, rows = expert_logits(model(x)), torch.tensor([3, 1])
+        state = model.run_trunk(x)
+        halves = [state.select(torch.tensor(half)).hollowed() for half in ([0, 1], [2, 3])]
+        again = type(state).cat(halves).to(dtype=torch.float32)
+        logits, _ = model.run_expert(1, again.select(rows))
+        torch.testing.assert_close(logits, whole[rows, 1])
