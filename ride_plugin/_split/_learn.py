@@ -196,7 +196,10 @@ def _learn(
                 "one tensor (`torch.stack`), or behind the fork: pass `fork_at=` an earlier "
                 "submodule."
             )
-    read_by_trunk = _influences(tensors_in(large.values), parameters)
+    try:
+        read_by_trunk = _influences(tensors_in(large.values), parameters)
+    except Exception:  # a reentrant checkpoint or a layer without a backward is in between
+        read_by_trunk = {name for name, p in parameters.items() if id(p) in trunk_reads.seen}
     use = use_by_expert(views, large, attributes, parameters, outside)
     rows = [
         tuple(

@@ -113,6 +113,42 @@ def test_each_layer_is_computed_again_once(how: str, use_reentrant: bool, fork_a
     assert gradients_of.keys() == dict(model.named_parameters()).keys()
 
 
+class Positions(nn.Module):
+    """A parameter of no submodule before checkpoints, as position embeddings are."""
+
+    def __init__(self, checkpoints: bool, scales: bool = False) -> None:
+        super().__init__()
+        self.p, self.scales, self.checkpoints = nn.Parameter(torch.ones(8)), scales, checkpoints
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.p
+        run = self.checkpoints and x.requires_grad  # torch warns otherwise
+        for layer in (self.a, self.b):
+            x = checkpoint(layer, x, use_reentrant=True) if run else layer(x)
+        return self.c(x * self.p if self.scales else x)
+
+
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("fork_at", ["b", "c"])
+def test_a_parameter_before_reentrant_checkpoints_stays_in_the_trunk(
+    fork_at: str, scales: bool
+) -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    model, plain = (
+        RIDEWrapper(Positions(checkpoints, scales), 2, fork_at=fork_at, example_input=x)
+        for checkpoints in (True, False)
+    )
+    assert model.trunk.p is not None
+    plain.load_state_dict(model.state_dict())
+    got, expected = (
+        {name: g for name, g in gradients(m, x).items() if g is not None} for m in (model, plain)
+    )
+    assert got.keys() == expected.keys() == {name for name, _ in model.named_parameters()}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_one_region_across_the_fork_is_refused(when: str) -> None:
     backbone = Checkpointing()
