@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from ride_plugin._contexts import seed_everything
 from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import own_inputs
 from ride_plugin._split._hidden import advice
+from ride_plugin._split._hollow import is_hollow
 from ride_plugin._split._passes import play, record
 from ride_plugin._split._results import logits_of, near, seeded
+from ride_plugin._split._rows import Rows
 from ride_plugin._split._state import TrunkState
 from ride_plugin._split._views import Views
 from ride_plugin._tree import map_tensors
@@ -36,10 +39,11 @@ def check_rows(
         prefix: of the message.
         moving: names of what the backbone's forward writes in evaluation.
     """
-    views = fresh()
     try:
-        agree = _rows_agree(backbone, views, state, expected)
-        mixes = bool(moving) and _written_by_others(fresh, state, expected.device)
+        agree = _rows_agree(backbone, fresh(), state, expected)
+        # Numbers that are computed of all rows show in any two; a choice made of them does not.
+        chooses = state.layout is not None and state.layout.chooses
+        mixes = (chooses or bool(moving)) and _others_matter(fresh, state, expected)
     except Exception as error:
         raise SplitError(
             f"{prefix}: an expert does not run on a subset of the rows, which "
@@ -48,7 +52,7 @@ def check_rows(
     if agree and not mixes:
         return
     relates = _relates_rows(backbone, state, expected)  # before anything is another precision
-    if not mixes and _rows_agree_in_double(backbone, views, state):
+    if not (mixes and moving) and _agrees_in_double(backbone, fresh, state):
         return
     if moving:
         raise SplitError(
@@ -67,16 +71,16 @@ def check_rows(
             "pass `fork_at=` a submodule behind it. For dropout in evaluation let an `nn.Dropout` "
             "do it, and set that to training mode in the wrapped model (`.train()`)."
         )
-    if relates:
-        raise SplitError(
-            f"{prefix}: what the backbone returns for a row depends on the "
-            "rows that come with it, which routing cannot allow behind the fork. Pass `fork_at=` "
-            "a later submodule, behind what looks at several rows (a mean, a mask or an order of "
-            "the batch), or let the forward do that in training only (`if self.training:`)."
-        )
     several = state.layout is not None and any(
         rows is not None and rows.per_sample > 1 for entry in state.layout.rows for rows in entry
     )
+    if relates or (mixes and not several):
+        raise SplitError(
+            f"{prefix}: what the backbone returns for a row depends on the "
+            "rows that come with it, which routing cannot allow behind the fork. Pass `fork_at=` "
+            "a later submodule, behind what looks at several rows (a mean, a mask, an order or the "
+            "longest of the batch), or let the forward do that in training only (`if self.training:`)."
+        )
     raise SplitError(
         f"{prefix}: an expert's logits for some rows differ from those rows "
         "of the whole batch, so routing would change predictions. "
@@ -95,10 +99,8 @@ def _rows_agree(
     backbone: Callable[[bool], nn.Module], views: Views, state: TrunkState, expected: Tensor
 ) -> bool:
     rows = torch.tensor([2, 0], device=expected.device)
-    seed_everything()
     some = state.select(rows)
-    with torch.no_grad():
-        got = logits_of(play(views.expert, views.running, some.hollowed()))
+    got = _played(views, some)
     if got.shape != expected[rows].shape:
         return False
     if near(got, expected[rows]):
@@ -112,25 +114,61 @@ def _rows_agree(
     return near(got, expected[rows], allowed=noise)
 
 
-def _written_by_others(fresh: Callable[[], Views], state: TrunkState, device: torch.device) -> bool:
-    """Whether a row's logits change with the other rows, from which an expert writes something.
+def _others_matter(fresh: Callable[[], Views], state: TrunkState, expected: Tensor) -> bool:
+    """Whether a row's logits change with the rows that come with it.
 
-    An observer's range may change them as little as rounding does, and not at all if the other rows
-    do not reach beyond it. Batches of one size leave no rounding, since the same kernels run; and
-    of two rows one at most is beyond all others.
+    The row keeps its place, and the batch its size: the same kernels run, which leaves no rounding.
+    The other rows are as unlike as they can be without leaving the bounds of what an index or a
+    probability may be; rows of the example are often so alike that a choice made of all of them
+    (the largest of their mean, or a range that an observer writes) is that of each one.
     """
-    for row in (0, 1):
-        alone, among = ([row] * 3, [row, (row + 1) % 3, (row + 2) % 3])
-        results = []
-        for chosen in (alone, among):
-            seed_everything()
-            views = fresh()
-            some = state.select(torch.tensor(chosen, device=device))
-            with torch.no_grad():
-                results.append(logits_of(play(views.expert, views.running, some.hollowed()))[0])
-        if not near(*results):
+    for turn in range(2 * state.batch_size):
+        row = turn % state.batch_size
+        among = state.select(torch.tensor([row] * state.batch_size))
+        try:
+            got = _played(fresh(), _with_extremes(among, row, turn))
+        except Exception:  # no values for this forward, which may look at its numbers
+            got = _played(fresh(), among)
+        if got.shape != expected.shape or not near(got[row], expected[row]):
             return True
     return False
+
+
+def _played(views: Views, state: TrunkState) -> Tensor:
+    seed_everything()
+    with torch.no_grad():
+        return logits_of(play(views.expert, views.running, state.hollowed()))
+
+
+def _with_extremes(state: TrunkState, row: int, seed: int) -> TrunkState:
+    """Of equal rows all but one get the least and the largest of the trunk's numbers instead."""
+    assert state.layout is not None
+    size = state.batch_size
+    generator = torch.Generator().manual_seed(seed)
+
+    def extreme(value: Tensor, rows: Rows | None) -> Tensor:
+        if rows is None or not value.is_floating_point() or not value.numel():
+            return value
+        if value.layout is not torch.strided or is_hollow(value):
+            return value
+        slices = torch.arange(value.shape[rows.dim], device="cpu") * size // value.shape[rows.dim]
+        own = (slices == row).view(-1, *[1] * (value.dim() - 1)).movedim(0, rows.dim)
+        largest = torch.zeros((), dtype=torch.bool, device="cpu")
+        for dim, length in enumerate(value.shape):  # a mean over any dimension keeps a pattern
+            if dim == rows.dim:
+                continue
+            lots = torch.rand(length, generator=generator, device="cpu") < 0.5
+            largest = largest ^ lots.view(-1, *[1] * (value.dim() - dim - 1))
+        others = torch.where(largest.to(value.device), value.max(), value.min())
+        return torch.where(own.to(value.device), value, others)
+
+    values = [state.values[0]]  # the inputs as they are: their columns may have bounds of their own
+    for value, specs in zip(state.values[1:], state.layout.rows[1:], strict=True):
+        remaining: Iterator[Rows | None] = iter(specs)
+        values.append(
+            map_tensors(lambda tensor, rest=remaining: extreme(tensor, next(rest)), value)
+        )
+    return replace(state, values=values)
 
 
 def _relates_rows(
@@ -152,16 +190,21 @@ def _draws(backbone: Callable[[bool], nn.Module], state: TrunkState) -> bool:
         return not near(logits_of(backbone(False)(*args, **kwargs)), expected)
 
 
-def _rows_agree_in_double(
-    backbone: Callable[[bool], nn.Module], views: Views, state: TrunkState
+def _agrees_in_double(
+    backbone: Callable[[bool], nn.Module], fresh: Callable[[], Views], state: TrunkState
 ) -> bool:
     """Tell rounding that a network amplifies (it all but vanishes) from rows that really differ."""
 
     def doubled(training: bool) -> nn.Module:
         return backbone(training).double()
 
-    views.trunk.double()
-    views.expert.double()
+    def fresh_doubled() -> Views:
+        views = fresh()
+        views.trunk.double()
+        views.expert.double()
+        return views
+
+    views = fresh_doubled()
     args, kwargs = map_tensors(
         lambda t: t.double() if t.is_floating_point() else t, state.values[0]
     )
@@ -170,6 +213,7 @@ def _rows_agree_in_double(
         with torch.no_grad():
             layouts = [] if state.layout is None else [state.layout]
             again, _ = record(views.trunk, views.running, layouts, args, kwargs, stop_at_fork=True)
-        return _rows_agree(doubled, views, again, expected)
+        agree = _rows_agree(doubled, views, again, expected)
+        return agree and not _others_matter(fresh_doubled, again, expected)
     except Exception:  # no kernel for float64, or a dtype written into the backbone
         return False

@@ -208,7 +208,8 @@ def _learn(
         )
         for key, x, y, flags in zip(small.keys, small.values, large.values, use.live, strict=True)
     ]
-    layout = Layout(small.keys, tuple(rows), tuple(use.live), tuple(use.clone), forms, single)
+    live, clone = tuple(use.live), tuple(use.clone)
+    layout = Layout(small.keys, tuple(rows), live, clone, forms, single, use.chooses)
     return Lesson(
         layout,
         frozenset(use.reads - read_by_trunk),

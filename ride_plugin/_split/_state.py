@@ -51,6 +51,7 @@ class Layout:
         clone: whether an expert changes the tensor in place, so that each needs its own.
         forms: where tensors lie in each entry.
         single: which tensors of the inputs have one slice for all rows.
+        chooses: whether an expert computes integers, truth values or plain numbers of tensors.
     """
 
     keys: tuple[str, ...]
@@ -59,6 +60,7 @@ class Layout:
     clone: tuple[tuple[bool, ...], ...]
     forms: tuple[Form, ...]
     single: tuple[bool, ...]
+    chooses: bool = False
 
     @property
     def path(self) -> tuple[Any, ...]:
@@ -98,6 +100,7 @@ class Layout:
             either(self.clone, other.clone),
             self.forms,
             self.single,
+            self.chooses or other.chooses,
         )
 
     @cached_property

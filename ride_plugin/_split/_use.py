@@ -25,18 +25,28 @@ class Reads(TorchFunctionMode):
 
     Gradients alone would miss what reaches the logits through a comparison, an index, a detached
     branch, or a Python decision.
+
+    Attributes:
+        seen: them, by id.
+        chooses: whether integers, truth values or plain numbers were computed of any tensor.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[int, Tensor] = {}
+        self.chooses = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if reads(func, result):
-            self.seen.update((id(t), t) for t in tensors_in((args, kwargs)))
+            given = {id(t): t for t in tensors_in((args, kwargs))}
+            self.seen.update(given)
+            made = [t for t in tensors_in(result) if id(t) not in given]
+            plain = next(tensors_in(result), None) is None
+            whole = any(not (t.is_floating_point() or t.is_complex()) for t in made)
+            self.chooses |= bool(given) and (plain or whole)
         return result
 
 
@@ -49,6 +59,7 @@ class Use:
     reads: set[str]
     writes: set[str]
     late: set[Place]
+    chooses: bool
 
 
 def use_by_expert(
@@ -106,6 +117,7 @@ def _watch_expert(
 
     def look() -> None:
         at_fork.extend(marks_of(views.expert, places))
+        watch.chooses = False  # of what runs behind the fork is asked
 
     watch = Reads()
     with torch.set_grad_enabled(gradients):
@@ -150,6 +162,7 @@ def _watch_expert(
         read_parameters,
         written,
         late,
+        watch.chooses,
     )
 
 
