@@ -79,7 +79,8 @@ def check_rows(
             f"{prefix}: what the backbone returns for a row depends on the "
             "rows that come with it, which routing cannot allow behind the fork. Pass `fork_at=` "
             "a later submodule, behind what looks at several rows (a mean, a mask, an order or the "
-            "longest of the batch), or let the forward do that in training only (`if self.training:`)."
+            "longest of the batch), or let the forward do that in training only "
+            "(`if self.training:`)."
         )
     raise SplitError(
         f"{prefix}: an expert's logits for some rows differ from those rows "

@@ -124,5 +124,5 @@ def test_nothing_more_is_tried_where_an_expert_chooses_nothing(
         raise AssertionError
 
     monkeypatch.setattr(_check_rows, "_others_matter", called)
-    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4))
-    RIDEWrapper(net, 2, fork_at="2", example_input=torch.randn(4, 8))
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4))
+    RIDEWrapper(net, 2, fork_at="1", example_input=torch.randn(4, 8))
