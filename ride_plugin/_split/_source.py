@@ -31,6 +31,19 @@ def refuse_unfit(backbone: nn.Module) -> None:
             "Expected to be called outside `torch.inference_mode()`: tensors made there can never "
             "be trained. Wrap the backbone first."
         )
+    held = [
+        (f"{path}.{key}".lstrip("."), child)
+        for path, module in backbone.named_modules()
+        for key, child in module._modules.items()
+    ]
+    for name, module in [("", backbone), *held]:
+        if isinstance(module, nn.Module) and not issubclass(type(module), nn.Module):
+            raise SplitError(
+                f"Expected argument `backbone` to be made of modules, but {_called(name)} is "
+                f"{type(module).__name__}, an object that answers for a {module.__class__.__name__} "
+                "inside of it. Attributes and hooks would be set on that one, and the object runs "
+                "code of its own around it. Pass an nn.Module whose forward runs the same."
+            )
     for name, module in backbone.named_modules():
         kind = type(module).__name__
         if kind in _PARALLEL:

@@ -548,6 +548,34 @@ def test_distributed_modules_are_refused_by_name() -> None:
         RIDEWrapper(nn.Sequential(DistributedDataParallel(linear_net())), 2)
 
 
+class StandsFor:
+    """Passes for the module inside, as the models of ClassyVision do."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        self.inside = inside
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inside":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.inside, name)
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.inside(x)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self.inside)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_an_object_that_passes_for_a_module_is_refused_by_name(held: bool) -> None:
+    net: Any = StandsFor(linear_net())
+    assert isinstance(net, nn.Module)
+    match = rf"{'`1`' if held else 'it'} is StandsFor, .*answers for a Sequential inside"
+    with pytest.raises(SplitError, match=match):
+        RIDEWrapper(nn.Sequential(nn.Identity(), net) if held else net, 2)
+
+
 def test_a_guess_that_fails_reports_the_attempt_that_came_furthest() -> None:
     class Needs32(nn.Module):
         def __init__(self) -> None:
