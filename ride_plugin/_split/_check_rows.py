@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +148,8 @@ def _with_extremes(state: TrunkState, row: int, seed: int) -> TrunkState:
     size = state.batch_size
     generator = torch.Generator().manual_seed(seed)
 
-    def extreme(value: Tensor, rows: Rows | None) -> Tensor:
+    def extreme(specs: Iterator[Rows | None], value: Tensor) -> Tensor:
+        rows = next(specs)
         if rows is None or not value.is_floating_point() or not value.numel():
             return value
         if value.layout is not torch.strided or is_hollow(value):
@@ -165,10 +167,7 @@ def _with_extremes(state: TrunkState, row: int, seed: int) -> TrunkState:
 
     values = [state.values[0]]  # the inputs as they are: their columns may have bounds of their own
     for value, specs in zip(state.values[1:], state.layout.rows[1:], strict=True):
-        remaining: Iterator[Rows | None] = iter(specs)
-        values.append(
-            map_tensors(lambda tensor, rest=remaining: extreme(tensor, next(rest)), value)
-        )
+        values.append(map_tensors(partial(extreme, iter(specs)), value))
     return replace(state, values=values)
 
 

@@ -40,9 +40,10 @@ def refuse_unfit(backbone: nn.Module) -> None:
         if isinstance(module, nn.Module) and not issubclass(type(module), nn.Module):
             raise SplitError(
                 f"Expected argument `backbone` to be made of modules, but {_called(name)} is "
-                f"{type(module).__name__}, an object that answers for a {module.__class__.__name__} "
-                "inside of it. Attributes and hooks would be set on that one, and the object runs "
-                "code of its own around it. Pass an nn.Module whose forward runs the same."
+                f"{type(module).__name__}, an object that answers for a "
+                f"{module.__class__.__name__} inside of it. Attributes and hooks would be set on "
+                "that one, and the object runs code of its own around it. Pass an nn.Module whose "
+                "forward runs the same."
             )
     for name, module in backbone.named_modules():
         kind = type(module).__name__
