@@ -90,6 +90,13 @@ class LogitsReader:
             return output  # whoever runs the expert looks at its shape
         _note_loss(output)
         logits = self.logits_of(output, module.training)
+        if logits is None and not matrices_in(output):
+            raise ReplayError(
+                "The backbone returned no logits [B, C], as it did when it was wrapped, but "
+                f"{describe(output)}: losses, say, which it computes itself in this mode. Call "
+                "the model as when it was wrapped, without what asks for something else, and "
+                "compute the loss of what it returns."
+            )
         if logits is None:
             raise ReplayError(
                 "The backbone returned something else than when it was wrapped, and which part of "

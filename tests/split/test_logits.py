@@ -453,6 +453,29 @@ def test_flags_that_leave_the_classifier_out_are_refused(
     assert model(x).shape == (4, 5)
 
 
+class HasModes(nn.Module):
+    """Returns logits, or a dictionary of losses, as the models of mmpretrain do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, target: Tensor | None = None, mode: str = "tensor") -> Any:
+        logits = self.fc(torch.relu(self.stem(x)))
+        if mode == "tensor" or target is None:
+            return logits
+        return {"loss": F.cross_entropy(logits, target)}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_call_that_asks_for_losses_alone_is_told_how_to_call_it(training: bool) -> None:
+    model = RIDEWrapper(HasModes(), 2, fork_at="fc").train(training)
+    x, target = torch.randn(4, 8), torch.arange(4)
+    with pytest.raises(ReplayError, match=r"a dict without.*Call the model as when.*the loss of"):
+        model(x, target, mode="loss")
+    assert expert_logits(model(x, target)).shape == (4, 2, 5)
+
+
 def test_a_classifier_replaced_by_one_of_other_size_is_noticed() -> None:
     model = RIDEWrapper(linear_net(), 2)
     for expert in model.experts:
