@@ -237,6 +237,28 @@ def test_misuse_of_a_pair_is_refused() -> None:
         head(net(torch.randn(2, 3, 32, 32)))
 
 
+class Causal(nn.Linear):
+    """A classifier that is given more than features, as a long-tail repository's is."""
+
+    def forward(self, x: Tensor, label: Any, embed: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+class Defaults(nn.Linear):
+    def forward(self, x: Tensor, label: Any = None, *, embed: Any = None) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_classifier_that_needs_more_than_features_is_told_to_give_defaults() -> None:
+    extractor, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU()), torch.randn(2, 6)
+    with pytest.raises(ArgumentError, match=r"`classifier`.*\(x.*label.*embed.*`?defaults"):
+        RIDEWrapper.from_pair(extractor, Causal(8, 5), 2, example_input=x)
+    model = RIDEWrapper.from_pair(
+        extractor, Defaults(8, 5), 2, fork_at="classifier", example_input=x
+    )
+    assert model(x).shape == (2, 5)
+
+
 def test_one_process_runs_the_two_modules_on_one_device() -> None:
     net, head = pair()[0].eval().as_pair()
     x = torch.randn(2, 3, 32, 32)

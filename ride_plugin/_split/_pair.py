@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_instance
+from ride_plugin._checks import check_instance, refuse
 from ride_plugin._errors import SplitError
 from ride_plugin._split._logits import Choice, LogitsReader, check_logits_choice, describe
 from ride_plugin._tree import Path
@@ -29,6 +30,7 @@ class Pair(nn.Module):
         check_instance(feature_extractor, "feature_extractor", nn.Module, "a torch.nn.Module")
         check_instance(classifier, "classifier", nn.Module, "a torch.nn.Module")
         check_logits_choice(features, "features")
+        _check_takes_features(classifier)
         self.feature_extractor = feature_extractor
         self.classifier = classifier
         self.choice = features
@@ -55,3 +57,20 @@ class Pair(nn.Module):
     def place_of_features(self, output: Any) -> Path | None:
         """Where the features lie in what the extractor returned; None if that is not known."""
         return LogitsReader(self.choice).place_in(output)
+
+
+def _check_takes_features(classifier: nn.Module) -> None:
+    """Raise ArgumentError where a classifier's forward cannot be called with features alone."""
+    try:
+        taken = signature(classifier.forward)
+    except (TypeError, ValueError):  # some functions written in C have no signature
+        return
+    try:
+        taken.bind(None)
+    except TypeError as error:
+        refuse(
+            "classifier",
+            "callable with the features alone, `classifier(features)`",
+            classifier,
+            f"Its forward takes {taken} ({error}). Give the others defaults.",
+        )
