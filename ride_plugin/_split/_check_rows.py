@@ -126,7 +126,7 @@ def _others_matter(fresh: Callable[[], Views], state: TrunkState, expected: Tens
     """
     for turn in range(2 * state.batch_size):
         row = turn % state.batch_size
-        among = state.select(torch.tensor([row] * state.batch_size))
+        among = state.select(torch.tensor([row] * state.batch_size, device="cpu"))
         try:
             got = _played(fresh(), _with_extremes(among, row, turn))
         except Exception:  # no values for this forward, which may look at its numbers
