@@ -64,7 +64,7 @@ def check_rows(
             "`net.apply(torch.ao.quantization.disable_observer)` does. Or wrap the plain network, "
             "and prepare the wrapped one."
         )
-    if relates and _draws(backbone, state):
+    if _draws(backbone, state):
         raise SplitError(
             f"{prefix}: its forward draws random numbers in evaluation (`F.dropout(x, "
             "training=True)`, say), so that a row gets others with other rows, which routing "

@@ -103,6 +103,19 @@ def test_a_forward_that_draws_in_evaluation_is_told_from_one_that_looks_at_other
     RIDEWrapper(AlwaysOn(late=False), 2, fork_at="b", example_input=X)
 
 
+def test_draws_on_both_sides_of_the_fork_are_named_though_no_row_depends_on_others() -> None:
+    class Columns(Base):
+        """Columns chosen at random, the same ones for all rows, as sampled attention has them."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).relu()
+            h = self.b(h + h[:, torch.randperm(h.shape[1])[:1]])
+            return self.c(h + h[:, torch.randperm(h.shape[1])[:1]])
+
+    with pytest.raises(SplitError, match="draws random numbers in evaluation"):
+        RIDEWrapper(Columns(), 2, fork_at="b", example_input=X)
+
+
 class Mixture(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
