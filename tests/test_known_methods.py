@@ -177,4 +177,4 @@ class Nameless(Net):
 
 def test_a_classifier_that_the_backbone_does_not_know_is_the_one_that_was_found() -> None:
     model = RIDEWrapper(Nameless(), 2, fork_at="blocks.2")
-    assert list(model.get_classifier()) == model.classifiers
+    assert tuple(model.get_classifier()) == model.classifiers

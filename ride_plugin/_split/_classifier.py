@@ -16,6 +16,7 @@ from ride_plugin._split._class_number import set_class_number
 from ride_plugin._split._hooks import watch_classifier
 from ride_plugin._split._parts import Parts, trial_run
 from ride_plugin._split._probe import Call, address_of
+from ride_plugin._split._sharing import trains
 from ride_plugin._tree import map_tensors
 
 ClassifierFactory = Callable[[int, int], nn.Module]
@@ -46,6 +47,8 @@ def find_classifier(root: Call, logits: Tensor) -> Head | None:
     leaves = [call for call in around.leaves if any(call is other for other in candidates)]
     if exact and (not exact[0].children or not leaves):
         return Head(exact[0].name, True)
+    # One that is frozen beside others may be a copy of them, a moving average of the head say.
+    leaves = [call for call in leaves if trains(call.module.parameters())] or leaves
     return Head(leaves[-1].name, False) if leaves else None
 
 

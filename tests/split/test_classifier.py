@@ -62,3 +62,13 @@ def test_what_is_computed_of_the_classifier_alone_stays(compute: Any) -> None:
     for k, expert in enumerate(model.experts):
         h = expert.neck(model.trunk.body(x).relu()).relu()
         torch.testing.assert_close(out[:, k], compute(expert, h))
+
+
+def test_a_frozen_copy_of_the_classifier_is_not_taken_for_it() -> None:
+    backbone = Net(lambda net, h: net.fc(h) + net.other(h).detach())
+    backbone.other.load_state_dict(backbone.fc.state_dict())
+    backbone.other.requires_grad_(False)
+    model = RIDEWrapper(backbone, 2, fork_at="neck", init="copy")
+    assert model.classifier_name == "fc"
+    first, second = model.classifiers
+    assert not torch.equal(first.weight, second.weight)
