@@ -1,7 +1,8 @@
 """Biases that somebody set, to the logarithms of the classes' frequencies say.
 
 Each entry belongs to its place, so in another order they would give every class another's prior.
-They are known by values that the layer's own initialisation does not draw.
+They are known by values that neither the layer's own initialisation draws nor the one that drew
+its weights, since some draw both alike.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ def set_biases(
         if not isinstance(layer, nn.Linear | _ConvNd) or bias is None or not bias.requires_grad:
             continue
         values = bias.detach()
-        drawn_up_to = layer.weight[0].numel() ** -0.5
-        if float(values.abs().max()) <= 1.01 * drawn_up_to or is_constant(values):
+        if is_constant(values) or float(values.abs().max()) <= 1.01 * _drawn_up_to(layer.weight):
             continue
         inside = classifier in ("", path) or path.startswith(f"{classifier}.")
         if inside and len(bias) == num_classes:
@@ -47,3 +47,9 @@ def set_biases(
         if was_set:
             found[f"{path}.bias" if path else "bias"] = bias
     return found
+
+
+def _drawn_up_to(weight: Tensor) -> float:
+    """The largest bias that is drawn beside a weight."""
+    default = weight[0].numel() ** -0.5
+    return default if is_constant(weight) else max(default, float(weight.detach().abs().max()))

@@ -22,6 +22,14 @@ PRIORS = {
 }
 
 
+def drawn_alike(std: float) -> nn.Sequential:
+    """Weights and biases of one draw, whose biases are larger than torch's default."""
+    net = network(torch.zeros(6))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=std)
+    return net
+
+
 def network(bias: Tensor) -> nn.Sequential:
     net = nn.Sequential(
         nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, len(bias))
@@ -63,6 +71,7 @@ def test_a_centred_prior_stays_unless_it_may_come_from_training(size: float) -> 
 
 NONE_SET: dict[str, Callable[[], nn.Module]] = {
     "drawn": lambda: network(torch.empty(6).uniform_(-0.17, 0.17)),
+    "drawn as the weights are": lambda: drawn_alike(0.5),
     "constant": lambda: network(torch.full((6,), -4.6)),
     "frozen": lambda: network(PRIORS["tempered"]).requires_grad_(False),
     "no bias": lambda: nn.Sequential(nn.Linear(8, 6, bias=False)),
