@@ -29,8 +29,9 @@ def settle_computed(root: nn.Module, keep: Set[int] = frozenset()) -> list[str]:
     left = []
     with torch.no_grad():
         for name, module, key, held in _computed_in(root):
-            if not all(p.requires_grad and id(p) not in keep for p in held.parameters()):
-                continue
+            sources = list(held.parameters())
+            if not sources or not all(p.requires_grad and id(p) not in keep for p in sources):
+                continue  # nothing was drawn there
             before = [buffer.clone() for buffer in held.buffers()]
             training = held.training
             held.train()

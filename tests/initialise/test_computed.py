@@ -78,5 +78,16 @@ def test_buffers_that_stay_are_named() -> None:
         RIDEWrapper(net, 2, fork_at="2", init="copy")
 
 
+class Same(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return values.clone()
+
+
+def test_a_computed_buffer_is_not_named() -> None:
+    layer = nn.BatchNorm1d(16)
+    parametrize.register_parametrization(layer, "running_mean", Same())
+    assert settle_computed(layer) == []
+
+
 def test_bases_of_orthogonal_weights_are_not_named() -> None:
     assert settle_computed(parametrizations.orthogonal(nn.Linear(16, 16))) == []
