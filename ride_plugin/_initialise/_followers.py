@@ -17,12 +17,16 @@ _FEW = 8  # entries that tell almost always
 def followers_in(expert: nn.Module) -> dict[str, str]:
     """Frozen parameters and buffers that equal a parameter that trains: names of both."""
     trained: dict[Any, list[str]] = {}
+    kinds = set()
     for name, parameter in expert.named_parameters():
         if parameter.requires_grad and not is_constant(parameter):
             trained.setdefault(_mark(parameter), []).append(name)
+            kinds.add(_kind(parameter))
     frozen = {name: p for name, p in expert.named_parameters() if not p.requires_grad}
     found = {}
     for name, tensor in {**frozen, **dict(expert.named_buffers())}.items():
+        if _kind(tensor) not in kinds:
+            continue
         equal = [
             other
             for other in trained.get(_mark(tensor), ())
@@ -56,8 +60,13 @@ def follow(expert: nn.Module, followers: Mapping[str, str], keep: Set[int]) -> l
     return left
 
 
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """What tells most tensors apart, also those of which no entry can be read (quantized ones)."""
+    return tensor.shape, tensor.dtype, tensor.layout
+
+
 def _mark(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.dtype, *tensor.detach().flatten()[:_FEW].tolist()
+    return *_kind(tensor), *tensor.detach().flatten()[:_FEW].tolist()
 
 
 def _common_end(a: str, b: str) -> int:

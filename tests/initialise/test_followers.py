@@ -105,3 +105,11 @@ def test_of_equal_layers_each_follows_its_own() -> None:
     assert follow(net, followers, set()) == []
     for key, query in zip(net["key"].parameters(), net["query"].parameters(), strict=True):
         assert torch.equal(key, query)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_buffers_whose_entries_cannot_be_read_are_no_copies() -> None:
+    layer = nn.Linear(4, 4)
+    layer.register_buffer("table", torch.quantize_per_tensor(torch.ones(4, 4), 0.1, 0, torch.qint8))
+    layer.register_buffer("sparse", layer.weight.detach().to_sparse())
+    assert followers_in(layer) == {}
