@@ -93,7 +93,7 @@ def _length_of_rows(parameter: Tensor) -> float | None:
     rows = parameter.flatten(1)
     for some in (rows[:_FEW], rows):  # a few tell almost always
         low, high = torch.linalg.vector_norm(some.abs().float(), dim=1).aminmax()
-        if float(high - low) > 1e-4 * float(high):
+        if float(high - low) > max(1e-4, torch.finfo(parameter.dtype).eps) * float(high):
             return None
     return float(high)
 

@@ -165,8 +165,11 @@ def test_weights_of_several_layers_in_one_parameter_keep_their_spreads(spreads, 
 
 @pytest.mark.parametrize("shape", [(5, 16), (64, 3, 3, 3), (2, 8)])
 @pytest.mark.parametrize("length", [1.0, 0.1])
-def test_rows_of_one_length_keep_it(shape: tuple[int, ...], length: float) -> None:
-    old = length * F.normalize(torch.randn(shape).flatten(1)).view(shape)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_one_length_keep_it(
+    shape: tuple[int, ...], length: float, dtype: torch.dtype
+) -> None:
+    old = (length * F.normalize(torch.randn(shape).flatten(1)).view(shape)).to(dtype)
     drawn = old.clone()
     assert redraw(drawn)
     assert not torch.equal(drawn, old)
