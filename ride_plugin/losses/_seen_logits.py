@@ -20,6 +20,7 @@ from ride_plugin._numerics import float32_or_better
 from ride_plugin.losses._trial_copy import trial_copy
 
 _RATIO = 1.5  # of two probabilities that should be the same
+_SUM = 0.08  # two shares of a prior differ from one by less, be the labels smoothed by a tenth
 _SHIFT = 10.0  # of all logits, which a softmax does not see; most of a sigmoid's range
 
 
@@ -86,10 +87,11 @@ def adds_a_prior(
         )
         is_softmax = bool(torch.isclose(at_equal, higher, rtol=0.1).all())
         if classes == 2:
-            # Weights of classes are part of both; margins leave no class less than a half.
+            # Weights of classes are part of both. Two probabilities of a prior sum to one, shares
+            # that margins or weights inside of a focal loss make do not.
             shares = at_equal / others_higher if is_softmax else higher / at_equal
             low, high = sorted((float(shares[0, 1]), float(shares[1, 0])))
-            return 0 < low * _RATIO < high and (not is_softmax or low < 0.5 < high)
+            return 0 < low * _RATIO < high and (not is_softmax or abs(low + high - 1) < _SUM)
         shares = at_equal if is_softmax else higher / at_equal
         others = shares.scatter(1, labels[:, None], torch.nan)
         largest = others.nan_to_num(-torch.inf).amax(1)

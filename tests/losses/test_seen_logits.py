@@ -169,6 +169,12 @@ def of_two(logits: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
     return F.cross_entropy(logits, target, **kwargs)
 
 
+def focal_of_two(logits: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+    """With weights inside of the modulating factor, as many have it."""
+    loss = F.cross_entropy(logits, target, reduction="none", **kwargs)
+    return ((1 - (-loss).exp()) ** 2 * loss).mean()
+
+
 def sigmoids_of_two(logits: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, F.one_hot(target, 2).to(logits), **kwargs)
 
@@ -195,6 +201,8 @@ def test_a_prior_of_two_classes_is_told_from_weights(criterion: Any, counts: Any
         LDAMLoss([90, 10]),
         LDAMLoss([90, 10], scale=1, weight=[0.2, 1.8]),
         FocalLoss(weight=[0.2, 1.8]),
+        partial(focal_of_two, weight=torch.tensor([1.0, 9.0])),
+        partial(focal_of_two, weight=torch.tensor([0.2, 1.8])),
         partial(of_two, label_smoothing=0.2),
         partial(sigmoids_of_two, pos_weight=torch.tensor([0.2, 5.0])),
         nn.MultiMarginLoss(weight=torch.tensor([0.2, 1.8])),
