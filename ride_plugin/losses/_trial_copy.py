@@ -80,6 +80,8 @@ class _Copies:
             return {name: self.of(one) for name, one in value.items()}
         if isinstance(value, ModuleType):
             raise TypeError("What the functions of a module keep cannot be seen.")
+        if hasattr(value, "__del__"):
+            raise TypeError("The end of a copy would close what the original has open.")
         copied = object.__new__(type(value))  # a TypeError for what holds more than attributes
         vars(copied).update(self.of(vars(value)))
         return copied
@@ -96,6 +98,8 @@ def _keeps_nothing(value: Any) -> bool:
     if isinstance(value, ModuleType):
         home = value.__name__
     elif isinstance(value, FunctionType):
+        if value.__closure__:
+            return False  # it may be a decorator of theirs around another's function
         home = value.__globals__.get("__name__", "")  # `functools.wraps` names another's
     elif isinstance(value, (type, BuiltinFunctionType)):
         home = value.__module__ or ""

@@ -68,6 +68,16 @@ def with_own_state(logits: Tensor, target: Tensor, scale: float = 1.0, *, more: 
 with_own_state.calls = 0
 
 
+@torch.no_grad()
+def remember(target: Tensor) -> None:
+    MEMORY[target] += 1
+
+
+def with_a_decorator_of_torch(logits: Tensor, target: Tensor) -> Tensor:
+    remember(target)
+    return F.cross_entropy(logits + MEMORY, target)
+
+
 def decorated(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Callable[[], Any]]:
     calls = 0
 
@@ -99,11 +109,12 @@ def cases() -> list[tuple[Callable[..., Tensor], Callable[[], Any]]]:
         (partial(with_global_state), lambda: [KEPT["calls"], *MEMORY.tolist()]),
         (with_own_state, lambda: with_own_state.calls),
         (remembering, memory.tolist),
+        (with_a_decorator_of_torch, MEMORY.tolist),
         decorated(F.cross_entropy),
     ]
 
 
-@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("case", range(9))
 def test_a_copy_computes_the_same_and_changes_nothing(case: int) -> None:
     criterion, kept = cases()[case]
     before = kept()
@@ -114,7 +125,7 @@ def test_a_copy_computes_the_same_and_changes_nothing(case: int) -> None:
     assert kept() != before
 
 
-@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("case", range(9))
 @pytest.mark.filterwarnings("ignore:The criterion .* adds a prior")
 def test_the_look_at_a_criterion_changes_nothing_that_it_keeps(case: int) -> None:
     experts = torch.randn(6, 2, 4, requires_grad=True)
@@ -146,6 +157,20 @@ def reads_a_module(logits: Tensor, target: Tensor) -> Tensor:
     return foreign.criterion(logits, target)
 
 
+class Handle:
+    closed = 0
+
+    def __del__(self) -> None:
+        type(self).closed += 1
+
+
+HANDLE = Handle()
+
+
+def reads_a_handle(logits: Tensor, target: Tensor) -> Tensor:
+    return HANDLE and F.cross_entropy(logits, target)
+
+
 def reads_a_class(logits: Tensor, target: Tensor) -> Tensor:
     return Averaging()(logits, target)
 
@@ -157,7 +182,8 @@ def reads_a_file(logits: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "criterion",
     [
-        *(reads_a_module, reads_a_class, reads_a_file, lambda z, y: [].append(z) or SEEN(z)),
+        *(reads_a_module, reads_a_class, reads_a_file, reads_a_handle),
+        lambda z, y: [].append(z) or SEEN(z),
         partial(F.cross_entropy, weight=torch.empty(1).expand(2**25)),
         partial(draws, [[] for _ in range(2000)]),
     ],
@@ -165,3 +191,4 @@ def reads_a_file(logits: Tensor, target: Tensor) -> Tensor:
 def test_what_cannot_be_copied_is_not_tried(criterion: Callable[..., Tensor]) -> None:
     with pytest.raises(TypeError):
         trial_copy(criterion)
+    assert Handle.closed == 0
