@@ -13,7 +13,10 @@ from ride_plugin._width._plan import Step, shapes_in
 
 # Numbers that may equal a root by chance: a share of 0.25 is no root of 16.
 _OTHERS = ("drop", "prob", "rate", "ratio", "eps", "momentum", "slope")
-_PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
+_PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "baddbmm", "addmm"}
+_QUOTIENTS = {"div", "div_", "divide", "true_divide", "__rdiv__"} | {
+    f"__{kind}truediv__" for kind in ("", "r", "i")
+}
 _POWERS = (0.5, -0.5)
 
 
@@ -43,7 +46,9 @@ class Factors:
         for old, new in zip(step.inputs, shapes_in((args, kwargs)), strict=False):
             for before, now in zip(old, new, strict=False):
                 sizes.setdefault(before, set()).add(now)
-        for value in (*args, *kwargs.values()):
+        # Others add, compare or bound by a number, as activations do.
+        scales = step.name in _PRODUCTS | _QUOTIENTS or "attention" in step.name
+        for value in (*args, *kwargs.values()) if scales else ():
             if type(value) is not float:
                 continue
             # A number above one that multiplies cosines is chosen, not the root of their vectors.

@@ -193,6 +193,17 @@ class Residual(nn.Module):
         return x + self.share * self.down((self.up(x) * self.share).relu())
 
 
+class Bounded(nn.Module):
+    """Has numbers that no operation multiplies with."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.linear, self.level, self.elu = nn.Linear(d, d), 0.125, nn.ELU(0.125)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.elu(F.leaky_relu(self.linear(x), self.level) + self.level)
+
+
 class Unused(nn.Module):
     def __init__(self, d: int) -> None:
         super().__init__()
@@ -207,6 +218,7 @@ OTHERS: dict[str, Callable[[int], nn.Module]] = {
     "share of every width": lambda d: nn.Sequential(
         Residual(d, 80), nn.Linear(d, 80), Residual(80, 40), nn.Linear(80, d)
     ),
+    "bounds": Bounded,
     "unused": Unused,
 }
 
