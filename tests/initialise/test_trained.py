@@ -79,6 +79,7 @@ def test_every_trace_of_training_is_warned_of(norm, trained, trace: str) -> None
     "initialise",
     [
         lambda net: nn.init.normal_(net[3].weight, 1, 0.02),  # as DCGAN draws gains
+        lambda net: [nn.init.normal_(p, 0.1, 0.1) for p in net[3].parameters()],  # as RepVGG does
         lambda net: nn.init.normal_(net[2].bias, std=1e-6),  # as vision transformers do
         lambda net: nn.init.constant_(net[4].bias, -4.6),  # the prior of the focal loss
     ],
