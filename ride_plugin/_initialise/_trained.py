@@ -44,7 +44,7 @@ def _trace_of_training(module: nn.Module) -> str | None:
     if weight is None or not weight.is_floating_point():
         return None
     gains = "norm" in type(module).__name__.lower() and weight.dim() == 1
-    gains = gains and "running_mean" not in own  # statistics tell, and RepVGG draws all of BatchNorm
+    gains = gains and "running_mean" not in own  # which tells, and RepVGG draws gains and biases
     # Some draw the gains at random, but then not the biases as well.
     if gains and not is_constant(weight) and (bias is None or not is_constant(bias)):
         return "has gains that differ"
