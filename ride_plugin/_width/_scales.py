@@ -32,8 +32,8 @@ class Factors:
     """What the operations of each module say of its factors: which are used, and beside what sizes.
 
     A number such as 0.125 equals a root of 64 by chance as well. It counts as one where an
-    operation of the module that holds it uses it, beside tensors of that size, and where the same
-    attribute of all modules of that class is a root of a size there.
+    operation of the module that holds it multiplies or divides by it, beside tensors of that size,
+    and where the same attribute of all modules of that class is a root of a size there.
     """
 
     def __init__(self) -> None:

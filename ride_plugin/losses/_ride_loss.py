@@ -81,8 +81,8 @@ class RIDELoss(nn.Module):
             the targets are of several classes for one sample. A prior is looked for by calls of a
             copy of the criterion; priors of at most 1.5 between two classes are not told, and no
             criterion is looked at that cannot be copied: one that calls functions of another
-            module by its name (``losses.balanced(...)``), makes objects of a class, or holds more
-            than 64 MiB.
+            module by its name (``losses.balanced(...)``), makes objects of a class, is compiled,
+            or holds more than 64 MiB.
 
     Example:
         >>> criterion = RIDELoss(nn.CrossEntropyLoss(), [300, 100, 20])
