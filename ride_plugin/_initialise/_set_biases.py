@@ -51,5 +51,5 @@ def set_biases(
 
 def _drawn_up_to(weight: Tensor) -> float:
     """The largest bias that is drawn beside a weight."""
-    default = weight[0].numel() ** -0.5
+    default: float = weight[0].numel() ** -0.5
     return default if is_constant(weight) else max(default, float(weight.detach().abs().max()))
