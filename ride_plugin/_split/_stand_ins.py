@@ -14,7 +14,7 @@ from torch.overrides import _get_current_function_mode
 from typing_extensions import Self
 
 from ride_plugin._errors import ReplayError
-from ride_plugin._split._again import refuse_writing
+from ride_plugin._split._again import run_again
 from ride_plugin._split._several import asks_as_backbone, is_of_one_expert, one_of_several
 from ride_plugin._split._tape import Running
 from ride_plugin._tree import OF_MODULES
@@ -228,7 +228,7 @@ class Recorded(StandIn):
         player = self.ride_running.player
         if player is None or player.position >= len(player.keys):
             if self.ride_writers and player is not None:
-                refuse_writing(self.ride_real, self.ride_key, self.ride_writers)
+                return run_again(self.ride_real, self.ride_key, self.ride_writers, args, kwargs)
             return self.ride_real(*args, **kwargs)  # a shared module used after the fork
         if not player.is_next(self.ride_key):
             raise player.out_of_step(self.ride_key)

@@ -80,6 +80,39 @@ def test_nor_vectors_of_a_spectral_norm() -> None:
         wrapped(Twice(spectral_norm(nn.Linear(6, 8))))(X, X)
 
 
+class Positions(nn.Module):
+    """Numbers of the features, in a cache that the first call fills."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("cache", torch.zeros(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.cache) < x.shape[1]:
+            self.cache = torch.arange(x.shape[1]) / x.shape[1]
+        return x + self.scale * self.cache[: x.shape[1]]
+
+
+class Positioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = Positions()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.positions(self.a(self.positions(x)).relu()))
+        logits: Tensor = self.c(self.positions(x.relu()))
+        return logits
+
+
+@pytest.mark.parametrize("checkpoint_experts", [False, True])
+def test_a_cache_that_the_trunk_has_filled_is_read_by_experts(checkpoint_experts: bool) -> None:
+    backbone = Positioned()
+    model = wrapped(backbone, checkpoint_experts=checkpoint_experts)
+    train_both(backbone, model, [((X,), {})] * 2)
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_in_evaluation_the_path_may_be_taken(call: str) -> None:
     backbone = Twice()
