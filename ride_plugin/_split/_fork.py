@@ -83,7 +83,8 @@ def _first_branch(units: Sequence[Call], index: int) -> int:
     """Index of the first of several branches that take one value, among which is this unit.
 
     They are called one after the other, as the kernel sizes of a text CNN are; cut between them,
-    experts would differ in some alone. A value that each changes in place is another for each.
+    experts would differ in some alone. A value that each changes in place is another for each. A
+    module that ran before as well cannot be forked here.
     """
     unit, first = units[index], index
     if not unit.inputs or unit.version is None:
@@ -92,7 +93,8 @@ def _first_branch(units: Sequence[Call], index: int) -> int:
         if units[i].num_parameters:
             if units[i].inputs != unit.inputs or units[i].version != unit.version:
                 return first
-            first = i
+            if id(units[i].module) not in _modules_of(units[:i]):
+                first = i
     return index  # nothing is shared before the first
 
 

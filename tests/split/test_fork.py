@@ -251,6 +251,21 @@ class AtOnce(AddsInPlace):
         return logits
 
 
+class BesideShared(AddsInPlace):
+    """One module runs beside each block, on what the block takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for block in self.blocks:
+            h = (self.shared(h) + block(h)).relu()
+        logits: Tensor = self.fc(h)
+        return logits
+
+
 @pytest.mark.parametrize("between", [False, True])
 def test_branches_of_one_value_are_forked_together(between: bool) -> None:
     model = RIDEWrapper(KernelSizes(between), 2, example_input=torch.randint(9, (4, 7)))
@@ -260,7 +275,12 @@ def test_branches_of_one_value_are_forked_together(between: bool) -> None:
 
 @pytest.mark.parametrize(
     ("net", "fork_at"),
-    [(AddsInPlace(), "blocks.4"), (WideAndDeep(), "wide"), (AtOnce(), "others.2")],
+    [
+        (AddsInPlace(), "blocks.4"),
+        (WideAndDeep(), "wide"),
+        (AtOnce(), "others.2"),
+        (BesideShared(), "blocks.4"),
+    ],
 )
 def test_units_that_take_other_values_are_no_branches(net: nn.Module, fork_at: str) -> None:
     root, _ = call_tree(net.eval(), ((torch.rand(2, 6),), {}))
