@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ride_plugin._checks import check_instance, check_integer, check_number, refuse
@@ -179,7 +180,7 @@ def plan(
             except WidthError as error:
                 failed.append((width, str(error)))
                 continue
-            if width < 1 and (lost := _frozen_and_made_anew(model)):
+            if width < 1 and (lost := _frozen_and_made_anew(model, backbone)):
                 failed.append((width, f"{listed(lost)} of the experts {_MADE_ANEW}"))
                 continue
             report = cost_report(model, router=ExpertRouter.for_model(model), backbone=backbone)
@@ -191,13 +192,15 @@ def plan(
     return Plan(tuple(rows), max_flops_ratio, tuple(failed))
 
 
-def _frozen_and_made_anew(narrow: RIDEWrapper) -> list[str]:
+def _frozen_and_made_anew(narrow: RIDEWrapper, backbone: nn.Module) -> list[str]:
     """Names in an expert of what narrowing has made anew though it does not train."""
     of_trunk = {id(parameter) for parameter in narrow.trunk.parameters()}
+    old = dict(backbone.named_parameters())
     return [
         name
         for name, parameter in narrow.experts[0].named_parameters()
         if not (parameter.requires_grad or id(parameter) in of_trunk or is_constant(parameter))
+        and not (name in old and torch.equal(parameter, old[name]))
     ]
 
 

@@ -127,6 +127,23 @@ def test_widths_that_would_draw_frozen_layers_at_random_are_left_out() -> None:
     assert behind.failed == ()
 
 
+def test_what_is_frozen_and_keeps_its_values_leaves_no_width_out() -> None:
+    class WithPrior(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.hidden, self.fc = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+            prior = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+            self.prior = nn.Parameter(prior, requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.fc(self.hidden(self.stem(x).relu()).relu()) + self.prior
+            return logits
+
+    found = plan(WithPrior(), num_experts=(2,), expert_widths=(1.0, 0.5), fork_at="hidden")
+    assert [row.expert_width for row in found.rows] == [1.0, 0.5]
+    assert found.failed == ()
+
+
 def test_backbone_and_random_state_stay_as_they_are() -> None:
     backbone = CifarResNet(10, n=1).train()
     kept = copy.deepcopy(backbone.state_dict())
