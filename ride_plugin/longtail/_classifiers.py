@@ -72,7 +72,7 @@ def _holders(module: nn.Module) -> list[nn.Module]:
     """The modules with ``classifiers``, of which engines may have wrapped one."""
     if hasattr(module, "classifiers"):
         return [module]
-    return [found for child in module.children() for found in _holders(child)]
+    return list(dict.fromkeys(found for child in module.children() for found in _holders(child)))
 
 
 def linear_classifiers(model: Classifiers, classifier: str | None, method: str) -> list[nn.Linear]:

@@ -77,6 +77,11 @@ def test_the_wrapped_model_inside_of_an_engine_is_the_one(model, engine) -> None
     assert [id(p) for p in outer.parameters() if p.requires_grad] == [id(p) for p in heads]
 
 
+def test_one_wrapped_model_that_an_engine_holds_twice_is_one(model) -> None:
+    engine = nn.ModuleDict({"model": model, "parallel": nn.Sequential(model)})
+    assert find_classifiers(engine) == list(model.classifiers)
+
+
 def test_several_wrapped_models_inside_are_refused(model) -> None:
     pair = nn.ModuleDict({"student": model, "teacher": copy.deepcopy(model)})
     with pytest.raises(RIDEError, match="one wrapped model, but got ModuleDict with 2 inside"):
