@@ -72,7 +72,10 @@ def construct(
     # A frozen copy of pretrained weights, an old classifier say, shall keep them.
     followers = followers_in(split.views.expert) if drawn and init == "fresh" else {}
     if expert_width < 1:
+        before = list(split.views.expert.parameters())  # what keeps its size stays one of these
         split = narrow_expert(split, expert_width)
+        why = f"expert_width={expert_width} makes new layers"
+        warn_if_frozen(split.views.expert, {id(parameter) for parameter in before}, why)
     if expert_factory is None:
         parts = replicate(split, num_experts)
     else:
@@ -80,14 +83,13 @@ def construct(
     if classifier is not None or num_classes not in (None, parts.num_classes):
         parts = replace_classifiers(parts, classifier, num_classes)
     if drawn:
-        parts = initialise(parts, init, expert_width, followers)
+        parts = initialise(parts, init, followers)
     return parts
 
 
 def initialise(
     parts: Parts,
     init: Literal["fresh", "copy"],
-    expert_width: float,
     followers: Mapping[str, str],
 ) -> Parts:
     """Give the experts the weights that they start with, and say which of them will not learn."""
@@ -105,9 +107,6 @@ def initialise(
             "them in `model.experts[k]`."
         )
     shared |= {id(bias) for found in was_set for bias in found.values()}
-    if expert_width < 1:
-        why = f"expert_width={expert_width} makes new layers"
-        warn_if_frozen(parts.experts[0], of_trunk, why)
     if init == "fresh":
         left, *_ = [reinitialise(expert, shared) for expert in parts.experts]  # equal lists
         if left:

@@ -117,7 +117,9 @@ def shuffled(values: Tensor, count: int) -> Tensor:
 
 
 def is_constant(parameter: Tensor) -> bool:
-    """Whether all entries are equal."""
+    """Whether all entries are equal; where there is none, they are."""
+    if not parameter.numel():
+        return True
     first = parameter.flatten()[:_FEW]  # these tell almost always
     if bool((first != first[0]).any()):
         return False

@@ -93,6 +93,16 @@ def test_frozen_parameters_of_narrower_layers_warn() -> None:
         RIDEWrapper(backbone, 2, expert_width=0.75)
 
 
+def test_frozen_parameters_that_keep_their_size_do_not_warn_beside_narrower_ones() -> None:
+    backbone = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)
+    )
+    backbone.register_parameter("nothing", nn.Parameter(torch.empty(0), requires_grad=False))
+    backbone[-1].bias = nn.Parameter(torch.randn(5), requires_grad=False)  # one for each class
+    model = RIDEWrapper(backbone, 2, fork_at="2", expert_width=0.5)  # warnings are errors
+    assert torch.equal(model.experts[1][-1].bias, backbone[-1].bias)
+
+
 def test_frozen_layers_of_the_trunk_do_not_warn() -> None:
     backbone = CifarResNet(n=1)
     backbone.conv1.requires_grad_(False)
