@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._numerics import float32_or_better
+from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin.losses._trial_copy import trial_copy
 
 _RATIO = 1.5  # of two probabilities that should be the same
@@ -76,11 +77,17 @@ def adds_a_prior(
         return False
     batch, classes = logits.shape
     labels = torch.arange(batch, device=logits.device) % classes
-    if not _has_labels(target, labels, classes):
+    if not any(_is_of_labels(tensor, labels, classes) for tensor in tensors_in(target)):
         return False
-    given = [_with_labels(each, labels, classes) for each in (target, args, dict(kwargs or {}))]
     one_hot = F.one_hot(labels, classes)
+
+    def with_labels(value: Tensor) -> Tensor:
+        if not _is_of_labels(value, labels, classes):
+            return value
+        return (labels if value.dim() == 1 else one_hot).to(value.dtype)
+
     try:
+        given = [map_tensors(with_labels, each) for each in (target, args, dict(kwargs or {}))]
         at_equal, higher, others_higher = (
             _gradient(criterion, (_SHIFT * add).to(logits.dtype).expand(batch, classes), *given)
             for add in (torch.zeros_like(one_hot), torch.ones_like(one_hot), 1 - one_hot)
@@ -101,32 +108,10 @@ def adds_a_prior(
         return False
 
 
-def _is_of_labels(value: object, labels: Tensor, classes: int) -> bool:
+def _is_of_labels(value: Tensor, labels: Tensor, classes: int) -> bool:
     """Whether it is class indices ``[B]``, or something for each class, ``[B, C]``."""
-    if not isinstance(value, Tensor):
-        return False
     indices = value.shape == labels.shape and not value.is_floating_point()
     return indices or value.shape == (len(labels), classes)
-
-
-def _has_labels(value: object, labels: Tensor, classes: int) -> bool:
-    if isinstance(value, (tuple, list, dict)):
-        inside = value.values() if isinstance(value, dict) else value
-        return any(_has_labels(one, labels, classes) for one in inside)
-    return _is_of_labels(value, labels, classes)
-
-
-def _with_labels(value: Any, labels: Tensor, classes: int) -> Any:
-    """A target, or more, with these labels in place of its own."""
-    if isinstance(value, dict):
-        return {name: _with_labels(one, labels, classes) for name, one in value.items()}
-    if isinstance(value, (tuple, list)):
-        made = [_with_labels(one, labels, classes) for one in value]
-        return tuple(made) if isinstance(value, tuple) else made
-    if not _is_of_labels(value, labels, classes):
-        return value
-    own = labels if value.dim() == 1 else F.one_hot(labels, classes)
-    return own.to(value.dtype)
 
 
 def _gradient(
