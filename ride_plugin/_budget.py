@@ -14,7 +14,7 @@ from ride_plugin._checks import check_instance, check_integer, check_number, ref
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._cost import CostReport, check_shares, cost_report
 from ride_plugin._errors import ArgumentError, WidthError, listed
-from ride_plugin._initialise import is_constant
+from ride_plugin._initialise import frozen_in
 from ride_plugin._wrapper import RIDEWrapper
 from ride_plugin.routing import ExpertRouter
 
@@ -198,9 +198,8 @@ def _frozen_and_made_anew(narrow: RIDEWrapper, backbone: nn.Module) -> list[str]
     old = dict(backbone.named_parameters())
     return [
         name
-        for name, parameter in narrow.experts[0].named_parameters()
-        if not (parameter.requires_grad or id(parameter) in of_trunk or is_constant(parameter))
-        and not (name in old and torch.equal(parameter, old[name]))
+        for name, parameter in frozen_in(narrow.experts[0], of_trunk).items()
+        if not (name in old and torch.equal(parameter, old[name]))
     ]
 
 

@@ -22,13 +22,14 @@ from ride_plugin._initialise._followers import follow, followers_in
 from ride_plugin._initialise._set_biases import set_biases
 from ride_plugin._initialise._structure import is_structured
 from ride_plugin._initialise._trained import warn_if_trained
-from ride_plugin._initialise._unlearned import warn_if_all_frozen, warn_if_frozen
+from ride_plugin._initialise._unlearned import frozen_in, warn_if_all_frozen, warn_if_frozen
 
 __all__ = [
     "break_tie",
     "constant_rows",
     "follow",
     "followers_in",
+    "frozen_in",
     "has_orthogonal_rows",
     "is_constant",
     "is_sparse",
