@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
-from ride_plugin._checks import version_of
 from ride_plugin._errors import ReplayError, warn_caller
+from ride_plugin._split._form import versions_in
 from ride_plugin._split._sharing import frozen_layers, held_by_all, trains
 
 
@@ -56,19 +56,16 @@ class Frozen:
     @contextmanager
     def refusing_writes(self) -> Iterator[None]:
         """Raise if an expert writes what all share, as if nothing ever wrote it."""
-        fixed = [(name, held[key]) for name, (held, key) in self._shared.items()]
-        versions = _versions(fixed)
+        fixed = {name: held[key] for name, (held, key) in self._shared.items()}
+        before = versions_in(list(fixed.values()))
         yield
-        if versions == _versions(fixed):
+        after = versions_in(list(fixed.values()))
+        if before == after:
             return
-        written = [n for (n, t), v in zip(fixed, versions, strict=True) if version_of(t) != v]
+        written = [n for n, old, new in zip(fixed, before, after, strict=True) if old != new]
         raise ReplayError(
             f"The forward of an expert has written {written[:3]}, which all experts share, because "
             "nothing wrote it when the model was wrapped. To give each expert its own, wrap the "
             "backbone in a state in which its forward writes it (a warm-up that is over, say), or "
             "let the forward assign a new tensor instead of writing into the old."
         )
-
-
-def _versions(named: Iterable[tuple[str, Tensor]]) -> list[int | None]:
-    return [version_of(tensor) for _, tensor in named]

@@ -37,14 +37,14 @@ class Paths:
 
     def learn(self, model: nn.Module, parts: Parts, inputs: Inputs) -> Layout | None:
         """The layout of the path that these inputs take; None where it cannot be told."""
-        layouts = []
         memo = without_later((parts.trunk, *parts.experts), self._hooks)
+        training, attributes = parts.trunk.training, parts.attributes
         with random_state_kept(model), whole_outputs():  # of no expert's own pass
             try:
-                for index in range(parts.num_probed):
-                    views, training = parts.views(index), parts.trunk.training
-                    lesson = views, inputs, training, parts.attributes
-                    layouts.append(learn_at_run_time(*lesson, memo))
+                layouts = [
+                    learn_at_run_time(parts.views(index), inputs, training, attributes, memo)
+                    for index in range(parts.num_probed)
+                ]
             except Exception:  # as a small batch of this kind does not run, say
                 return None  # every row can still go on; only `select` needs the layout
         if any(other.path != layouts[0].path for other in layouts):
