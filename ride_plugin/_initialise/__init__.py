@@ -15,7 +15,7 @@ from ride_plugin._initialise._draw import (
     is_constant,
     is_sparse,
     redraw,
-    shuffled,
+    shuffled_to,
 )
 from ride_plugin._initialise._experts import break_tie, reinitialise, renew_classifier
 from ride_plugin._initialise._followers import follow, followers_in
@@ -39,7 +39,7 @@ __all__ = [
     "renew_classifier",
     "set_biases",
     "settle_computed",
-    "shuffled",
+    "shuffled_to",
     "warn_if_all_frozen",
     "warn_if_frozen",
     "warn_if_trained",

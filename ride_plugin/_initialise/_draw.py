@@ -8,6 +8,7 @@ they are. Values that have their places are left as they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,17 +60,24 @@ def draw_anew(parameter: Tensor) -> bool:
             matrix = matrix.index_select(dim, order) * sign.view(shape).to(matrix.dtype)
         parameter.copy_(matrix.view_as(parameter))
     else:
-        _shuffle(parameter)
+        parameter.copy_(shuffled_to(parameter.shape, parameter))
     return True
 
 
-def _shuffle(parameter: Tensor) -> None:
-    """Put the entries in another order, within blocks of one spread; equal lengths stay equal."""
-    length = _length_of_rows(parameter)
-    for block in parameter.chunk(_blocks_in(parameter)):
-        block.copy_(shuffled(block, block.numel()).view_as(block))
-    if length is not None and _length_of_rows(parameter) is None:
-        parameter.copy_(F.normalize(parameter.flatten(1)).mul(length).view_as(parameter))
+def shuffled_to(shape: Sequence[int], values: Tensor) -> Tensor:
+    """A tensor of this shape with the entries of ``values`` in random order.
+
+    They stay within blocks of one spread, and rows that have one length have one again.
+    """
+    count = math.gcd(_blocks_in(values), shape[0])
+    size = math.prod(shape) // count
+    blocks = [shuffled(block, size) for block in values.chunk(count)]
+    drawn = (torch.cat(blocks) if count > 1 else blocks[0]).view(*shape)
+    length = _length_of_rows(values)
+    if length is not None and _length_of_rows(drawn) is None:
+        length *= (drawn[0].numel() / values[0].numel()) ** 0.5
+        drawn = F.normalize(drawn.flatten(1)).mul(length).view(*shape)
+    return drawn
 
 
 def _blocks_in(parameter: Tensor) -> int:

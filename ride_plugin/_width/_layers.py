@@ -16,7 +16,7 @@ from ride_plugin._initialise import (
     is_constant,
     is_sparse,
     is_structured,
-    shuffled,
+    shuffled_to,
 )
 
 
@@ -106,7 +106,8 @@ def redrawn(new: Tensor, old: Tensor, fan_ratio: float) -> Tensor:
     """Return new values for a resized parameter, distributed as the old ones.
 
     They are the old tensor's entries in random order, times ``sqrt(old fan-in / new fan-in)``: so
-    what a unit computes keeps its variance, whatever the initialisation was. A constant tensor
+    what a unit computes keeps its variance, whatever the initialisation was. Layers that stand in
+    one parameter keep their spreads, and rows of one length have one again. A constant tensor
     stays constant, as does the row of a padding index, an orthogonal matrix is drawn orthogonal,
     and what has its places (an identity, a range) keeps its first entries.
     """
@@ -126,7 +127,7 @@ def redrawn(new: Tensor, old: Tensor, fan_ratio: float) -> Tensor:
         root_mean_square = old.float().square().mean().sqrt() / rows.square().mean().sqrt()
         orthogonal: Tensor = (rows * root_mean_square * scale).to(new.dtype)
         return orthogonal
-    return shuffled(old, new.numel()).mul_(scale).view_as(new)
+    return shuffled_to(new.shape, old).mul_(scale)
 
 
 def pads_in(seen: Iterable[tuple[str, nn.Module, Any, Any]]) -> list[tuple[str, ChannelPad]]:

@@ -16,8 +16,8 @@ from ride_plugin._initialise import (
     redraw,
     reinitialise,
     renew_classifier,
-    shuffled,
 )
+from ride_plugin._initialise._draw import shuffled
 from ride_plugin._split._copies import clone_module
 
 from ..backbones import CifarResNet, mlp

@@ -77,6 +77,19 @@ def test_the_row_of_a_padding_index_stays_zero() -> None:
     assert not torch.equal(new, old[:, :6])
 
 
+def test_layers_in_one_parameter_keep_their_spreads() -> None:
+    old = torch.cat([torch.randn(32, 32) * spread for spread in (0.1, 1.0, 10.0)])
+    new = redrawn(resized(old, {0: 72, 1: 24}), old, fan_ratio=32 / 24)
+    for part, source in zip(new.chunk(3), old.chunk(3), strict=True):
+        assert torch.isin(part, source * (32 / 24) ** 0.5).all()
+
+
+def test_rows_of_one_length_have_one_again() -> None:
+    old = torch.nn.functional.normalize(torch.randn(10, 32)) * 3
+    new = redrawn(resized(old, {1: 24}), old, fan_ratio=32 / 24)
+    torch.testing.assert_close(new.norm(dim=1), torch.full((10,), 3.0))
+
+
 def test_a_range_keeps_its_first_entries() -> None:
     old = torch.arange(1, 9.0).repeat(8, 1).log()
     assert torch.equal(redrawn(resized(old, {0: 6}), old, 1.0), old[:6])
