@@ -70,9 +70,9 @@ def narrow_expert(split: Split, width: float) -> Split:
         with random_state_kept(expert), torch.no_grad():
             replace_fixed_modules(split)
             try:  # almost free, but a backbone may look at values
-                changes, unclear, kept = _narrowed(split, width, meta=True)
+                changes, told, kept = _narrowed(split, width, meta=True)
             except (Exception, Stuck):
-                changes, unclear, kept = _narrowed(split, width, meta=False)
+                changes, told, kept = _narrowed(split, width, meta=False)
     except Stuck as error:
         raise WidthError(_message(width, str(error))) from error
     after = _size(expert, frozen)
@@ -81,12 +81,8 @@ def narrow_expert(split: Split, width: float) -> Split:
         if kept:
             reason += f", since layers kept their widths for {'; '.join(kept[:3])}"
         raise WidthError(_message(width, reason))
-    if unclear:
-        warn_caller(
-            f"{listed(unclear)} of the narrowed experts may be computed from a width, since each "
-            "is the root of one, or one over it. It was left as it is: what was as wide has "
-            "several widths. Set it in `model.experts[k]` if it is to follow one of them."
-        )
+    for text in told:
+        warn_caller(text)
     _redraw(changes)
     for link in views.links:
         link.refresh()
@@ -150,8 +146,8 @@ def _narrowed(split: Split, width: float, meta: bool) -> tuple[list[Change], lis
         meta: try on tensors without contents; it raises where the backbone looks at values.
 
     Returns:
-        The changes of the expert, names of factors that may be computed from a width, and why
-        layers kept their widths.
+        The changes of the expert, what users have to be told of factors that may be computed from
+        a width, and why layers kept their widths.
     """
 
     def copied() -> Views:  # for each trial, since a forward may fill a cache
@@ -171,7 +167,7 @@ def _narrowed(split: Split, width: float, meta: bool) -> tuple[list[Change], lis
             # It does not train on its input alone.
         references = [_reference(split, views, mode, state) for mode, state in enumerate(states)]
         trial = _fitting_trial(split, copied, width, references, tables)
-        unclear = trial.follow_factors()
+        told = trial.follow_factors()
     ledger = Ledger(split.views.expert, _tensors_of(split.views.trunk))
     put_back = [ledger.undo, *empty_caches(split.views.expert)]
     trial.ledger.repeat_on(ledger)
@@ -184,7 +180,7 @@ def _narrowed(split: Split, width: float, meta: bool) -> tuple[list[Change], lis
             step()
         raise
     kept = [f"`{name}` ({reason})" if name else reason for name, reason in trial.plan.kept.items()]
-    return ledger.changes, unclear, kept
+    return ledger.changes, told, kept
 
 
 def _reference(split: Split, views: Views, training: int, state: TrunkState) -> _Reference:

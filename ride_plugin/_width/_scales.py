@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ride_plugin._errors import listed
 from ride_plugin._width._ledger import Ledger
 from ride_plugin._width._plan import Step, shapes_in
 
@@ -64,7 +65,8 @@ class Factors:
             known: paths of modules whose factors are known otherwise.
 
         Returns:
-            Those that stay, because the size that each is a root of has become several.
+            What users have to be told: of factors that stay, because the size that each is a root
+            of has become several, and of those that followed and may have been chosen by hand.
         """
         of_class: dict[tuple[type, str], dict[str, float]] = {}
         for path, used in self._used.items():
@@ -72,15 +74,20 @@ class Factors:
             for key, value in _factors(module):
                 if value in used and path not in known:
                     of_class.setdefault((type(module), key), {})[path] = value
-        left = []
+        left, guessed = [], []
         for (_, key), values in of_class.items():
-            for path, (old, new, power) in self._roots(ledger, values).items():
-                if len(new) == 1:
-                    value = values[path] * (min(new) / old) ** power
-                    ledger.set_attribute(ledger.modules[path], key, value)
-                else:
-                    left.append(f"{path}.{key}" if path else key)
-        return left
+            roots = self._roots(ledger, values)
+            alike = len({old for old, _, _ in roots.values()}) == 1
+            for path, (old, new, power) in roots.items():
+                name = f"{path}.{key}" if path else key
+                if len(new) > 1:
+                    left.append(name)
+                    continue
+                value = values[path] * (min(new) / old) ** power
+                ledger.set_attribute(ledger.modules[path], key, value)
+                if alike and new != {old} and _is_round(values[path]):
+                    guessed.append(f"`{name}` ({values[path]:g} became {value:.4g})")
+        return _told(left, guessed)
 
     def _roots(
         self, ledger: Ledger, values: Mapping[str, float]
@@ -107,6 +114,24 @@ class Factors:
         return {}
 
 
+def _told(left: list[str], guessed: list[str]) -> list[str]:
+    told = []
+    if left:
+        told.append(
+            f"{listed(left)} of the narrowed experts may be computed from a width, since each is "
+            "the root of one, or one over it. It was left as it is: what was as wide has several "
+            "widths. Set it in `model.experts[k]` if it is to follow one of them."
+        )
+    if guessed:
+        more = f" and {len(guessed) - 3} more" if len(guessed) > 3 else ""
+        told.append(
+            f"{', '.join(guessed[:3])}{more} of the narrowed experts followed the width, since "
+            "each was the root of a size that it is used beside, or one over it. If somebody chose "
+            "the number instead of computing it, set it back in `model.experts[k]`."
+        )
+    return told
+
+
 def _factors(module: nn.Module) -> Iterator[tuple[str, float]]:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return
@@ -126,6 +151,11 @@ def _fan_in(ledger: Ledger, module: nn.Module) -> tuple[int, int] | None:
 
 def _is_root(value: float, size: int, power: float) -> bool:
     return size > 1 and _close(value, size**power)
+
+
+def _is_round(value: float) -> bool:
+    """Whether somebody may have written the number down: 0.125, but not one over the root of 96."""
+    return float(f"{value:.4g}") == value
 
 
 def _close(a: float, b: float) -> bool:

@@ -151,6 +151,7 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`block.* followed the width")
 @pytest.mark.parametrize("width", [64, 96])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_a_narrowed_expert_is_what_its_class_makes_that_narrow(kind: str, width: int) -> None:
@@ -163,6 +164,7 @@ def test_a_narrowed_expert_is_what_its_class_makes_that_narrow(kind: str, width:
         torch.testing.assert_close(expert(x), native(x))
 
 
+@pytest.mark.filterwarnings("ignore:`block.* followed the width")
 def test_the_factor_of_a_weight_of_its_own_follows_it() -> None:
     block = narrowed(lambda d: nn.Sequential(EqualLinear(d, 80), nn.Linear(80, d)), 64).block
     assert block[0].weight.shape[1] == 48
@@ -240,7 +242,16 @@ def test_a_root_of_what_became_several_sizes_is_left_and_named() -> None:
     assert expert.block.scale == 0.25
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert narrowed(OneHead, 24).block.scale == pytest.approx(18**-0.5)
+
+
+def test_what_followed_and_may_have_been_chosen_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"^`block\.scale` \(0\.25 became 0\.2887\) of the narr"):
         assert narrowed(OneHead, 16).block.scale == pytest.approx(12**-0.5)
+    # Roots of several sizes are computed: nobody chooses so by chance.
+    two = OverTokens(Standardised(64, 256, 1), Standardised(256, 64, 1))
+    convolutions = narrowed(lambda d: two, 64).block
+    assert [m.scale for m in convolutions] == [pytest.approx(48**-0.5), pytest.approx(192**-0.5)]
 
 
 def test_a_factor_of_a_head_stays_where_a_table_has_as_many_heads() -> None:
