@@ -102,7 +102,7 @@ class Trial(TorchFunctionMode):
             raise Amended
 
     def follow_factors(self) -> list[str]:
-        """After the runs, set factors that are roots of sizes; returns what to tell users of them."""
+        """After the runs, set factors that are roots of sizes; returns what to say of them."""
         return self._factors.follow(self.ledger, self.amender.attentions)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
