@@ -10,7 +10,15 @@ from torch import Tensor
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._width._attention import Attention
 from ride_plugin._width._layers import resized
-from ride_plugin._width._ledger import CONVOLUTIONS, FIXED, JOINS, PRODUCTS, RESHAPES, Ledger
+from ride_plugin._width._ledger import (
+    ATTENTION,
+    CONVOLUTIONS,
+    FIXED,
+    JOINS,
+    PRODUCTS,
+    RESHAPES,
+    Ledger,
+)
 from ride_plugin._width._map import WidthMap
 from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck
 
@@ -74,6 +82,10 @@ class Amender:
         elif name == "linear":
             pairs = [(0, -1, 1, -1)]
             pairs += [(2, 0, 1, 0)] if len(tensors) > 2 else []
+        elif name == ATTENTION and len(tensors) > 2:  # queries, keys, values, perhaps a mask
+            pairs = [(0, -1, 1, -1), (0, -3, 1, -3), (1, -2, 2, -2), (1, -3, 2, -3)]
+            pairs += [(3, -1, 1, -2), (3, -2, 0, -2), (3, -3, 0, -3)] if len(tensors) > 3 else []
+            pairs = [p for p in pairs if min(tensors[p[0]].dim(), tensors[p[2]].dim()) >= -p[1]]
         elif len(tensors) > 1 and name not in RESHAPES | CONVOLUTIONS | FIXED:
             first = next((k for k, tensor in enumerate(tensors) if _has_width(tensor)), 0)
             for k in range(first + 1, len(tensors)):

@@ -18,6 +18,7 @@ CONVOLUTIONS = {f"{kind}{d}d" for kind in ("conv", "conv_transpose") for d in (1
 RESHAPES = {"view", "reshape", "unflatten", "_unsafe_view", "flatten"}
 JOINS = {"cat", "concat", "concatenate"}
 FIXED = {"multi_head_attention_forward"}  # torch's, as wide as the weights that it is given
+ATTENTION = "scaled_dot_product_attention"
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm"}
 
 
@@ -181,7 +182,7 @@ class Ledger:
             return self.tags_of(tensors[0]) if depthwise else layers
         if name in PRODUCTS and len(tensors) > 1:
             return self.tags_of(tensors[1]) or self.tags_of(tensors[0])
-        if name == "scaled_dot_product_attention":
+        if name == ATTENTION:
             return self.tags_of(tensors[2])
         if name in NORMS:
             return self.tags_of(tensors[0])

@@ -519,3 +519,39 @@ def test_a_choice_by_a_mask_narrows_what_stands_in_for_the_features() -> None:
     x = torch.randn(4, 6)
     model = RIDEWrapper(Masked(), 2, fork_at="late", expert_width=0.75, example_input=x)
     assert model.experts[0].late.out_features == 24 == len(model.experts[0].instead)
+
+
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_a_bias_of_attention_loses_heads_and_no_places(as_keyword: bool) -> None:
+    class Attention(nn.Module):
+        """Eight heads of eight, and a bias for each head and distance, as LeViT's kin has it."""
+
+        def __init__(self, d: int, tokens: int) -> None:
+            super().__init__()
+            self.num_heads, self.key_dim, self.out_dim = 8, 8, 64
+            self.qkv, self.proj = nn.Linear(d, 3 * 64), nn.Linear(64, d)
+            self.bias = nn.Parameter(torch.zeros(8, tokens))
+            places = torch.arange(tokens)
+            self.register_buffer("distances", (places[:, None] - places).abs())
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = self.qkv(x).view(*x.shape[:2], self.num_heads, -1).split([self.key_dim] * 3, -1)
+            q, k, v = (part.transpose(1, 2) for part in parts)
+            bias = self.bias[:, self.distances]
+            named, placed = ({"attn_mask": bias}, ()) if as_keyword else ({}, (bias,))
+            z = F.scaled_dot_product_attention(q, k, v, *placed, **named)
+            return x + self.proj(z.transpose(1, 2).reshape(*x.shape[:2], self.out_dim))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block = nn.Linear(6, 48), Attention(48, tokens=10)
+            self.fc = nn.Linear(48, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.block(self.stem(x)).mean(1))
+
+    x = torch.randn(4, 10, 6)
+    model = RIDEWrapper(Net(), 2, fork_at="block", expert_width=0.75, example_input=x)
+    block = model.experts[0].block
+    assert (block.num_heads, block.key_dim, tuple(block.bias.shape)) == (6, 8, (6, 10))
