@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from ride_plugin._tree import CONTAINERS, buffers_of, parameters_of
 M = TypeVar("M", bound=nn.Module)
 
 _mine = threading.local()  # see `_roots` and `_kept_generators`
+_PACKAGE = __name__.partition(".")[0] + "."
 _NUMPY = "numpy.random"  # which takes long to import: who has not imported it draws nothing
 
 
@@ -137,7 +138,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for the duration of a block; every submodule's mode is restored.
 
     Threads may evaluate one module at the same time: the last to leave restores the modes. A pass
-    that trains (:func:`training_pass`) and evaluation wait for each other.
+    that trains (:func:`training_pass`) and evaluation wait for each other. Parts with a ``train``
+    of their own, which may fill a cache for evaluation and empty it again, are asked to change.
     """
     roots = _roots()
     with _lock:
@@ -147,7 +149,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         borrowed = [part for part in _parts(module) if part.training or part in known]
         for part in borrowed:
             _borrowed[part] = _borrowed.get(part, 0) + 1
-            part.training = False
+        _set_modes([part for part in borrowed if part.training], False)
     roots.append(module)
     try:
         yield
@@ -156,10 +158,35 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         with _lock:
             for part in borrowed:
                 _borrowed[part] -= 1
-                if not _borrowed[part]:
-                    del _borrowed[part]
-                    part.training = True
+            free = [part for part in borrowed if not _borrowed[part]]
+            for part in free:
+                del _borrowed[part]
+            _set_modes(free, True)
             _lock.notify_all()
+
+
+def _set_modes(changing: Collection[nn.Module], mode: bool) -> None:
+    """Set the mode of some modules; a ``train`` of their own leaves others beside as they are."""
+    asked = _with_own_train(changing)
+    inside = {part: part.training for module in asked for part in _parts(module)}
+    for module in asked:
+        module.train(mode)
+    for part, before in inside.items():
+        part.training = before
+    for part in changing:
+        part.training = mode
+
+
+def _with_own_train(parts: Collection[nn.Module]) -> list[nn.Module]:
+    """Those whose class has a ``train`` of its own, but not what such a one holds and will ask."""
+    found: dict[nn.Module, None] = {}
+    asked_by_others: set[nn.Module] = set()
+    for part in parts:
+        method = type(part).train
+        if method is not nn.Module.train and not method.__module__.startswith(_PACKAGE):
+            found[part] = None
+            asked_by_others.update(_parts(part)[1:])
+    return [part for part in found if part not in asked_by_others]
 
 
 def evaluating_any(part: object) -> AbstractContextManager[None]:

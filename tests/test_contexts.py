@@ -104,6 +104,45 @@ def test_the_last_to_leave_restores_each_module() -> None:
     assert [m.training for m in (model, model[0], model[1], model[1][1])] == [1, 0, 1, 1]
 
 
+class Cached(nn.Linear):
+    """Computes its weight once for evaluation, as attention with a table of biases does."""
+
+    scaled: Tensor
+
+    def train(self, mode: bool = True) -> Cached:
+        super().train(mode)
+        if not mode:
+            self.scaled = 2 * self.weight.detach()
+        elif "scaled" in vars(self):
+            del self.scaled  # read in training by mistake it would be an error
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, 2 * self.weight if self.training else self.scaled)
+
+
+class HoldsCached(nn.Sequential):
+    def train(self, mode: bool = True) -> HoldsCached:
+        return super().train(mode)
+
+
+def test_parts_with_a_train_of_their_own_are_asked_to_change() -> None:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(6, 8), HoldsCached(Cached(8, 8), nn.ReLU()), nn.Linear(8, 5))
+    model, x = RIDEWrapper(backbone, 2, fork_at="1"), torch.randn(4, 6)
+    model.experts[0].get_submodule("1")[1].eval()  # stays in evaluation, whoever asks
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+        logits = model.router_inputs(x).expert_logits
+        copies = [expert.eval() for expert in model.to_modules()]
+        torch.testing.assert_close(logits, torch.stack([copy(x) for copy in copies], 1))
+        off = [name for name, module in model.named_modules() if not module.training]
+        assert off == ["experts.0.1.1"]
+        assert not any("scaled" in vars(module) for module in model.modules())
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("kind", ["a block that waits for training", "training that waits"])
 def test_threads_that_wait_for_each_other_are_told(
