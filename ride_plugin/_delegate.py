@@ -150,9 +150,9 @@ def _where(model: SplitModule, name: str) -> str:
 def _refused(kind: str, name: str, advice: str) -> AttributeError:
     if not name.startswith("_") and is_question():
         warn_caller(
-            f"This code asks the model for `{name}` in a way that may hide the answer (`hasattr`, "
-            "or `getattr` with a default): the backbone has it and the wrapped model has not, so "
-            f"what depends on it is left out. {advice}"
+            f"This code asks the model for `{name}` by `hasattr` or `getattr`: the backbone has it "
+            "and the wrapped model has not. Where that answer is hidden (`hasattr`, or `getattr` "
+            f"with a default), what depends on it is left out. {advice}"
         )
     return AttributeError(f"'{kind}' object has no attribute '{name}'. {advice}")
 

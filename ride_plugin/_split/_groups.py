@@ -47,6 +47,12 @@ def merged_groups(
             "`optimizer.param_groups`, and make the model's optimizer of what comes back."
         )
     if not any(id(tensor) in names for tensor in _tensors(results)):
+        if isinstance(results[0], Tensor):
+            raise ArgumentError(
+                f"Expected `{argument}` to return parameters of the network that it gets, but got "
+                f"a tensor {list(results[0].shape)} computed from them, of one expert. Of the "
+                "whole model: `torch.nn.utils.parameters_to_vector(model.parameters())`."
+            )
         raise ArgumentError(
             f"Expected `{argument}` to return parameters of the network that it gets, in lists or "
             f"dictionaries, but got {type(results[0]).__name__} without any."

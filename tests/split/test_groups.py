@@ -175,3 +175,13 @@ def test_an_optimizer_is_refused_for_its_groups() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in plain]
     found = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_a_vector_made_of_parameters_is_one_experts_and_refused() -> None:
+    class Flat(nn.Sequential):
+        def get_params(self) -> Tensor:
+            return torch.cat([p.view(-1) for p in self.parameters()])
+
+    model = RIDEWrapper(Flat(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), 2, fork_at="2")
+    with pytest.raises(ArgumentError, match=r"`get_params`.*tensor \[67\].*parameters_to_vector"):
+        model.get_params()
