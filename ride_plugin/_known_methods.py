@@ -161,6 +161,8 @@ def _checkpointing(enabled: bool) -> Callable[[SplitModule, Callable[..., Any]],
 
 
 METHODS: dict[str, Callable[[SplitModule, Callable[..., Any]], Any]] = {
+    "activation_checkpointing_disable": _checkpointing(False),  # transformers from 5.24 on
+    "activation_checkpointing_enable": _checkpointing(True),
     "get_classifier": _get_classifier,
     "gradient_checkpointing_disable": _checkpointing(False),
     "gradient_checkpointing_enable": _checkpointing(True),

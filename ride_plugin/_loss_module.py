@@ -93,6 +93,10 @@ class RIDEModule(nn.Module):
         """Keep the experts' activations for the backward pass."""
         self.model.checkpoint_experts = False
 
+    # Their names from transformers 5.24 on.
+    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
     def _run(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
         if labels is None and self.training and torch.is_grad_enabled():
             raise ArgumentError(

@@ -55,6 +55,7 @@ class Backbone(nn.Module):
         raise AssertionError("must not be called")
 
     gradient_checkpointing_enable = gradient_checkpointing_disable = set_grad_checkpointing
+    activation_checkpointing_enable = activation_checkpointing_disable = set_grad_checkpointing
 
     def _freeze(self) -> None:
         for module in self.modules():
@@ -238,6 +239,10 @@ def test_gradient_checkpointing_is_that_of_the_experts() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert model.checkpoint_experts is True
     model.gradient_checkpointing_disable()
+    assert model.checkpoint_experts is False
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=None, every_n_layers=2)
+    assert model.checkpoint_experts is True
+    model.activation_checkpointing_disable()
     assert model.checkpoint_experts is False
 
 

@@ -91,11 +91,12 @@ def test_predicts_without_labels_and_refuses_to_train_without() -> None:
         assert set(module(values)) == {"logits"}
 
 
-def test_gradient_checkpointing_recomputes_the_experts() -> None:
+@pytest.mark.parametrize("what", ["gradient", "activation"])
+def test_gradient_checkpointing_recomputes_the_experts(what: str) -> None:
     module = build()
-    module.gradient_checkpointing_enable({"use_reentrant": False})
+    getattr(module, f"{what}_checkpointing_enable")({"use_reentrant": False})
     assert module.model.checkpoint_experts
-    module.gradient_checkpointing_disable()
+    getattr(module, f"{what}_checkpointing_disable")()
     assert not module.model.checkpoint_experts
 
 
