@@ -272,10 +272,17 @@ def _check_unchanged(output: Tensor, experts: Tensor, owner: int, version: int |
 
 
 def _undone_by_hand(output: Tensor) -> str:
-    """What to do first where the graph tells that operations of torch made this of an output.
+    """What to do first where the graph, or that there is none, tells what was made of an output.
 
     Nodes of torch's own operations end in a number; those of engines and of this library do not.
     """
+    if torch.is_grad_enabled() and not output.requires_grad:
+        return (
+            "Compute what is only for a log under `torch.no_grad()`, where RIDELoss is the criterion "
+            "of the plain logits; read the experts' logits before the output is detached, "
+            "`expert_logits(output).detach()`. The output has no gradient, as after `.detach()` or "
+            "`.data`, while gradients are recorded. If an engine has done it: "
+        )
     steps, node = list[str](), output.grad_fn
     while node is not None and len(steps) < _STEPS and re.search(r"Backward\d+$", node.name()):
         steps.append(re.sub(r"Backward\d+$", "", node.name()))

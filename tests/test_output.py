@@ -70,7 +70,7 @@ def test_what_is_ambiguous_or_something_else_is_refused(output: object) -> None:
 
 def test_bare_logits_name_the_remedy_first_and_then_the_likely_causes() -> None:
     with pytest.raises(MissingExpertLogitsError) as error:
-        expert_logits(torch.randn(4, 5))
+        expert_logits(torch.randn(4, 5, requires_grad=True))
     message = str(error.value)
     assert message.startswith('Set `return_experts = "training"` on the RIDEWrapper, before ')
     for word in (
@@ -111,9 +111,21 @@ def test_the_output_before_a_cast_comes_first() -> None:
     for cast in (out.double(), out.bfloat16().float()):
         with pytest.raises(MissingExpertLogitsError, match=r"^Pass the model's output itself.*Set"):
             expert_logits(cast)
-    for other in (out.detach(), out.data.double(), torch.randn(4, 5, requires_grad=True) + 1):
-        with pytest.raises(MissingExpertLogitsError, match=r"^Set `return_experts"):
-            expert_logits(other)
+    with pytest.raises(MissingExpertLogitsError, match=r"^Set `return_experts"):
+        expert_logits(torch.randn(4, 5, requires_grad=True) + 1)
+
+
+def test_a_detached_output_is_for_a_log_which_needs_no_gradients() -> None:
+    out, y = wrapped()(torch.randn(4, 6)), torch.tensor([0, 1, 2, 3])
+    criterion = RIDELoss(nn.CrossEntropyLoss(), [4, 3, 2, 1, 1])
+    for detached in (out.detach(), out.data, out.data.double()[:, :5]):
+        with pytest.raises(MissingExpertLogitsError, match=r"^Compute .*no_grad.*\.data.*Set"):
+            criterion(detached, y)
+        with torch.no_grad():
+            number = criterion(detached, y)
+            with pytest.raises(MissingExpertLogitsError, match=r"^Set `return_experts"):
+                expert_logits(detached)  # nothing has a gradient here
+        torch.testing.assert_close(number, nn.functional.cross_entropy(detached, y))
 
 
 @pytest.mark.parametrize(
