@@ -22,6 +22,7 @@ from ride_plugin.functional import mean_logits
 
 _ATTRIBUTE = "_ride_expert_logits"
 _OWNER = "_ride_owner"  # whose they are: the tensor's id, and its version at that time
+_EVALUATED = "_ride_evaluated"  # set on experts' logits of a trained model in evaluation mode
 _STEPS = 8  # operations between the model and a loss that are looked through
 
 T = TypeVar("T")
@@ -144,6 +145,19 @@ def attach_expert_logits(logits: Tensor, experts: Tensor) -> Tensor:
     owner = None if torch.compiler.is_compiling() else (id(logits), version_of(logits))
     setattr(logits, _OWNER, owner)
     return logits
+
+
+def mark_evaluated(output: ExpertOutput) -> None:
+    """Let the experts' logits say that they were made in evaluation mode, as :func:`is_evaluated`.
+
+    A mark for those to which gradients may flow; without gradients it would say nothing new.
+    """
+    setattr(output.expert_logits, _EVALUATED, True)
+
+
+def is_evaluated(experts: Tensor) -> bool:
+    """Whether :func:`mark_evaluated` has marked these experts' logits."""
+    return hasattr(experts, _EVALUATED)
 
 
 def expert_logits(output: Output) -> Tensor:
@@ -278,10 +292,10 @@ def _undone_by_hand(output: Tensor) -> str:
     """
     if torch.is_grad_enabled() and not output.requires_grad:
         return (
-            "Compute what is only for a log under `torch.no_grad()`, where RIDELoss is the criterion "
-            "of the plain logits; read the experts' logits before the output is detached, "
-            "`expert_logits(output).detach()`. The output has no gradient, as after `.detach()` or "
-            "`.data`, while gradients are recorded. If an engine has done it: "
+            "Compute what is for a log only under `torch.no_grad()`, where RIDELoss is the "
+            "criterion of the plain logits; read the experts' logits before the output is "
+            "detached, `expert_logits(output).detach()`. The output has no gradient, as after "
+            "`.detach()` or `.data`, while gradients are recorded. If an engine has done it: "
         )
     steps, node = list[str](), output.grad_fn
     while node is not None and len(steps) < _STEPS and re.search(r"Backward\d+$", node.name()):

@@ -33,7 +33,13 @@ from ride_plugin._delegate import (
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._fold_batchnorm import folded_copy
 from ride_plugin._halves import halves_of
-from ride_plugin._output import ExpertOutput, RouterInputs, attach_expert_logits, joined
+from ride_plugin._output import (
+    ExpertOutput,
+    RouterInputs,
+    attach_expert_logits,
+    joined,
+    mark_evaluated,
+)
 from ride_plugin._parameters import summary
 from ride_plugin._recompute import checkpointed
 from ride_plugin._split import (
@@ -51,6 +57,7 @@ from ride_plugin._split import (
     unchanged,
     whole_outputs,
 )
+from ride_plugin._tree import tensors_in
 from ride_plugin._watch import TrainingWatch
 
 ReturnExperts: TypeAlias = bool | Literal["training", "outputs"]
@@ -432,7 +439,7 @@ class RIDEWrapper(SplitModule):
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         asked = self.return_experts == "outputs" and self.training
         if not asked and (not self._trains() or self._watch.began):
-            return self._output(self._each(args, kwargs), self.training)
+            return self._output(self._each(args, kwargs), self.training, (args, kwargs))
         with whole_outputs() as outputs:
             each = self._each(args, kwargs)
         if not asked and outputs:
@@ -475,12 +482,19 @@ class RIDEWrapper(SplitModule):
             return self._checkpointed_experts(args, kwargs)
         return [logits for logits, _ in self._all_experts(args, kwargs)]
 
-    def _output(self, each: Sequence[Tensor], training: bool) -> Tensor | ExpertOutput:
+    def _output(
+        self, each: Sequence[Tensor], training: bool, inputs: object = None
+    ) -> Tensor | ExpertOutput:
         """What the model returns, of its experts' logits, in training mode or in evaluation."""
         output = joined(list(each))
         if not torch.compiler.is_compiling():
             if not training:
                 self._watch.evaluates(self, output)
+                # An attack wants the gradients of its inputs, and a model that has never trained
+                # in training mode may do so in evaluation mode.
+                unasked = torch.is_grad_enabled() and self._watch.began
+                if unasked and not any(tensor.requires_grad for tensor in tensors_in(inputs)):
+                    mark_evaluated(output)
             elif torch.is_grad_enabled():
                 self._watch.trains(self, output)
         explicit = self.return_experts is True or (self.return_experts == "training" and training)

@@ -22,7 +22,7 @@ from ride_plugin._checks import (
 )
 from ride_plugin._devices import keeping_digits
 from ride_plugin._errors import ArgumentError, warn_caller
-from ride_plugin._output import Output, expert_logits, plain_logits
+from ride_plugin._output import Output, expert_logits, is_evaluated, plain_logits
 from ride_plugin._schedule import Schedule
 from ride_plugin.losses._diversity import DiversityLoss
 from ride_plugin.losses._experts_loss import (
@@ -83,6 +83,9 @@ class RIDELoss(nn.Module):
             criterion is looked at that cannot be copied: one that calls functions of another
             module by its name (``losses.balanced(...)``), makes objects of a class, is compiled,
             or holds more than 64 MiB.
+            Also, once, an output of a model in evaluation mode that has been trained, while
+            gradients are recorded and no input requires one: a test loop without
+            ``torch.no_grad()``.
 
     Example:
         >>> criterion = RIDELoss(nn.CrossEntropyLoss(), [300, 100, 20])
@@ -122,6 +125,7 @@ class RIDELoss(nn.Module):
         self.schedules = nn.ModuleList(schedules)
         self.mean_loss: Tensor | None = None
         self._looked = diversity.weight == 0
+        self._told_of_evaluation = False
 
     def forward(
         self, output: Output | None = None, target: Tensor | None = None, *args: Any, **kwargs: Any
@@ -152,6 +156,9 @@ class RIDELoss(nn.Module):
         loss = experts_loss(self._with(args, kwargs), experts, target)
         if not torch.compiler.is_compiling():
             self.mean_loss = loss.detach().mean() / num_experts
+            if is_evaluated(experts) and not self._told_of_evaluation:
+                self._told_of_evaluation = True
+                _warn_of_evaluation()
             if not self._looked:
                 self._looked = True
                 self._look_at_the_prior(experts, target, args, kwargs)
@@ -308,6 +315,15 @@ class RIDELoss(nn.Module):
             for one in (criteria if several else [criteria])
         ]
         return torch.stack(losses).mean(0) if several else losses[0]
+
+
+def _warn_of_evaluation() -> None:
+    warn_caller(
+        "The model is in evaluation mode while gradients are recorded, so this is the loss of "
+        "training, summed over experts and less the diversity, and no test loss to compare with. "
+        "Put the test loop under `with torch.no_grad():`, where the loss is the criterion of the "
+        "plain logits. (If the model trains in evaluation mode, nothing is wrong.)"
+    )
 
 
 def _look_at_the_targets(experts: Tensor, target: Any) -> None:

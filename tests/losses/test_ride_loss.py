@@ -27,6 +27,8 @@ from ride_plugin.longtail import (
 )
 from ride_plugin.losses import TemperatureSchedule
 
+from ..backbones import mlp
+
 COUNTS = [50, 20, 5, 2]
 TARGET = torch.tensor([0, 1, 2, 3, 0, 2])
 
@@ -667,3 +669,22 @@ def test_ignored_rows_are_part_of_the_term_until_they_are_left_out() -> None:
     torch.testing.assert_close(criterion(left, target[known]), expected)
     with pytest.raises(ArgumentError, match="drop samples without a label"):
         RIDELoss(nn.CrossEntropyLoss(), DiversityLoss(COUNTS, form="paper"))(out, target)
+
+
+def tested(model: RIDEWrapper, criterion: RIDELoss, x: Tensor) -> Tensor:
+    return criterion(model.eval()(x), torch.arange(4))
+
+
+@pytest.mark.parametrize("return_experts", [False, True, "training"])
+def test_a_test_loop_with_gradients_is_told_once(return_experts) -> None:
+    model = RIDEWrapper(mlp(), 2, return_experts=return_experts)
+    criterion, x = RIDELoss(F.cross_entropy, [4, 3, 2, 1, 1, 1, 1]), torch.randn(4, 20)
+    tested(model, criterion, x).backward()  # it may train in evaluation mode
+    criterion(model.train()(x), torch.arange(4)).backward()
+    tested(model, criterion, x.clone().requires_grad_()).backward()  # an attack
+    with torch.no_grad():
+        tested(model, criterion, x)
+    with pytest.warns(UserWarning, match=r"evaluation mode.*torch\.no_grad") as told:
+        tested(model, criterion, x)
+    assert [one.filename for one in told] == [__file__]
+    tested(model, criterion, x)
