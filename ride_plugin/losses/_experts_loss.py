@@ -47,9 +47,11 @@ def experts_loss(
     Args:
         criterion: maps logits ``[B, C]`` and ``target`` to a scalar, such as
             ``nn.CrossEntropyLoss()``, or to one loss for each sample, ``[B]``; or a sequence with
-            one for each expert. Logits of half precision reach it as float32, and so do the class
-            weights of torch's own losses; weights in a function of yours have to be float32. Plain
-            cross entropy runs once over all experts, which gives the same number.
+            one for each expert, as a criterion that keeps a state needs (a memory of samples, a
+            counter), since a single one is called once for each expert. Logits of half precision
+            reach it as float32, and so do the class weights of torch's own losses; weights in a
+            function of yours have to be float32. Plain cross entropy runs once over all experts,
+            which gives the same number.
         output: what the wrapped model returned, or expert logits ``[B, E, C]``.
         target: class indices ``[B]`` or probabilities ``[B, C]``, which for torch's cross entropy
             need not sum to one, as in torch; for other criteria any tensor of B rows that they
@@ -80,9 +82,9 @@ def experts_loss(
     batch, num_experts, classes = experts.shape
     if batch == 0:
         refuse("output", "of at least one sample", experts)
-    target = _checked(target, experts, strict=_averages_rows(criterion))
+    target = _checked(target, experts, strict=averages_rows(criterion))
     try:
-        if _averages_rows(criterion):
+        if averages_rows(criterion):
             rows = experts.reshape(batch * num_experts, classes)
             mean = _call(criterion, rows, target.repeat_interleave(num_experts, dim=0))
             return mean * num_experts if reduction == "sum" else mean
@@ -154,7 +156,7 @@ def with_precise_weights(criterion: Any, logits: Tensor) -> Any:
     return criterion
 
 
-def _averages_rows(criterion: object) -> bool:
+def averages_rows(criterion: object) -> bool:
     """Tell whether one call on all experts' rows gives the mean of their losses.
 
     Weighted means qualify: the sum of weights depends on the target only, which experts share. A

@@ -16,9 +16,7 @@ from ride_plugin._checks import (
     check_callable,
     check_choice,
     check_class_counts,
-    may_read,
     refuse,
-    rows_sum_to_one,
 )
 from ride_plugin._devices import keeping_digits
 from ride_plugin._errors import ArgumentError, warn_caller
@@ -32,7 +30,8 @@ from ride_plugin.losses._experts_loss import (
     setting_of,
     with_precise_weights,
 )
-from ride_plugin.losses._seen_logits import adds_a_prior, seen_logits
+from ride_plugin.losses._first_call import look_at
+from ride_plugin.losses._seen_logits import seen_logits
 
 
 class RIDELoss(nn.Module):
@@ -55,9 +54,10 @@ class RIDELoss(nn.Module):
     Args:
         criterion: any module or function of ``(logits [B, C], target)`` that returns a scalar, or
             one loss for each sample, ``[B]``; or a sequence with one for each expert (in
-            validation, the mean of their values). One that sums over samples says so by
-            ``reduction="sum"``, as an attribute, in a ``functools.partial`` or in the call: the
-            diversity term is a sum then, too.
+            validation, the mean of their values), as one needs that keeps a state, a memory of
+            samples, say: a single one is called, and its state advanced, once for each expert. One
+            that sums over samples says so by ``reduction="sum"``, as an attribute, in a
+            ``functools.partial`` or in the call: the diversity term is a sum then, too.
         diversity: training samples of each class, ``[C]``, for a `DiversityLoss` with its
             defaults; or a `DiversityLoss`.
         reduction: ``"sum"`` as above: the loss is about E times that of a single model, and with it
@@ -77,10 +77,11 @@ class RIDELoss(nn.Module):
         ArgumentError: an argument is of another kind.
 
     Warns:
-        UserWarning: at the first call, the criterion adds a prior and has no ``with_prior``, or
-            the targets are of several classes for one sample. A prior is looked for by calls of a
-            copy of the criterion; priors of at most 1.5 between two classes are not told, and no
-            criterion is looked at that cannot be copied: one that calls functions of another
+        UserWarning: at the first call, the criterion adds a prior and has no ``with_prior``,
+            or, being one for all experts, keeps a state that each
+            call advances; or the targets are of several classes for one sample. The criterion is
+            looked at by calls of a copy; priors of at most 1.5 between two classes are not told,
+            and no criterion is looked at that cannot be copied: one that calls functions of another
             module by its name (``losses.balanced(...)``), makes objects of a class, is compiled,
             or holds more than 64 MiB.
             Also, once, an output of a model in evaluation mode that has been trained, while
@@ -124,7 +125,7 @@ class RIDELoss(nn.Module):
             refuse("schedules", "a list of schedules, such as DeferredReweighting", schedules)
         self.schedules = nn.ModuleList(schedules)
         self.mean_loss: Tensor | None = None
-        self._looked = diversity.weight == 0
+        self._looked = False
         self._told_of_evaluation = False
 
     def forward(
@@ -161,8 +162,8 @@ class RIDELoss(nn.Module):
                 _warn_of_evaluation()
             if not self._looked:
                 self._looked = True
-                self._look_at_the_prior(experts, target, args, kwargs)
-                _look_at_the_targets(experts, target)
+                diverse = self.diversity.weight != 0
+                look_at(self.criterion, experts, target, args, kwargs, diverse=diverse)
         seen = seen_logits(self._each(), experts)
         total = loss + self._term(seen, target, loss, kwargs.get("reduction"))
         return total if self.over_experts == "sum" else total / num_experts
@@ -286,25 +287,6 @@ class RIDELoss(nn.Module):
             return [bound(one) for one in self.criterion]
         return bound(self.criterion)
 
-    def _look_at_the_prior(
-        self, experts: Tensor, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Warn if experts can part where a criterion of another library does not look."""
-        for criterion in self._each():
-            known = hasattr(criterion, "with_prior")
-            if not known and adds_a_prior(criterion, experts[:, 0], target, args, kwargs):
-                warn_caller(
-                    f"The criterion {criterion!r} adds a prior to the logits: at equal logits it "
-                    "prefers some classes. The diversity term compares the plain logits, on which "
-                    "experts then part at no cost to the criterion, and each becomes useless by "
-                    "itself. If it is logit adjustment or balanced softmax, put "
-                    "ride_plugin.longtail.LogitAdjustedLoss(class_counts) in its place; if it is "
-                    "another, give it a method `with_prior(logits)` that returns the logits which "
-                    "its softmax sees, or leave the term out: RIDELoss(criterion, "
-                    "DiversityLoss(class_counts, weight=0))."
-                )
-                return
-
     def _of_mean(
         self, logits: Tensor, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
@@ -324,16 +306,3 @@ def _warn_of_evaluation() -> None:
         "Put the test loop under `with torch.no_grad():`, where the loss is the criterion of the "
         "plain logits. (If the model trains in evaluation mode, nothing is wrong.)"
     )
-
-
-def _look_at_the_targets(experts: Tensor, target: Any) -> None:
-    """Warn if a sample has several classes, or none, for which the diversity term is not made."""
-    if not isinstance(target, Tensor) or not target.is_floating_point() or not may_read(target):
-        return
-    if target.shape == experts[:, 0].shape and not rows_sum_to_one(target):
-        warn_caller(
-            "Rows of `target` do not sum to one, as where a sample may have several classes or "
-            "none. The diversity term compares experts by a softmax over the classes, which is "
-            "made for one class a sample, and nothing was measured for others. To leave it out: "
-            "RIDELoss(criterion, DiversityLoss(class_counts, weight=0))."
-        )

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ride_plugin._contexts import random_state_kept
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._tree import map_tensors, tensors_in
-from ride_plugin.losses._trial_copy import trial_copy
+from ride_plugin.losses._trials import try_out
 
 _RATIO = 1.5  # of two probabilities that should be the same
 _SUM = 0.08  # two shares of a prior differ from one by less, be the labels smoothed by a tenth
@@ -114,17 +113,8 @@ def _is_of_labels(value: Tensor, labels: Tensor, classes: int) -> bool:
     return indices or value.shape == (len(labels), classes)
 
 
-def _gradient(
-    criterion: Callable[..., Any],
-    logits: Tensor,
-    target: Any,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Tensor:
+def _gradient(criterion: Callable[..., Any], logits: Tensor, *given: Any) -> Tensor:
     """The gradient of a criterion, of which nothing is changed, by logits ``[B, C]``."""
-    apart = trial_copy(criterion)
-    logits.requires_grad_()
-    with random_state_kept(logits):
-        loss = apart(logits, target, *args, **kwargs)
-    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    loss, leaf, _ = try_out(criterion, logits, *given)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     return gradient

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ride_plugin._tree import tensors_in
 
 _LARGEST = 2**26  # bytes
 _MOST = 1000  # objects
 _CONSTANT = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _KEEP_NOTHING = ("torch", "math", "numpy", "random")  # but for random states, which are restored
 
+T = TypeVar("T")
 
-def trial_copy(criterion: Callable[..., Any]) -> Callable[..., Any]:
+
+def trial_copy(criterion: T) -> T:
     """Return a criterion that computes the same and whose calls change nothing of the original.
 
-    A function is copied with all that it names: what it encloses, and global variables.
+    It may come in a tuple, with its arguments. A function is copied with all that it names: what it
+    encloses, and global variables.
 
     Raises:
         TypeError: it reaches something that cannot be copied, or too much.
     """
-    copied: Callable[..., Any] = _Copies().of(criterion)
+    copied: T = _Copies().of(criterion)
     return copied
 
 
@@ -67,7 +72,7 @@ class _Copies:
         if isinstance(value, (Tensor, np.ndarray)):
             return self._deep(value, value.nbytes)
         if isinstance(value, nn.Module):
-            held = (*value.parameters(), *value.buffers())
+            held = [tensor for part in value.modules() for tensor in tensors_in(vars(part))]
             return self._deep(value, sum(tensor.nbytes for tensor in held))
         if isinstance(value, partial):
             function, args, keywords = map(self.of, (value.func, value.args, value.keywords))

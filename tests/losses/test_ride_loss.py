@@ -165,6 +165,7 @@ def test_missing_expert_logits_are_refused_with_gradients_only() -> None:
         loss(bare, TARGET)
 
 
+@pytest.mark.filterwarnings("ignore:The criterion .* keeps a state")
 def test_further_arguments_reach_the_criterion() -> None:
     seen = []
 
@@ -173,7 +174,7 @@ def test_further_arguments_reach_the_criterion() -> None:
         return F.cross_entropy(logits, target)
 
     for one in (criterion, [criterion] * 3):
-        loss = RIDELoss(one, DiversityLoss(COUNTS, weight=0))  # nothing is tried out
+        loss = RIDELoss(one, DiversityLoss(COUNTS, weight=0))
         loss(output(), TARGET, 7, epoch=2)
         with torch.no_grad():
             loss(output(), TARGET, 7, epoch=2)
@@ -671,7 +672,7 @@ def test_ignored_rows_are_part_of_the_term_until_they_are_left_out() -> None:
         RIDELoss(nn.CrossEntropyLoss(), DiversityLoss(COUNTS, form="paper"))(out, target)
 
 
-def tested(model: RIDEWrapper, criterion: RIDELoss, x: Tensor) -> Tensor:
+def in_evaluation(model: RIDEWrapper, criterion: RIDELoss, x: Tensor) -> Tensor:
     return criterion(model.eval()(x), torch.arange(4))
 
 
@@ -679,12 +680,12 @@ def tested(model: RIDEWrapper, criterion: RIDELoss, x: Tensor) -> Tensor:
 def test_a_test_loop_with_gradients_is_told_once(return_experts) -> None:
     model = RIDEWrapper(mlp(), 2, return_experts=return_experts)
     criterion, x = RIDELoss(F.cross_entropy, [4, 3, 2, 1, 1, 1, 1]), torch.randn(4, 20)
-    tested(model, criterion, x).backward()  # it may train in evaluation mode
+    in_evaluation(model, criterion, x).backward()  # it may train in evaluation mode
     criterion(model.train()(x), torch.arange(4)).backward()
-    tested(model, criterion, x.clone().requires_grad_()).backward()  # an attack
+    in_evaluation(model, criterion, x.clone().requires_grad_()).backward()  # an attack
     with torch.no_grad():
-        tested(model, criterion, x)
+        in_evaluation(model, criterion, x)
     with pytest.warns(UserWarning, match=r"evaluation mode.*torch\.no_grad") as told:
-        tested(model, criterion, x)
+        in_evaluation(model, criterion, x)
     assert [one.filename for one in told] == [__file__]
-    tested(model, criterion, x)
+    in_evaluation(model, criterion, x)

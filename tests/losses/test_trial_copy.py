@@ -126,7 +126,7 @@ def test_a_copy_computes_the_same_and_changes_nothing(case: int) -> None:
 
 
 @pytest.mark.parametrize("case", range(9))
-@pytest.mark.filterwarnings("ignore:The criterion .* adds a prior")
+@pytest.mark.filterwarnings("ignore:The criterion .* (adds a prior|keeps a state)")
 def test_the_look_at_a_criterion_changes_nothing_that_it_keeps(case: int) -> None:
     experts = torch.randn(6, 2, 4, requires_grad=True)
     alone, expected = cases()[case]
@@ -148,6 +148,12 @@ def test_what_random_functions_and_constants_reach_is_copied() -> None:
 
 foreign = types.ModuleType("foreign")
 FILE = io.StringIO("text")
+
+
+class Memory(nn.Module):
+    def __init__(self, memory: Tensor) -> None:
+        super().__init__()
+        self.memory = memory  # no buffer
 
 
 SEEN = KEPT.setdefault("seen", []).append
@@ -185,6 +191,7 @@ def reads_a_file(logits: Tensor, target: Tensor) -> Tensor:
         *(reads_a_module, reads_a_class, reads_a_file, reads_a_handle),
         lambda z, y: [].append(z) or SEEN(z),
         partial(F.cross_entropy, weight=torch.empty(1).expand(2**25)),
+        Memory(torch.empty(1).expand(2**25)),
         partial(draws, [[] for _ in range(2000)]),
     ],
 )

@@ -1,0 +1,113 @@
+"""Calls of a copy of a criterion, which tell what it keeps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ride_plugin._contexts import random_state_kept
+from ride_plugin._tree import map_tensors
+from ride_plugin.losses._trial_copy import trial_copy
+
+
+class Trial(NamedTuple):
+    """What came of a trial.
+
+    Attributes:
+        loss: of the last call.
+        logits: the leaf from which it was computed.
+        kept: the copies of the criterion and of its further arguments, after the calls.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    kept: Any
+
+
+def try_out(
+    criterion: Callable[..., Any],
+    logits: Tensor,
+    target: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    times: int = 1,
+) -> Trial:
+    """Call a copy of a criterion as often, with random numbers that are the same each time.
+
+    Nothing is changed of the criterion, of its arguments and of any random state.
+
+    Raises:
+        TypeError: it cannot be copied.
+        Exception: whatever the criterion raises.
+    """
+    apart, args, kwargs = trial_copy((criterion, _apart(tuple(args)), _apart(dict(kwargs or {}))))
+    for _ in range(times):
+        leaf = _apart(logits).requires_grad_()
+        with random_state_kept(logits):
+            loss = apart(leaf, _apart(target), *args, **kwargs)
+    return Trial(loss, leaf, (apart, args, kwargs))
+
+
+def keeps_state(criterion: Callable[..., Any], *given: Any) -> bool:
+    """Whether a criterion keeps something that each call advances, as far as can be seen.
+
+    What is the same after one call and after a second one with the same arguments is no such
+    state: a cache, a buffer that was moved to the device, the last loss for a log.
+
+    Args:
+        criterion: any.
+        *given: logits ``[B, C]``, the target and the rest, as :func:`try_out` takes them.
+    """
+    try:
+        once, twice = (try_out(criterion, *given, times=times).kept for times in (1, 2))
+        return not _same(once, twice, set())
+    except Exception:  # whatever it cannot do is told where it is called in earnest
+        return False
+
+
+def _apart(value: Any) -> Any:
+    return map_tensors(lambda tensor: tensor.detach().clone(), value)
+
+
+def _same(a: Any, b: Any, seen: set[int]) -> bool:
+    """Whether two copies of one thing hold the same, as far as it is known how they hold it."""
+    if a is b or id(a) in seen:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, np.ndarray):
+        return bool(np.array_equal(a, b))
+    if isinstance(a, (bool, int, float, complex, str, bytes)):
+        return bool(a == b) or a != a
+    seen.add(id(a))
+    ours, theirs = _held(a), _held(b)
+    return len(ours) == len(theirs) and all(
+        _same(one, other, seen) for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+def _held(value: Any) -> list[Any]:
+    """What is inside; nothing where that cannot be seen, as in a stream of random numbers."""
+    if isinstance(value, Mapping):
+        return [*value, *value.values()]
+    if isinstance(value, (list, tuple, deque)):
+        return list(value)
+    if isinstance(value, (set, frozenset)):
+        return [len(value)]  # their order is that of copies
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, MethodType):
+        return [value.__self__]
+    if isinstance(value, FunctionType):
+        enclosed = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [*enclosed, value.__globals__, value.__defaults__, value.__dict__]
+    return [getattr(value, "__dict__", None)]
