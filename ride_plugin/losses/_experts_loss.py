@@ -109,7 +109,7 @@ def experts_loss(
 
 def setting_of(criterion: object, name: str, default: Any) -> Any:
     """What a criterion has as an attribute, or as a keyword if it is a ``functools.partial``."""
-    if isinstance(criterion, partial):
+    if isinstance(criterion, partial) and not hasattr(criterion, name):
         if name in criterion.keywords:
             return criterion.keywords[name]
         criterion = criterion.func

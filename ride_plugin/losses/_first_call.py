@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ride_plugin._checks import may_read, rows_sum_to_one
 from ride_plugin._errors import warn_caller
 from ride_plugin._numerics import float32_or_better
-from ride_plugin.losses._experts_loss import as_indices, averages_rows
+from ride_plugin.losses._experts_loss import as_indices, averages_rows, setting_of
 from ride_plugin.losses._seen_logits import adds_a_prior
-from ride_plugin.losses._trials import keeps_state
+from ride_plugin.losses._trials import keeps_state, sums_samples
 
 
 def look_at(
@@ -40,6 +40,7 @@ def look_at(
     if not several:
         _look_at_the_state(criterion, experts.shape[1], given)
     if diverse:
+        _look_at_the_sum(each[0], given)
         _look_at_the_prior(each, given)
         _look_at_the_targets(experts, target)
 
@@ -54,6 +55,21 @@ def _look_at_the_state(criterion: Any, num_experts: int, given: tuple[Any, ...])
             f"own: RIDELoss([copy.deepcopy(criterion) for _ in range({num_experts})], "
             "class_counts). (If the experts shall share it, or it is for logs only, nothing is "
             "wrong.)"
+        )
+
+
+def _look_at_the_sum(criterion: Any, given: tuple[Any, ...]) -> None:
+    """Warn of a sum over samples beside a diversity term that is their mean."""
+    logits, kwargs = given[0], given[3]
+    says = kwargs.get("reduction") or setting_of(criterion, "reduction", None)
+    if says is None and not averages_rows(criterion) and sums_samples(criterion, *given):
+        warn_caller(
+            f"The criterion {criterion!r} sums over samples without saying so: for a batch that "
+            "holds each sample twice, its loss is twice as large. The diversity term is a mean, "
+            f"{len(logits)} times too small beside it in this batch. Say so: "
+            '`criterion.reduction = "sum"`, and the term is a sum as well. (If the criterion '
+            "divides the sum by a number that is not of this batch, "
+            '`criterion.reduction = "mean"` leaves the term a mean without this warning.)'
         )
 
 

@@ -77,8 +77,8 @@ class RIDELoss(nn.Module):
         ArgumentError: an argument is of another kind.
 
     Warns:
-        UserWarning: at the first call, the criterion adds a prior and has no ``with_prior``,
-            or, being one for all experts, keeps a state that each
+        UserWarning: at the first call, the criterion adds a prior and has no ``with_prior``, sums
+            over samples without saying so, or, being one for all experts, keeps a state that each
             call advances; or the targets are of several classes for one sample. The criterion is
             looked at by calls of a copy; priors of at most 1.5 between two classes are not told,
             and no criterion is looked at that cannot be copied: one that calls functions of another

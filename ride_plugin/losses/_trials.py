@@ -1,4 +1,4 @@
-"""Calls of a copy of a criterion, which tell what it keeps."""
+"""Calls of a copy of a criterion, which tell what it keeps and how it joins its samples."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ride_plugin._closeness import close
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._tree import map_tensors
 from ride_plugin.losses._trial_copy import trial_copy
@@ -69,6 +71,21 @@ def keeps_state(criterion: Callable[..., Any], *given: Any) -> bool:
         once, twice = (try_out(criterion, *given, times=times).kept for times in (1, 2))
         return not _same(once, twice, set())
     except Exception:  # whatever it cannot do is told where it is called in earnest
+        return False
+
+
+def sums_samples(criterion: Callable[..., Any], logits: Tensor, *given: Any) -> bool:
+    """Whether the loss of a batch that holds each sample twice is twice the loss."""
+
+    def twice(value: Tensor) -> Tensor:
+        return torch.cat([value, value]) if value.shape[:1] == logits.shape[:1] else value
+
+    try:
+        loss = try_out(criterion, logits, *given).loss.detach()
+        doubled = try_out(criterion, *(map_tensors(twice, each) for each in (logits, *given))).loss
+        tells = loss.dim() == 0 and bool(loss.isfinite() & (loss != 0))
+        return tells and close(doubled.detach(), 2 * loss, scale=0.0)
+    except Exception:  # likewise
         return False
 
 

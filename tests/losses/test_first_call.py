@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -64,3 +66,33 @@ def test_a_criterion_that_is_called_once_advances_its_state_once() -> None:
     criterion = Counting()
     RIDELoss(criterion, COUNTS)(experts(), TARGET)
     assert criterion.calls == 1
+
+
+class Summing(nn.Module):
+    def forward(self, logits: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+        return F.cross_entropy(logits, target, reduction="sum")
+
+
+def summing(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    "make", [Summing, lambda: partial(summing), lambda: lambda *z: summing(*z)]
+)
+def test_a_sum_that_does_not_say_so_is_told_once_and_follows_the_remedy(make: Any) -> None:
+    criterion, out = make(), experts()
+    alone = sum(summing(out[:, i], TARGET) for i in range(3))
+    mean, loss = DiversityLoss(COUNTS)(out, TARGET), RIDELoss(criterion, COUNTS)
+    with pytest.warns(UserWarning, match=r"6 times too small.*reduction = \"sum\"") as told:
+        torch.testing.assert_close(loss(out, TARGET), alone + mean)
+    assert [one.filename for one in told] == [__file__]
+    loss(out, TARGET)
+    for says, term in (("sum", 6 * mean), ("mean", mean)):
+        criterion.reduction = says
+        torch.testing.assert_close(RIDELoss(criterion, COUNTS)(out, TARGET), alone + term)
+
+
+def test_a_sum_beside_no_diversity_term_or_told_in_the_call_needs_no_word() -> None:
+    RIDELoss(Summing(), DiversityLoss(COUNTS, weight=0))(experts(), TARGET)
+    RIDELoss(Summing(), COUNTS)(experts(), TARGET, reduction="sum")

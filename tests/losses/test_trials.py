@@ -1,4 +1,4 @@
-"""A copy of a criterion tells whether calls advance a state."""
+"""A copy of a criterion tells whether calls advance a state, and whether it sums over samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ride_plugin.longtail import (
     LDAMLoss,
     LogitAdjustedLoss,
 )
-from ride_plugin.losses._trials import keeps_state
+from ride_plugin.losses._trials import keeps_state, sums_samples
 
 COUNTS = [50, 20, 5, 2]
 LOGITS, TARGET = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 2])
@@ -97,8 +97,9 @@ def log(keeps: Any, p: Tensor) -> None:
 
 
 @pytest.mark.parametrize("criterion", PLAIN)
-def test_what_keeps_nothing_is_told(criterion: Any) -> None:
+def test_what_keeps_nothing_and_does_not_sum_is_told_neither(criterion: Any) -> None:
     assert not keeps_state(criterion, LOGITS, TARGET)
+    assert not sums_samples(criterion, LOGITS, TARGET)
 
 
 @pytest.mark.parametrize("act", [in_place, anew, count, queue, count_classes])
@@ -116,3 +117,51 @@ def test_what_comes_with_the_call_is_left_as_it_is() -> None:
     held = torch.zeros(3)
     assert keeps_state(Keeps(log), LOGITS, TARGET, (held,))  # it writes into its argument
     assert not held.any()
+
+
+def supervised_contrast(logits: Tensor, target: Tensor) -> Tensor:
+    z = F.normalize(logits, dim=1)
+    same = (target[:, None] == target).float().fill_diagonal_(0)
+    near = (z @ z.T / 0.1).masked_fill(torch.eye(len(z)).bool(), -1e9)
+    return -(same * F.log_softmax(near, 1)).sum()
+
+
+SUMS = [
+    lambda z, y: F.cross_entropy(z, y, reduction="sum"),
+    lambda z, y: len(z) * F.cross_entropy(z, y),
+    lambda z, y: 1e-6 * F.cross_entropy(z, y, reduction="sum"),
+    partial(F.multi_margin_loss, reduction="sum"),
+]
+
+
+@pytest.mark.parametrize("criterion", SUMS)
+def test_a_sum_over_samples_is_told(criterion: Any) -> None:
+    for logits in (LOGITS, LOGITS.double()):
+        assert sums_samples(criterion, logits, TARGET)
+
+
+def test_a_sum_is_told_with_targets_and_arguments_of_any_form() -> None:
+    def mixed(z: Tensor, y: tuple[Tensor, Tensor, float], weight: Tensor) -> Tensor:
+        a, b = (F.cross_entropy(z, one, reduction="none") for one in y[:2])
+        return (weight * (y[2] * a + (1 - y[2]) * b)).sum()
+
+    given = (TARGET, TARGET.flip(0), 0.3), (torch.rand(6),)
+    assert sums_samples(mixed, LOGITS, *given)
+    assert not sums_samples(lambda *all: mixed(*all) / len(all[0]), LOGITS, *given)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        supervised_contrast,
+        lambda z, y: F.cross_entropy(z, y, reduction="sum") ** 2,
+        lambda z, y: 0 * z.sum(),
+        lambda z, y: z.sum() * torch.inf,
+        lambda z, y: 1e-6 * F.cross_entropy(z, y),
+        lambda z, y: F.cross_entropy(F.dropout(z), y, reduction="sum"),
+        lambda z, y: torch.cdist(z, z).sum() / len(z) ** 2,
+        lambda z, y: F.cross_entropy(z, y, reduction="sum") if len(z) == 6 else None,
+    ],
+)
+def test_what_does_not_double_is_none(criterion: Any) -> None:
+    assert not sums_samples(criterion, LOGITS, TARGET)
