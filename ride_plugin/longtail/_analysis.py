@@ -183,7 +183,7 @@ def _measure(logits: Tensor, used: Tensor) -> _Measured:
     predicted = _argmax(routed)
     confidence = routed.softmax(1).amax(1)
     pairs = max(logits.shape[1] * (logits.shape[1] - 1), 1)
-    differ = (choices[:, :, None] != choices[:, None, :]).sum((1, 2)) / pairs
+    differ = (choices[:, :, None] != choices[:, None, :]).sum((1, 2)).float() / pairs
     return _Measured(usable, choices, predicted, confidence, differ, mean_kl_of_pairs(logits))
 
 

@@ -72,7 +72,8 @@ class RoutingInference(nn.Module):
         parameter = next(model.parameters(), torch.empty(0, device="cpu"))
         gates = cast("RoutableModel", model).num_experts - 1
         with torch.inference_mode(False):  # what is made in it could not be changed outside
-            self.register_buffer("threshold_logits", torch.zeros(gates, device=parameter.device))
+            start = torch.zeros(gates, dtype=torch.float32, device=parameter.device)
+            self.register_buffer("threshold_logits", start)
         self.set_threshold(threshold)
 
     @property

@@ -122,8 +122,10 @@ class ExpertRouter(nn.Module):
             read, direct = statistics + _CLASS_DIM, 1
             self.classes = nn.Embedding(self.num_classes, _CLASS_DIM)
             nn.init.normal_(self.classes.weight, std=0.3)
-            self.register_buffer("input_mean", torch.zeros(gates, statistics))
-            self.register_buffer("input_variance", torch.ones(gates, statistics))
+            # Half precision, if that is torch's default, would lose what later samples add.
+            wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self.register_buffer("input_mean", torch.zeros(gates, statistics, dtype=wide))
+            self.register_buffer("input_variance", torch.ones(gates, statistics, dtype=wide))
             self.register_buffer("samples_seen", torch.zeros((), dtype=torch.int64))
         self.hidden = nn.ModuleList(nn.Linear(read, hidden_dim) for _ in range(gates))
         self.output = nn.Linear(direct + hidden_dim, 1)
@@ -250,7 +252,7 @@ class ExpertRouter(nn.Module):
         size = len(means)
         for index in range(self.num_experts - 1):
             new = _describe(means[:, index], self.top_k)[0].to(self.input_mean.dtype)
-            share = size / (self.samples_seen + size)
+            share = size / (self.samples_seen.float() + size)
             away = new.mean(dim=0) - self.input_mean[index]
             variance = new.var(dim=0, correction=0) - self.input_variance[index]
             self.input_variance[index] += share * variance + share * (1 - share) * away.square()

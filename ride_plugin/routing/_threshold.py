@@ -196,10 +196,11 @@ def _candidates(gates: Tensor) -> Tensor:
     values = gates[gates.isfinite()].double().unique()
     between = (values[1:] + values[:-1]) / 2
     if len(between) > _POINTS:
-        places = torch.linspace(0, len(between) - 1, _POINTS, device=between.device)
+        wide = torch.float64  # float32 tells places apart up to 16 million only
+        places = torch.linspace(0, len(between) - 1, _POINTS, dtype=wide, device=between.device)
         between = between[places.round().long()]
     # float32, like the buffer that will hold the choice: the curve is then what inference gives.
-    ends = torch.tensor([-torch.inf, torch.inf], device=between.device)
+    ends = torch.tensor([-torch.inf, torch.inf], dtype=torch.float32, device=between.device)
     candidates: Tensor = torch.cat((ends, between.float())).unique()
     return candidates
 
@@ -229,7 +230,7 @@ def _only_one(**targets: float | None) -> tuple[str, float]:
 def _warn_if_long_tailed(labels: Tensor) -> None:
     counts = labels.bincount()
     counts = counts[counts > 0]
-    ratio = float(counts.max() / counts.min())
+    ratio = int(counts.max()) / int(counts.min())
     if ratio > LONG_TAIL_RATIO:
         warnings.warn(
             f"The calibration labels are long-tailed: the most frequent class has {ratio:.0f} "
