@@ -56,6 +56,7 @@ from ride_plugin._split._passes import (
     write_attributes,
 )
 from ride_plugin._split._plain import plain_modules, plain_views
+from ride_plugin._split._plain_state import refuse_plain_state, refuse_state_of_part
 from ride_plugin._split._probe import Call
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._settings import held_together_by, unchanged
@@ -105,6 +106,8 @@ __all__ = [
     "real_parts",
     "reason_of_fork",
     "record",
+    "refuse_plain_state",
+    "refuse_state_of_part",
     "replace_classifiers",
     "replicate",
     "split_backbone",

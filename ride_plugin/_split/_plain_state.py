@@ -59,6 +59,31 @@ def refuse_plain_state(state: Mapping[str, Any], prefix: str, model: nn.Module) 
             )
 
 
+def refuse_state_of_part(state: Mapping[str, Any], prefix: str, module: nn.Module) -> None:
+    """Refuse a state of one of a module's parts, whose names lack that of the part.
+
+    Args:
+        state: what shall be loaded.
+        prefix: of the names that belong to the module.
+        module: with parts.
+
+    Raises:
+        CheckpointError: it is one, so that nothing would be loaded.
+    """
+    own = _named_tensors(module)
+    given = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+    if any(name in own for name in given):
+        return
+    for part, _ in module.named_children():
+        for name in given:
+            if f"{part}.{name}" in own:
+                raise CheckpointError(
+                    f"Expected a state dict with names such as `{prefix}{part}.{name}`, but got "
+                    f"`{prefix}{name}`, so that nothing would be loaded. It is a state of the part "
+                    f"`{prefix}{part}`: load it there, `.{prefix}{part}.load_state_dict(state)`."
+                )
+
+
 def tell_of_nothing_loaded(state: Mapping[str, Any], unexpected: Collection[str]) -> None:
     """Warn of a state of which nothing was loaded, because no name in it is one of the model's.
 

@@ -15,6 +15,7 @@ from ride_plugin._checks import as_cpu_tensor, has_values, refuse
 from ride_plugin._compiler import uncompiled
 from ride_plugin._cost import check_router
 from ride_plugin._errors import ArgumentError
+from ride_plugin._split import refuse_plain_state, refuse_state_of_part
 from ride_plugin.routing._exit import RoutedStages, RoutingOutput, run_everything, walk
 from ride_plugin.routing._export import export_stages
 from ride_plugin.routing._protocols import RoutableModel, Router
@@ -123,6 +124,11 @@ class RoutingInference(nn.Module):
         if self.threshold_logits.dtype != exact.dtype:
             self.threshold_logits = exact.to(self.threshold_logits.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        refuse_plain_state(state_dict, prefix, self)
+        refuse_state_of_part(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @overload
     def forward(

@@ -21,6 +21,7 @@ from ride_plugin._checks import (
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better, without_autocast
 from ride_plugin._output import RouterInputs
+from ride_plugin._split import refuse_plain_state
 from ride_plugin.functional import running_means
 
 if TYPE_CHECKING:
@@ -211,6 +212,10 @@ class ExpertRouter(nn.Module):
                 "rate."
             )
         return logit
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        refuse_plain_state(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """What was chosen, for ``repr``."""

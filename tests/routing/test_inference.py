@@ -11,6 +11,7 @@ from torch import nn
 
 from ride_plugin import (
     ArgumentError,
+    CheckpointError,
     ConfidenceRouter,
     ExpertRouter,
     MissingExpertLogitsError,
@@ -493,3 +494,20 @@ def test_routing_output_can_be_rebuilt_from_one_iterable():
     for again in (type(output)(part for part in output), type(output)(*output)):
         assert type(again) is type(output)
         assert all(a is b for a, b in zip(again, output, strict=True))
+
+
+def test_states_of_other_parts_are_refused_with_the_way_to_load_them():
+    model = RIDEWrapper(conv_backbone(), 3, example_input=torch.zeros(2, 3, 8, 8))
+    router = ExpertRouter.for_model(model)
+    serve = RoutingInference(model, router)
+    for part, name in ((model, "model"), (router, "router")):
+        for prefix, whole in (("", serve), ("module.", nn.DataParallel(serve))):
+            state = {f"{prefix}{key}": value for key, value in part.state_dict().items()}
+            with pytest.raises(CheckpointError, match=rf"`\.{prefix}{name}\.load_state_dict"):
+                whole.load_state_dict(state, strict=False)
+    for part, name in ((serve, "serve."), (router, "router.")):
+        state = {f"{name}{key}": value for key, value in part.state_dict().items()}
+        with pytest.raises(CheckpointError, match=f"Remove the prefix `{name}`"):
+            part.load_state_dict(state, strict=False)
+    some = {key: value for key, value in serve.state_dict().items() if "router" in key}
+    assert serve.load_state_dict(some, strict=False).unexpected_keys == []
