@@ -56,7 +56,7 @@ from ride_plugin._split._passes import (
     write_attributes,
 )
 from ride_plugin._split._plain import plain_modules, plain_views
-from ride_plugin._split._plain_state import refuse_plain_state, refuse_state_of_part
+from ride_plugin._split._plain_state import is_same, refuse_plain_state, refuse_state_of_part
 from ride_plugin._split._probe import Call
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._settings import held_together_by, unchanged
@@ -91,6 +91,7 @@ __all__ = [
     "hollow",
     "inert_parameters",
     "is_real",
+    "is_same",
     "join_parts",
     "losses_beside",
     "losses_dropped",

@@ -115,7 +115,7 @@ def tell_of_nothing_new(state: Mapping[str, Any], prefix: str, model: nn.Module)
     """
     own = {prefix + name: tensor for name, tensor in _named_tensors(model).items()}
     given = [(own[name], value) for name, value in state.items() if name in own]
-    if (given or not state) and all(_is_same(mine, value) for mine, value in given):
+    if (given or not state) and all(is_same(mine, value) for mine, value in given):
         warn_caller(
             "This state dict holds nothing but the model's own tensors, so loading it changes "
             "nothing. If it should have held a checkpoint of the plain network, filtered by names: "
@@ -154,7 +154,8 @@ def _shape_of(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def _is_same(tensor: Tensor, value: Any) -> bool:
+def is_same(tensor: Tensor, value: Any) -> bool:
+    """Whether a value of a state is a module's tensor itself, and not one of equal values."""
     if type(value) not in (Tensor, nn.Parameter) or value.shape != tensor.shape or tensor.is_meta:
         return False
     try:

@@ -15,7 +15,7 @@ from ride_plugin._checks import as_cpu_tensor, has_values, refuse
 from ride_plugin._compiler import uncompiled
 from ride_plugin._cost import check_router
 from ride_plugin._errors import ArgumentError
-from ride_plugin._split import refuse_plain_state, refuse_state_of_part
+from ride_plugin._split import Holder, is_same, refuse_plain_state, refuse_state_of_part
 from ride_plugin.routing._exit import RoutedStages, RoutingOutput, run_everything, walk
 from ride_plugin.routing._export import export_stages
 from ride_plugin.routing._protocols import RoutableModel, Router
@@ -128,6 +128,10 @@ class RoutingInference(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         refuse_plain_state(state_dict, prefix, self)
         refuse_state_of_part(state_dict, prefix, self)
+        limits = state_dict.get(f"{prefix}threshold_logits", self.threshold_logits)
+        if isinstance(self.model, Holder) and not is_same(self.threshold_logits, limits):
+            # Else the model would warn of a state that holds its own tensors only.
+            self.model.ride_versions = []
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @overload

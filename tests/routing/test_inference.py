@@ -1,6 +1,7 @@
 """Routed inference against the dense selection, the authors' numbers, and its own promises."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -511,3 +512,14 @@ def test_states_of_other_parts_are_refused_with_the_way_to_load_them():
             part.load_state_dict(state, strict=False)
     some = {key: value for key, value in serve.state_dict().items() if "router" in key}
     assert serve.load_state_dict(some, strict=False).unexpected_keys == []
+
+
+def test_thresholds_are_handed_on_within_one_model_without_a_word():
+    model = RIDEWrapper(conv_backbone(), 3, example_input=torch.zeros(2, 3, 8, 8))
+    first, second = (RoutingInference(model, ConfidenceRouter(), t) for t in (0.25, 0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.load_state_dict(first.state_dict())
+    assert torch.equal(second.threshold_logits, first.threshold_logits)
+    with pytest.warns(UserWarning, match="changes nothing"):
+        second.load_state_dict(second.state_dict())
