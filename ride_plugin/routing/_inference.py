@@ -85,12 +85,17 @@ class RoutingInference(nn.Module):
 
     @property
     def threshold(self) -> Tensor:
-        """The thresholds as probabilities ``[E-1]``; change them with `set_threshold`.
+        """The thresholds as probabilities ``[E-1]``; assigning to it is `set_threshold`.
 
+        Each read makes a new tensor, so writing into one (``serve.threshold[0] = 0.9``) is lost.
         In float64, whose probabilities tell logits apart up to about 36, to three digits at 30; to
         hand on the very same limits, copy ``threshold_logits`` or the state dict.
         """
         return self.threshold_logits.double().sigmoid()
+
+    @threshold.setter
+    def threshold(self, value: float | Sequence[float] | Tensor) -> None:
+        self.set_threshold(value)
 
     def set_threshold(self, threshold: float | Sequence[float] | Tensor) -> None:
         """Change the thresholds in place, which makes no compiled graph stale.

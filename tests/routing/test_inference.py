@@ -226,6 +226,14 @@ def test_thresholds_change_in_place_and_are_saved():
     other, _ = serving()
     other.load_state_dict(serve.state_dict())
     assert other.threshold.tolist() == pytest.approx([0.25, 0.75])
+    changed = serve.threshold
+    changed[1] = 0.5
+    assert serve.threshold.tolist() == pytest.approx([0.25, 0.75])
+    for value in (changed, [0.25, 0.5]):
+        serve.set_threshold(1)
+        serve.threshold = value
+        assert serve.threshold.tolist() == pytest.approx([0.25, 0.5])
+    assert serve.threshold_logits.data_ptr() == address
     assert "0.25" in repr(serve)
 
 
