@@ -199,7 +199,10 @@ class ExpertRouter(nn.Module):
         with without_autocast(mean_logits):
             read = self._paper if self.inputs == "paper" else self._predictions
             direct, indirect = read(index, float32_or_better(mean_logits), features)
-            dtype = self.output.weight.dtype
+            weight = self.output.weight
+            # Layers that something has quantized take float32, whatever their weight is.
+            floating = isinstance(weight, Tensor) and weight.is_floating_point()
+            dtype = weight.dtype if floating else torch.float32
             hidden = F.relu(self.hidden[index](indirect.to(dtype)))
             logit: Tensor = self.output(torch.cat((direct.to(dtype), hidden), dim=1)).squeeze(1)
         # What is no number anywhere in what a gate reads reaches its output.

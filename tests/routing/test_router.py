@@ -604,6 +604,33 @@ def test_a_router_may_be_of_another_precision_than_what_it_reads(reading, dtype)
     assert router(data).dtype == torch.float32
 
 
+class Rounded(torch.nn.Linear):
+    """A linear layer that has rounded its weight, as quantized ones have: of float32 only."""
+
+    def __init__(self, layer, hidden):
+        super().__init__(layer.in_features, layer.out_features)
+        scale = layer.weight.detach().abs().max() / 127
+        rounded = (layer.weight.detach() / scale).round().to(torch.int8)
+        self.scale, self.kept, self.bias = scale, rounded, layer.bias
+        del self.weight
+        self.weight = (lambda: rounded) if hidden else torch.nn.Parameter(rounded, False)
+
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return torch.nn.functional.linear(x, self.kept * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("reading", ["predictions", "paper"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_gates_run_in_layers_that_something_has_quantized(reading, hidden):
+    data, router = inputs(), ExpertRouter(7, 3, num_classes=10, inputs=reading).eval()
+    expected = router(data)
+    for index, layer in enumerate(router.hidden):
+        router.hidden[index] = Rounded(layer, hidden)
+    router.output = Rounded(router.output, hidden)
+    torch.testing.assert_close(router(data), expected, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("kind", ["max_probability", "margin"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_confidence_of_what_is_no_number_is_refused(kind, value):
