@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import Numbers, as_cpu_tensor, check_instance, refuse
+from ride_plugin._checks import Numbers, as_cpu_tensor, check_instance, refuse, way_inside
 from ride_plugin._compiler import uncompiled
 from ride_plugin._contexts import evaluating_any
 from ride_plugin._errors import ArgumentError, RIDEError
@@ -240,10 +240,10 @@ def check_router(router: object, model: object) -> None:
     Raises:
         ArgumentError: it does not.
     """
-    if isinstance(router, type) or not callable(getattr(router, "gate", None)):
+    if isinstance(router, type) or not _has_gate(router):
         expected = "an ExpertRouter, a ConfidenceRouter or another router with a method `gate`"
         made = "Make one: `ExpertRouter.for_model(model)` or `ConfidenceRouter()`."
-        refuse("router", expected, router, made if isinstance(router, type) else "")
+        refuse("router", expected, router, way_inside(router, "router", _has_gate) or made)
     for name in ("num_experts", "num_classes", "feature_dim"):
         # A router without these, such as ConfidenceRouter, fits every model.
         sizes = [getattr(one, name, None) for one in (router, model)]
@@ -252,6 +252,10 @@ def check_router(router: object, model: object) -> None:
                 f"Expected argument `router` to fit the model's {name} {sizes[1]}, but got "
                 f"{sizes[0]}. Use `ExpertRouter.for_model(model)`."
             )
+
+
+def _has_gate(router: object) -> bool:
+    return callable(getattr(router, "gate", None))
 
 
 def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:

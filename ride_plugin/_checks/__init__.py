@@ -13,6 +13,7 @@ from ride_plugin._checks._single import (
     check_integer,
     check_number,
     refuse,
+    way_inside,
 )
 from ride_plugin._checks._tensors import (
     NO_INDEX,
@@ -80,4 +81,5 @@ __all__ = [
     "rows_sum_to_one",
     "version_of",
     "warn_of_probabilities",
+    "way_inside",
 ]

@@ -113,8 +113,20 @@ def check_function(value: object, name: str, call: str, *, advice: str = "") -> 
     refuse(name, f"a function, called as {call}", value, advice)
 
 
+def way_inside(value: object, name: str, fits: Callable[[object], bool]) -> str:
+    """Advice for an argument that holds what should have been passed, or nothing to say."""
+    modules = value.named_modules() if isinstance(value, torch.nn.Module) else ()
+    paths = [path for path, module in modules if path and fits(module)]
+    if len(paths) != 1:
+        return ""
+    way = paths[0] if paths[0].isidentifier() else f'get_submodule("{paths[0]}")'
+    return f"Pass what it holds: `{name}.{way}`."
+
+
 def shown(value: object) -> str:
-    """A value as an error shows it: short, of a tensor its shape and type."""
+    """A value as an error shows it: short, of a tensor its shape and type, of a module its type."""
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__
     if isinstance(value, Tensor | np.ndarray):
         kind = "a tensor" if isinstance(value, Tensor) else "an array"
         return f"{kind} of shape {list(value.shape)} and dtype {value.dtype}"

@@ -19,7 +19,7 @@ class ConfidenceRouter(nn.Module):
     With $p$ the softmax of the mean logits so far and $p_{(1)} \ge p_{(2)}$ its two largest
     values, the confidence is $p_{(1)}$ (``"max_probability"``) or $p_{(1)} - p_{(2)}$
     (``"margin"``), and the gate's probability is $\sigma(g) = 1 - \text{confidence}$. So a
-    threshold of 0.1 lets go whatever is at least 90 % sure. Not in the paper. The kind is no part of
+    threshold of 0.1 lets go whatever is at least 90 % sure. Not in the paper. The kind is not in
     the state dict: build the router with the one that its thresholds were calibrated for.
 
     Args:

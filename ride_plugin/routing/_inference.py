@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from typing_extensions import Self
 
-from ride_plugin._checks import as_cpu_tensor, has_values, refuse
+from ride_plugin._checks import as_cpu_tensor, has_values, refuse, way_inside
 from ride_plugin._compiler import uncompiled
 from ride_plugin._cost import check_router
 from ride_plugin._errors import ArgumentError
@@ -20,6 +20,8 @@ from ride_plugin.routing._exit import RoutedStages, RoutingOutput, run_everythin
 from ride_plugin.routing._export import export_stages
 from ride_plugin.routing._protocols import RoutableModel, Router
 from ride_plugin.routing._threshold import CalibrationResult, calibrate
+
+_NEEDED = ("run_trunk", "run_expert", "router_inputs", "evaluating", "num_experts")
 
 
 class RoutingInference(nn.Module):
@@ -313,16 +315,17 @@ class RoutingInference(nn.Module):
 
 
 def _check_fit(model: nn.Module, router: nn.Module) -> None:
-    needed = ("run_trunk", "run_expert", "router_inputs", "evaluating", "num_experts")
-    missing = [name for name in needed if not hasattr(model, name)]
-    if missing:
-        raise ArgumentError(
-            f"Expected argument `model` to be a RIDEWrapper, but got {type(model).__name__} "
-            f"without {missing}. Hand in the wrapper itself, outside DistributedDataParallel."
-        )
+    if not _can_be_routed(model):
+        expected = f"a RIDEWrapper, or a model that has {', '.join(_NEEDED)}"
+        wrap = "Wrap the backbone: `RIDEWrapper(backbone)`."
+        refuse("model", expected, model, way_inside(model, "model", _can_be_routed) or wrap)
     if cast("RoutableModel", model).num_experts < 2:
         raise ArgumentError(
             "Expected argument `model` to have at least two experts, but it has one: there is "
             "nothing to route. Use the model itself."
         )
     check_router(router, model)
+
+
+def _can_be_routed(model: object) -> bool:
+    return all(hasattr(model, name) for name in _NEEDED)

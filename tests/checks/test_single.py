@@ -77,6 +77,22 @@ def test_limits_of_an_integer() -> None:
             _checks.check_integer(value, "size", 1, 3)
 
 
+def test_the_way_to_the_one_that_is_held_is_named() -> None:
+    def fits(value: object) -> bool:
+        return isinstance(value, torch.nn.ReLU)
+
+    one = torch.nn.DataParallel(torch.nn.ReLU())
+    assert "`net.module`" in _checks.way_inside(one, "net", fits)
+    assert '`net.get_submodule("0.module")`' in _checks.way_inside(
+        torch.nn.Sequential(one), "net", fits
+    )
+    two = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU())
+    for none in (two, torch.nn.Identity(), torch.nn.ReLU(), None):
+        assert _checks.way_inside(none, "net", fits) == ""
+    with pytest.raises(ArgumentError, match=r"but got Sequential\.$"):  # not the start of a repr
+        _checks.refuse("net", "a number", two)
+
+
 def test_advice_ends_the_message() -> None:
     with pytest.raises(ArgumentError) as error:
         _checks.check_integer("a", "size", 1, advice="Count them.")

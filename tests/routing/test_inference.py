@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from ride_plugin import (
     ArgumentError,
@@ -333,6 +334,14 @@ def test_the_authors_trained_network_routes_the_same_way():
     [
         (lambda m: RoutingInference(nn.Linear(2, 2), ConfidenceRouter()), "to be a RIDEWrapper"),
         (lambda m: RoutingInference(m, nn.Linear(2, 2)), "`router` to be an ExpertRouter"),
+        (
+            lambda m: RoutingInference(m, AveragedModel(ExpertRouter.for_model(m))),
+            r"but got AveragedModel\. Pass what it holds: `router\.module`",
+        ),
+        (
+            lambda m: RoutingInference(AveragedModel(m), ConfidenceRouter()),
+            r"but got AveragedModel\. Pass what it holds: `model\.module`",
+        ),
         (lambda m: RoutingInference(m, ConfidenceRouter), r"Make one: .*`ConfidenceRouter\(\)`"),
         (
             lambda m: RoutingInference(m, ExpertRouter),
