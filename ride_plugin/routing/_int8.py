@@ -35,8 +35,8 @@ def quantize_stages(
 
     Args:
         stages: what `fuse_stages` returned; they are left as they are.
-        batches: inputs of the model, a few hundred samples like those to be served: tensors, tuples
-            of positional or dicts of keyword arguments.
+        batches: inputs of the model without labels, a few hundred samples like those to be served:
+            tensors, tuples of positional or dicts of keyword arguments.
 
     Returns:
         Modules by the same names, for `StagedRunner`.
@@ -150,9 +150,11 @@ def _ranges(
                 seen = True
                 crossing = stages["trunk"](*tensors_of_call(call_of(stages["trunk"]), inputs))
             except ArgumentError as error:
+                labels = " Leave labels out: `(x for x, _ in loader)`."
                 raise ArgumentError(
                     "Expected argument `batches` to yield finite inputs like those to be served, "
                     f"but the trunk refuses one of them. {error}"
+                    f"{labels if isinstance(batch, list | tuple) else ''}"
                 ) from error
             for name, stage in stages.items():
                 if name.startswith("expert_"):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_classes, check_predictions, check_target, refuse
+from ride_plugin._checks import check_classes, check_predictions, refuse
 from ride_plugin._cost import CostReport, cost_report
 from ride_plugin._distributed import of_all_ranks
 from ride_plugin._errors import ArgumentError
@@ -89,15 +89,17 @@ def _of_batch(
     """What one batch says; None if it is empty. The target is on the CPU, where it is checked."""
     model = routed.model
     logits, features = model.router_inputs(*inputs[0], **inputs[1])
-    if target.is_floating_point():
+    no_index = target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
+    if no_index or target.shape != logits.shape[:1]:
         refuse(
             "loader",
-            "one that yields (x, y) with y class indices [B]",
+            f"one that yields (x, y) with y class indices [{len(logits)}]",
             target,
-            "Pass `y.argmax(1)` for one-hot or mixed labels, `y.long()` for indices.",
+            "Pass `y.argmax(1)` for one-hot or mixed labels, `y.long()` for indices, `y.flatten()` "
+            "for a column of them.",
         )
-    target = check_target(target, len(logits), logits.shape[2], soft=False)
-    check_classes(target, "target", logits.shape[2])
+    target = target.long()
+    check_classes(target, "loader", logits.shape[2])
     # Results come to the CPU here, so on an accelerator as well nothing more is waited for.
     check_predictions(logits.amax(dim=2, keepdim=True).cpu(), "the experts' logits")
     if len(target) == 0:

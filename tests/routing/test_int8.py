@@ -170,6 +170,8 @@ def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
         with pytest.raises(ArgumentError, match=r"`batches`.*finite"):
             quantize_stages(stages, [x.masked_fill(x > 2, bad)])
+    with pytest.raises(ArgumentError, match=r"`batches`.*Leave labels out"):
+        quantize_stages(stages, [[x, torch.zeros(len(x)).long()]])
     monkeypatch.setattr("ride_plugin.routing._int8._CONVOLUTION", None)
     with pytest.raises(ArgumentError, match=r"eight bits.*float stages"):
         quantize_stages(fuse_stages(programs), [x])

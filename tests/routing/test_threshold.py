@@ -193,6 +193,21 @@ def test_long_tailed_labels_warn_and_balanced_ones_do_not(data):
         ([(torch.zeros(2, 3, 8, 8), torch.eye(5)[:2])], {"max_experts": 2}, r"y\.argmax\(1\)"),
         ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, -1]))], {"max_experts": 2}, "from -1 to 0"),
         ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 5]))], {"max_experts": 2}, "from 0 to 5"),
+        (
+            [(torch.zeros(2, 3, 8, 8), torch.zeros(2, 1).long())],
+            {"max_experts": 2},
+            r"`loader` to be.*class indices \[2\], but got a tensor of shape \[2, 1\].*flatten",
+        ),
+        (
+            [(torch.zeros(2, 3, 8, 8), torch.tensor([True, False]))],
+            {"max_experts": 2},
+            "`loader` to be.*dtype torch.bool",
+        ),
+        (
+            [(torch.zeros(2, 3, 8, 8), torch.tensor([0, -100]))],
+            {"max_experts": 2},
+            "`loader` to hold class indices.*from -100",
+        ),
         (None, {"max_experts": "2"}, "`max_experts` to be a finite number"),
         (None, {"max_experts": True}, "`max_experts` to be a finite number"),
         (None, {"max_flops": float("nan")}, "`max_flops` to be a finite number"),
