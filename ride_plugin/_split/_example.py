@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,12 @@ _ROWS = (
     "in place of a list with a tensor for each; and padded graphs [B, N, D] with a mask in place "
     "of nodes [N, D] with a vector that says whose they are."
 )
-_LENGTHS = (64, 256, 1024, 4096, 16000, 16, 512)
+_LENGTHS = (64, 16, 256, 512, 1024, 4096, 16000)
+_PATIENCE = 10.0
+"""Seconds of this thread after which no other guess is tried; what waits for others is not counted.
+
+Later guesses are larger, and the cost of some networks grows with the square of the size.
+"""
 
 
 def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tuple[Inputs, Any]:
@@ -63,8 +69,11 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
             _refuse_other_rows(backbone, given, reader)
         return inputs, output
     furthest, best = -1, "it has no layer whose input shape is known"
+    began: float | None = None  # when the first guess had failed, however long that took
     with _calls_counted(backbone) as count:
         for inputs in _guesses(backbone):
+            if began is not None and time.thread_time() - began > _PATIENCE:
+                break
             count[0] = 0
             try:
                 output = _run(backbone, inputs)
@@ -79,6 +88,7 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
                 cause = f"raised {type(error).__name__}: {first}"
             if count[0] > furthest:  # what came furthest comes closest to what it takes
                 furthest, best = count[0], f"on {_shapes(inputs)} it {cause}"
+            began = time.thread_time() if began is None else began
     raise SplitError(
         f"Could not guess an input that the backbone accepts. The most plausible attempt: {best}. "
         "Pass `example_input=`: a batch as its forward receives it (a tensor, a tuple of arguments "

@@ -190,6 +190,35 @@ def test_where_no_guess_runs_the_cause_and_the_remedy_are_named(first: nn.Module
         find_example(Refuses(first), None, LogitsReader())
 
 
+class Slow(nn.Module):
+    """Each forward takes so many seconds of the clock that is given, and all but the last fail."""
+
+    def __init__(self, clock: list[float], seconds: list[float]) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+        self.clock, self.seconds = clock, seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock[0] += self.seconds.pop(0)
+        if self.seconds:
+            raise ValueError("not such a one")
+        return self.head(self.first(x).mean((2, 3)))
+
+
+def test_guessing_stops_ten_seconds_after_the_first_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between guesses: the first one may take long, and so may the right one."""
+    clock = [0.0]
+    monkeypatch.setattr("time.thread_time", lambda: clock[0])
+    slow = Slow(clock, [6.0] * 9)
+    with pytest.raises(SplitError, match=r"on \[2, 3, 32, 32\] it raised ValueError: not such"):
+        find_example(slow, None, LogitsReader())
+    assert len(slow.seconds) == 6
+    ((x,), _), _ = find_example(Slow(clock, [600.0, 9.0, 600.0]), None, LogitsReader())
+    assert tuple(x.shape) == (2, 3, 28, 28)
+
+
 def test_what_is_not_logits_is_described() -> None:
     with pytest.raises(SplitError, match=r"returned .* where logits \[B, C\] were expected"):
         find_example(nn.Sequential(nn.Linear(7, 4), nn.Flatten(0)), None, LogitsReader())
