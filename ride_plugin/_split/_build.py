@@ -348,9 +348,9 @@ def learned(
                 f"when an expert takes up what the trunk left ({type(error).__name__}: {error}). "
                 "Its late part seems to need something of its early part that is no tensor, a "
                 "cache say (Hugging Face's is switched off by `config.use_cache = False`), or that "
-                "a hook leaves on the model (hand it on in the forward instead). Pass another "
-                "`fork_at=`, or write trunk and experts as modules of their own and use "
-                "`RIDEWrapper.from_parts`."
+                "a hook leaves on the model (hand it on in the forward instead); or it takes "
+                "batches of two rows only (ask for `x.size(0)`). Pass another `fork_at=`, or write "
+                "trunk and experts as modules of their own and use `RIDEWrapper.from_parts`."
             ) from error
         else:
             break

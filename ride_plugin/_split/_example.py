@@ -50,7 +50,8 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
             if _runs(backbone, given):
                 raise SplitError(
                     "The backbone runs on `example_input` as it is, but not on two rows of it "
-                    f"({cause}). {_ROWS}"
+                    f"({cause}). If it takes batches of one size only, make what has that size, an "
+                    f"initial state say, from `x.size(0)` in its forward. {_ROWS}"
                 ) from error
             if _runs_as_one(backbone, example):
                 raise SplitError(

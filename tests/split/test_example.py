@@ -261,6 +261,25 @@ def test_rows_that_are_no_samples_are_told_from_an_example_that_does_not_run() -
         find_example(Crops(), torch.randn(5, 7), reader)
 
 
+class OneSize(nn.Module):
+    """Makes its initial state for a batch size that its constructor was told."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.batch_size, self.rnn, self.head = batch_size, nn.GRU(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = torch.zeros(1, self.batch_size, 8)
+        return self.head(self.rnn(x.transpose(0, 1), start)[1][0])
+
+
+def test_a_batch_size_that_the_backbone_was_told_is_told_from_rows_that_are_no_samples() -> None:
+    with pytest.raises(SplitError, match=r"Expected hidden size .*initial state say, from `x\.size"):
+        find_example(OneSize(4), torch.randn(4, 3, 6), LogitsReader())
+    with pytest.raises(SplitError, match=r"Expected hidden size .*two rows only .*x\.size"):
+        RIDEWrapper(OneSize(2), 2, fork_at="rnn", example_input=torch.randn(2, 3, 6))
+
+
 class TimeFirst(nn.Module):
     """Tokens [T, B], as recurrent layers take them by default."""
 
