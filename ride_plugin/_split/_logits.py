@@ -100,7 +100,8 @@ class LogitsReader:
         if logits is None:
             raise ReplayError(
                 "The backbone returned something else than when it was wrapped, and which part of "
-                f"it holds the logits is not certain: {describe(output)}. {ASK}."
+                f"it holds the logits is not certain: {describe(output)}. {ASK}. Where a call "
+                "returns a tensor, an index or a key is ignored, so that it serves both."
             )
         return logits
 

@@ -183,7 +183,7 @@ def test_what_comes_on_request_only_is_told_of_and_handed_out(
 def test_several_matrices_on_request_are_asked_for(order: Any) -> None:
     x, labels = torch.randn(4, 6), torch.arange(4)
     net = OnRequest(order)
-    with pytest.raises(ReplayError, match=r"not certain: a tuple with .* Pass `logits=`: an index"):
+    with pytest.raises(ReplayError, match=r"a tuple with .* Pass `logits=`.* ignored, so"):
         RIDEWrapper(net, 2)(x, labels=labels)
     place = [tensor.shape[1] for tensor in net(x, labels=labels)].index(5)
     model = RIDEWrapper(net, 2, logits=place)
