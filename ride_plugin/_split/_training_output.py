@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._errors import SplitError
+from ride_plugin._errors import SplitError, listed
 from ride_plugin._split._classifier import Head, innermost_candidates
 from ride_plugin._split._logits import ASK, LogitsReader, depends, describe, spelled
 from ride_plugin._split._probe import Call, address_of
@@ -72,10 +72,15 @@ def learn_training_output(
     ]
     logits = reader.logits_of(output, training=True)
     if logits is None:
-        if not returned:
+        exact = head is not None and head.exact
+        sources = (
+            [] if head is None or exact else _sources(reader, roots[0], outputs[0], head, trace)
+        )
+        if not returned or not (exact or len(sources) == 1):
             raise SplitError(
                 "In training mode the backbone returns something else than in evaluation, and "
                 f"which part of it is the logits is not certain: {describe(output)}. {ASK}."
+                + _said_of_several(sources, outputs)
             )
         reader.known[True, place] = returned[0]
         return
@@ -113,16 +118,10 @@ def _other_place(
     """
     logits = reader.logits_of(output)
     assert logits is not None
-    names = [head.name]
-    if not head.exact:  # one of several layers that the logits may be computed from
-        names = list(dict.fromkeys(c.name for c in innermost_candidates(root, logits)))
+    names = _sources(reader, root, output, head, trace)
+    if not names:
+        return None
     try:
-        before = trace(False, names)
-        if not head.exact:
-            names = [name for name in names if not _is_read_by_others(name, before)]
-        names = [n for n in names if before.comes_from([n], reader.entry_of(before.output))]
-        if not names:
-            return None
         now = trace(True, names)
         entry = reader.entry_of(now.output, training=True)
         if now.comes_from(names, entry):
@@ -136,6 +135,36 @@ def _other_place(
         return None
     learns = is_matrix(entry) and entry.requires_grad
     return others if others or learns else None
+
+
+def _sources(reader: LogitsReader, root: Call, output: Any, head: Head, trace: Trace) -> list[str]:
+    """The classifiers that the logits of evaluation are computed from; none if it is not known."""
+    names = [head.name]
+    if not head.exact:  # one of several layers that the logits may be computed from
+        logits = reader.logits_of(output)
+        assert logits is not None
+        names = list(dict.fromkeys(c.name for c in innermost_candidates(root, logits)))
+    try:
+        before = trace(False, names)
+        if not head.exact:
+            names = [name for name in names if not _is_read_by_others(name, before)]
+        return [n for n in names if before.comes_from([n], reader.entry_of(before.output))]
+    except Exception:  # no gradients
+        return []
+
+
+def _said_of_several(sources: Sequence[str], outputs: tuple[Any, Any]) -> str:
+    """How a function of the output trains all classifiers, where there are several."""
+    evaluation, training = outputs
+    if len(sources) < 2 or not isinstance(evaluation, Tensor):
+        return ""
+    alike = [spelled(path) for path, t in matrices_in(training) if t.shape == evaluation.shape]
+    return (
+        f" In evaluation they are computed from {listed(sources)} together, and an index would "
+        "train one alone. If they are the mean, pass `logits=lambda output: output if "
+        f"isinstance(output, torch.Tensor) else ({' + '.join(alike)}) / {len(alike)}`, as a "
+        "function of a module if the model shall be pickled."
+    )
 
 
 def _is_read_by_others(name: str, seen: Traced) -> bool:

@@ -274,7 +274,9 @@ class OneSize(nn.Module):
 
 
 def test_a_batch_size_that_the_backbone_was_told_is_told_from_rows_that_are_no_samples() -> None:
-    with pytest.raises(SplitError, match=r"Expected hidden size .*initial state say, from `x\.size"):
+    with pytest.raises(
+        SplitError, match=r"Expected hidden size .*initial state say, from `x\.size"
+    ):
         find_example(OneSize(4), torch.randn(4, 3, 6), LogitsReader())
     with pytest.raises(SplitError, match=r"Expected hidden size .*two rows only .*x\.size"):
         RIDEWrapper(OneSize(2), 2, fork_at="rnn", example_input=torch.randn(2, 3, 6))

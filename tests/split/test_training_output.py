@@ -175,6 +175,63 @@ def test_logits_that_are_computed_otherwise_in_training_are_taken(
     agree(kind(lambda f, z: z, training))
 
 
+class Distilled(nn.Module):
+    """Two heads in training, their mean in evaluation: LeViT, DeiT with distillation.
+
+    Args:
+        training: makes what is returned in training of what the heads return, and of features.
+        last: whether the head that comes first in what is returned is called last.
+    """
+
+    def __init__(self, training: Callable[..., Any], last: bool = False) -> None:
+        super().__init__()
+        self.stem, self.late = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.head, self.head_dist = nn.Linear(8, 5), nn.Linear(8, 5)
+        self.training_output, self.last = training, last
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.late(torch.relu(self.stem(x))))
+        names = ("head_dist", "head") if self.last else ("head", "head_dist")
+        made = {name: self.get_submodule(name)(x) for name in names}
+        if self.training:
+            return self.training_output(made["head"], made["head_dist"], x)
+        return (made["head"] + made["head_dist"]) / 2
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    "training",
+    [lambda a, b, f: (a, b), lambda a, b, f: [f, b, a], lambda a, b, f: {"out": a, "dist": b}],
+)
+def test_one_of_two_heads_is_not_chosen_where_evaluation_takes_their_mean(
+    training: Callable[..., Any], last: bool
+) -> None:
+    """The other one would never train. The message says how both do."""
+    net = Distilled(training, last)
+    together = r"not certain.*from `head(_dist)?`, `head(_dist)?` together.*`logits=lambda"
+    with pytest.raises(SplitError, match=together) as error:
+        RIDEWrapper(net, 2, fork_at="late")
+    code = str(error.value).split("`logits=lambda")[1].split("`")[0]
+    model = RIDEWrapper(net, 1, fork_at="late", init="copy", logits=eval(f"lambda{code}"))
+    x = torch.randn(4, 6)
+    for mode in (True, False):
+        torch.testing.assert_close(model.train(mode)(x), net.eval()(x))
+    model.train()(x).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.experts[0].parameters())
+
+
+def test_several_matrices_are_taken_where_one_classifier_alone_returns_one() -> None:
+    """Though evaluation returns something computed of it, and a hidden layer is as wide."""
+    net = Net(lambda f, z: z.log_softmax(1), lambda f, z: (f, z))
+    with pytest.warns(UserWarning, match="probabilities"):
+        model = RIDEWrapper(net, 1, fork_at="late", init="copy")
+    x = torch.randn(4, 6)
+    torch.manual_seed(1)
+    got = model.train()(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(got, net.train()(x)[1])
+
+
 class Flag(Net):
     """Returns features in the place of logits where somebody asks for them."""
 
