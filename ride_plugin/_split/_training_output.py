@@ -60,8 +60,29 @@ def learn_training_output(
         trace: see :data:`Trace`.
 
     Raises:
-        SplitError: it is not certain which they are.
+        SplitError: it is not certain which they are, or they are of other classes.
     """
+    _learn_place(reader, roots, outputs, head, trace)
+    evaluation, training = (reader.logits_of(output, mode) for mode, output in enumerate(outputs))
+    if training is None or evaluation is None or training.shape[1] == evaluation.shape[1]:
+        return
+    raise SplitError(
+        f"What is taken for the logits has {training.shape[1]} columns in training and "
+        f"{evaluation.shape[1]} in evaluation: {describe(outputs[1])}, and {describe(outputs[0])}. "
+        "If those of evaluation are features, for retrieval or face recognition say, let the "
+        "forward return logits in both modes. Features come from "
+        "`model.router_inputs(x).expert_features` [B, E, D] of the wrapped model."
+    )
+
+
+def _learn_place(
+    reader: LogitsReader,
+    roots: tuple[Call, Call],
+    outputs: tuple[Any, Any],
+    head: Head | None,
+    trace: Trace,
+) -> None:
+    """Teach the reader the place in training; arguments and errors as above."""
     root, output = roots[1], outputs[1]
     found = matrices_in(output)
     place = tuple(path for path, _ in found)

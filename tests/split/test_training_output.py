@@ -232,6 +232,30 @@ def test_several_matrices_are_taken_where_one_classifier_alone_returns_one() -> 
     torch.testing.assert_close(got, net.train()(x)[1])
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "logits"),
+    [
+        (lambda f, z: f, lambda output: output[0] if isinstance(output, tuple) else output),
+        (lambda f, z: (f, z), 0),
+        (lambda f, z: {"logits": f}, None),
+    ],
+)
+def test_features_in_evaluation_beside_logits_in_training_are_refused(
+    evaluation: Shape, logits: Any
+) -> None:
+    """As re-identification has it. The first step of training failed."""
+    training = (lambda f, z: {"logits": z, "f": f}) if logits is None else swapped
+    net = Net(evaluation, training)
+    net.fc = nn.Linear(8, 5)
+    with pytest.raises(SplitError, match=r"has 5 columns in training and 8 in evaluation: .*both"):
+        RIDEWrapper(net, 2, fork_at="late", logits=logits, num_classes=8)
+    net.evaluation = lambda f, z: z
+    model = RIDEWrapper(net, 1, fork_at="late", init="copy")
+    x = torch.randn(4, 6)
+    features = model.router_inputs(x).expert_features[:, 0]
+    torch.testing.assert_close(features, net.eval().both(x)[0])
+
+
 class Flag(Net):
     """Returns features in the place of logits where somebody asks for them."""
 
