@@ -65,7 +65,9 @@ def construct(
     # logits and experts' logits is a tuple that somebody has asked for.
     expected = logits is not None or return_experts is True or isinstance(backbone, Pair)
     if split.sequence is not None and not expected:
-        warn_caller(split.sequence)
+        told, in_training = split.sequence
+        if not (in_training and return_experts):  # which returns something else in training
+            warn_caller(told)
     drawn = expert_factory is None and (num_experts > 1 or expert_width < 1)
     if drawn and init == "fresh":
         warn_if_trained(split.views.expert)  # before narrowing, which starts the statistics anew

@@ -104,8 +104,8 @@ class RIDEWrapper(SplitModule):
             shall be pickled). None finds them where it is certain: the output itself, an entry
             named `logits`, the only matrix, or what a classifier returned that comes last of all;
             everything else is an error that lists what was found. Where the backbone returns a
-            tuple or a list, code that indexes its output would read rows of the logits, so there
-            None is warned of.
+            tuple or a list, if only in training, code that indexes its output would read rows of
+            the logits, so there None is warned of.
         num_classes: ``C``. If it is the backbone's own number it confirms it; if not, the experts'
             classifiers are made anew with as many outputs, which needs a linear layer in the
             backbone (a pretrained head of 1000 classes, a task of 150) or ``classifier=``, and the

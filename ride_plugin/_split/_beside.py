@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -40,7 +41,9 @@ def losses_beside(reader: LogitsReader, output: Any) -> list[str]:
     ]
 
 
-def sequence_around(reader: LogitsReader, output: Any, in_training: Any) -> str | None:
+def sequence_around(
+    reader: LogitsReader, output: Any, in_training: Any, traced: Callable[[], Any]
+) -> tuple[str, bool] | None:
     """What to say of an output that code takes entries from by index; None of any other.
 
     A wrapped model returns a tensor in its place, which can be indexed and unpacked as well: no
@@ -52,10 +55,19 @@ def sequence_around(reader: LogitsReader, output: Any, in_training: Any) -> str 
         reader: takes the logits out of it.
         output: what the backbone returned in evaluation mode.
         in_training: in training mode; None if it did not run.
+        traced: runs it in training mode again, and returns its output with its graph.
+
+    Returns:
+        The text, and whether such an output comes in training alone. Where the first step of
+        training tells of losses in that, nothing else is said.
     """
-    if not answers_indices(output):
-        return None
-    place = reader.place_in(output)
+    place, alone = reader.place_in(output), not answers_indices(output)
+    if alone:
+        if reader.choice is not None or not answers_indices(in_training):
+            return None
+        if _losses_in(reader, traced):
+            return None
+        output, place = in_training, reader.place_in(in_training, True)
     elsewhere = in_training is not None and reader.place_in(in_training, True) not in (place, ())
     answer = "`logits=`, a function of the output," if elsewhere or not place else proposed(place)
     kind, wrong = type(output).__name__, "`model(x)[0]` is their first row"
@@ -68,8 +80,15 @@ def sequence_around(reader: LogitsReader, output: Any, in_training: Any) -> str 
             f"`outputs.{place[0]}`"
         )
     return (
-        f"The backbone returns a {kind}, but the wrapped model returns the logits [B, C] alone: "
-        f"{wrong}. Write `logits = model(x)` where the backbone's output is indexed or unpacked. "
-        '(The rest of it is there in training with `return_experts="outputs"`.) Pass '
-        f"{answer} to say that you know."
-    )
+        f"The backbone returns a {kind}{' in training' if alone else ''}, but the wrapped model "
+        f"returns the logits [B, C] alone: {wrong}. Write `logits = model(x)` where the backbone's "
+        "output is indexed or unpacked. (The rest of it is there in training with "
+        f'`return_experts="outputs"`.) Pass {answer} to say that you know.'
+    ), alone
+
+
+def _losses_in(reader: LogitsReader, traced: Callable[[], Any]) -> list[str]:
+    try:
+        return losses_beside(reader, traced())
+    except Exception:  # it takes no gradients
+        return []

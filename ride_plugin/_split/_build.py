@@ -60,7 +60,7 @@ class Examined:
         num_classes: ``C``.
         by_shapes: whether it runs on tensors without contents.
         settings: where modules hold settings that the forward leaves as they are.
-        sequence: what to say of code that takes the output apart, if that is a tuple or a list.
+        sequence: see :func:`~ride_plugin._split._beside.sequence_around`.
     """
 
     inputs: Inputs
@@ -71,7 +71,7 @@ class Examined:
     num_classes: int
     by_shapes: bool
     settings: frozenset[Place]
-    sequence: str | None
+    sequence: tuple[str, bool] | None
 
 
 def split_backbone(
@@ -221,7 +221,7 @@ def examine(
         found.shape[1],
         by_shapes,
         root.settings if training_root is None else root.settings & training_root.settings,
-        sequence_around(reader, output, training_output),
+        sequence_around(reader, output, training_output, lambda: traced_soon(True, ()).output),
     )
 
 

@@ -39,7 +39,8 @@ class Split:
         fork_at: name of the first forked submodule.
         classifier: name of the classifier inside an expert, or None if there is no such module.
         doubt: why the fork that was chosen makes little sense, in words.
-        sequence: what to say of code that takes the backbone's output apart, a tuple or a list.
+        sequence: what to say of code that takes the backbone's output apart, a tuple or a list,
+            and whether it is one in training alone.
         calls: those of the backbone's forward in evaluation mode.
         state: what the trunk returned for three rows in evaluation mode.
         unseen: names of modules outside all units that were not called, which the trunk holds.
@@ -55,7 +56,7 @@ class Split:
     fork_at: str
     classifier: str | None
     doubt: str | None = None
-    sequence: str | None = None
+    sequence: tuple[str, bool] | None = None
     calls: Call | None = None
     state: TrunkState | None = None
     unseen: Sequence[str] = ()

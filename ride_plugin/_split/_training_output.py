@@ -63,7 +63,7 @@ def learn_training_output(
         SplitError: it is not certain which they are, or they are of other classes.
     """
     _learn_place(reader, roots, outputs, head, trace)
-    evaluation, training = (reader.logits_of(output, mode) for mode, output in enumerate(outputs))
+    evaluation, training = reader.logits_of(outputs[0]), reader.logits_of(outputs[1], True)
     if training is None or evaluation is None or training.shape[1] == evaluation.shape[1]:
         return
     raise SplitError(

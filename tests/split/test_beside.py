@@ -194,3 +194,51 @@ def test_another_tensor_on_request_is_refused_by_its_shape() -> None:
     model = RIDEWrapper(OnRequest(lambda z, h: z[:, None]), 2)
     with pytest.raises(ReplayError, match=r"An expert returned a .* \[4, 1, 5\].*logits of 5"):
         model(torch.randn(4, 6), labels=torch.arange(4))
+
+
+class InTraining(Net):
+    """Returns logits alone in evaluation, and what ``kind`` makes of logits and features else."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        features = torch.relu(self.late(torch.relu(self.stem(x))))
+        logits = self.fc(features)
+        return self.kind(logits, features) if self.training else logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "answer"),
+    [
+        (lambda z, h: (z, h), "tuple of 2", "`logits=0`"),
+        (lambda z, h: [h, z], "list of 2", "`logits=1`"),
+        (lambda z, h: ModelOutput(logits=z, h=h), "ModelOutput", "`logits='logits'`"),
+    ],
+)
+def test_what_answers_indices_in_training_alone_is_told_of(
+    kind: Any, name: str, answer: str
+) -> None:
+    """Without a word `logits, features = model(x)` would be two rows in the user's loop."""
+    net, x = InTraining(kind), torch.randn(2, 6)
+    match = f"returns a {name} in training.*first row.*Pass {answer} to say"
+    with pytest.warns(UserWarning, match=match) as record:
+        model = RIDEWrapper(net, 2, init="copy")
+    assert [warning.filename for warning in record] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"return_experts": "outputs"}, {"return_experts": "training"}):
+            RIDEWrapper(net, 2, init="copy", **options)  # they return something else in training
+        same = RIDEWrapper(net, 2, init="copy", **eval(f"dict({answer[1:-1]})"))
+        same.load_state_dict(model.state_dict())
+        for mode in (True, False):
+            torch.testing.assert_close(same.train(mode)(x), model.train(mode)(x))
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda z, h: (z, h.square().mean()), lambda z, h: (z, h[:, :5].tanh())]
+)
+def test_losses_in_training_alone_are_told_of_once_in_the_first_step(kind: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = RIDEWrapper(InTraining(kind), 2, num_classes=5)
+    with pytest.warns(UserWarning, match=r"gradients flow through, `output\[1\]`") as record:
+        model(torch.randn(4, 6))
+    assert len(record) == 1

@@ -222,14 +222,14 @@ def test_one_of_two_heads_is_not_chosen_where_evaluation_takes_their_mean(
 
 def test_several_matrices_are_taken_where_one_classifier_alone_returns_one() -> None:
     """Though evaluation returns something computed of it, and a hidden layer is as wide."""
-    net = Net(lambda f, z: z.log_softmax(1), lambda f, z: (f, z))
+    net = Net(lambda f, z: z.log_softmax(1), lambda f, z: {"f": f, "z": z})
     with pytest.warns(UserWarning, match="probabilities"):
         model = RIDEWrapper(net, 1, fork_at="late", init="copy")
     x = torch.randn(4, 6)
     torch.manual_seed(1)
     got = model.train()(x)
     torch.manual_seed(1)
-    torch.testing.assert_close(got, net.train()(x)[1])
+    torch.testing.assert_close(got, net.train()(x)["z"])
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_features_in_evaluation_beside_logits_in_training_are_refused(
     net.fc = nn.Linear(8, 5)
     with pytest.raises(SplitError, match=r"has 5 columns in training and 8 in evaluation: .*both"):
         RIDEWrapper(net, 2, fork_at="late", logits=logits, num_classes=8)
-    net.evaluation = lambda f, z: z
+    net.evaluation = net.training_output = lambda f, z: z
     model = RIDEWrapper(net, 1, fork_at="late", init="copy")
     x = torch.randn(4, 6)
     features = model.router_inputs(x).expert_features[:, 0]
