@@ -68,11 +68,16 @@ class ClassBalancedSampler(DistributedSampler[int]):
     probabilities, less variance.
 
     Every rank computes the same draw from ``(seed, epoch)`` and takes its own part of it, so the
-    ranks' parts are disjoint and of equal length. The epoch is the whole state: after a restart,
-    ``set_epoch`` alone continues the run. Being a DistributedSampler, it is left as it is by
-    libraries that put one in place of other samplers (Lightning, Ignite). Libraries that share
+    ranks' parts are disjoint and of equal length. Being a DistributedSampler, it is left as it is
+    by libraries that put one in place of other samplers (Lightning, Ignite). Libraries that share
     every loader's batches among the ranks (accelerate, and Hugging Face's Trainer with it) need
     the whole draw: ``num_replicas=1, rank=0``. Indices that are shared twice are warned of.
+
+    Differs from DistributedSampler where ``set_epoch`` is never called: each pass, also one that
+    is broken off, then takes the epoch after that of the pass before, from 0. Ranks agree on the
+    draw as long as all of them begin equally many passes, and a run that is resumed begins with
+    the first draw again. With ``set_epoch`` before each epoch neither matters: the epoch is the
+    whole state.
 
     Example:
         >>> labels = [0] * 90 + [1] * 10
@@ -111,6 +116,7 @@ class ClassBalancedSampler(DistributedSampler[int]):
         self._asked = check_integer(num_samples, "num_samples", 1), num_replicas, rank
         seed = check_integer(seed, "seed")
         replicas, rank = self._place()
+        self._epoch_is_set = False
         super().__init__(self.labels, replicas, rank, seed=seed)  # type: ignore[arg-type]
         self._place()  # DistributedSampler has counted one index for each image
 
@@ -129,15 +135,16 @@ class ClassBalancedSampler(DistributedSampler[int]):
         return self.num_replicas, self.rank
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's draw; call it before each epoch, else every epoch repeats the first.
+        """Choose the draw of all passes until the next call, which is made before each epoch.
 
         Raises:
             ArgumentError: ``epoch`` is not an integer >= 0.
         """
         self.epoch = check_integer(epoch, "epoch")
+        self._epoch_is_set = True
 
     def __iter__(self) -> Iterator[int]:
-        """Yield this rank's indices of the current epoch.
+        """Yield this rank's indices of the epoch that was set, or else of the next one.
 
         Warns:
             UserWarning: what asks for them shares them among the ranks once more.
@@ -147,6 +154,8 @@ class ClassBalancedSampler(DistributedSampler[int]):
             self._warn_if_shared_again()
         # A sequence as seed keeps (seed, epoch) pairs apart, where seed + epoch would collide.
         generator = np.random.default_rng([self.seed, self.epoch])
+        if not self._epoch_is_set:
+            self.epoch += 1
         draw = balanced_draw(self._by_class, self.total_size, generator)
         own = draw[self.rank :: self.num_replicas]
         for start in range(0, len(own), _AT_ONCE):  # Python's integers need four times the memory

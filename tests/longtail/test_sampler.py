@@ -58,6 +58,21 @@ def test_the_epoch_is_the_whole_state() -> None:
     assert list(resumed) == fifth != first
 
 
+def test_each_pass_draws_anew_until_an_epoch_is_set() -> None:
+    ranks = [ClassBalancedSampler(LABELS, num_replicas=2, rank=rank) for rank in range(2)]
+    loaders = [torch.utils.data.DataLoader(range(len(LABELS)), 11, sampler=s) for s in ranks]
+    next(iter(loaders[0]))  # broken off, on each rank
+    next(iter(loaders[1]))
+    for epoch in range(1, 4):
+        for loader, rank in zip(loaders, range(2), strict=True):
+            told = ClassBalancedSampler(LABELS, num_replicas=2, rank=rank)
+            told.set_epoch(epoch)
+            drawn = list(told)
+            assert torch.cat(list(loader)).tolist() == drawn == list(told)
+    ranks[0].set_epoch(0)
+    assert list(ranks[0]) == list(ranks[0])
+
+
 def test_seed_and_epoch_do_not_collide() -> None:
     a, b = ClassBalancedSampler(LABELS, seed=0), ClassBalancedSampler(LABELS, seed=1)
     a.set_epoch(1)
@@ -150,6 +165,7 @@ def test_indices_that_are_shared_twice_are_warned_of(monkeypatch) -> None:
 def test_a_whole_draw_may_be_shared_by_the_caller(monkeypatch) -> None:
     _group_of_three(monkeypatch)
     whole = ClassBalancedSampler(LABELS, num_samples=66, num_replicas=1, rank=0)
+    whole.set_epoch(0)  # as each rank does with a sampler of its own
     drawn = [i for rank in range(3) for i in Wrapper(whole, 3, rank)]
     counts = Counter(LABELS[drawn].tolist())
     assert counts == Counter({0: 22, 1: 22, 2: 22})
@@ -197,6 +213,7 @@ class Shuffled(torch.utils.data.Sampler):
 
 def test_a_caller_that_does_not_share_is_not_warned_of() -> None:
     sampler = ClassBalancedSampler(LABELS, num_replicas=2, rank=0)
+    sampler.set_epoch(0)
     shuffled = Shuffled(sampler)
     assert sorted(shuffled) == sorted(sampler)  # warnings are errors here
     shuffled.num_replicas = 2
