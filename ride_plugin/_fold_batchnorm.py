@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ride_plugin._closeness import close
 
@@ -117,9 +117,11 @@ def _runs_as_one_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bo
 
 
 def _fold(layer: Any, bn: Any) -> None:
-    fuse: Any = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
     statistics = bn.running_mean, bn.running_var, bn.eps
-    layer.weight, layer.bias = fuse(layer.weight, layer.bias, *statistics, bn.weight, bn.bias)
+    # Right for linear layers too, for which torch's own function needs a weight of the BatchNorm.
+    layer.weight, layer.bias = fuse_conv_bn_weights(
+        layer.weight, layer.bias, *statistics, bn.weight, bn.bias
+    )
     layer.requires_grad_(False)
 
 

@@ -156,6 +156,25 @@ def test_what_is_folded_and_what_stays(name: str) -> None:
     assert kept == [not folded] * 2
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [IMAGES, ROWS])
+def test_a_batchnorm_without_weight_is_folded(shape: tuple[int, ...], bias: bool) -> None:
+    layer: nn.Module = nn.Conv2d(8, 16, 3, bias=bias)
+    norm: nn.Module = nn.BatchNorm2d(16, affine=False)
+    if shape == ROWS:
+        layer, norm = nn.Linear(8, 16, bias), nn.BatchNorm1d(16, affine=False)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    net = Net(directly, layer, norm)
+    example = torch.randn(2, *shape)
+    net.eval()(example)
+    model = RIDEWrapper(net, 2, init="copy", fork_at="layer", example_input=example).eval()
+    served = model.optimize_for_inference()
+    x = torch.randn(6, *shape)
+    assert not any(isinstance(expert.norm, type(norm)) for expert in served.experts)
+    torch.testing.assert_close(served(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 class NormAndReLU(nn.BatchNorm2d):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return scale * super().forward(x).relu()
