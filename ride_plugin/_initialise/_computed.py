@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
+
+from ride_plugin._initialise._draw import is_constant
 
 _STEPS = 15  # of a power iteration: torch takes as many when it registers a spectral norm
 
@@ -24,7 +26,8 @@ def settle_computed(root: nn.Module, keep: Set[int] = frozenset()) -> list[str]:
         keep: ids of tensors that are not its own.
 
     Returns:
-        Names of computed weights beside which buffers stay as they are, whatever the weight is.
+        Names of computed weights beside which buffers stay as they are, whatever the weight is,
+        and may have been computed from it.
     """
     left = []
     with torch.no_grad():
@@ -38,7 +41,8 @@ def settle_computed(root: nn.Module, keep: Set[int] = frozenset()) -> list[str]:
             for _ in range(_STEPS if before else 0):
                 getattr(module, key)
             held.train(training)
-            if before and all(map(torch.equal, before, held.buffers())) and not _is_of_torch(held):
+            stays = all(map(torch.equal, before, held.buffers())) and not _is_of_torch(held)
+            if stays and any(map(_may_come_from_a_weight, before)):
                 left.append(name)
         for module in root.modules():
             for hook in module._forward_pre_hooks.values():
@@ -61,3 +65,10 @@ def _computed_in(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Paramet
 def _is_of_torch(held: ParametrizationList) -> bool:
     """Whether torch's own code computes it: an orthogonal weight's basis comes from no weight."""
     return all(type(step).__module__.startswith("torch.") for step in held)
+
+
+def _may_come_from_a_weight(buffer: Tensor) -> bool:
+    """A mask and a fixed factor do not; one number that does cannot be told from a factor."""
+    if not buffer.is_floating_point() or is_constant(buffer):
+        return False
+    return not bool(((buffer == 0) | (buffer == 1)).all())

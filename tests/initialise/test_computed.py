@@ -78,6 +78,28 @@ def test_buffers_that_stay_are_named() -> None:
         RIDEWrapper(net, 2, fork_at="2", init="copy")
 
 
+class Times(nn.Module):
+    """By a mask or a factor that is no weight's."""
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64])
+def test_masks_and_fixed_factors_are_not_named(dtype: torch.dtype) -> None:
+    mask = torch.ones(16, 16).tril().to(dtype)
+    for factor in (mask, torch.tensor(3).to(dtype), torch.full((16, 1), 3).to(dtype)):
+        layer = nn.Linear(16, 16)
+        parametrize.register_parametrization(layer, "weight", Times(factor))
+        assert settle_computed(layer) == []
+    parametrize.register_parametrization(layer, "weight", Times(torch.rand(16, 1)))
+    assert settle_computed(layer) == ["weight"]
+
+
 class Same(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         return values.clone()
