@@ -14,7 +14,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 GROUPS = ("few", "medium", "many", "overall")
-NUM_EXPERTS = 3
 # Okabe and Ito's colours, which people who see fewer colours can tell apart.
 OKABE_ITO = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00")
 
@@ -25,18 +24,20 @@ class Result:
 
     accuracy: dict[str, float]  # percent, by group
     flops: float  # for each image
-    shares: dict[str, list[float]] | None  # of images that used 1, 2, 3 experts, by group
+    shares: dict[str, list[float]] | None  # of images that used 1, 2, ... experts, by group
 
 
 def evaluate(
-    logits: Tensor, target: Tensor, class_counts: list[int], flops: float, used: Tensor | None
+    logits: Tensor, target: Tensor, class_counts: list[int], flops: float, one_hot: Tensor | None
 ) -> Result:
-    """Accuracy, and who used how many experts, overall and by the frequency of the class."""
+    """Accuracy, and who used how many experts, overall and by the frequency of the class.
+
+    ``one_hot`` has a row for each image, with a one in the column of the number that it used.
+    """
     report = shot_report(logits, target, class_counts, many=MANY, few=FEW)
     accuracy = {group: 100 * getattr(report, group) for group in GROUPS}
-    if used is None:
+    if one_hot is None:
         return Result(accuracy, flops, None)
-    one_hot = torch.nn.functional.one_hot(used - 1, NUM_EXPERTS).double()
     group_of = torch.from_numpy(shot_groups(class_counts, MANY, FEW))[target]
     shares = {
         group: one_hot[group_of == i].mean(dim=0)
@@ -50,7 +51,9 @@ def table(results: dict[str, list[Result]]) -> str:
     """Every method in a row; a Markdown table, so that it can be pasted as printed."""
     plain_flops = mean(r.flops for r in next(iter(results.values())))
     plain = [r.accuracy["overall"] for r in next(iter(results.values()))]
-    header = ["", *GROUPS, "gain", "kFLOPs", "x plain", "used 1 / 2 / 3 experts"]
+    routed = [r.shares for runs in results.values() for r in runs if r.shares is not None]
+    numbers = " / ".join(str(i + 1) for i in range(len(routed[0]["overall"])))
+    header = ["", *GROUPS, "gain", "kFLOPs", "x plain", f"used {numbers} experts"]
     lines = [header]
     for name, runs in results.items():
         flops = mean(r.flops for r in runs)
@@ -128,14 +131,17 @@ def plot(results: dict[str, list[Result]], path: str) -> None:
 
     name = next(name for name, runs in results.items() if runs[0].shares is not None)
     routed = [r.shares for r in results[name] if r.shares is not None]
-    left = [0.0] * len(GROUPS)
-    for i in range(NUM_EXPERTS):
+    left, num_experts = [0.0] * len(GROUPS), len(routed[0]["overall"])
+    for i in range(num_experts):
         shares = [100 * mean(share[group][i] for share in routed) for group in GROUPS]
         label = f"{i + 1} expert{'s' if i else ''}"
-        blue = plt.get_cmap("Blues")(0.3 + 0.3 * i)
+        shade = 0.3 + 0.6 * i / max(1, num_experts - 1)
+        blue = plt.get_cmap("Blues")(shade)
         bars = routing.barh(GROUPS, shares, left=left, color=blue, label=label)
         shown = [f"{share:.0f} %" if share >= 6 else "" for share in shares]
-        routing.bar_label(bars, shown, label_type="center", color="white" if i == 2 else "black")
+        routing.bar_label(
+            bars, shown, label_type="center", color="white" if shade > 0.7 else "black"
+        )
         left = [a + b for a, b in zip(left, shares, strict=True)]
     routing.invert_yaxis()
     routing.set(title=f"{name}: who used how many experts", xlabel="share of test images (%)")

@@ -107,9 +107,9 @@ def run(seed: int, epochs: int, bar: tqdm) -> dict[str, Result]:
     calibration = DataLoader(digits.calibration, batch_size=100)
     x = digits.test.tensors[0]
 
-    def test(logits: Tensor, flops: float | None, used: Tensor | None = None) -> Result:
+    def test(logits: Tensor, flops: float | None, one_hot: Tensor | None = None) -> Result:
         assert flops is not None
-        return evaluate(logits, digits.test.tensors[1], digits.train.class_counts, flops, used)
+        return evaluate(logits, digits.test.tensors[1], digits.train.class_counts, flops, one_hot)
 
     torch.manual_seed(seed)
     plain = train_plain(loader, epochs, bar, digits.train.class_counts)
@@ -136,9 +136,10 @@ def run(seed: int, epochs: int, bar: tqdm) -> dict[str, Result]:
         serve = RoutingInference(model, gates)  # RIDE
         serve.calibrate(calibration, max_flops=budget)  # RIDE
         logits, used = serve(x, return_routing=True)  # RIDE
-        shares = (used.bincount(minlength=4)[1:] / len(used)).tolist()
+        one_hot = F.one_hot(used - 1, model.num_experts).double()
+        shares = one_hot.mean(dim=0).tolist()
         cost = cost_report(model, router=gates, shares=shares, example_input=x[:1])
-        results[name] = test(logits, cost.routed_flops, used)
+        results[name] = test(logits, cost.routed_flops, one_hot)
     return results
 
 

@@ -1,9 +1,12 @@
 """The quickstart runs from start to end on one seed and one epoch."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -16,9 +19,16 @@ METHODS = (
 )
 
 
-def test_quickstart_prints_one_table_and_draws_one_plot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_experts", [3, 4])
+def test_quickstart_prints_one_table_and_draws_one_plot(tmp_path: Path, num_experts: int) -> None:
+    for module in EXAMPLES.glob("*.py"):
+        shutil.copy(module, tmp_path)
+    quickstart = tmp_path / "quickstart.py"
+    text = quickstart.read_text(encoding="utf-8")
+    assert text.count("num_experts=3") == 1
+    quickstart.write_text(text.replace("num_experts=3", f"num_experts={num_experts}"), "utf-8")
     result = subprocess.run(
-        [sys.executable, EXAMPLES / "quickstart.py", "--seeds", "1", "--epochs", "2"],
+        [sys.executable, quickstart, "--seeds", "1", "--epochs", "2"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -36,7 +46,7 @@ def test_quickstart_prints_one_table_and_draws_one_plot(tmp_path: Path) -> None:
             assert 0 <= value <= 100
             assert deviation == 0  # a single seed has none
         shares = [int(share) for share in re.findall(r"(\d+) %", used)]
-        assert len(shares) == (3 if "routed" in name else 0)
+        assert len(shares) == (num_experts if "routed" in name else 0)
         assert not shares or 98 <= sum(shares) <= 102  # each is rounded
         assert float(relative) > 0
     assert cells["plain backbone"][-2] == "1.00"
