@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ride_plugin._checks import check_instance, check_integer, check_number, refuse
 from ride_plugin._contexts import random_state_kept
-from ride_plugin._cost import CostReport, check_shares, cost_report
+from ride_plugin._cost import CostReport, check_shares, cost_report, counted_for
 from ride_plugin._errors import ArgumentError, WidthError, listed
 from ride_plugin._initialise import frozen_in
 from ride_plugin._wrapper import RIDEWrapper
@@ -98,6 +98,8 @@ class Plan:
             f"* at most {self.max_flops_ratio:.2f} x the backbone's FLOPs; affordable: experts "
             "that a row may use on average"
         )
+        for row in self.rows[:1]:
+            lines += counted_for(row.report)
         return "\n".join(lines)
 
 
@@ -147,6 +149,7 @@ def plan(
               3   1.00        15,358         2.81             -         1.11
               3   0.50         7,918         1.45             -         2.22
         * at most 1.10 x the backbone's FLOPs; affordable: experts that a row may use on average
+        FLOPs are those of a row of sizes [3, 32, 32]
         >>> found.best.num_experts, found.best.expert_width
         (2, 0.5)
     """

@@ -47,6 +47,7 @@ _OPTIONS = {  # what the library's errors call them, and what the command line d
     "`fork_at`": "--fork-at",
     "`example_input`": "--input",
 }
+_TOLD_OF_GUESS = ", which are guessed: `--input` gives others"
 _GIVEN = (
     "--input gives the sizes of one sample and makes random floating-point numbers of them. Leave "
     "it out for a network that takes others, such as token ids, whose input is guessed."
@@ -143,8 +144,12 @@ def _plan(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             f"the trunk holds {report.trunk_flops / max(1, report.backbone_flops or 0):.0%} of the "
             f"plain backbone's {(report.backbone_flops or 0) / 1e6:,.1f} MFLOPs"
         )
-    values = {"fork_at": fork, "reason": reason, "rows": rows, "failed": dict(found.failed)}
-    return "\n".join([*lines, str(found)]), values
+    text = "\n".join([*lines, str(found)])
+    if found.rows and not options.input:
+        text += _TOLD_OF_GUESS
+    sizes = found.rows[0].report.input_sizes if found.rows else None
+    values = {"fork_at": fork, "reason": reason, "input_sizes": sizes, "rows": rows}
+    return text, {**values, "failed": dict(found.failed)}
 
 
 def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -182,7 +187,7 @@ def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             for row in rows
         ),
         "",
-        str(report),
+        str(report) + ("" if options.input else _TOLD_OF_GUESS),
     ]
     values = {
         "fork_at": fork,
@@ -195,6 +200,7 @@ def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         "flops": report.flops,
         "backbone_parameters": report.backbone_parameters,
         "backbone_flops": report.backbone_flops,
+        "input_sizes": report.input_sizes,
     }
     return "\n".join(lines), values
 

@@ -15,7 +15,7 @@ from ride_plugin._compiler import uncompiled
 from ride_plugin._contexts import evaluating_any
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._flops import counted
-from ride_plugin._inputs import as_inputs, at_least_one_row, taken_by_model
+from ride_plugin._inputs import as_inputs, at_least_one_row, row_sizes, taken_by_model
 from ride_plugin._output import RouterInputs
 from ride_plugin._parameters import parameters_by_owner
 from ride_plugin._tree import map_tensors
@@ -37,6 +37,7 @@ class CostReport:
         backbone_flops: of the plain backbone, or None.
         shared_parameters: behind the fork, held once for all experts because they are frozen.
         trainable_parameters: of trunk and experts, those that require gradients.
+        input_sizes: those of the row that was counted, of each tensor of the input.
     """
 
     trunk_parameters: int
@@ -50,6 +51,7 @@ class CostReport:
     backbone_flops: int | None = None
     shared_parameters: int = 0
     trainable_parameters: int = 0
+    input_sizes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -111,7 +113,13 @@ class CostReport:
                 if self.backbone_flops:
                     line += f"  {flops / self.backbone_flops:>10.2f}"
             lines.append(line)
-        return "\n".join(lines)
+        return "\n".join([*lines, *counted_for(self)])
+
+
+def counted_for(report: CostReport) -> list[str]:
+    """The line that tells for which sizes the FLOPs hold; none where no sizes are known."""
+    sizes = ", ".join(str(list(sizes)) for sizes in report.input_sizes)
+    return [f"FLOPs are those of a row of sizes {sizes}"] if sizes else []
 
 
 class CountableModel(Protocol):
@@ -164,8 +172,9 @@ def cost_report(
     Args:
         model: a ``RIDEWrapper``; one from ``torch.compile`` is counted as it was before.
         example_input: a batch (a tensor, a tuple of arguments, a dict of keyword arguments); by
-            default ``model.example_input()``. FLOPs are divided by the number of rows of the
-            logits, whichever argument has as many.
+            default ``model.example_input()``, which is guessed where the model was wrapped without
+            one; the report names its sizes. FLOPs are divided by the number of rows of the logits,
+            whichever argument has as many.
         router: counted as well if given.
         shares: E numbers, share of rows that used 1, 2, ... E experts; they sum to one.
         backbone: the plain network to compare with.
@@ -188,6 +197,7 @@ def cost_report(
         all experts               269,332       0.538        1.15
         routed (0.50, 0.50)                     0.504        1.07
         plain backbone            235,146       0.470        1.00
+        FLOPs are those of a row of sizes [784]
     """
     model = uncompiled(model)
     missing = [name for name in ("run_trunk", "run_expert", "experts") if not hasattr(model, name)]
@@ -231,6 +241,7 @@ def cost_report(
         backbone_flops=None if backbone is None else _flops_of(backbone, args, kwargs) // rows,
         shared_parameters=shared,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        input_sizes=row_sizes((args, kwargs), rows),
     )
 
 

@@ -73,6 +73,12 @@ def batch_size_of(inputs: Inputs) -> int:
     )
 
 
+def row_sizes(inputs: Inputs, rows: int) -> tuple[tuple[int, ...], ...]:
+    """Sizes of one row of every tensor; the whole tensor's where it is for all ``rows``."""
+    shapes = (tuple(tensor.shape) for tensor in tensors_in(inputs))
+    return tuple(shape[1:] if shape[:1] == (rows,) else shape for shape in shapes)
+
+
 def rows_of_example(inputs: Inputs) -> int:
     """Batch size of an example, which has at least one row."""
     return at_least_one_row(batch_size_of(inputs))

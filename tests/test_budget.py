@@ -85,7 +85,8 @@ def test_the_best_choice_spends_most_of_the_budget(found: Plan) -> None:
 
 def test_the_table_marks_what_fits(found: Plan) -> None:
     lines = str(found).splitlines()
-    assert len(lines) == 1 + 9 + 1
+    assert len(lines) == 1 + 9 + 2
+    assert lines.pop() == "FLOPs are those of a row of sizes [3, 32, 32]"
     row = next(line for line in lines if line.split()[:2] == ["3", "0.75"])
     assert row.split()[3:] == ["1.46", "1.12", "2.03"]
     assert "1.10" in lines[-1]

@@ -55,6 +55,28 @@ def test_counts_do_not_depend_on_the_batch():
         assert cost_report(model, router=router, example_input=example) == one
 
 
+class Masked(nn.Module):
+    """A sequence, a mask for each row, and a table for all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x, mask, table):
+        return self.late(((self.early(x) + table).relu() * mask[:, :, None]).mean(1))
+
+
+def test_the_sizes_that_were_counted_are_named():
+    example = {"x": torch.randn(3, 6, 8), "mask": torch.ones(3, 6), "table": torch.randn(6, 8)}
+    model = RIDEWrapper(Masked(), 2, fork_at="late", example_input=example)
+    report = cost_report(model)
+    assert report.input_sizes == ((6, 8), (6,), (6, 8))
+    assert str(report).endswith("\nFLOPs are those of a row of sizes [6, 8], [6], [6, 8]")
+    other = {"x": torch.randn(4, 7, 8), "mask": torch.ones(4, 7), "table": torch.randn(7, 8)}
+    report = cost_report(model, example_input=other)
+    assert report.input_sizes == ((7, 8), (7,), (7, 8))
+
+
 def test_a_confidence_exit_costs_nothing():
     report = cost_report(small_model(), router=ConfidenceRouter())
     assert (report.router_parameters, report.gate_flops) == (0, (0, 0))

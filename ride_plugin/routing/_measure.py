@@ -13,7 +13,7 @@ from ride_plugin._checks import check_classes, check_predictions, refuse
 from ride_plugin._cost import CostReport, cost_report
 from ride_plugin._distributed import of_all_ranks
 from ride_plugin._errors import ArgumentError
-from ride_plugin._inputs import Inputs, as_inputs
+from ride_plugin._inputs import Inputs, as_inputs, row_sizes
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._split import TrunkState
 from ride_plugin._tree import map_tensors, tensors_in
@@ -125,15 +125,11 @@ class _Costs:
 
     def __init__(self, routed: RoutedStages) -> None:
         self.routed = routed
-        self.known: dict[tuple[str, tuple[torch.Size, ...]], CostReport] = {}
+        self.known: dict[tuple[str, tuple[tuple[int, ...], ...]], CostReport] = {}
 
     def of_rows(self, inputs: Inputs, rows: int) -> tuple[Tensor, Tensor]:
         """FLOPs ``[rows, E]`` of using 1, 2, ... E experts, without and with the router's gates."""
-        shapes = tuple(
-            tensor.shape[1:] if tensor.shape[:1] == (rows,) else tensor.shape
-            for tensor in tensors_in(inputs)
-        )
-        kind = (str(describe(inputs)), shapes)
+        kind = (str(describe(inputs)), row_sizes(inputs, rows))
         if kind not in self.known:
             router = cast("nn.Module", self.routed.router)
             example = _with_trunk(inputs)
