@@ -112,13 +112,15 @@ def taken_by_model(example: Any) -> Iterator[None]:
 _SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc})
 
 
-def resize_batch(inputs: Inputs, batch_size: int) -> Inputs:
+def resize_batch(inputs: Inputs, batch_size: int, most: int | None = None) -> Inputs:
     """Repeat the rows of an example until there are ``batch_size``; repeated rows are varied.
 
     Floating rows get a little noise and integer rows are rotated, so that rows differ (a check
-    that rows come back in order needs that) and stay valid (token ids, masks).
+    that rows come back in order needs that) and stay valid (token ids, masks). With ``most``, only
+    so many of the first rows are used.
     """
     given = rows_of_example(inputs)
+    given = given if most is None else min(given, most)
     generator = torch.Generator().manual_seed(0)
 
     def resize(tensor: Tensor) -> list[Tensor]:

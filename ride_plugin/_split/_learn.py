@@ -84,7 +84,8 @@ def learn(
         views = throwaway(views, training, meta, memo)
         for parameter in (*views.trunk.parameters(), *views.expert.parameters()):
             parameter.requires_grad_(False)
-        batches = tuple(resize_batch(inputs, size) for size in _BATCHES)
+        # Both have the same rows, so that a length which is that of the longest row is one in both.
+        batches = tuple(resize_batch(inputs, size, _BATCHES[0]) for size in _BATCHES)
         with on_meta(batches, meta) as (small, large):
             return _learn(views, (small, large), attributes, set(outside), warm, known)
 

@@ -274,3 +274,27 @@ def test_a_hook_of_an_expert_may_change_what_was_dropped_but_not_look_at_it() ->
     model.experts[2].register_forward_pre_hook(lambda module, args: print(args[0].sum().item()))
     with pytest.raises(ReplayError, match="reads an argument"):
         model(X)
+
+
+class Trims(nn.Module):
+    """Cuts padding off up to the longest row of a batch, before the fork."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        longest = int(lengths.max())
+        hidden = self.b(self.a(x[:, :longest]).relu()).relu()
+        mask = (torch.arange(longest) < lengths[:, None]).float()
+        return self.fc((hidden * mask[..., None]).sum(1) / lengths[:, None])
+
+
+def test_rows_are_chosen_where_a_batch_is_cut_to_its_longest_row() -> None:
+    x, lengths = torch.randn(8, 7, 6), torch.tensor([3, 4, 5, 6, 7, 3, 4, 5])
+    model = RIDEWrapper(Trims(), 2, fork_at="b", example_input={"x": x, "lengths": lengths})
+    with model.evaluating(), torch.no_grad():
+        expected = model(x=x, lengths=lengths)
+        state = model.run_trunk(x, lengths)  # by position, which the build has not seen
+        for rows in (torch.tensor([0, 5]), torch.tensor([4, 1, 2])):
+            torch.testing.assert_close(model(state.select(rows)), expected[rows])
