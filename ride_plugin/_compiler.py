@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
 
 from ride_plugin._errors import ArgumentError, VersionError
+from ride_plugin._tree import tensors_in
 
 # The oldest torch with which the tests of each pass; see docs/evidence/environments.md.
 COMPILES_FROM, EXPORTS_FROM = (2, 10), (2, 13)
@@ -29,6 +31,19 @@ def uncompiled(module: Any) -> Any:
     if isinstance(module, nn.Module) and is_compiled(module):
         return module._modules[COMPILED]
     return module
+
+
+def is_exported(inputs: Any) -> bool:
+    """Whether a forward is being exported with these inputs, and not another one elsewhere.
+
+    What torch notes of an export holds for all threads, so one that serves looks at its tensors.
+    """
+    # `is_exporting()` is true for torch.compile too in some versions of torch.
+    if not getattr(torch.compiler, "_is_exporting_flag", False):
+        return False
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return detect_fake_mode(tuple(tensors_in(inputs))) is not None
 
 
 def check_exports(what: str) -> None:

@@ -27,5 +27,6 @@ def test_rows_are_repeated_and_varied() -> None:
     assert set(got_ids.flatten().tolist()) == set(ids.flatten().tolist())
     assert got_scale is scale
     (few, rest, _), _ = resize_batch(((x, ids, scale), {}), 3, 1)
-    assert torch.equal(few[0], x[0]) and len(few.unique(dim=0)) == 3
+    assert torch.equal(few[0], x[0])
+    assert len(few.unique(dim=0)) == 3
     assert set(rest.flatten().tolist()) == {1, 2, 3}

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from typing_extensions import Self
 
 from ride_plugin._checks import as_cpu_tensor, has_values, refuse, way_inside
-from ride_plugin._compiler import uncompiled
+from ride_plugin._compiler import is_exported, uncompiled
 from ride_plugin._cost import check_router
 from ride_plugin._errors import ArgumentError
 from ride_plugin._split import Holder, is_same, refuse_plain_state, refuse_state_of_part
@@ -171,9 +171,17 @@ class RoutingInference(nn.Module):
             logits ``[B, C]``, or a `RoutingOutput`.
 
         Raises:
-            ArgumentError: (on the CPU only) an expert's logits hold NaN. On an accelerator the
-                check would stall the device; there such rows come back as NaN.
+            ArgumentError: this is being exported, or (on the CPU only) an expert's logits hold
+                NaN. On an accelerator the check would stall the device; there such rows come back
+                as NaN.
         """
+        if is_exported((args, kwargs)):
+            raise ArgumentError(
+                "Expected RoutingInference not to be exported as a whole: how many rows reach an "
+                "expert depends on values, which no graph can hold. Export its stages, "
+                "`serve.export_stages()`, or a module whose forward returns `serve.dense(x)`, "
+                "which runs every expert on every row and selects afterwards."
+            )
         stages = self.stages
         with stages.evaluating():
             output = walk(stages, *args, **kwargs)

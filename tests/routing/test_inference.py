@@ -299,6 +299,25 @@ def test_dense_exports_with_a_free_batch_size():
         assert torch.equal(used, serve(x[:rows], return_routing=True).num_experts_used)
 
 
+@pytest.mark.compiles
+@pytest.mark.parametrize("strict", [False, True])
+def test_routing_is_not_exported_as_one_graph(strict):
+    serve, x = serving()
+    with pytest.raises(Exception, match=r"`serve.export_stages\(\)`.*`serve.dense\(x\)`") as raised:
+        torch.export.export(serve.eval(), (x,), strict=strict)
+    assert strict or raised.type is ArgumentError
+
+
+@pytest.mark.compiles
+def test_routing_can_be_compiled_and_served_while_something_is_exported(monkeypatch):
+    serve, x = serving()
+    expected = serve.eval()(x)
+    torch.testing.assert_close(torch.compile(serve, backend="eager")(x), expected)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)  # by another thread
+    torch.testing.assert_close(serve(x), expected)
+
+
 @pytest.mark.reference
 def test_the_authors_routed_numbers():
     arrays, state = resnet32_arrays()
