@@ -147,6 +147,26 @@ def test_a_missing_stage_and_a_foreign_model_are_refused():
         RoutingInference(model, ExpertRouter.for_model(model)).export_stages()
 
 
+class Around(nn.Module):
+    """Answers with what the module inside knows, as an adapter's model does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inside = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inside, name)
+
+
+def test_a_module_around_the_wrapped_model_is_looked_into():
+    serve, x = serving("convolutional")
+    around = RoutingInference(Around(serve.model), serve.router, serve.threshold.tolist())
+    assert_equal_row_by_row(StagedRunner(around.export_stages()), serve, x)
+
+
 class Placed(nn.Module):
     """Adds one position, for all rows, to each of them."""
 
