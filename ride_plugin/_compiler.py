@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +52,20 @@ def check_exports(what: str) -> None:
     """Raise VersionError if this torch is too old to export a model's stages."""
     if not EXPORTS:
         _needs_newer_torch(what, EXPORTS_FROM)
+
+
+@contextmanager
+def as_exported() -> Iterator[None]:
+    """Let a forward that asks `torch.compiler.is_exporting()` take the way of the export.
+
+    The attention of transformers writes out its mask there, which it leaves out elsewhere.
+    """
+    before = torch.compiler._is_exporting_flag
+    torch.compiler._is_exporting_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_exporting_flag = before
 
 
 def check_compiles() -> None:

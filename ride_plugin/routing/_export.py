@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ride_plugin._compiler import check_exports
+from ride_plugin._compiler import as_exported, check_exports
 from ride_plugin._contexts import evaluating
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._inputs import Inputs, as_inputs, in_order_of, resize_batch, taken_by_model
@@ -38,7 +38,8 @@ def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, 
     inputs = resize_batch((example[0], in_order_of(model.example_input()[1], example[1])), 2)
     stages: dict[str, ExportedProgram] = {}
     # Autocast around the export would become part of some stages, and be refused by others.
-    with model.evaluating(), torch.no_grad(), without_autocast(next(tensors_in(inputs))):
+    plain = without_autocast(next(tensors_in(inputs)))
+    with model.evaluating(), torch.no_grad(), plain, as_exported():
         with taken_by_model(example_input):
             state = model.run_trunk(*inputs[0], **inputs[1])
         if state.layout is None:
@@ -53,6 +54,13 @@ def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, 
         stages["trunk"] = _export("trunk", trunk, given, (shapes,), strict=True)
         keep_call(stages["trunk"], describe_call(model.trunk.forward, inputs))
         crossing = trunk(*given)
+        if len(stages["trunk"].graph_signature.user_outputs) != len(crossing):
+            raise ArgumentError(
+                "Expected the backbone's forward to go one way whether torch.export follows it or "
+                "not, but another path is taken there: it asks whether it is compiled, say. Serve "
+                "the model with RoutingInference, which needs no export, or export a module whose "
+                "forward returns `serve.dense(x)`."
+            )
         for index in range(model.num_experts):
             expert = _Expert(model, index, state)
             name, rows = f"expert_{index}", (({0: batch},) * len(crossing),)
@@ -72,12 +80,18 @@ class _Trunk(nn.Module):
         self.trunk = model.trunk
         self.model = [model]  # not registered: the program holds the trunk's parameters only
         self.inputs = [inputs]
+        self.layout = state.layout
         self.infos = _crossing(state)
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def run(self, tensors: Sequence[Tensor]) -> TrunkState:
         given = iter(tensors)
         args, kwargs = map_tensors(lambda _: next(given), self.inputs[0])
-        state = self.model[0].run_trunk(*args, **kwargs)
+        return self.model[0].run_trunk(*args, **kwargs)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        state = self.run(tensors)
+        if self.layout is None or not self.layout.fits(state.keys, state.values, state.batch_size):
+            return ()  # seen afterwards: out of the strict tracer no exception comes as it is
         found = zip(_flat(state.values), self.infos, strict=True)
         return tuple(
             _rows_first(value, spec, state.batch_size) for value, (spec, live) in found if live
@@ -178,7 +192,10 @@ def _export(
             raise
         except Exception as error:  # each obstacle in a forward has a class of its own in torch
             refused = refused or error
-    reason = (str(refused) or type(refused).__name__).splitlines()[0].rstrip(".!")
+    reason = str(refused) or type(refused).__name__
+    if reason.startswith("Observed exception"):  # which the forward has raised, says its cause
+        reason = str(refused.__cause__) if refused else reason
+    reason = reason.splitlines()[0].rstrip(".!")
     raise ArgumentError(
         "Expected every stage to be exportable for any number of rows, but torch.export refuses "
         f"`{name}`: {reason}. Take the number of rows from `x.shape[0]`, without `int()`, "

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from ride_plugin import ArgumentError, ConfidenceRouter, ExpertRouter, RIDEWrapper, RoutingInference
+from ride_plugin import (
+    ArgumentError,
+    ConfidenceRouter,
+    ExpertRouter,
+    RIDEWrapper,
+    RoutingInference,
+    _compiler,
+)
 from ride_plugin.routing import StagedRunner, fuse_stages
 from tests.handmade import small_model
 
@@ -389,3 +396,52 @@ def test_autocast_changes_nothing_at_the_export_or_at_a_call():
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 got = runner(x)
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+class AsksWhoRunsIt(nn.Module):
+    """Takes another way where a question is answered with yes."""
+
+    def __init__(self, asks, also=lambda x: x + 0):
+        super().__init__()
+        self.asks, self.also = asks, also
+        self.early, self.late, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.early(x)
+        x = self.also(x) if self.asks() else x.relu()
+        return self.head(self.late(x).relu())
+
+
+def served_that_asks(*arguments):
+    torch.manual_seed(0)
+    backbone = AsksWhoRunsIt(*arguments)
+    model = RIDEWrapper(backbone, 2, fork_at="late", example_input=torch.randn(2, 6))
+    return RoutingInference(model.eval(), ConfidenceRouter(), 0.0), torch.randn(5, 6)
+
+
+def test_stages_are_those_of_the_path_that_is_taken_when_a_forward_is_exported():
+    serve, x = served_that_asks(
+        torch.compiler.is_exporting, lambda x: (2 * x + torch.ones(8)).relu()
+    )
+    runner = StagedRunner(serve.export_stages())
+    assert not torch.compiler.is_exporting()
+    with _compiler.as_exported():
+        expected = serve(x)
+    torch.testing.assert_close(runner(x), expected)
+    assert (runner(x) - serve(x)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("also", [lambda x: x + 0, lambda x: (x + 0).relu()], ids=["other", "more"])
+def test_another_path_under_the_tracer_alone_is_told(also):
+    serve, _ = served_that_asks(torch.compiler.is_compiling, also)
+    with pytest.raises(ArgumentError, match=r"another path is taken there.*`serve.dense\(x\)`"):
+        serve.export_stages()
+
+
+def test_what_a_forward_raises_under_the_tracer_is_the_reason():
+    def refuse(x):
+        raise RuntimeError("not in a graph")
+
+    serve, _ = served_that_asks(torch.compiler.is_compiling, refuse)
+    with pytest.raises(ArgumentError, match=r"refuses `trunk`: .*RuntimeError.*not in a graph"):
+        serve.export_stages()
