@@ -28,6 +28,7 @@ from ride_plugin._split._beside import losses_beside
 from ride_plugin._split._build import reason_of_fork, split_backbone
 from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._copies import COMPILED_CALL
+from ride_plugin._split._form import plain_in
 from ride_plugin._split._graft import graft_experts
 from ride_plugin._split._groups import merged_groups
 from ride_plugin._split._holder import Holder
@@ -98,6 +99,7 @@ __all__ = [
     "merged_groups",
     "on_meta",
     "own_containers",
+    "plain_in",
     "plain_modules",
     "plain_views",
     "play",

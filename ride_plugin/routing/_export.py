@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import ConstantArgument
 
 from ride_plugin._compiler import as_exported, check_exports
 from ride_plugin._contexts import evaluating
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._inputs import Inputs, as_inputs, in_order_of, resize_batch, taken_by_model
 from ride_plugin._numerics import without_autocast
-from ride_plugin._split import Rows, TrunkState, hollow
+from ride_plugin._split import Rows, TrunkState, hollow, plain_in
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._wrapper import RIDEWrapper
 from ride_plugin.routing._call import describe_call, keep_call
@@ -61,6 +62,7 @@ def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, 
                 "the model with RoutingInference, which needs no export, or export a module whose "
                 "forward returns `serve.dense(x)`."
             )
+        _check_numbers(_Numbers(model, inputs, state), state, given, shapes)
         for index in range(model.num_experts):
             expert = _Expert(model, index, state)
             name, rows = f"expert_{index}", (({0: batch},) * len(crossing),)
@@ -96,6 +98,13 @@ class _Trunk(nn.Module):
         return tuple(
             _rows_first(value, spec, state.batch_size) for value, (spec, live) in found if live
         )
+
+
+class _Numbers(_Trunk):
+    """The numbers beside the tensors that modules of the trunk return."""
+
+    def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
+        return tuple(number for _, number in _numbers(self.run(tensors)))
 
 
 class _Expert(nn.Module):
@@ -139,6 +148,31 @@ class _Gate(nn.Module):
     def forward(self, mean_logits: Tensor, features: Tensor) -> Tensor:
         gate = gate_logits(self.router, self.index, mean_logits, features)
         return exceeds(gate, cast("Tensor", self.limit))
+
+
+def _check_numbers(module: _Numbers, state: TrunkState, given: Any, shapes: Any) -> None:
+    """Refuse numbers that follow values or the number of rows: a stage would keep the example's."""
+    numbers = list(_numbers(state))
+    if not numbers:
+        return
+    program = _export("trunk", module, given, (shapes,), strict=True)
+    for (key, number), spec in zip(numbers, program.graph_signature.output_specs, strict=True):
+        if not isinstance(spec.arg, ConstantArgument):
+            raise ArgumentError(
+                "Expected numbers that a module of the trunk returns to follow from sizes of the "
+                f"exported inputs alone, but `{key}` returns {number}, which it reads from a "
+                "tensor or which follows the number of rows, so that exported stages would keep "
+                "it at every call. Return a tensor in its place, with one entry for each row, or "
+                "serve the model with RoutingInference, which needs no export."
+            )
+
+
+def _numbers(state: TrunkState) -> Iterator[tuple[str, Any]]:
+    """The numbers on the tape, by what returned them; those of the inputs belong to the call."""
+    for key, value in zip(state.keys[1:], state.values[1:], strict=True):
+        for item in plain_in(value):
+            if isinstance(item, bool | int | float):
+                yield key, item
 
 
 def _crossing(state: TrunkState) -> list[tuple[Rows | None, bool]]:

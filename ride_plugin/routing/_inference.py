@@ -299,7 +299,9 @@ class RoutingInference(nn.Module):
 
         Raises:
             ArgumentError: the model is not a ``RIDEWrapper``, its path for this input is
-                unknown, or ``torch.export`` refuses a stage for any number of rows.
+                unknown or another under the tracer, a module of the trunk returns a number that
+                follows values or the number of rows, or ``torch.export`` refuses a stage for any
+                number of rows.
 
         Example:
             >>> from ride_plugin import ConfidenceRouter, RIDEWrapper

@@ -445,3 +445,50 @@ def test_what_a_forward_raises_under_the_tracer_is_the_reason():
     serve, _ = served_that_asks(torch.compiler.is_compiling, refuse)
     with pytest.raises(ArgumentError, match=r"refuses `trunk`: .*RuntimeError.*not in a graph"):
         serve.export_stages()
+
+
+class WithNumber(nn.Module):
+    """Returns a number beside a tensor."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.layer = number, nn.Linear(6, 8)
+
+    def forward(self, x, scale):
+        return {"hidden": self.layer(x), "numbers": [self.number(x, scale), 2]}
+
+
+class ReadsNumber(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.early, self.late, self.head = WithNumber(number), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x, scale):
+        found = self.early(x, scale)
+        hidden = self.late(found["hidden"]).relu() * found["numbers"][1]
+        return self.head(hidden) * found["numbers"][0]
+
+
+NUMBERS = {
+    "a size": lambda x, scale: x.shape[-1],
+    "of a size": lambda x, scale: 0.5 * x.size(1),
+    "constant": lambda x, scale: True,
+    "a value": lambda x, scale: float(scale),
+    "an item": lambda x, scale: scale.item(),
+    "a choice": lambda x, scale: bool(scale > 0),
+    "a whole value": lambda x, scale: int(scale) + 1,
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_that_trunk_modules_return_are_exported_where_they_are_always_the_same(kind):
+    torch.manual_seed(0)
+    example = torch.randn(2, 6), torch.tensor(1.5)
+    model = RIDEWrapper(ReadsNumber(NUMBERS[kind]), 2, fork_at="late", example_input=example)
+    serve = RoutingInference(model, ConfidenceRouter(), 0.0)
+    if kind in ("a size", "of a size", "constant"):
+        runner, call = StagedRunner(serve.export_stages()), (torch.randn(5, 6), torch.tensor(-2.0))
+        torch.testing.assert_close(runner(*call), serve(*call))
+    else:
+        with pytest.raises(ArgumentError, match=r"`early` returns (1\.5|True|2), which it reads"):
+            serve.export_stages()
