@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,3 +122,53 @@ class TwoMatrices(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.body(self.stem(x).relu()).relu()
         return self.right(h), self.left(h)
+
+
+class Decoder(nn.Module):
+    """Classifies every token of ``[B, T]``; by default the last one that is no 0 counts.
+
+    Args:
+        take: makes logits of the decoder, the scores ``[B, T, C]`` and the tokens.
+        width: of its hidden states.
+    """
+
+    def __init__(
+        self, take: Callable[[Any, Tensor, Tensor], Tensor] | None = None, width: int = 16
+    ) -> None:
+        super().__init__()
+        self.config, self.num_labels = SimpleNamespace(num_labels=5), 5
+        self.take = take or last_scores
+        self.embedding = nn.Embedding(20, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.score = nn.Linear(width, 5, bias=False)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """The state of each token, which depends on those before it."""
+        x: Tensor = self.embedding(ids)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x.cumsum(1)))
+        return x
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.take(self, self.score(self.hidden(ids)), ids)
+
+
+def last_token(ids: Tensor) -> Tensor:
+    """Where the last token of each row is that is no 0: the padding may be on either side."""
+    return (torch.arange(ids.shape[1], device=ids.device) * (ids != 0)).argmax(1)
+
+
+def last_scores(decoder: Decoder, scores: Tensor, ids: Tensor) -> Tensor:
+    """The scores of the last token, in as many columns as the decoder says."""
+    last = scores[torch.arange(len(ids), device=ids.device), last_token(ids)]
+    return last.view(-1, decoder.num_labels)
+
+
+def token_ids(rows: int, length: int = 7, padding: str = "right") -> Tensor:
+    """Rows of random tokens, of which row k has k mod 4 zeros at one side."""
+    ids = torch.randint(1, 20, (rows, length))
+    for row in range(rows):
+        zeros = row % 4
+        ids[row, : zeros if padding == "left" else 0] = 0
+        ids[row, length - (zeros if padding == "right" else 0) :] = 0
+    return ids

@@ -14,7 +14,8 @@ Where to read first, and what belongs together:
 - *What cannot be cut there*, and is refused by name: ``_feedback``, ``_once``, ``_hidden``,
   ``_references``, ``_modes``, ``_unseen``, ``_again``.
 - *The model.* ``_module`` is made of ``_parts``, knows ways through the forward (``_paths``, which
-  keeps hooks of others out by ``_observers``) and reads what experts return (``_expert_result``).
+  keeps hooks of others out by ``_observers``) and reads what experts return (``_expert_result``,
+  ``_features``).
   Tensors that all experts have are ``_sharing`` and ``_frozen``, loading and saving ``_holder``,
   ``_lend`` and ``_plain_state``, groups of parameters ``_groups``, another number of classes
   ``_class_number``. What somebody does to the wrong part of a model is told by ``_misplaced``,

@@ -16,6 +16,7 @@ from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._activated import warn_of_activated
 from ride_plugin._split._beside import sequence_around
 from ride_plugin._split._check import WrittenBehind, check
+from ride_plugin._split._classifier import find_picked
 from ride_plugin._split._copies import (
     running_copy,
     written_parameters,
@@ -201,6 +202,9 @@ def examine(
     if by_shapes:
         output, found = real, reader.logits_of(real)
         assert found is not None  # of the shapes it is not
+    if head is None or not head.exact:
+        picked = find_picked(lambda: copied(False), inputs, root, reader.logits_of, found.shape[1])
+        head = picked or head
     check_classifies(root, output, found, head, reader, num_classes)
     warn_of_activated(found, lambda: reader.logits_of(traced(False).output))
     training_root: Call | None = None

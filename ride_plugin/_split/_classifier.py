@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._closeness import close
 from ride_plugin._contexts import in_mode
 from ride_plugin._cosine import CosineClassifier
 from ride_plugin._errors import ArgumentError, SplitError
+from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._class_number import set_class_number
 from ride_plugin._split._hooks import watch_classifier
 from ride_plugin._split._parts import Parts, trial_run
@@ -24,11 +27,12 @@ ClassifierFactory = Callable[[int, int], nn.Module]
 
 @dataclass(frozen=True)
 class Head:
-    """A module whose result is as large as the logits.
+    """A module whose result is as large as the logits, or holds them.
 
     Attributes:
         name: its name in the backbone.
-        exact: whether its result is the logits, and nothing computed from it.
+        exact: whether its result is the logits, or entries of it are, or its mean, and nothing else
+            that is computed from it.
     """
 
     name: str
@@ -50,6 +54,74 @@ def find_classifier(root: Call, logits: Tensor) -> Head | None:
     # One that is frozen beside others may be a copy of them, a moving average of the head say.
     leaves = [call for call in leaves if trains(call.module.parameters())] or leaves
     return Head(leaves[-1].name, False) if leaves else None
+
+
+def find_picked(
+    copied: Callable[[], nn.Module],
+    inputs: Inputs,
+    root: Call,
+    logits_of: Callable[[Any], Tensor | None],
+    num_classes: int,
+) -> Head | None:
+    """The last layer that classifies every token, frame or patch, if that gives the logits.
+
+    The forward picks one result for each sample, or takes their mean. That is certain where it does
+    so with numbers that are put in the place of the results as well.
+
+    Args:
+        copied: returns a copy of the backbone in evaluation mode.
+        inputs: an example of two rows.
+        root: the calls that they lead to.
+        logits_of: takes the logits out of what the backbone returns.
+        num_classes: ``C``.
+    """
+
+    def holding(names: list[str], change: Callable[[Tensor], Tensor]) -> list[str]:
+        """Those layers whose results hold the logits when all results are changed."""
+        backbone, results = copied(), dict[str, Tensor]()
+
+        def changed(name: str, module: nn.Module, args: Any, result: Any) -> Any:
+            if isinstance(result, Tensor):
+                result = results[name] = change(result)
+            return result
+
+        for name in names:
+            backbone.get_submodule(name).register_forward_hook(partial(changed, name))
+        args, kwargs = own_inputs(inputs, tensors=True)
+        try:
+            with torch.no_grad():
+                logits = logits_of(backbone(*args, **kwargs))
+        except Exception:  # the forward may look at values, which are not those of a classifier
+            return []
+        return [n for n in names if n in results and _holds(results[n], logits)]
+
+    calls = [call for call in root.leaves if _classifies_each(call, num_classes)]
+    names = list(dict.fromkeys(call.name for call in calls))
+    for name in reversed(holding(names, lambda result: result) if names else []):
+        if holding([name], torch.randn_like):
+            return Head(name, True)
+    return None
+
+
+def _classifies_each(call: Call, num_classes: int) -> bool:
+    """Whether a layer has returned ``[B, ..., C]`` for ``[B, ..., D]``."""
+    if call.shape is None or len(call.shape) < 3 or not call.inputs:
+        return False
+    *leading, in_features = call.inputs[0][1] or (0,)
+    return (
+        call.shape == (*leading, num_classes)
+        and _in_features(call.module, num_classes) == in_features
+    )
+
+
+def _holds(result: Tensor, logits: Tensor | None) -> bool:
+    """Whether the logits of each row are one of its entries in the result, or their mean."""
+    if logits is None or result.shape[:: result.dim() - 1] != logits.shape:
+        return False
+    entries = result.flatten(1, -2).to(logits.dtype)
+    return bool((entries == logits[:, None]).all(2).any(1).all()) or close(
+        entries.mean(1), logits, units=100, scale=0.0
+    )
 
 
 def innermost_candidates(root: Call, logits: Tensor) -> list[Call]:

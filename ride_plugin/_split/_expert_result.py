@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ride_plugin._errors import ReplayError
+from ride_plugin._split._features import features_of
 from ride_plugin._split._logits import describe
-from ride_plugin._split._passes import pooled
 from ride_plugin._split._probe import is_same_tensor
 from ride_plugin._tree import logits_in
 
@@ -16,6 +16,7 @@ from ride_plugin._tree import logits_in
 def logits_and_features(
     output: Any,
     received: Tensor | None,
+    returned: Tensor | None,
     num_classes: int,
     *,
     classifier: str | None,
@@ -26,6 +27,7 @@ def logits_and_features(
     Args:
         output: what the expert's forward returned.
         received: what its classifier received; None if it did not run.
+        returned: what its classifier returned.
         num_classes: ``C``.
         classifier: name of the classifier inside an expert; None if it is no submodule.
         classifies_logits: whether the classifier received the very logits when it was wrapped.
@@ -35,7 +37,7 @@ def logits_and_features(
     """
     logits = logits_in(output)
     _refuse_lost_dimension(output, received)
-    features = pooled(received)
+    features = features_of(received, returned, logits)
     instead = not classifies_logits and is_same_tensor(logits, received)
     if (
         logits is None

@@ -7,7 +7,7 @@ right before it runs.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -186,24 +186,39 @@ def belongs_to(expert: nn.Module, running: Running) -> bool:
 
 
 class FeatureHook:
-    """Pre-hook of an expert's classifier: keeps what the classifier receives, for the router."""
+    """Pre-hook and hook of an expert's classifier: keep what it receives and returns."""
 
     def __init__(self, running: Running) -> None:
         self.running = running
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
-        self.running.features = next(tensors_in((args, kwargs)), None)
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, *returned: Any
+    ) -> None:
+        if returned:
+            self.running.returned = next(tensors_in(returned), None)
+        else:
+            self.running.features = next(tensors_in((args, kwargs)), None)
 
 
 def watch_classifier(expert: nn.Module, name: str | None, running: Running) -> None:
-    """Keep what an expert's classifier receives; one that was replaced has lost the hook for it."""
+    """Keep what an expert's classifier receives and returns, for the router.
+
+    One that was replaced has lost the hooks for it.
+    """
     if name is not None:
         head = expert.get_submodule(name)
-        for key, hook in head._forward_pre_hooks.items():
-            # What puts another module in the place of one, as torch's quantization does, takes
-            # hooks along, but not that they are given keyword arguments.
-            complete = key in head._forward_pre_hooks_with_kwargs
-            if isinstance(hook, FeatureHook) and hook.running is running and complete:
-                return
+        before = _watches(running, head._forward_pre_hooks, head._forward_pre_hooks_with_kwargs)
+        if before and _watches(running, head._forward_hooks, head._forward_hooks_with_kwargs):
+            return
         drop_hooks(head, lambda hook: isinstance(hook, FeatureHook))  # that of a copy tells nobody
         head.register_forward_pre_hook(FeatureHook(running), with_kwargs=True)
+        head.register_forward_hook(FeatureHook(running), with_kwargs=True)
+
+
+def _watches(running: Running, hooks: Mapping[int, Any], with_kwargs: Collection[int]) -> bool:
+    # What puts another module in the place of one, as torch's quantization does, takes hooks along,
+    # but not that they are given keyword arguments.
+    for key, hook in hooks.items():
+        if isinstance(hook, FeatureHook) and hook.running is running and key in with_kwargs:
+            return True
+    return False

@@ -59,7 +59,8 @@ def _features(views: Views, parts: Parts) -> Tensor:
     state, _ = record(views.trunk, views.running, (), args, kwargs, stop_at_fork=True)
     write_attributes(views.expert, parts.attributes, start)
     output = play(views.expert, views.running, state.detach())
-    features, views.running.features = views.running.features, None
+    features = views.running.features
+    views.running.forget()
     found = logits_in(output) if features is None else features
     assert found is not None  # the build has checked that there are logits
     return found

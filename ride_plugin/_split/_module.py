@@ -214,7 +214,7 @@ class SplitModule(Holder):
         # The expert draws what the trunk drew, and goes on drawing where the last one ended.
         at_fork = RandomState.now().restore if self._draws else None
         write_attributes(expert, self._attributes, state.attributes)
-        self._running.features = None
+        self._running.forget()
         alone = self.num_experts == 1 or torch.compiler.is_compiling()
         versions = [] if alone else [versions_in((value,)) for value in state.values]
         try:
@@ -228,7 +228,7 @@ class SplitModule(Holder):
                 raise self._stranger(index) from error
             raise
         finally:
-            self._running.features = None
+            self._running.forget()
             self._look_again()
 
     @contextmanager
@@ -411,7 +411,7 @@ class SplitModule(Holder):
         kwargs = in_order_of(self._inputs[1], kwargs)
         before = read_attributes(self.trunk, self._attributes)
         watch_classifier(self.experts[0], self.classifier_name, self._running)
-        self._running.features = None
+        self._running.forget()
 
         def stops(values: Sequence[Any], layout: Layout | None) -> bool:
             """Whether it is not known what an expert changes on this path."""
@@ -432,7 +432,7 @@ class SplitModule(Holder):
                 return (state, *self._run_expert(0, state))
             return (state, *self._read(output))
         finally:
-            self._running.features = None
+            self._running.forget()
             self._look_again()
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TrunkState:
@@ -558,6 +558,7 @@ class SplitModule(Holder):
         return logits_and_features(
             output,
             self._running.features,
+            self._running.returned,
             self.num_classes,
             classifier=self.classifier_name,
             classifies_logits=self._classifies_logits,

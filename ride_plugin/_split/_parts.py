@@ -12,9 +12,10 @@ from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import SplitError
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._copies import copy_with_hooks
+from ride_plugin._split._features import features_of
 from ride_plugin._split._learn import throwaway
 from ride_plugin._split._meta import on_meta
-from ride_plugin._split._passes import play, pooled, read_attributes, record, write_attributes
+from ride_plugin._split._passes import play, read_attributes, record, write_attributes
 from ride_plugin._split._probe import Call, is_same_tensor
 from ride_plugin._split._sharing import frozen_layers, unchanging
 from ride_plugin._split._state import Layout, TrunkState
@@ -170,7 +171,7 @@ def trial_run(
     logits = logits_in(output)
     if logits is None:
         raise SplitError("The expert returned no logits [B, C].")
-    features = pooled(views.running.features)
+    features = features_of(views.running.features, views.running.returned, logits)
     return logits, logits if features is None else features
 
 

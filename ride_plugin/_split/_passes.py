@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ride_plugin._contexts import RandomState, is_stream
 from ride_plugin._errors import ReplayError
@@ -206,12 +206,3 @@ def own_containers(value: Any, memo: dict[int, Any] | None = None) -> Any:
     elif isinstance(copied, list):
         copied[:] = [own_containers(item, memo) for item in copied]
     return copied
-
-
-def pooled(features: Tensor | None) -> Tensor | None:
-    """What a classifier received as ``[B, D]``: mean over positions (tokens, or a feature map)."""
-    if features is None or features.dim() == 2:
-        return features
-    if features.dim() == 3:
-        return features.mean(dim=1)
-    return features.flatten(2).mean(dim=2)

@@ -58,6 +58,11 @@ class Running(threading.local):
         self.recorder: Recorder | None = None
         self.player: Player | None = None
         self.features: Tensor | None = None  # what the last classifier that ran received
+        self.returned: Tensor | None = None  # and what it returned
+
+    def forget(self) -> None:
+        """Keep nothing of a classifier that ran."""
+        self.features = self.returned = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Running:
         return Running()

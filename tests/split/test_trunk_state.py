@@ -23,8 +23,8 @@ from ride_plugin import (
     expert_logits,
     experts_loss,
 )
+from ride_plugin._split._features import pooled
 from ride_plugin._split._hollow import is_hollow
-from ride_plugin._split._passes import pooled
 from ride_plugin._tree import tensors_in
 from ride_plugin.routing import TrunkState
 from tests.adapters import KINDS, low_rank

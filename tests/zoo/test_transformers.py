@@ -86,6 +86,28 @@ def test_decoders_with_grouped_queries(kind: str, first: str) -> None:
     train_both(net, model, batches, lr=0.01, tolerance=1e-4)
 
 
+GPT2 = {"n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_classifiers_of_every_token_are_made_anew(kind: str) -> None:
+    net = made("GPT2", **SMALL, **GPT2) if kind == "GPT2" else DECODERS[kind]()
+    model = RIDEWrapper(net, 3, init="copy", num_classes=11, logits="logits").eval()
+    assert (model.classifier_name, model.feature_dim) == ("score", 32)
+    first, second, _ = model.classifiers
+    assert not torch.equal(first.weight, second.weight)
+    assert [expert.config.num_labels for expert in model.experts] == [11] * 3
+    _, batch = tokens(4, padded=3)
+    got = model.router_inputs(**batch)
+    for index, plain in enumerate(model.to_modules()):
+        hidden = plain.base_model(**batch).last_hidden_state
+        last = torch.stack([row[8 - k] for k, row in enumerate(hidden)])
+        torch.testing.assert_close(got.expert_features[:, index], last)
+        torch.testing.assert_close(got.expert_logits[:, index], plain(**batch).logits)
+    cosine = RIDEWrapper(net, 2, classifier="cosine", logits="logits").classifiers
+    assert [type(head).__name__ for head in cosine] == ["CosineClassifier"] * 2
+
+
 @pytest.mark.parametrize("first", ["padded", "whole"])
 @pytest.mark.parametrize("kind", DECODERS)
 def test_decoders_narrowed(kind: str, first: str) -> None:
