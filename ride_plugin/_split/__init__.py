@@ -29,7 +29,7 @@ from ride_plugin._split._beside import losses_beside
 from ride_plugin._split._build import reason_of_fork, split_backbone
 from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._copies import COMPILED_CALL
-from ride_plugin._split._form import plain_in
+from ride_plugin._split._form import form_of, plain_in
 from ride_plugin._split._graft import graft_experts
 from ride_plugin._split._groups import merged_groups
 from ride_plugin._split._holder import Holder
@@ -87,6 +87,7 @@ __all__ = [
     "called",
     "check_logits_choice",
     "feature_dim_of",
+    "form_of",
     "graft_experts",
     "held_by_all",
     "held_together_by",

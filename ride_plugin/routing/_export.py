@@ -17,7 +17,7 @@ from ride_plugin._contexts import evaluating
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._inputs import Inputs, as_inputs, in_order_of, resize_batch, taken_by_model
 from ride_plugin._numerics import without_autocast
-from ride_plugin._split import Rows, TrunkState, hollow, plain_in
+from ride_plugin._split import Rows, TrunkState, form_of, hollow, plain_in
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._wrapper import RIDEWrapper
 from ride_plugin.routing._call import describe_call, keep_call
@@ -82,7 +82,10 @@ class _Trunk(nn.Module):
         self.trunk = model.trunk
         self.model = [model]  # not registered: the program holds the trunk's parameters only
         self.inputs = [inputs]
-        self.layout = state.layout
+        # The tracer has other names for operators (`getitem`, `sub`) than those that torch calls.
+        modules = {name for name, _ in model.trunk.named_modules()}
+        self.units = [(step, key) for step, key in enumerate(state.keys) if key in modules]
+        self.forms = list(map(form_of, state.values[1:]))
         self.infos = _crossing(state)
 
     def run(self, tensors: Sequence[Tensor]) -> TrunkState:
@@ -92,7 +95,8 @@ class _Trunk(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         state = self.run(tensors)
-        if self.layout is None or not self.layout.fits(state.keys, state.values, state.batch_size):
+        same = list(map(form_of, state.values[1:])) == self.forms
+        if not same or any(state.keys[step] != key for step, key in self.units):
             return ()  # seen afterwards: out of the strict tracer no exception comes as it is
         found = zip(_flat(state.values), self.infos, strict=True)
         return tuple(

@@ -11,6 +11,7 @@ from ride_plugin import (
     ArgumentError,
     ConfidenceRouter,
     ExpertRouter,
+    RIDEError,
     RIDEWrapper,
     RoutingInference,
     _compiler,
@@ -420,9 +421,10 @@ def served_that_asks(*arguments):
 
 
 def test_stages_are_those_of_the_path_that_is_taken_when_a_forward_is_exported():
-    serve, x = served_that_asks(
-        torch.compiler.is_exporting, lambda x: (2 * x + torch.ones(8)).relu()
-    )
+    def other(x):
+        return torch.where(~(x > 0) & (x < 1), 1 - x[:, :] / 2, torch.ones(8)).relu()
+
+    serve, x = served_that_asks(torch.compiler.is_exporting, other)
     runner = StagedRunner(serve.export_stages())
     assert not torch.compiler.is_exporting()
     with _compiler.as_exported():
@@ -431,10 +433,17 @@ def test_stages_are_those_of_the_path_that_is_taken_when_a_forward_is_exported()
     assert (runner(x) - serve(x)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("also", [lambda x: x + 0, lambda x: (x + 0).relu()], ids=["other", "more"])
-def test_another_path_under_the_tracer_alone_is_told(also):
+OTHERS = {
+    "an operation more": (lambda x: (x + 0).relu(), r"another path is taken there.*`serve.dense"),
+    "another one": (lambda x: x + 0, "came to `add` where the trunk ran `relu`"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_path_under_the_tracer_alone_is_told(kind):
+    also, message = OTHERS[kind]
     serve, _ = served_that_asks(torch.compiler.is_compiling, also)
-    with pytest.raises(ArgumentError, match=r"another path is taken there.*`serve.dense\(x\)`"):
+    with pytest.raises(RIDEError, match=message):
         serve.export_stages()
 
 
