@@ -1,14 +1,15 @@
 """The units of a backbone: the submodule calls between which it can be cut.
 
 Units are the root's calls, expanded through containers (Sequential, ModuleList, stages made of
-numbered blocks, a submodule holding most of the parameters), but never into the blocks themselves.
+numbered blocks, a submodule holding most of the parameters), but never into the blocks themselves,
+unless a part of a block is called from outside of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -32,6 +33,7 @@ def units_of(root: Call, must_expand: Callable[[Call], bool] = lambda call: Fals
         if not isinstance(m, _LISTS) and any(True for _ in m.children())
     )
     units: list[Call] = []
+    opened: set[int] = set()
 
     def is_container(call: Call, siblings: list[object]) -> bool:
         if not call.children or instances[type(call.module)] >= _MANY_INSTANCES:
@@ -55,12 +57,19 @@ def units_of(root: Call, must_expand: Callable[[Call], bool] = lambda call: Fals
     def expand(call: Call) -> None:
         siblings: list[object] = [_signature(child) for child in call.children]
         for child in call.children:
-            if child.children and (must_expand(child) or is_container(child, siblings)):
+            must = must_expand(child) or id(child) in opened
+            if child.children and (must or is_container(child, siblings)):
                 expand(child)
             else:
                 units.append(child)
 
     expand(root)
+    # A submodule of a unit that is called from outside as well, as the embedding of a language
+    # model is, would be on one side of a cut and its unit on the other.
+    while around := {id(unit) for unit in units if unit.children and _is_around_any(unit, units)}:
+        opened |= around
+        units.clear()
+        expand(root)
     return units
 
 
@@ -79,6 +88,10 @@ def tokens(unit: Call) -> int | None:
     if channels not in shape[1:]:
         channels = shape[1] if len(shape) in (4, 5) else shape[-1]
     return elements // max(1, channels)
+
+
+def _is_around_any(unit: Call, units: Sequence[Call]) -> bool:
+    return any(other.name.startswith(f"{unit.name}.") for other in units)
 
 
 def _signature(call: Call) -> tuple[object, ...]:

@@ -133,9 +133,16 @@ def sides(fork: Fork, root: Call, training: Call | None) -> tuple[list[str], lis
     trunk: list[str] = []
     forked: list[str] = []
 
+    def is_whole(call: Call) -> bool:
+        """Whether it lies on one side, and nothing outside of it calls a part of it."""
+        inside = {id(part) for part in call.walk()}
+        return len(found.get(call.name, ())) == 1 and not any(
+            unit.name.startswith(f"{call.name}.") and id(unit) not in inside for unit in fork.units
+        )
+
     def assign(call: Call) -> None:
         for child in call.children:
-            if len(found.get(child.name, ())) == 1:
+            if is_whole(child):
                 names = forked if True in found[child.name] else trunk
                 if child.name not in names:
                     names.append(child.name)

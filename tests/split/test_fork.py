@@ -308,3 +308,48 @@ def test_a_forward_that_runs_over_and_over_is_forked_as_one_that_runs_once(views
     experts = expert_logits(model(x))
     for k in range(2):
         torch.testing.assert_close(model.to_module(k)(x), experts[:, k])
+
+
+class _LanguageModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3))
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.norm(x)
+
+
+class _WithImage(nn.Module):
+    """Embeds its words by a part of its language model, which runs as a whole later."""
+
+    def __init__(self, size: int, behind: bool = False) -> None:
+        super().__init__()
+        self.vision, self.lm = nn.Linear(size, 8), _LanguageModel()
+        self.score = nn.Linear(8, 5)
+        self.behind = behind
+
+    def forward(self, words: Tensor, image: Tensor) -> Tensor:
+        x = self.lm.embed(words)
+        x = self.lm(torch.cat([self.vision(image).unsqueeze(1), x], dim=1)).mean(1)
+        return self.score(self.lm.norm(x) if self.behind else x)
+
+
+@pytest.mark.parametrize("size", [4, 200])  # with 200 most parameters are outside of `lm`
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("fork_at", [None, "vision", "lm.layers", "lm.layers.1", "score"])
+def test_a_part_that_is_called_from_outside_is_a_unit_beside_the_rest(
+    size: int, behind: bool, fork_at: str | None
+) -> None:
+    backbone = _WithImage(size, behind).eval()
+    x = (torch.randint(20, (3, 6)), torch.rand(3, size))
+    model = RIDEWrapper(backbone, 2, fork_at=fork_at, example_input=x).eval()
+    with torch.no_grad():
+        logits = expert_logits(model(*x))
+        for k in range(2):
+            torch.testing.assert_close(logits[:, k], model.to_module(k)(*x))
+        some = model.run_trunk(*x).select(torch.tensor([2, 0]))
+        torch.testing.assert_close(model.run_expert(1, some)[0], logits[[2, 0], 1])
