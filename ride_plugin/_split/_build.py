@@ -39,7 +39,7 @@ from ride_plugin._split._passes import read_attributes
 from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._references import warn_of_outside_hooks
 from ride_plugin._split._settings import settings_at
-from ride_plugin._split._source import refuse_unfit, source_of
+from ride_plugin._split._source import after_first_call, refuse_unfit, source_of
 from ride_plugin._split._state import Layout
 from ride_plugin._split._training_output import Traced, learn_training_output
 from ride_plugin._split._unseen import unseen_modules
@@ -130,6 +130,9 @@ def _split(
 ) -> Split:
     """Cut ``source``, a copy of the backbone; its parameters become those of the split."""
     seen = examine(source, example_input, logits, num_classes, written)
+    if seen.root.registers:
+        source = after_first_call(source, seen.inputs, seen.settings, written)
+        seen = examine(source, example_input, logits, num_classes, written)
     # Every copy of it returns its logits. A backbone that returns them alone for the example may
     # return more where it is given targets or a flag.
     source.register_forward_hook(seen.reader)
@@ -345,8 +348,11 @@ def learned(
         except Exception as error:
             if meta:
                 continue
+            collected = _collected(seen.root, forked_units)
             if isinstance(error, RIDEError):
-                raise
+                if not collected:
+                    raise
+                raise SplitError(f"{error}{collected}") from error
             raise SplitError(
                 f"Cannot split the backbone at {fork_at!r}: its forward runs as a whole, but fails "
                 f"when an expert takes up what the trunk left ({type(error).__name__}: {error}). "
@@ -354,13 +360,13 @@ def learned(
                 "cache say (Hugging Face's is switched off by `config.use_cache = False`), or that "
                 "a hook leaves on the model (hand it on in the forward instead); or it takes "
                 "batches of two rows only (ask for `x.size(0)`). Pass another `fork_at=`, or write "
-                "trunk and experts as modules of their own and use `RIDEWrapper.from_parts`."
+                "trunk and experts as modules of their own and use "
+                f"`RIDEWrapper.from_parts`.{collected}"
             ) from error
         else:
             break
     name = seen.classifier
-    forked = name is not None and any(f"{name}.".startswith(f"{unit}.") for unit in forked_units)
-    classifier = name if forked else None
+    classifier = name if name is not None and _is_in(name, forked_units) else None
     watch_classifier(split.views.expert, classifier, split.views.running)
     refuse_unsavable(source, split.views.trunk, split.views.expert)
     views = replace(split.views, written=split.views.written | written)
@@ -376,6 +382,21 @@ def learned(
         unseen=unseen,
         differs=differs,
     )
+
+
+def _collected(root: Call, forked_units: list[str]) -> str:
+    """What to say where hooks may collect what modules before the fork return; else nothing."""
+    if root.hooked is None or _is_in(root.hooked, forked_units):
+        return ""
+    return (
+        f" (Hooks stand on modules before the fork, first on `{root.hooked}`. If the forward "
+        "computes with what they collect, a weighted sum of layers say, all of these modules have "
+        f"to run in each expert: pass `fork_at={root.hooked!r}`.)"
+    )
+
+
+def _is_in(name: str, units: list[str]) -> bool:
+    return any(f"{name}.".startswith(f"{unit}.") for unit in units)
 
 
 def _attribute(root: nn.Module, place: Place) -> Any:

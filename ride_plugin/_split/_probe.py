@@ -30,7 +30,8 @@ class Call:
 
     For the root, ``changed`` names the plain attributes ``(submodule, attribute)`` that the forward
     has set or filled: caches, counters, lists of features. ``settings`` names those that hold
-    settings which it has left as they were.
+    settings which it has left as they were, ``hooked`` the first module with somebody's hooks, and
+    ``registers`` tells whether it has left hooks that were not there.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Call:
     version: int | None = None  # of the first input: how often it had been changed in place
     changed: set[Place] = field(default_factory=set)
     settings: frozenset[Place] = frozenset()
+    hooked: str | None = None
+    registers: bool = False
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -89,6 +92,7 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         version = None if first is None else version_of(first)
         call = Call(names[id(module)], module, inputs=_seen((args, kwargs)), version=version)
         alive.append((args, kwargs))
+        called.setdefault(call.name, module)
         stack[-1].children.append(call)
         stack.append(call)
 
@@ -96,6 +100,8 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         alive.append(result)
         stack.pop().outputs = _seen(result)
 
+    num_hooks = _num_hooks(model)
+    called: dict[str, nn.Module] = {}
     before_all = {name: (part, marks_of(part)) for name, part in model.named_modules()}
     settings = contents_in(model)
     random_before = RandomState.now().mark()
@@ -115,6 +121,7 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         for handle in handles:
             handle.remove()
     root.outputs = _seen(output)
+    root.hooked = next((name for name, module in called.items() if module._forward_hooks), None)
     root.changed = {
         (name, key)
         for name, (part, old) in before_all.items()
@@ -122,12 +129,17 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         for key in {*old, *now}
         if differ(old.get(key, []), now.get(key, []))
     }
+    root.registers = _num_hooks(model) > num_hooks
     now = contents_in(model)
     kept = {place for place, contents in settings.items() if now.get(place) == contents}
     root.settings = frozenset(kept - root.changed)
     if RandomState.now().mark() != random_before:
         root.changed.add(RANDOM)
     return root, output
+
+
+def _num_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def marks_of(module: nn.Module) -> dict[str, list[Any]]:

@@ -11,12 +11,20 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from ride_plugin._compiler import COMPILED, is_compiled
+from ride_plugin._contexts import evaluating
 from ride_plugin._errors import SplitError, warn_caller
-from ride_plugin._split._copies import COMPILED_CALL, copy_with_hooks, detached_activations
+from ride_plugin._inputs import Inputs, own_inputs
+from ride_plugin._split._copies import (
+    COMPILED_CALL,
+    copy_with_hooks,
+    detached_activations,
+    running_copy,
+)
 from ride_plugin._split._references import hook_owners, refuse_captured
 from ride_plugin._split._settings import as_they_are, contents_in, settings_at
 from ride_plugin._split._stand_ins import Forked, Recorded
 from ride_plugin._split._tape import NoHandle
+from ride_plugin._tree import Place
 
 _PARALLEL = frozenset(
     {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
@@ -117,11 +125,44 @@ def source_of(backbone: nn.Module) -> nn.Module:
     except Exception as error:
         _refuse_uncopied(backbone, error)
         raise
+    _drop_handles(source)
+    return source
+
+
+def after_first_call(
+    source: nn.Module, inputs: Inputs, settings: frozenset[Place], written: frozenset[str]
+) -> nn.Module:
+    """A source whose forward has registered the hooks that it registers at its first call.
+
+    Trunk and experts then have them, each once. Otherwise each would register them in its own
+    first pass: on its own modules, not on those of the other side that run in this pass as well,
+    and again in every pass that starts from what was noted before them. Hooks that captured a part
+    of the module cannot be copied; there the source is returned as it is.
+
+    Args:
+        source: shares its parameters with what is returned.
+        inputs: an example.
+        settings: places of settings, which all copies hold together.
+        written: names of parameters that a forward writes.
+    """
+    memo = as_they_are(settings_at(source, settings))
+    copied = running_copy(source, (source,), written, memo=memo)
+    args, kwargs = own_inputs(inputs, tensors=True)
+    with torch.no_grad(), evaluating(copied):
+        copied(*args, **kwargs)
+    try:
+        refuse_captured(copied)
+    except SplitError:
+        return source
+    _drop_handles(copied)
+    return copied
+
+
+def _drop_handles(source: nn.Module) -> None:
     for module in source.modules():
         for owner in (module, *hook_owners(module)):
             kept = getattr(owner, "__dict__", {})
             kept.update({key: _without_handles(value) for key, value in kept.items()})
-    return source
 
 
 def _refuse_uncopied(backbone: nn.Module, error: Exception) -> None:
