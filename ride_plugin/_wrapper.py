@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from ride_plugin._delegate import (
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._fold_batchnorm import folded_copy
 from ride_plugin._halves import halves_of
+from ride_plugin._inputs import own_inputs
 from ride_plugin._output import (
     ExpertOutput,
     RouterInputs,
@@ -220,13 +221,7 @@ class RIDEWrapper(SplitModule):
     def return_experts(self, value: ReturnExperts) -> None:
         asked: ReturnExperts = check_choice(value, "return_experts", _RETURN_EXPERTS)
         if asked == "outputs" and self._differs is not None:
-            raise ArgumentError(
-                "Expected argument `return_experts` to be True or 'training', but got 'outputs', "
-                "and an expert's whole output is not what the backbone returns for the example, "
-                f"but {self._differs}. The forward collects it from all modules "
-                "(`self.modules()`, or hooks on them), and those before the fork are passed by in "
-                "an expert. Let it collect what modules return, or pass an earlier `fork_at=`."
-            )
+            _refuse_outputs(self._differs, "the example")
         self._return_experts = asked
 
     @classmethod
@@ -440,12 +435,23 @@ class RIDEWrapper(SplitModule):
         asked = self.return_experts == "outputs" and self.training
         if not asked and (not self._trains() or self._watch.began):
             return self._output(self._each(args, kwargs), self.training, (args, kwargs))
+        compiling = torch.compiler.is_compiling()
+        inputs = (args, kwargs) if compiling else own_inputs((args, kwargs))
         with whole_outputs() as outputs:
             each = self._each(args, kwargs)
+        if asked and outputs and not compiling:
+            lacking = self.lacking_in(inputs, outputs[0])
+            if lacking is not None:
+                _refuse_outputs(lacking, "these arguments")
         if not asked and outputs:
             self._watch.leaves_out(losses_beside(reader_in(self.experts[0]), outputs[0]))
         output = self._output(each, self.training)  # the watch sees them
         return (outputs or each) if asked else output
+
+    def _has_to_stop(self) -> bool:
+        # Hooks that a forward registers at its first call stand on a part that has run by itself.
+        asked = self.return_experts == "outputs" and not torch.compiler.is_compiling()
+        return asked or super()._has_to_stop()
 
     def _trains(self) -> bool:
         return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -557,6 +563,16 @@ class RIDEWrapper(SplitModule):
             checkpointed(partial(logits_of, k), expert, self._written)
             for k, expert in enumerate(self.experts)
         ]
+
+
+def _refuse_outputs(differs: str, what: str) -> NoReturn:
+    raise ArgumentError(
+        "Expected argument `return_experts` to be True or 'training', but got 'outputs', and an "
+        f"expert's whole output is not what the backbone returns for {what}, but {differs}. The "
+        "forward collects it from all modules (`self.modules()`, or hooks on them), and those "
+        "before the fork are passed by in an expert. Let it collect what modules return, leave out "
+        "the flag that asks for it, or pass an earlier `fork_at=`."
+    )
 
 
 def _tell_swap(

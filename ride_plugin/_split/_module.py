@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from ride_plugin._checks import refuse
@@ -94,6 +95,7 @@ class SplitModule(Holder):
         self._links = parts.links
         hooks = numbers_of_hooks((parts.trunk, *parts.experts))
         self._known_paths = Paths(parts.layouts, hooks)
+        self._next_hook = 0  # torch's number of the next hook, when a pass began
         self._attributes = parts.attributes
         self._late = parts.late
         self._draws = RANDOM in parts.attributes  # with numpy or Python, before the fork
@@ -348,6 +350,10 @@ class SplitModule(Holder):
         """Leave normalisation layers in evaluation that were frozen there, see :meth:`train`."""
         self._frozen_parts.keep_in_evaluation()
 
+    def lacking_in(self, inputs: Inputs, output: Any) -> str | None:
+        """What an expert's whole output lacks of the backbone's for these inputs, in words."""
+        return self._known_paths.lacking(self, self.parts(), inputs, output)
+
     def refusing_writes(self) -> AbstractContextManager[None]:
         """Around a pass: an error if an expert writes what all share; tells what trains as one."""
         if torch.compiler.is_compiling():
@@ -442,10 +448,11 @@ class SplitModule(Holder):
         before = read_attributes(self.trunk, self._attributes)
         self._keep_hooks()
         self._tell_of_hooks()
-        state, _ = record(
-            self.trunk, self._running, self._known_paths.layouts, args, kwargs, stop_at_fork=True
-        )
-        self._look_again()
+        known = self._known_paths.layouts
+        try:
+            state, _ = record(self.trunk, self._running, known, args, kwargs, stop_at_fork=True)
+        finally:
+            self._look_again()
         return replace(state, attributes=before)
 
     def _check_number(self) -> None:
@@ -542,15 +549,18 @@ class SplitModule(Holder):
         """Know what a pass has written from what somebody changes between two passes."""
         if not torch.compiler.is_compiling():
             self._handed_out.look_again(self.trunk, self.experts)
+            if RemovableHandle.next_id > self._next_hook:
+                self._known_paths.keep_hooks((self.trunk, *self.experts), self._next_hook)
 
     def _follow_tensors(self) -> None:
-        """Read the tensors that the modules hold now.
+        """Read the tensors that the modules hold now, and see which hooks a pass registers.
 
         FSDP2 gathers parameters, `functional_call` swaps them and a forward binds buffers anew
         (`self.queue = torch.cat(...)`) where they are owned, and only there: a view that went on
         reading the old tensor would train nothing.
         """
         if not torch.compiler.is_compiling():
+            self._next_hook = RemovableHandle.next_id
             for link in self._links:
                 link.refresh()
 

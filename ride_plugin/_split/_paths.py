@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 from torch import nn
 
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._inputs import Inputs
+from ride_plugin._split._form import form_of_inputs
 from ride_plugin._split._learn import learn_at_run_time
 from ride_plugin._split._logits import whole_outputs
-from ride_plugin._split._observers import without_later
+from ride_plugin._split._observers import numbers_of_hooks, without_later
 from ride_plugin._split._parts import Parts
-from ride_plugin._split._state import Layout
+from ride_plugin._split._plain import output_of_backbone
+from ride_plugin._split._results import other_places
+from ride_plugin._split._state import Layout, TrunkState
+from ride_plugin._tree import places_in
 
 _MOST_LAYOUTS = 64  # a number among the arguments may be another at each call
 _MOST_LOOKS = 16  # each takes as long as a few passes; where paths are random they find nothing
@@ -21,14 +27,25 @@ _MOST_LOOKS = 16  # each takes as long as a few passes; where paths are random t
 class Paths:
     """What crosses the cut on each way through the forward that is known.
 
+    Also whether an expert returns on it what the backbone does, where somebody asks for that.
+
     Attributes:
         layouts: one for each path.
+
+    Args:
+        layouts: those that the build has seen.
+        hooks: torch's numbers of the hooks that trunk and experts had when they were wrapped.
     """
 
     def __init__(self, layouts: list[Layout], hooks: frozenset[int]) -> None:
         self.layouts = layouts
-        self._hooks = hooks  # numbers of those on trunk and experts, when the backbone was wrapped
+        self._hooks = hooks  # numbers of those that are no observers, on trunk and experts
         self._num_looks = 0
+        self._compared: set[Any] = set()  # kinds of calls and of what they return
+
+    def keep_hooks(self, roots: Sequence[nn.Module], first: int) -> None:
+        """Take hooks with these numbers and above for a part of the computation."""
+        self._hooks |= {number for number in numbers_of_hooks(roots) if number >= first}
 
     def may_look(self) -> bool:
         """Whether to look for one more path in passing; each question counts."""
@@ -54,3 +71,34 @@ class Paths:
         if new and len(self.layouts) < _MOST_LAYOUTS:
             self.layouts.append(layout)
         return layout
+
+    def lacking(self, model: nn.Module, parts: Parts, inputs: Inputs, output: Any) -> str | None:
+        """What an expert's whole output lacks of the backbone's for these inputs, in words.
+
+        Each kind of call is compared once. None where nothing is missing, or it cannot be told.
+
+        Args:
+            model: its random state is kept.
+            parts: what it is made of.
+            inputs: of its forward, or the trunk's state in their place.
+            output: what an expert's forward returned.
+        """
+        stored = inputs[0][0] if inputs[0] and isinstance(inputs[0][0], TrunkState) else None
+        inputs = inputs if stored is None else stored.values[0]
+        ours = tuple(path for path, _ in places_in(output))
+        kind = form_of_inputs(inputs), ours
+        if kind in self._compared or len(self._compared) >= _MOST_LOOKS:
+            return None
+        # What no expert reads has no values in a stored state.
+        for meta in (True,) if stored is not None else (True, False):
+            memo = without_later((parts.trunk, *parts.experts), self._hooks)
+            try:
+                with random_state_kept(model):
+                    expected = output_of_backbone(parts, inputs, meta, memo)
+            except Exception:  # as where the backbone looks at values
+                continue
+            if not {path for path, _ in places_in(expected)} <= {*ours}:
+                return other_places(expected, output)
+            break
+        self._compared.add(kind)
+        return None

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ride_plugin._closeness import close
 from ride_plugin._contexts import in_mode, random_state_kept, seed_everything
 from ride_plugin._errors import RIDEError
-from ride_plugin._inputs import resize_batch
-from ride_plugin._split._copies import clone_module, copy_with_hooks, detached_activations
+from ride_plugin._inputs import Inputs, own_inputs, resize_batch
+from ride_plugin._split._copies import (
+    clone_module,
+    copy_with_hooks,
+    detached_activations,
+    running_copy,
+)
 from ride_plugin._split._hooks import drop_hooks
 from ride_plugin._split._join import Joined
 from ride_plugin._split._listed import list_own
 from ride_plugin._split._logits import LogitsReader, reader_in
+from ride_plugin._split._meta import on_meta
 from ride_plugin._split._observers import is_ours
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, trial_run
@@ -40,19 +46,35 @@ def plain_modules(parts: Parts, indices: Sequence[int]) -> nn.ModuleList:
     return nn.ModuleList(_without_ours(root) for root in roots)
 
 
+def output_of_backbone(parts: Parts, inputs: Inputs, meta: bool, memo: dict[int, Any]) -> Any:
+    """All that expert 0 and the trunk return as a plain backbone, in the mode that they are in.
+
+    Args:
+        parts: left as they are.
+        inputs: of the forward.
+        meta: return tensors without contents; it raises where the backbone looks at values.
+        memo: what stands in the copy for something, by its id.
+    """
+    _, (root,), _ = _put_together(parts, [0], _held_by(parts) | memo)
+    _strip_hooks(root)
+    with torch.no_grad(), random_state_kept(parts.trunk), on_meta(own_inputs(inputs), meta) as own:
+        args, kwargs = own
+        return running_copy(root, (root,), parts.written, meta)(*args, **kwargs)
+
+
 def plain_views(parts: Parts) -> list[nn.Module]:
     """Every expert as the backbone would be, of the very tensors that the parts hold.
 
     They are for reading names and tensors: nothing checks that they run.
     """
-    own = {id(tensor): tensor for root in (parts.trunk, *parts.experts) for tensor in _held(root)}
-    _, roots, _ = _put_together(parts, range(len(parts.experts)), own)
+    _, roots, _ = _put_together(parts, range(len(parts.experts)), _held_by(parts))
     return [_without_ours(root) for root in roots]
 
 
-def _held(root: nn.Module) -> Iterator[Tensor]:
-    yield from root.parameters()
-    yield from root.buffers()
+def _held_by(parts: Parts) -> dict[int, Any]:
+    """A memo by which copies hold the very tensors of the parts."""
+    roots = (parts.trunk, *parts.experts)
+    return {id(t): t for root in roots for t in (*root.parameters(), *root.buffers())}
 
 
 def _put_together(

@@ -90,9 +90,7 @@ def output_difference(expected: Any, got: Any) -> str | None:
     """The first entry in which two outputs differ by more than rounding, in words; None if none."""
     ours, theirs = places_in(got), places_in(expected)
     if [path for path, _ in ours] != [path for path, _ in theirs]:
-        places = {path for path, _ in ours} ^ {path for path, _ in theirs}
-        first = listed(sorted(map(spelled, places)))
-        return f"{len(ours)} tensors instead of {len(theirs)}, with or without {first}"
+        return other_places(expected, got)
     for (path, a), (_, b) in zip(ours, theirs, strict=True):
         try:
             alike = same_values(a, b) or near(a, b)
@@ -101,6 +99,13 @@ def output_difference(expected: Any, got: Any) -> str | None:
         if not alike:
             return f"another {spelled(path)}"
     return None
+
+
+def other_places(expected: Any, got: Any) -> str:
+    """Where tensors are in one of two outputs and not in the other, in words."""
+    ours, theirs = ([path for path, _ in places_in(output)] for output in (got, expected))
+    first = listed(sorted(map(spelled, {*ours} ^ {*theirs})))
+    return f"{len(ours)} tensors instead of {len(theirs)}, with or without {first}"
 
 
 def same(a: Tensor, b: Tensor, exact: Callable[[], bool]) -> bool:

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import ConfidenceRouter, ReplayError, RIDEWrapper, RoutingInference, expert_logits
+from ride_plugin import (
+    ArgumentError,
+    ConfidenceRouter,
+    ReplayError,
+    RIDEWrapper,
+    RoutingInference,
+    expert_logits,
+)
 from tests.naive import copies_of
 
 X, MASK, ROW, VECTOR = torch.randn(6, 6), torch.rand(6, 8), torch.rand(1, 8), torch.rand(8)
@@ -298,3 +305,78 @@ def test_rows_are_chosen_where_a_batch_is_cut_to_its_longest_row() -> None:
         state = model.run_trunk(x, lengths)  # by position, which the build has not seen
         for rows in (torch.tensor([0, 5]), torch.tensor([4, 1, 2])):
             torch.testing.assert_close(model(state.select(rows)), expected[rows])
+
+
+_collecting: list[list[Tensor]] = [[]]  # as transformers does, outside of any module
+
+
+def _collect(module: nn.Module, args: Any, output: Tensor) -> None:
+    _collecting[-1].append(output)
+
+
+class Layer(nn.Linear):
+    """Found by its class."""
+
+
+class Collecting(nn.Module):
+    """Returns what all layers returned where a call asks for it, by hooks of its first time."""
+
+    def __init__(self, looks: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.layers = nn.ModuleList(Layer(8, 8) for _ in range(3))
+        self.fc = nn.Linear(8, 5)
+        self.has_hooks = False
+        self.looks = looks  # at values, so that it does not run without them
+
+    def forward(self, x: Tensor, states: bool = False) -> dict[str, Any]:
+        if states and not self.has_hooks:
+            for module in self.modules():
+                if type(module) is Layer:
+                    module.register_forward_hook(_collect)
+            self.has_hooks = True
+        _collecting.append([])
+        h = self.stem(x)
+        for layer in self.layers:
+            h = layer(h).relu()
+        collected = _collecting.pop()
+        if self.looks and bool(h.sum() > 1e9):
+            h = h * 2
+        return {"logits": self.fc(h)} | ({"states": collected} if states else {})
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("fork_at", ["layers.1", "fc"])
+def test_whole_outputs_that_lack_the_trunk_on_a_later_path_are_refused(
+    num_experts: int, looks: bool, fork_at: str
+) -> None:
+    model = RIDEWrapper(Collecting(looks), num_experts, fork_at=fork_at, example_input=X).train()
+    if num_experts > 1:
+        model(X, states=True)  # the path is known before somebody asks for whole outputs
+    model.return_experts = "outputs"
+    assert len(model(X)) == num_experts
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match=r"`return_experts`.*for these arguments, but"):
+            model(X, states=True)
+    assert [list(output) for output in model(X)] == [["logits"]] * num_experts
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+@pytest.mark.parametrize("looks", [False, True])
+def test_whole_outputs_on_a_later_path_are_those_of_the_copies(
+    num_experts: int, looks: bool
+) -> None:
+    backbone = Collecting(looks)
+    model = RIDEWrapper(
+        backbone, num_experts, fork_at="layers.0", example_input=X, return_experts="outputs"
+    ).train()
+    seen: list[Tensor] = []
+    model.experts[0].fc.register_forward_hook(lambda module, args, out: seen.append(out))
+    model(X)
+    for _ in range(2):
+        outputs = model(X, states=True)
+        for got, copied in zip(outputs, copies_of(backbone, model), strict=True):
+            torch.testing.assert_close(got, copied(X, states=True))
+            assert len(got["states"]) == 3
+    assert len(seen) == 3  # an observer sees no pass that is thrown away
