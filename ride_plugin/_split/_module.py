@@ -20,6 +20,7 @@ from ride_plugin._errors import (
     ArgumentError,
     CheckpointError,
     ReplayError,
+    RIDEError,
     listed,
     warn_caller,
 )
@@ -228,6 +229,8 @@ class SplitModule(Holder):
         except Exception as error:
             if not torch.compiler.is_compiling() and not belongs_to(expert, self._running):
                 raise self._stranger(index) from error
+            if state.chosen and not isinstance(error, RIDEError | torch.OutOfMemoryError):
+                raise _not_on_these_rows(state, error) from error
             raise
         finally:
             self._running.forget()
@@ -615,6 +618,16 @@ def _refuse_changed(state: TrunkState, versions: list[list[int | None]]) -> None
         "got a copy: something decides it that was different then. Wrap the backbone as it is in "
         "use, with an `example_input=` of this kind, or let its forward make a new tensor "
         "(`h = h + 1` instead of `h += 1`)."
+    )
+
+
+def _not_on_these_rows(state: TrunkState, error: Exception) -> ReplayError:
+    return ReplayError(
+        f"An expert does not run on {state.batch_size} rows that were chosen of a batch "
+        f"({type(error).__name__}: {error}). If it runs on the whole batch, the forward decides by "
+        "all rows what is done with each: whether any has a global token, say. Route batches whose "
+        "rows agree in that (padded on the other side, say), let the forward decide for each row, "
+        "or pass `fork_at=` a later submodule."
     )
 
 

@@ -151,6 +151,7 @@ class TrunkState:
         default=False, repr=False
     )  # in its backward, for the last value's sake
     numbers: tuple[tuple[int, Any], ...] = field(default=(), repr=False)  # read, then changed
+    chosen: bool = field(default=False, repr=False)  # whether rows were, by `select`
 
     def __len__(self) -> int:
         return self.batch_size
@@ -212,7 +213,7 @@ class TrunkState:
             return done[id(value)]
 
         values = [_map_with(gather, v, s) for v, s in zip(self.values, specs, strict=True)]
-        return replace(self, batch_size=rows.numel(), values=values)
+        return replace(self, batch_size=rows.numel(), values=values, chosen=True)
 
     @staticmethod
     def cat(states: Sequence[TrunkState]) -> TrunkState:
@@ -260,7 +261,8 @@ class TrunkState:
                 return join_rows((value, *next(rest)), *info, sizes)
 
             values.append(_map_with(join, entries[0], tuple(zip(specs, live, strict=True))))
-        return replace(first, batch_size=sum(sizes), values=values)
+        chosen = any(state.chosen for state in states)
+        return replace(first, batch_size=sum(sizes), values=values, chosen=chosen)
 
     def hollowed(self) -> TrunkState:
         """Replace what no expert reads by NaNs of the same shape that take no memory.

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, StackDataset
 from ride_plugin import (
     ArgumentError,
     ConfidenceRouter,
+    ReplayError,
     RIDEWrapper,
     RoutingInference,
     expert_logits,
@@ -410,3 +411,37 @@ def test_states_beside_which_a_module_returned_another_number_are_not_joined() -
     states = [model.run_trunk(torch.randn(3, 6)) for _ in range(2)]
     with pytest.raises(ArgumentError, match="`states` to differ in their tensors alone"):
         TrunkState.cat(states)
+
+
+class _Global(nn.Module):
+    """Flagged rows are gathered where any row of the batch is flagged, as Longformer's tokens."""
+
+    def forward(self, h: Tensor, flag: Tensor, some: bool) -> Tensor:
+        picked = h[flag]
+        return h + picked.reshape(len(picked), -1).sum() if some else h
+
+
+class _WithGlobal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.late, self.fc = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+        self.gather = _Global()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flag = x[:, 0] > 0
+        some = bool(flag.any())
+        h = self.embed(x)
+        return self.fc(self.gather(self.late(h), flag, some) * 0 + h)
+
+
+def test_an_error_on_chosen_rows_says_that_the_whole_batch_may_have_decided() -> None:
+    example = torch.rand(3, 4) + 5
+    model = RIDEWrapper(_WithGlobal(), 2, fork_at="late", example_input=example).eval()
+    x = torch.cat([torch.rand(1, 4), -torch.rand(2, 4)])
+    with torch.no_grad():
+        state = model.run_trunk(x)
+        model.run_expert(1, state)
+        model.run_expert(1, state.select(torch.tensor([0, 2])))
+        with pytest.raises(ReplayError, match=r"2 rows that were chosen .*0 elements") as told:
+            model.run_expert(1, state.select(torch.tensor([1, 2])))
+    assert type(told.value.__cause__) is RuntimeError
