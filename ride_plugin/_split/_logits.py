@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from ride_plugin._errors import ArgumentError, ReplayError, SplitError
 from ride_plugin._split._classifier import Head, find_classifier
 from ride_plugin._split._probe import Call
-from ride_plugin._tree import Path, answers_indices, at_path, is_matrix, logits_in, matrices_in
+from ride_plugin._tree import (
+    Path,
+    answers_indices,
+    at_path,
+    is_matrix,
+    logits_in,
+    matrices_in,
+    places_in,
+)
 
 Choice: TypeAlias = int | str | Callable[[Any], Tensor] | None
 """What users say about it: an index, a key, a function of the output, or nothing."""
@@ -194,6 +202,7 @@ def find_logits(
             "Expected argument `backbone` to map a batch to logits [B, C], but for 2 rows it "
             f"returned {describe(output)}. Wrap a classifier"
             + ("." if reader.choice is None else ", or pass another `logits=`.")
+            + _with_one_more(output)
         )
     return logits, find_classifier(root, logits)
 
@@ -255,10 +264,23 @@ def describe(output: Any) -> str:
         return f"a {output.dtype} tensor of shape {list(output.shape)}"
     found = matrices_in(output)
     kind = type(output).__name__
-    if not found:
-        return f"a {kind} without a matrix [B, C]"
-    listed = ", ".join(f"{spelled(path)} of shape {list(t.shape)}" for path, t in found)
-    return f"a {kind} with {listed}"
+    tensors = found or places_in(output)[:3]
+    listed = ", ".join(f"{spelled(path)} of shape {list(t.shape)}" for path, t in tensors)
+    if found:
+        return f"a {kind} with {listed}"
+    return f"a {kind} without a matrix [B, C]" + (f", with {listed}" if tensors else "")
+
+
+def _with_one_more(output: Any) -> str:
+    """How to get logits out of an output that has them as ``[B, 1, C]`` or ``[B, C, 1]``."""
+    for path, tensor in places_in(output):
+        if tensor.is_floating_point() and tensor.dim() == 3 and tensor.shape[1:].count(1) == 1:
+            entry = "[:, 0]" if tensor.shape[1] == 1 else "[..., 0]"
+            return (
+                f" If {spelled(path)} of shape {list(tensor.shape)} holds them: "
+                f"`logits=lambda output: {spelled(path)}{entry}`."
+            )
+    return ""
 
 
 def _of_a_classifier(

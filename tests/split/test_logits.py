@@ -676,3 +676,22 @@ def test_a_squeeze_that_drops_the_batch_dimension_of_one_row_is_named(where: str
     state = model.run_trunk(torch.randn(3, 8)).select(torch.tensor([1]))
     with pytest.raises(ReplayError, match=r"Name the dimension there"):
         model.run_expert(1, state)
+
+
+@pytest.mark.parametrize(
+    ("shape", "proposal"),
+    [
+        (lambda f, o: {"logits": o.unsqueeze(1)}, "lambda output: output['logits'][:, 0]"),
+        (lambda f, o: (o.unsqueeze(2), 0), "lambda output: output[0][..., 0]"),
+        (lambda f, o: o.unsqueeze(1), "lambda output: output[:, 0]"),
+    ],
+)
+def test_logits_with_one_dimension_more_are_told_apart_by_a_function(
+    shape: Callable[[Tensor, Tensor], Any], proposal: str
+) -> None:
+    net, x = Net(shape), torch.rand(3, 8)
+    with pytest.raises(SplitError, match=r"of shape \[2, (1, 5|5, 1)\]") as told:
+        RIDEWrapper(net, 2, example_input=x)
+    assert f"`logits={proposal}`" in str(told.value)
+    model = RIDEWrapper(net, 2, example_input=x, logits=eval(proposal))
+    assert expert_logits(model(x)).shape == (3, 2, 5)
