@@ -440,7 +440,7 @@ class RIDEWrapper(SplitModule):
         with whole_outputs() as outputs:
             each = self._each(args, kwargs)
         if asked and outputs and not compiling:
-            lacking = self.lacking_in(inputs, outputs[0])
+            lacking = self._lacking_in(inputs, outputs[0])
             if lacking is not None:
                 _refuse_outputs(lacking, "these arguments")
         if not asked and outputs:

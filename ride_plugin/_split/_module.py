@@ -353,7 +353,7 @@ class SplitModule(Holder):
         """Leave normalisation layers in evaluation that were frozen there, see :meth:`train`."""
         self._frozen_parts.keep_in_evaluation()
 
-    def lacking_in(self, inputs: Inputs, output: Any) -> str | None:
+    def _lacking_in(self, inputs: Inputs, output: Any) -> str | None:
         """What an expert's whole output lacks of the backbone's for these inputs, in words."""
         return self._known_paths.lacking(self, self.parts(), inputs, output)
 
