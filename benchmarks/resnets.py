@@ -58,16 +58,17 @@ class CifarResNet(nn.Module):
         n: int = 5,
         head: Callable[[int, int], nn.Module] = nn.Linear,
         shortcut: Callable[[int], nn.Module] = PadShortcut,
+        channels: int = 16,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(3, channels, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = self.stage(16, 16, 1, n, shortcut)
-        self.layer2 = self.stage(16, 32, 2, n, shortcut)
-        self.layer3 = self.stage(32, 64, 2, n, shortcut)
+        self.layer1 = self.stage(channels, channels, 1, n, shortcut)
+        self.layer2 = self.stage(channels, 2 * channels, 2, n, shortcut)
+        self.layer3 = self.stage(2 * channels, 4 * channels, 2, n, shortcut)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = head(64, num_classes)
+        self.linear = head(4 * channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)

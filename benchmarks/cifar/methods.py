@@ -28,6 +28,8 @@ class Method:
         depths: experts look at features of different depths, see `benchmarks.cifar.depths`.
         starts_from: method whose finished model this one starts from; it trains no first stage.
         classifiers: what happens to that model's classifiers.
+        fork_at: where experts begin; None for where the library forks.
+        channels: of the backbone's first layer; 16 is ResNet-32.
         other: another library's form of the plain backbone, see `benchmarks.cifar.others`.
     """
 
@@ -44,6 +46,8 @@ class Method:
     depths: bool = False
     starts_from: str | None = None
     classifiers: Literal["crt", "tau_norm"] | None = None
+    fork_at: str | None = None
+    channels: int = 16
     other: Literal["earlyon", "packed", "batch"] | None = None
 
     @property
@@ -74,6 +78,10 @@ class Method:
             said.append("different depths")
         if self.classifiers is not None:
             said.append({"crt": "cRT", "tau_norm": "tau-normalised"}[self.classifiers])
+        if self.fork_at is not None:
+            said.append(f"forked at {self.fork_at}")
+        if self.channels != 16:
+            said.append(f"{self.channels} to {4 * self.channels} channels")
         if self.other is not None:
             said.append(_OTHERS[self.other])
         return ", ".join(said)
@@ -111,6 +119,7 @@ METHODS: dict[str, Method] = {
     "balanced_softmax": Method("balanced_softmax"),
     "balanced_softmax_cosine": Method("balanced_softmax", cosine=True),
     "balanced_softmax_narrow": _adjusted((1.0,), num_experts=1),
+    "balanced_softmax_wide": Method("balanced_softmax", cosine=True, channels=20),
     "balanced_softmax_mixup": Method("balanced_softmax", cosine=True, mixup=0.4),
     "balanced_softmax_earlyon": Method("balanced_softmax", other="earlyon"),
     "balanced_softmax_packed": Method("balanced_softmax", other="packed"),
@@ -139,6 +148,8 @@ METHODS: dict[str, Method] = {
     "ride3_balanced_official_strong": _adjusted((1.0, 1.0, 1.0), "official", views="strong"),
     "ride3_balanced_official_views": _adjusted((1.0, 1.0, 1.0), "official", views="both"),
     "ride3_balanced_official_depths": _adjusted((1.0, 1.0, 1.0), "official", depths=True),
+    "ride3_balanced_full_width": _adjusted((1.0, 1.0, 1.0), expert_width=1.0),
+    "three_networks": _adjusted((1.0, 1.0, 1.0), expert_width=1.0, fork_at="conv1"),
     "ride3_balanced_collaborative": _adjusted((1.0, 1.0, 1.0), collaborative=True),
     "ride3_adjusted": _adjusted(),
     "ride3_adjusted_mixup": _adjusted(mixup=0.3),

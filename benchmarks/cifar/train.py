@@ -92,7 +92,7 @@ class Run:
 
     def _build(self) -> nn.Module:
         method, num_classes = self.method, len(self.class_counts)
-        model: nn.Module = CifarResNet(num_classes)
+        model: nn.Module = CifarResNet(num_classes, channels=method.channels)
         if method.other == "earlyon":
             model = EarlyExit(num_classes)
         elif method.other is not None:
@@ -103,11 +103,12 @@ class Run:
             model = RIDEWrapper(
                 model,
                 method.num_experts,
+                fork_at=method.fork_at,
                 expert_width=method.expert_width,
                 classifier="cosine" if method.cosine else None,
             )
         elif method.cosine:
-            model.linear = CosineClassifier(64, num_classes)
+            model.linear = CosineClassifier(4 * method.channels, num_classes)
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def execute(self) -> dict[str, Any]:
