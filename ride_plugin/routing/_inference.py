@@ -133,13 +133,15 @@ class RoutingInference(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        held = self.threshold_logits  # `assign=True` replaces it
+        # Somebody's hooks run in it, which may rename entries; the parts load theirs only later.
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         refuse_plain_state(state_dict, prefix, self)
         refuse_state_of_part(state_dict, prefix, self)
-        limits = state_dict.get(f"{prefix}threshold_logits", self.threshold_logits)
-        if isinstance(self.model, Holder) and not is_same(self.threshold_logits, limits):
+        limits = state_dict.get(f"{prefix}threshold_logits", held)
+        if isinstance(self.model, Holder) and not is_same(held, limits):
             # Else the model would warn of a state that holds its own tensors only.
             self.model.ride_versions = []
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @overload
     def forward(

@@ -217,8 +217,9 @@ class ExpertRouter(nn.Module):
         return logit
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        refuse_plain_state(state_dict, prefix, self)
+        # Somebody's hooks run in it, which may rename entries; the layers load theirs only later.
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        refuse_plain_state(state_dict, prefix, self)
 
     def extra_repr(self) -> str:
         """What was chosen, for ``repr``."""

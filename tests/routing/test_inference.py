@@ -550,6 +550,23 @@ def test_states_of_other_parts_are_refused_with_the_way_to_load_them():
     assert serve.load_state_dict(some, strict=False).unexpected_keys == []
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_hooks_of_the_user_may_rename_entries_while_a_state_is_loaded(assign):
+    def strip(module, state, prefix, *rest):
+        for name in list(state):
+            state[name.replace("module.", "")] = state.pop(name)
+
+    model = RIDEWrapper(conv_backbone(), 3, example_input=torch.zeros(2, 3, 8, 8))
+    router = ExpertRouter.for_model(model)
+    serve = RoutingInference(model, router, 0.25)
+    for part in (router, serve):
+        state = {f"module.{key}": 2 * value for key, value in part.state_dict().items()}
+        part.register_load_state_dict_pre_hook(strip)
+        part.load_state_dict(state, assign=assign)
+        for key, value in part.state_dict().items():
+            assert torch.equal(value, state[f"module.{key}"])
+
+
 def test_thresholds_are_handed_on_within_one_model_without_a_word():
     model = RIDEWrapper(conv_backbone(), 3, example_input=torch.zeros(2, 3, 8, 8))
     first, second = (RoutingInference(model, ConfidenceRouter(), t) for t in (0.25, 0.5))
