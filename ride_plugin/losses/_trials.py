@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -75,7 +76,11 @@ def keeps_state(criterion: Callable[..., Any], *given: Any) -> bool:
 
 
 def sums_samples(criterion: Callable[..., Any], logits: Tensor, *given: Any) -> bool:
-    """Whether the loss of a batch that holds each sample twice is twice the loss."""
+    """Whether the loss of a batch that holds each sample twice is twice the loss.
+
+    A sum that is no larger than a mean would be is none: of losses with weights that sum to one, or
+    that is divided by a number of samples which the criterion was told.
+    """
 
     def twice(value: Tensor) -> Tensor:
         return torch.cat([value, value]) if value.shape[:1] == logits.shape[:1] else value
@@ -83,8 +88,10 @@ def sums_samples(criterion: Callable[..., Any], logits: Tensor, *given: Any) -> 
     try:
         loss = try_out(criterion, logits, *given).loss.detach()
         doubled = try_out(criterion, *(map_tensors(twice, each) for each in (logits, *given))).loss
-        tells = loss.dim() == 0 and bool(loss.isfinite() & (loss != 0))
-        return tells and close(doubled.detach(), 2 * loss, scale=0.0)
+        rows, classes = logits.shape
+        # The mean of a model that knows nothing is the logarithm, and the sum as many times it.
+        large = loss.dim() == 0 and bool(loss.isfinite() & (loss > rows**0.5 * math.log(classes)))
+        return large and close(doubled.detach(), 2 * loss, scale=0.0)
     except Exception:  # likewise
         return False
 
