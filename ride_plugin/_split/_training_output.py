@@ -93,15 +93,16 @@ def _learn_place(
     ]
     logits = reader.logits_of(output, training=True)
     if logits is None:
-        exact = head is not None and head.exact
-        sources = (
-            [] if head is None or exact else _sources(reader, roots[0], outputs[0], head, trace)
-        )
-        if not returned or not (exact or len(sources) == 1):
+        names = [] if head is None else _names(reader, roots[0], outputs[0], head)
+        if head is not None and not head.exact:
+            sources = _sources(reader, roots[0], outputs[0], head, trace)
+            # Where evaluation takes no gradients, a layer that is the only one is believed.
+            names = names if sources is None else sources
+        if not returned or len(names) != 1:
             raise SplitError(
                 "In training mode the backbone returns something else than in evaluation, and "
                 f"which part of it is the logits is not certain: {describe(output)}. {ASK}."
-                + _said_of_several(sources, outputs)
+                + _said_of_several(names, outputs)
             )
         reader.known[True, place] = returned[0]
         return
@@ -158,20 +159,29 @@ def _other_place(
     return others if others or learns else None
 
 
-def _sources(reader: LogitsReader, root: Call, output: Any, head: Head, trace: Trace) -> list[str]:
-    """The classifiers that the logits of evaluation are computed from; none if it is not known."""
-    names = [head.name]
-    if not head.exact:  # one of several layers that the logits may be computed from
-        logits = reader.logits_of(output)
-        assert logits is not None
-        names = list(dict.fromkeys(c.name for c in innermost_candidates(root, logits)))
+def _sources(
+    reader: LogitsReader, root: Call, output: Any, head: Head, trace: Trace
+) -> list[str] | None:
+    """The classifiers that the logits of evaluation are computed from; None if it is not known."""
+    names = _names(reader, root, output, head)
     try:
         before = trace(False, names)
         if not head.exact:
             names = [name for name in names if not _is_read_by_others(name, before)]
-        return [n for n in names if before.comes_from([n], reader.entry_of(before.output))]
+        entry = reader.entry_of(before.output)
+        known = isinstance(entry, Tensor) and entry.requires_grad
+        return [n for n in names if before.comes_from([n], entry)] if known else None
     except Exception:  # no gradients
-        return []
+        return None
+
+
+def _names(reader: LogitsReader, root: Call, output: Any, head: Head) -> list[str]:
+    """The classifier that has returned the logits, or the layers that they may come from."""
+    if head.exact:
+        return [head.name]
+    logits = reader.logits_of(output)
+    assert logits is not None
+    return list(dict.fromkeys(c.name for c in innermost_candidates(root, logits)))
 
 
 def _said_of_several(sources: Sequence[str], outputs: tuple[Any, Any]) -> str:

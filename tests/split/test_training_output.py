@@ -220,6 +220,16 @@ def test_one_of_two_heads_is_not_chosen_where_evaluation_takes_their_mean(
     assert all(p.grad.abs().sum() > 0 for p in model.experts[0].parameters())
 
 
+def test_a_single_classifier_is_found_where_evaluation_takes_no_gradients() -> None:
+    """The pass of evaluation does not tell what scaled logits are computed from."""
+    net = Net(lambda f, z: z.detach() / 2, lambda f, z: {"f": f, "z": z})
+    net.fc = nn.Linear(8, 5)
+    model = RIDEWrapper(net, 1, fork_at="late", init="copy").train()
+    x = torch.randn(4, 6)
+    net.drop.p = model.get_submodule("experts.0.drop").p = 0.0
+    torch.testing.assert_close(model(x), net.train()(x)["z"])
+
+
 def test_several_matrices_are_taken_where_one_classifier_alone_returns_one() -> None:
     """Though evaluation returns something computed of it, and a hidden layer is as wide."""
     net = Net(lambda f, z: z.log_softmax(1), lambda f, z: {"f": f, "z": z})
