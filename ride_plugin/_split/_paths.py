@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ride_plugin._contexts import random_state_kept
+from ride_plugin._distributed import running
 from ride_plugin._inputs import Inputs
 from ride_plugin._split._form import form_of_inputs
 from ride_plugin._split._learn import learn_at_run_time
@@ -89,8 +90,9 @@ class Paths:
         kind = form_of_inputs(inputs), ours
         if kind in self._compared or len(self._compared) >= _MOST_LOOKS:
             return None
-        # What no expert reads has no values in a stored state.
-        for meta in (True,) if stored is not None else (True, False):
+        # What no expert reads has no values in a stored state, and a pass with values of one rank
+        # alone would wait for the others where a layer talks to them.
+        for meta in (True,) if stored is not None or running() else (True, False):
             memo = without_later((parts.trunk, *parts.experts), self._hooks)
             try:
                 with random_state_kept(model):
