@@ -271,7 +271,7 @@ def test_the_counts_of_parameters_are_those_of_tensors(capsys) -> None:
     assert report.parameters == 3 * own + frozen
     assert report.shared_parameters == 2 * (12 * 12 + 12 + 24) + 12
     assert "shared by experts" in str(report)
-    assert f"{3 * own:,}" in str(report).splitlines()[-1]
+    assert f"{3 * own:,}" in str(report).splitlines()[-2]
 
 
 def test_folding_batchnorm_of_experts_that_share_their_weights() -> None:
