@@ -183,7 +183,7 @@ def _with_own_train(parts: Collection[nn.Module]) -> list[nn.Module]:
     asked_by_others: set[nn.Module] = set()
     for part in parts:
         method = type(part).train
-        if method is not nn.Module.train and not method.__module__.startswith(_PACKAGE):
+        if method is not nn.Module.train and not str(method.__module__).startswith(_PACKAGE):
             found[part] = None
             asked_by_others.update(_parts(part)[1:])
     return [part for part in found if part not in asked_by_others]

@@ -435,11 +435,11 @@ class RIDEWrapper(SplitModule):
         asked = self.return_experts == "outputs" and self.training
         if not asked and (not self._trains() or self._watch.began):
             return self._output(self._each(args, kwargs), self.training, (args, kwargs))
-        compiling = torch.compiler.is_compiling()
-        inputs = (args, kwargs) if compiling else own_inputs((args, kwargs))
+        compares = asked and not torch.compiler.is_compiling()
+        inputs = own_inputs((args, kwargs)) if compares else (args, kwargs)
         with whole_outputs() as outputs:
             each = self._each(args, kwargs)
-        if asked and outputs and not compiling:
+        if compares and outputs:
             lacking = self._lacking_in(inputs, outputs[0])
             if lacking is not None:
                 _refuse_outputs(lacking, "these arguments")

@@ -41,7 +41,11 @@ from ride_plugin._split._references import warn_of_outside_hooks
 from ride_plugin._split._settings import settings_at
 from ride_plugin._split._source import after_first_call, refuse_unfit, source_of
 from ride_plugin._split._state import Layout
-from ride_plugin._split._training_output import Traced, learn_training_output
+from ride_plugin._split._training_output import (
+    Traced,
+    check_columns,
+    learn_training_output,
+)
 from ride_plugin._split._unseen import unseen_modules
 from ride_plugin._split._use import place_of
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
@@ -219,6 +223,7 @@ def examine(
     else:
         roots, outputs = (root, training_root), (output, training_output)
         learn_training_output(reader, roots, outputs, head, traced_soon)
+        check_columns(reader, outputs)
     return Examined(
         inputs,
         root,

@@ -60,29 +60,8 @@ def learn_training_output(
         trace: see :data:`Trace`.
 
     Raises:
-        SplitError: it is not certain which they are, or they are of other classes.
+        SplitError: it is not certain which they are.
     """
-    _learn_place(reader, roots, outputs, head, trace)
-    evaluation, training = reader.logits_of(outputs[0]), reader.logits_of(outputs[1], True)
-    if training is None or evaluation is None or training.shape[1] == evaluation.shape[1]:
-        return
-    raise SplitError(
-        f"What is taken for the logits has {training.shape[1]} columns in training and "
-        f"{evaluation.shape[1]} in evaluation: {describe(outputs[1])}, and {describe(outputs[0])}. "
-        "If those of evaluation are features, for retrieval or face recognition say, let the "
-        "forward return logits in both modes. Features come from "
-        "`model.router_inputs(x).expert_features` [B, E, D] of the wrapped model."
-    )
-
-
-def _learn_place(
-    reader: LogitsReader,
-    roots: tuple[Call, Call],
-    outputs: tuple[Any, Any],
-    head: Head | None,
-    trace: Trace,
-) -> None:
-    """Teach the reader the place in training; arguments and errors as above."""
     root, output = roots[1], outputs[1]
     found = matrices_in(output)
     place = tuple(path for path, _ in found)
@@ -93,16 +72,17 @@ def _learn_place(
     ]
     logits = reader.logits_of(output, training=True)
     if logits is None:
-        names = [] if head is None else _names(reader, roots[0], outputs[0], head)
+        names = None
         if head is not None and not head.exact:
-            sources = _sources(reader, roots[0], outputs[0], head, trace)
+            names = _sources(reader, roots[0], outputs[0], head, trace)
+        if head is not None and names is None:
             # Where evaluation takes no gradients, a layer that is the only one is believed.
-            names = names if sources is None else sources
-        if not returned or len(names) != 1:
+            names = _names(reader, roots[0], outputs[0], head)
+        if not returned or names is None or len(names) != 1:
             raise SplitError(
                 "In training mode the backbone returns something else than in evaluation, and "
                 f"which part of it is the logits is not certain: {describe(output)}. {ASK}."
-                + _said_of_several(names, outputs)
+                + _said_of_several(names or [], outputs)
             )
         reader.known[True, place] = returned[0]
         return
@@ -128,6 +108,25 @@ def _learn_place(
         f"logits there, as in evaluation, is not computed by the classifier `{head.name}` that "
         f"returns them in evaluation: it looks like features. {remedy} (If it has another "
         "classifier in training, a function, `logits=lambda output: output` say, is believed.)"
+    )
+
+
+def check_columns(reader: LogitsReader, outputs: tuple[Any, Any]) -> None:
+    """Raise SplitError if what is taken for the logits is of other classes in training.
+
+    Args:
+        reader: knows where the logits are in both modes.
+        outputs: what the backbone returned in evaluation and in training.
+    """
+    evaluation, training = reader.logits_of(outputs[0]), reader.logits_of(outputs[1], True)
+    if training is None or evaluation is None or training.shape[1] == evaluation.shape[1]:
+        return
+    raise SplitError(
+        f"What is taken for the logits has {training.shape[1]} columns in training and "
+        f"{evaluation.shape[1]} in evaluation: {describe(outputs[1])}, and {describe(outputs[0])}. "
+        "If those of evaluation are features, for retrieval or face recognition say, let the "
+        "forward return logits in both modes. Features come from "
+        "`model.router_inputs(x).expert_features` [B, E, D] of the wrapped model."
     )
 
 
