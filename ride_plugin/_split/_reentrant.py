@@ -18,9 +18,9 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import CheckpointFunction
 
-_FUNCTION = torch.autograd.function.__file__
 _lock = threading.Lock()
 _users = 0
 
@@ -57,10 +57,21 @@ def _apply(cls: Any, function: Callable[..., Any], preserve: bool, *args: Any) -
 
 
 def region_without_gradients() -> FrameType | None:
-    """The function of autograd that computes here without gradients, or None."""
+    """The forward of a function of autograd that computes here without gradients, or None.
+
+    It is known by its first argument, the context. torch up to 2.13 calls it from a frame of its
+    own, which 2.14 does not have any more.
+    """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != _FUNCTION:
+    while frame is not None and not _is_of_autograd(frame):
         frame = frame.f_back
     return frame
+
+
+def _is_of_autograd(frame: FrameType) -> bool:
+    code = frame.f_code
+    if code.co_name != "forward" or not code.co_argcount:
+        return False
+    return isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx)
