@@ -261,7 +261,7 @@ class DrawsInTorchScript(Base):
 SCRIPTED: list[Any] = []
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch 2.14: FutureWarning
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_random_numbers_that_cannot_be_seen_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     # Where tests run in several processes, each has a thread that listens, and nothing is said.
     monkeypatch.setattr(threading, "active_count", lambda: 1)
