@@ -34,12 +34,11 @@ STYLE: dict[Any, Any] = {"svg.hashsalt": "ride-plugin", "font.size": 11, "axes.t
 def three_experts(data: dict[str, Any]) -> Figure:
     """Draw accuracy as bars, with the cost beside each."""
     figure, axes = _axes()
-    for row, (name, found) in enumerate(data["cost"].items()):
-        ((cost, accuracy),) = found["all"]
-        axes.barh(-row, accuracy, 0.7, color=LOOKS[name]["color"])
+    for row, (_, accuracy, cost, color) in enumerate(data["bars"]):
+        axes.barh(-row, accuracy, 0.7, color=color)
         axes.text(accuracy + 0.8, -row, f"{accuracy} %\ncost {cost:.2f}", va="center")
-    axes.set(xlim=(0, 66), xlabel="accuracy, %")
-    axes.set_yticks(range(0, -len(data["cost"]), -1), [n.replace(", ", ",\n") for n in LOOKS])
+    axes.set(xlim=(0, 68), xlabel="accuracy, %")
+    axes.set_yticks(range(0, -len(data["bars"]), -1), [name for name, *_ in data["bars"]])
     axes.set_title("CIFAR-100-LT, 200 epochs, one seed each")
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -22,6 +22,8 @@ def test_every_number_of_the_figures_stands_on_the_page() -> None:
     data = json.loads(figures.DATA.read_text())
     rows = [row.replace("*", "").split("|") for row in page.splitlines() if row.startswith("|")]
     cells = [{cell.strip() for cell in row} for row in rows]
+    for _, accuracy, cost, _ in data["bars"]:
+        assert any({f"{cost:.2f}", f"{accuracy}"} <= row for row in cells)
     for kinds in data["cost"].values():
         for cost, accuracy in kinds["all"]:
             assert any({f"{cost:.2f}", f"{accuracy}"} <= row for row in cells)
