@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 
 class Comparison(NamedTuple):
@@ -55,10 +56,16 @@ def compare(experts: Tensor, reference: Tensor, inverse_temperature: Tensor) -> 
     top_ratio = p.amax(-1, keepdim=True) / q.amax(-1, keepdim=True)
     normaliser = top_logit - top_ratio.log()
     # From the difference of the logits, not from `scaled`, whose rounding would drown it.
-    h = torch.sub(experts, reference, out=scaled).mul_(inverse_temperature / 2)
+    h = torch.sub(experts, reference, out=memory_of(scaled)).mul_(inverse_temperature / 2)
     h.sub_(normaliser, alpha=0.5)
     # A class masked with -inf on both sides gives NaN here and has no probability on either side.
     return Comparison(p, q, h.nan_to_num_(nan=0.0))
+
+
+def memory_of(tensor: Tensor) -> Tensor | None:
+    """What an operation may write into, as its ``out``, which ``torch.func.vmap`` does not know."""
+    mapped = not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(tensor)
+    return None if mapped else tensor
 
 
 _SLICE_BYTES = 512 * 1024
@@ -92,6 +99,8 @@ class _KnownGradient(torch.autograd.Function):
     Value and gradient share all their work, so the backward pass is one multiplication and the
     forward pass leaves one copy of the logits behind instead of one for each operation.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(logits: Tensor, value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:

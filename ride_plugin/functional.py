@@ -30,7 +30,13 @@ from ride_plugin._checks import (
     refuse,
 )
 from ride_plugin._errors import ArgumentError
-from ride_plugin._numerics import compare, float32_or_better, inverse_of, with_gradient
+from ride_plugin._numerics import (
+    compare,
+    float32_or_better,
+    inverse_of,
+    memory_of,
+    with_gradient,
+)
 
 __all__ = [
     "Form",
@@ -217,7 +223,7 @@ def pairwise_kl(
         # Products go into one buffer: at these sizes fresh memory costs more than arithmetic.
         work = h.tanh().mul_(h).mul_(p + q)
         value = work.sum(dim=(1, 2)).mul_(2 * factor)
-        mean_h = torch.mul(p, h, out=work).sum(-1, keepdim=True)
+        mean_h = torch.mul(p, h, out=memory_of(work)).sum(-1, keepdim=True)
         if detach_others:
             gradient = h.sub_(mean_h).mul_(p)
         else:  # half of p_i - mean_j p_j comes on top
@@ -265,10 +271,13 @@ def kl_from_reference(
     def of_samples(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         p, q, h = compare(logits, reference, inverse)
         # Beyond h = 40 the bracket is one; unclamped, the h of a masked class would cancel it.
-        tanh = h.clamp_(max=40.0).tanh()
-        rest = torch.sub(tanh, h, out=h)  # exact where h is small, so h = tanh - rest keeps it all
-        bracket = rest.addcmul_(rest, tanh, value=-1).addcmul_(tanh, tanh)
-        value = bracket.mul_(torch.add(p, q, out=tanh)).sum(dim=(1, 2))
+        h = torch.clamp(h, max=40.0, out=memory_of(h))
+        tanh = h.tanh()
+        # Exact where h is small, so h = tanh - rest keeps it all.
+        rest = torch.sub(tanh, h, out=memory_of(h))
+        bracket = torch.addcmul(rest, rest, tanh, value=-1, out=memory_of(rest))
+        bracket = torch.addcmul(bracket, tanh, tanh, out=memory_of(bracket))
+        value = bracket.mul_(torch.add(p, q, out=memory_of(tanh))).sum(dim=(1, 2))
         return value, p.sub_(q).mul_(inverse)
 
     return with_gradient(of_samples, logits, reference_logits[:, None].to(logits.dtype))

@@ -29,6 +29,17 @@ def batch(num_experts: int = 3) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("detach_others", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_vmap_gives_the_gradients_of_each_sample(form, detach_others) -> None:
+    logits, target = batch()
+    loss = DiversityLoss(COUNTS, form=form, detach_others=detach_others).double()
+    gradient = torch.func.grad(lambda z, y: loss(z[None], y[None]))
+    got = torch.func.vmap(gradient)(logits.detach(), target)
+    loss(logits, target).backward()
+    torch.testing.assert_close(got, len(target) * logits.grad)
+
+
+@pytest.mark.parametrize("detach_others", [True, False])
 @pytest.mark.parametrize("start_epoch", [0, 1])
 def test_paper_form_is_minus_weight_times_mean_divergence(detach_others, start_epoch) -> None:
     logits, target = batch()
