@@ -90,14 +90,30 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         several = "+" if name == "plan" else None
         command.add_argument("backbone", metavar="MODULE:FACTORY")
-        command.add_argument("--num-experts", type=int, nargs=several, metavar="E")
-        command.add_argument("--expert-width", type=float, nargs=several, metavar="W")
-        command.add_argument("--fork-at", metavar="NAME", help="first forked submodule")
+        numbers, widths = ("2 3 4", "1 0.75 0.5") if several else ("3", "1")
+        command.add_argument(
+            "--num-experts", type=int, nargs=several, metavar="E", help=f"default: {numbers}"
+        )
+        command.add_argument(
+            "--expert-width",
+            type=float,
+            nargs=several,
+            metavar="W",
+            help=f"share of the backbone's channels, from 0 to 1; default: {widths}",
+        )
+        command.add_argument(
+            "--fork-at", metavar="NAME", help="first forked submodule; chosen if left out"
+        )
         command.add_argument(
             "--input", metavar="SIZES", help="of one sample, such as 3,224,224; guessed if left out"
         )
         if name == "plan":
-            command.add_argument("--budget", type=float, default=1.1, help="in plain backbones")
+            command.add_argument(
+                "--budget",
+                type=float,
+                default=1.1,
+                help="largest cost, as a multiple of the plain backbone's FLOPs; default: 1.1",
+            )
     command = commands.add_parser(
         "report",
         help="accuracy by shot, calibration and experts, from stored predictions",
@@ -107,8 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_report)
     command.add_argument("predictions", type=Path, metavar="FILE.npz")
     command.add_argument("--csv", type=Path, metavar="FILE", help="write one line for each class")
-    command.add_argument("--many", type=int, default=100, help="many-shot: more images than this")
-    command.add_argument("--few", type=int, default=20, help="few-shot: fewer images than this")
+    command.add_argument(
+        "--many", type=int, default=100, help="many-shot: more images; default: 100"
+    )
+    command.add_argument("--few", type=int, default=20, help="few-shot: fewer images; default: 20")
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print values instead of a table")
     return parser
@@ -238,9 +256,10 @@ def _report(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _backbone(name: str) -> nn.Module:
     module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
+    if not module_name or not attribute or "/" in module_name or module_name.endswith(".py"):
         raise ArgumentError(
-            f"Expected MODULE:FACTORY, such as torchvision.models:resnet50, but got {name!r}."
+            "Expected MODULE:FACTORY, a module as `import` names it and what makes the backbone, "
+            f"such as torchvision.models:resnet50, but got {name!r}."
         )
     sys.path.insert(0, "")  # as for `python -c`: the current directory
     try:

@@ -57,8 +57,8 @@ def in_order_of(example: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, An
     return first | kwargs
 
 
-def batch_size_of(inputs: Inputs) -> int:
-    """Batch size: the first dimension of the first tensor that has one."""
+def batch_size_of(inputs: Inputs, name: str = "the arguments of the call") -> int:
+    """Batch size: the first dimension of the first tensor that has one; errors say ``name``."""
     for tensor in tensors_in(inputs):
         if tensor.is_nested:
             raise ArgumentError(
@@ -67,9 +67,11 @@ def batch_size_of(inputs: Inputs) -> int:
             )
         if tensor.dim() > 0:
             return tensor.shape[0]
+    args, kwargs = inputs
+    kinds = ", ".join(type(value).__name__ for value in (*args, *kwargs.values())) or "nothing"
     raise ArgumentError(
-        "Expected argument `example_input` to hold a tensor with a batch dimension, but it holds "
-        "none. Pass a batch as the backbone's forward receives it."
+        f"Expected {name} to hold a tensor with a batch dimension, but got {kinds}. Pass a batch "
+        "as the backbone's forward receives it, for images `torch.zeros(2, 3, 32, 32)` say."
     )
 
 
@@ -81,7 +83,7 @@ def row_sizes(inputs: Inputs, rows: int) -> tuple[tuple[int, ...], ...]:
 
 def rows_of_example(inputs: Inputs) -> int:
     """Batch size of an example, which has at least one row."""
-    return at_least_one_row(batch_size_of(inputs))
+    return at_least_one_row(batch_size_of(inputs, "argument `example_input`"))
 
 
 def at_least_one_row(rows: int) -> int:

@@ -231,6 +231,13 @@ def _carried(output: Tensor) -> Tensor | None:
     if experts is None:
         if output.dim() != 2:
             return None
+        if _is_of_no_wrapped_model(output):
+            raise MissingExpertLogitsError(
+                "Wrap the model, `model = RIDEWrapper(model, num_experts=3)`, make the optimizer "
+                "from it, and call it in the place of the plain one: by its graph no wrapped model "
+                "computed this output. Expected argument `output` to carry expert logits "
+                f"[B, E, C], but got bare logits of shape {list(output.shape)}."
+            )
         raise MissingExpertLogitsError(
             f"{_undone_by_hand(output)}"
             'Set `return_experts = "training"` on the RIDEWrapper, before DistributedDataParallel, '
@@ -313,6 +320,25 @@ def _undone_by_hand(output: Tensor) -> str:
         f"{', '.join(reversed(steps))}): `criterion(expert_logits(output)[rows], target[rows])` "
         "for some of its rows, `[..., columns]` for some classes. If an engine has done it: "
     )
+
+
+def _is_of_no_wrapped_model(output: Tensor) -> bool:
+    """Whether its whole graph is torch's own operations on parameters.
+
+    An engine may rebuild an output without its graph, or be one node of it; then nothing is known.
+    """
+    waiting, seen, parameters = [output.grad_fn], set[Any](), False
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # what collects the gradient of a leaf has one
+        if variable is None and not re.search(r"Backward\d+$", node.name()):
+            return False
+        parameters = parameters or isinstance(variable, torch.nn.Parameter)
+        waiting += [before for before, _ in node.next_functions]
+    return parameters
 
 
 def _of_pair(first: object, second: object) -> Tensor | None:

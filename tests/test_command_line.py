@@ -1,5 +1,6 @@
 """``python -m ride_plugin`` prints what the library counts, and its errors say what to do."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -183,6 +184,7 @@ def test_predictions_of_two_kinds_are_refused(capsys, tmp_path, arrays, more):
     ("arguments", "said"),
     [
         (["inspect", "tests.backbones"], "Expected MODULE:FACTORY"),
+        (["inspect", "tests/backbones.py:plain_convnet"], "as `import` names it"),
         (["inspect", "tests.nowhere:net"], "No module named 'tests.nowhere'"),
         (["inspect", "tests.backbones:Lambda"], "takes no arguments"),
         (["inspect", "builtins:dict"], "to return a torch.nn.Module, but got dict"),
@@ -254,6 +256,21 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, arrays):
         # torch with an accelerator logs that a package is missing, which is not ours to say.
         assert [line for line in said if "triton not found" not in line] == []
         assert process.wait() == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_help_tells_the_defaults(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    defaults = inspect.signature(plan if command == "plan" else RIDEWrapper).parameters
+    names = {"plan": ("num_experts", "expert_widths"), "inspect": ("num_experts", "expert_width")}
+    for name in names[command]:
+        value = defaults[name].default
+        values = value if isinstance(value, tuple) else (value,)
+        assert f"default: {' '.join(f'{one:g}' for one in values)}" in said
+    budget = defaults["max_flops_ratio"].default if command == "plan" else None
+    assert budget is None or f"default: {budget}" in said
 
 
 def test_it_runs_as_a_module():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from ride_plugin import ArgumentError
-from ride_plugin._inputs import as_inputs, resize_batch
+from ride_plugin._inputs import Inputs, as_inputs, batch_size_of, resize_batch
 
 
 def test_forms() -> None:
@@ -30,3 +31,14 @@ def test_rows_are_repeated_and_varied() -> None:
     assert torch.equal(few[0], x[0])
     assert len(few.unique(dim=0)) == 3
     assert set(rest.flatten().tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kinds"),
+    [(((np.zeros((2, 3)),), {}), "ndarray"), (((), {}), "nothing"), (((), {"x": [1]}), "list")],
+)
+def test_a_call_without_a_tensor_is_not_told_of_the_example(inputs: Inputs, kinds: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"^Expected the arguments of the call .* got {kinds}"):
+        batch_size_of(inputs)
+    with pytest.raises(ArgumentError, match=rf"^Expected argument `example_input` .* got {kinds}"):
+        resize_batch(inputs, 2)

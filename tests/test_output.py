@@ -86,6 +86,23 @@ def test_bare_logits_name_the_remedy_first_and_then_the_likely_causes() -> None:
         assert word in message
 
 
+def test_the_output_of_a_model_that_is_not_wrapped_is_told_from_one_that_lost_its_experts() -> None:
+    plain = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+    for out in (plain(torch.randn(4, 6)), plain(torch.randn(4, 6))[:2].double() / 2):
+        with pytest.raises(
+            MissingExpertLogitsError, match=r"^Wrap the model, .*\[B, E, C\]"
+        ) as error:
+            expert_logits(out)
+        assert str(list(out.shape)) in str(error.value)
+        assert "return_experts" not in str(error.value)
+    model, x = wrapped(), torch.randn(4, 6)
+    scale = nn.Parameter(torch.ones(()))
+    rebuilt = checkpoint(lambda x: model(x) * 1.0, x.requires_grad_(), use_reentrant=True)
+    for lost in (model(x) * scale, rebuilt * scale, model(x).detach() + scale.detach()):
+        with pytest.raises(MissingExpertLogitsError, match="Set `return_experts"):
+            expert_logits(lost)
+
+
 @pytest.mark.parametrize(
     ("change", "steps"),
     [

@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -365,6 +366,9 @@ def test_fork_point_that_is_never_called_is_refused() -> None:
 def test_not_a_module() -> None:
     with pytest.raises(ArgumentError, match=r"`backbone` to be a torch\.nn\.Module.*function"):
         RIDEWrapper(lambda x: x, 2)
+    for makes_one in (nn.Linear, partial(nn.Linear, 3, 5)):
+        with pytest.raises(ArgumentError, match=r"pass what it returns: `RIDEWrapper\(make\(\)"):
+            RIDEWrapper(makes_one, 2)
 
 
 def test_input_that_cannot_be_guessed_asks_for_an_example() -> None:

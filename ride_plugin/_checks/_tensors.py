@@ -162,8 +162,8 @@ def check_classes(labels: Tensor, name: str, num_classes: int | None = None) -> 
         top = "on" if num_classes is None else f"to {num_classes - 1}"
         raise ArgumentError(
             f"Expected argument `{name}` to hold class indices from 0 {top}, but got values from "
-            f"{low} to {high}. Check that the model was built with as many classes as the data "
-            "have, and drop samples without a label."
+            f"{low} to {high}. Check that the model, and class counts if they were passed, have as "
+            "many classes as the data, and drop samples without a label."
         )
 
 
@@ -171,14 +171,11 @@ def check_logits_target(
     logits: Tensor, target: Tensor, num_classes: int | None, *, soft: bool = True
 ) -> Tensor:
     """Return the target as `check_target` does, if ``logits`` are ``[B, C]`` and fit."""
-    check_floating(
-        logits,
-        "logits",
-        "B",
-        "C" if num_classes is None else num_classes,
-        advice="Build the loss from counts of the model's own classes. For a wrapped model's "
-        "experts, use experts_loss(criterion, output, target).",
-    )
+    columns: int | str = "C" if num_classes is None else num_classes
+    advice = "For a wrapped model's experts, use experts_loss(criterion, output, target)."
+    if isinstance(logits, Tensor) and logits.dim() == 2 and num_classes is not None:
+        advice = f"The loss was built from counts of {num_classes} classes: pass the model's own."
+    check_floating(logits, "logits", "B", columns, advice=advice)
     batch, classes = logits.shape
     if not batch or not classes:
         refuse("logits", "of at least one sample and class", logits)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checks import refuse
 from ride_plugin._contexts import in_mode, random_state_kept
-from ride_plugin._errors import ArgumentError, RIDEError, SplitError
+from ride_plugin._errors import RIDEError, SplitError
 from ride_plugin._inputs import Inputs, own_inputs
 from ride_plugin._split._activated import warn_of_activated
 from ride_plugin._split._beside import sequence_around
@@ -99,10 +100,9 @@ def split_backbone(
         SplitError: it cannot be cut there; the message says what to pass.
     """
     if not isinstance(backbone, nn.Module):
-        raise ArgumentError(
-            "Expected argument `backbone` to be a torch.nn.Module that maps a batch to logits "
-            f"[B, C], but got {type(backbone).__name__}."
-        )
+        advice = "If that makes the network, pass what it returns: `RIDEWrapper(make(), ...)`."
+        expected = "a torch.nn.Module that maps a batch to logits [B, C]"
+        refuse("backbone", expected, backbone, advice if callable(backbone) else "")
     refuse_unfit(backbone)
     warn_of_outside_hooks(backbone)
     with random_state_kept(backbone):

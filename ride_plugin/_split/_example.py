@@ -69,15 +69,16 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
                 raise SplitError(f"For two rows of `example_input` the backbone {reason}.")
             _refuse_other_rows(backbone, given, reader)
         return inputs, output
-    furthest, best = -1, "it has no layer whose input shape is known"
+    furthest, best, ran = -1, "it has no layer whose input shape is known", False
     began: float | None = None  # when the first guess had failed, however long that took
     with _calls_counted(backbone) as count:
         for inputs in _guesses(backbone):
             if began is not None and time.thread_time() - began > _PATIENCE:
                 break
-            count[0] = 0
+            count[0], runs = 0, False
             try:
                 output = _run(backbone, inputs)
+                runs = True
                 if _has_rows(reader, output):
                     return inputs, output
                 cause = _batch_second(reader, output, inputs) or (
@@ -88,8 +89,10 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
                 first = (str(error).splitlines() or [""])[0]
                 cause = f"raised {type(error).__name__}: {first}"
             if count[0] > furthest:  # what came furthest comes closest to what it takes
-                furthest, best = count[0], f"on {_shapes(inputs)} it {cause}"
+                furthest, best, ran = count[0], f"on {_shapes(inputs)} it {cause}", runs
             began = time.thread_time() if began is None else began
+    if ran:
+        best += ". If that is a batch for it, let its forward return logits"
     raise SplitError(
         f"Could not guess an input that the backbone accepts. The most plausible attempt: {best}. "
         "Pass `example_input=`: a batch as its forward receives it (a tensor, a tuple of arguments "

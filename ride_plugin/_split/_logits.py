@@ -262,6 +262,8 @@ def describe(output: Any) -> str:
     """An output in words, with its matrices by name and shape."""
     if isinstance(output, Tensor):
         return f"a {output.dtype} tensor of shape {list(output.shape)}"
+    if output is None:  # as of a forward without `return`
+        return "None"
     found = matrices_in(output)
     kind = type(output).__name__
     tensors = found or places_in(output)[:3]

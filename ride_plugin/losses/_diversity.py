@@ -154,13 +154,15 @@ class DiversityLoss(nn.Module):
     def _divergence(self, output: Output, target: Tensor) -> Tensor:
         experts = expert_logits(output)
         batch, _, classes = experts.shape
-        if classes != self.schedule.num_classes or batch == 0:
-            refuse(
-                "output",
-                f"that of at least one sample, with expert logits of {self.schedule.num_classes} "
-                "classes, as many as `class_counts` has",
-                experts,
+        if classes != self.schedule.num_classes:
+            raise ArgumentError(
+                f"Expected argument `class_counts` to have a number for each of {classes} classes, "
+                f"as the experts' logits {list(experts.shape)} have, but it has "
+                f"{self.schedule.num_classes}. Pass the training samples of each class of the "
+                "model, or build the model with `num_classes=`."
             )
+        if batch == 0:
+            refuse("output", "that of at least one sample", experts)
         logits = float32_or_better(experts)
         follow(self, self.schedule.temperature, logits)
         class_temperature = self.schedule.temperature.to(logits.dtype)

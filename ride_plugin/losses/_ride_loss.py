@@ -105,7 +105,8 @@ class RIDELoss(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(criterion, RIDELoss):
-            refuse("criterion", "the criterion of one expert", criterion, "It is a RIDELoss.")
+            advice = "Use it as it is, or pass the criterion that it was made of."
+            refuse("criterion", "the criterion of one expert", criterion, advice)
         several = isinstance(criterion, list | tuple | nn.ModuleList)
         each: list[Any] = list(criterion) if several else [criterion]  # type: ignore[arg-type]
         for one in each:
@@ -116,7 +117,11 @@ class RIDELoss(nn.Module):
         if several:
             self.criterion = nn.ModuleList(each) if modules else each
         if not isinstance(diversity, DiversityLoss):
-            diversity = DiversityLoss(check_class_counts(diversity, "diversity"))
+            if diversity is None or isinstance(diversity, nn.Module | type | str | int | float):
+                expected = "class counts, the training samples of each class, or a DiversityLoss"
+                refuse("diversity", expected, diversity)
+            # What is wrong with counts is said of `class_counts`, as every page calls them.
+            diversity = DiversityLoss(check_class_counts(diversity))
         self.diversity = diversity
         self.over_experts = check_choice(reduction, "reduction", ("sum", "mean"))
         if not isinstance(schedules, list | tuple | nn.ModuleList) or not all(

@@ -355,7 +355,8 @@ def test_compiles_whole_and_without_recompiling() -> None:
             for bad in (None, 3, "ce", [F.cross_entropy, None], object(), nn.CrossEntropyLoss)
         ),
         ((RIDELoss(F.cross_entropy, COUNTS), COUNTS), "criterion"),
-        *(((F.cross_entropy, bad), "diversity") for bad in (None, "a", 0.2, [5], {"a": 1})),
+        *(((F.cross_entropy, bad), "diversity") for bad in (None, "a", 0.2)),
+        *(((F.cross_entropy, bad), "class_counts") for bad in ([5], {"a": 1})),
     ],
 )
 def test_arguments_of_another_kind_are_refused(arguments, named) -> None:
@@ -689,3 +690,44 @@ def test_a_test_loop_with_gradients_is_told_once(return_experts) -> None:
         in_evaluation(model, criterion, x)
     assert [one.filename for one in told] == [__file__]
     in_evaluation(model, criterion, x)
+
+
+@pytest.mark.parametrize(
+    ("diversity", "message"),
+    [
+        ([50, 20, 5, 0], r"`class_counts` .* 0 for class 3"),
+        ([[4]], "`class_counts` to be one-dimensional"),
+        (None, "`diversity` to be class counts, .* or a DiversityLoss, but got None"),
+        (DiversityLoss, "`diversity` to be class counts"),
+        (nn.CrossEntropyLoss(), "`diversity` to be class counts, .* got CrossEntropyLoss"),
+        (TemperatureSchedule(COUNTS), "`diversity` to be class counts"),
+    ],
+)
+def test_what_is_wrong_with_the_second_argument_is_said_of_class_counts(diversity, message) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        RIDELoss(nn.CrossEntropyLoss(), diversity)
+
+
+def test_counts_of_another_number_of_classes_are_named_and_not_the_output() -> None:
+    with pytest.raises(ArgumentError, match=r"`class_counts` .* 4 classes, .*\[6, 3, 4\].* has 3"):
+        RIDELoss(nn.CrossEntropyLoss(), COUNTS[:3])(output(), TARGET)
+    with pytest.raises(ArgumentError, match="counts of 3 classes: pass the model's own"):
+        RIDELoss(BalancedSoftmaxLoss(COUNTS[:3]), COUNTS)(output(), TARGET)
+    with pytest.raises(ArgumentError, match="Use it as it is, or pass the criterion"):
+        RIDELoss(RIDELoss(nn.CrossEntropyLoss(), COUNTS), COUNTS)
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), BalancedSoftmaxLoss(COUNTS)])
+def test_gradients_of_each_sample_by_vmap_are_those_of_one_after_the_other(criterion) -> None:
+    loss, model = RIDELoss(criterion, COUNTS), RIDEWrapper(mlp(), 3, num_classes=4)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    x = torch.randn(6, *model.example_input(1)[0][0].shape[1:])
+
+    def of_one(weights, x, y):
+        return loss(torch.func.functional_call(model, weights, (x[None],)), y[None])
+
+    gradient = torch.func.grad(of_one)
+    got = torch.func.vmap(gradient, in_dims=(None, 0, 0))(weights, x, TARGET)
+    expected = [gradient(weights, *pair) for pair in zip(x, TARGET, strict=True)]
+    for name in weights:
+        torch.testing.assert_close(got[name], torch.stack([each[name] for each in expected]))

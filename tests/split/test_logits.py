@@ -614,6 +614,27 @@ def test_a_guess_that_fails_reports_the_attempt_that_came_furthest() -> None:
     assert "on [2, 3, 32, 32] it raised RuntimeError: mat1 and mat2 shapes" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("returned", "words"), [(None, "None"), (torch.zeros(2, 5, 3), r"a torch.float32 tensor of .*")]
+)
+def test_a_forward_that_ran_but_returned_no_logits_is_told_so(returned: Any, words: str) -> None:
+    class Forgets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Any:
+            self.fc(x)
+            return returned
+
+    with pytest.raises(
+        SplitError, match=rf"returned {words} where .* let its forward return logits"
+    ):
+        RIDEWrapper(Forgets(), 2)
+    with pytest.raises(SplitError, match=rf"returned {words}\. Wrap a classifier"):
+        RIDEWrapper(Forgets(), 2, example_input=torch.zeros(2, 8))
+
+
 @pytest.mark.parametrize("attribute", ["pretrained_cfg", "default_cfg"])
 def test_the_input_size_that_a_model_card_names_is_used(attribute: str) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 5, 3), nn.Flatten(), nn.Linear(4 * 13 * 15, 5))
