@@ -131,7 +131,8 @@ def _reset_classifier(model: SplitModule, own: Callable[..., Any]) -> Callable[.
                     "Call it on the backbone before wrapping.",
                 )
         number = check_integer(num_classes, "num_classes", 2)
-        model.num_classes = replace_classifiers(model.parts(), None, number).num_classes
+        number = replace_classifiers(model.parts(), None, number).num_classes
+        vars(model)["num_classes"] = number  # set as an attribute it would be refused
         model.relink()  # the parts hold other settings together
 
     return reset_classifier

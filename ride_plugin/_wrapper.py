@@ -64,6 +64,7 @@ from ride_plugin._watch import TrainingWatch
 ReturnExperts: TypeAlias = bool | Literal["training", "outputs"]
 """Never, always, or in training mode: their logits, or whatever the backbone returns."""
 
+_DECIDED = frozenset({"num_experts", "num_classes", "fork_at", "expert_width"})  # at wrapping
 _RETURN_EXPERTS: tuple[ReturnExperts, ...] = (False, True, "training", "outputs")
 
 
@@ -531,10 +532,21 @@ class RIDEWrapper(SplitModule):
         return summary(self, self.expert_width)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As for any module; what the backbone has is set in trunk and experts, which read it."""
+        """As for any module; what the backbone has is set in trunk and experts, which read it.
+
+        Raises:
+            AttributeError: the backbone's own module or tensor, or what was decided at wrapping.
+        """
         built = "_watch" in vars(self)
-        if not built or not set_on_parts(self, self._of_backbone, name, value):
-            super().__setattr__(name, value)
+        if built and set_on_parts(self, self._of_backbone, name, value):
+            return
+        if built and name in _DECIDED and value != vars(self)[name]:
+            raise AttributeError(
+                f"Cannot set `{name}` of a wrapped model, since that would change nothing in it: "
+                f"it was decided when the backbone was wrapped, {vars(self)[name]!r}. Wrap the "
+                f"backbone again, `RIDEWrapper(backbone, {name}={value!r})`."
+            )
+        super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         """As for any module; what was set on trunk and experts is taken from them."""

@@ -498,6 +498,19 @@ def test_attributes_of_nobody_and_of_the_wrapped_model_are_its_own() -> None:
     assert model.note == "mine"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("fork_at", "blocks.0"), ("expert_width", 0.5), ("num_experts", 3), ("num_classes", 9)],
+)
+def test_what_was_decided_at_wrapping_cannot_be_set_afterwards(name: str, value: object) -> None:
+    model = RIDEWrapper(Follows(), 2, fork_at="blocks.1")
+    before = getattr(model, name)
+    with pytest.raises(AttributeError, match=rf"`RIDEWrapper\(backbone, {name}={value!r}\)`"):
+        setattr(model, name, value)
+    setattr(model, name, before)
+    assert getattr(copy.deepcopy(model), name) == before
+
+
 def test_private_names_are_the_backbones_where_it_had_them_when_it_was_wrapped() -> None:
     model = RIDEWrapper(Follows(), 2, fork_at="blocks.1")
     assert not hasattr(model, "_step")
