@@ -86,7 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", _plan, "compare numbers and widths of experts by cost, before training"),
         ("inspect", _inspect, "show where a backbone is forked and why, what is shared, the cost"),
     ):
-        command = commands.add_parser(name, help=text, description=_BACKBONE, formatter_class=plain)
+        command = commands.add_parser(
+            name,
+            # Behind several values of an option argparse takes the name for one more.
+            usage=f"python -m ride_plugin {name} MODULE:FACTORY [options]",
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.\n\n{_BACKBONE}",
+            formatter_class=plain,
+        )
         command.set_defaults(run=run)
         several = "+" if name == "plan" else None
         command.add_argument("backbone", metavar="MODULE:FACTORY")
@@ -124,9 +131,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("predictions", type=Path, metavar="FILE.npz")
     command.add_argument("--csv", type=Path, metavar="FILE", help="write one line for each class")
     command.add_argument(
-        "--many", type=int, default=100, help="many-shot: more images; default: 100"
+        "--many", type=int, default=100, help="many-shot: more images than this; default: 100"
     )
-    command.add_argument("--few", type=int, default=20, help="few-shot: fewer images; default: 20")
+    command.add_argument(
+        "--few", type=int, default=20, help="few-shot: fewer images than this; default: 20"
+    )
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print values instead of a table")
     return parser

@@ -263,6 +263,7 @@ def test_help_tells_the_defaults(capsys, command):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith(f"usage: python -m ride_plugin {command} MODULE:FACTORY [options]")
     defaults = inspect.signature(plan if command == "plan" else RIDEWrapper).parameters
     names = {"plan": ("num_experts", "expert_widths"), "inspect": ("num_experts", "expert_width")}
     for name in names[command]:
