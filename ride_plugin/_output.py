@@ -234,9 +234,10 @@ def _carried(output: Tensor) -> Tensor | None:
         if _is_of_no_wrapped_model(output):
             raise MissingExpertLogitsError(
                 "Wrap the model, `model = RIDEWrapper(model, num_experts=3)`, make the optimizer "
-                "from it, and call it in the place of the plain one: by its graph no wrapped model "
-                "computed this output. Expected argument `output` to carry expert logits "
-                f"[B, E, C], but got bare logits of shape {list(output.shape)}."
+                "from it, and call it in the place of the plain one: by its graph this output is "
+                "not what a wrapped model returned. (Logits that each expert returned by itself "
+                "are passed together: `torch.stack(each, dim=1)`.) Expected argument `output` to "
+                f"carry expert logits [B, E, C], but got bare logits of shape {list(output.shape)}."
             )
         raise MissingExpertLogitsError(
             f"{_undone_by_hand(output)}"

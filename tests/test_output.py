@@ -96,6 +96,11 @@ def test_the_output_of_a_model_that_is_not_wrapped_is_told_from_one_that_lost_it
         assert str(list(out.shape)) in str(error.value)
         assert "return_experts" not in str(error.value)
     model, x = wrapped(), torch.randn(4, 6)
+    state = model.run_trunk(x)
+    each = [model.run_expert(k, state)[0] for k in range(3)]
+    with pytest.raises(MissingExpertLogitsError, match=r"torch\.stack\(each, dim=1\)"):
+        expert_logits(each[0])
+    assert expert_logits(torch.stack(each, dim=1)).shape == (4, 3, 5)
     scale = nn.Parameter(torch.ones(()))
     rebuilt = checkpoint(lambda x: model(x) * 1.0, x.requires_grad_(), use_reentrant=True)
     for lost in (model(x) * scale, rebuilt * scale, model(x).detach() + scale.detach()):
