@@ -235,9 +235,11 @@ def _carried(output: Tensor) -> Tensor | None:
             raise MissingExpertLogitsError(
                 "Wrap the model, `model = RIDEWrapper(model, num_experts=3)`, make the optimizer "
                 "from it, and call it in the place of the plain one: by its graph this output is "
-                "not what a wrapped model returned. (Logits that each expert returned by itself "
-                "are passed together: `torch.stack(each, dim=1)`.) Expected argument `output` to "
-                f"carry expert logits [B, E, C], but got bare logits of shape {list(output.shape)}."
+                "not what a wrapped model returned. (If the model is wrapped, pass what it "
+                'returned unchanged, or set `return_experts = "training"` on it; logits that each '
+                "expert returned by itself are passed together, `torch.stack(each, dim=1)`.) "
+                "Expected argument `output` to carry expert logits [B, E, C], but got bare logits "
+                f"of shape {list(output.shape)}."
             )
         raise MissingExpertLogitsError(
             f"{_undone_by_hand(output)}"
