@@ -199,6 +199,11 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
         ids = tokens(16, int(getattr(config, "vocab_size", 100)))
         yield (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         yield (), {"input_ids": ids}
+        end = getattr(config, "eos_token_id", None)
+        if isinstance(end, int):  # BART and others read the features of the last token: it is this
+            ids = ids.masked_fill(ids == end, 0 if end else 1)
+            ids[:, -1] = end
+            yield (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if config is not None and name == "pixel_values":
         side = getattr(config, "image_size", None) or 224
         height, width = side if isinstance(side, list | tuple) else (side, side)

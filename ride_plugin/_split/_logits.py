@@ -128,7 +128,11 @@ class LogitsReader:
         if isinstance(output, Tensor):
             return output
         if self.choice is not None:
-            return at_path(output, (self.choice,))
+            chosen = at_path(output, (self.choice,))
+            # What has no names is asked for by `return_dict=False`: then as if nothing was said.
+            unnamed = isinstance(output, list | tuple) and self.choice == "logits"
+            if chosen is not None or not unnamed:
+                return chosen
         kind = tuple(path for path, _ in matrices_in(output))
         path = self.known.get((training, kind), self.known.get((not training, kind)))
         return logits_in(output) if path is None else at_path(output, path)
@@ -138,7 +142,7 @@ class LogitsReader:
         entry = self.entry_of(output, training)
         if entry is output:
             return ()
-        if isinstance(self.choice, int | str):
+        if isinstance(self.choice, int | str) and at_path(output, (self.choice,)) is entry:
             return (self.choice,)
         return next((path for path, tensor in matrices_in(output) if tensor is entry), None)
 

@@ -116,6 +116,31 @@ def test_a_configuration_says_what_the_input_is(backbone: Configured) -> None:
     assert tuple(kwargs[backbone.main_input_name].shape) == (2, *backbone.shape)
 
 
+class EndsInToken(nn.Module):
+    """Classifies what stands at the token that ends each text, of which each needs one."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, end: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=30, eos_token_id=end)
+        self.table, self.late, self.fc = nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        is_end = input_ids == self.config.eos_token_id
+        if not bool((is_end.sum(1) == 1).all()):
+            raise ValueError("Each example needs exactly one end token.")
+        hidden = torch.relu(self.late(self.table(input_ids).cumsum(1)))
+        return self.fc(hidden[is_end])
+
+
+@pytest.mark.parametrize("end", [0, 2, 29])
+def test_texts_that_need_a_token_at_their_end_are_guessed(end: int) -> None:
+    (_, kwargs), output = find_example(EndsInToken(end).eval(), None, LogitsReader())
+    assert (kwargs["input_ids"] == end).nonzero().tolist() == [[0, 15], [1, 15]]
+    assert output.shape == (2, 5)
+
+
 def test_a_pretrained_card_says_what_the_input_is() -> None:
     backbone = Pixels(3)
     backbone.pretrained_cfg = {"input_size": (3, 8, 8)}

@@ -434,6 +434,57 @@ class Flags(nn.Module):
         return self.same(x) if other else self.fc(x)
 
 
+class Structured(nn.Module):
+    """Returns names with what they stand for, or a tuple where a call asks for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.late, self.fc = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        return_dict: bool = True,
+        features: bool = False,
+    ) -> Any:
+        hidden = torch.relu(self.late(torch.relu(self.stem(x))))
+        output = {"logits": self.fc(hidden), "maps": hidden[:, :, None]}
+        if labels is not None:
+            output = {"loss": F.cross_entropy(output["logits"], labels), **output}
+        if features:
+            output["features"] = hidden
+        return output if return_dict else tuple(output.values())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_key_holds_where_a_call_asks_for_a_tuple(training: bool) -> None:
+    model = RIDEWrapper(Structured(), 2, fork_at="late", logits="logits").train(training)
+    x, labels = torch.randn(4, 8), torch.arange(4)
+    expected = model(x)
+    torch.testing.assert_close(model(x, return_dict=False), expected)
+    torch.testing.assert_close(expert_logits(model(x, return_dict=False)), expert_logits(expected))
+    with pytest.warns(UserWarning, match="returned a `loss`"):
+        out = model(x, labels)  # labelled, so that the warning comes with it
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(model(x, labels, return_dict=False), expected)
+    with pytest.raises(ReplayError, match=r"not certain: a tuple with output\[0\].*output\[2\]"):
+        model(x, return_dict=False, features=True)
+
+
+def test_a_loss_in_a_tuple_that_a_call_asks_for_is_told_of() -> None:
+    model = RIDEWrapper(Structured(), 2, fork_at="late", logits="logits")
+    with pytest.warns(UserWarning, match=r"gradients flow through, `output\[0\]`"):
+        model(torch.randn(4, 8), torch.arange(4), return_dict=False)
+
+
+def test_a_key_says_nothing_of_a_tuple_where_it_is_another_than_logits() -> None:
+    net = Net(lambda f, z: (z, f[:, :, None, None]))
+    assert RIDEWrapper(net, 2, logits="logits").num_classes == 5
+    with pytest.raises(SplitError, match="pass another `logits=`"):
+        RIDEWrapper(net, 2, logits="out")
+
+
 @pytest.mark.parametrize("flag", ["features", "other"])
 @pytest.mark.parametrize("checkpoint_experts", [False, True])
 def test_flags_that_leave_the_classifier_out_are_refused(
