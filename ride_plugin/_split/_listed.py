@@ -1,4 +1,8 @@
-"""torch's lists and dictionaries of parameters in a view that owns only some of them, or none."""
+"""Modules in a view that owns only some of their parameters, or none, of which a forward asks all.
+
+These are torch's lists and dictionaries of parameters, and modules that did not run when the
+backbone was wrapped: a forward asks an image encoder for its dtype before it calls it, say.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ _NAME = "named_parameters"
 
 
 class _Listed:
-    """In place of ``named_parameters`` of such a list: to a forward that asks, it has them all."""
+    """In place of ``named_parameters`` of such a module: to a forward that asks, it has them all."""
 
     def __init__(self, view: nn.Module, names: list[str], running: Running) -> None:
         self.view = view
@@ -27,7 +31,10 @@ class _Listed:
             yield from type(self.view).named_parameters(self.view, prefix, *args, **kwargs)
             return
         for name in self.names:
-            yield f"{prefix}.{name}" if prefix else name, getattr(self.view, name)
+            tensor: Any = self.view
+            for key in name.split("."):
+                tensor = getattr(tensor, key)
+            yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 def list_all(view: nn.Module, original: nn.Module, running: Running) -> None:
@@ -37,8 +44,15 @@ def list_all(view: nn.Module, original: nn.Module, running: Running) -> None:
         vars(view)[_NAME] = _Listed(view, names, running)
 
 
+def list_whole(view: nn.Module, original: nn.Module, running: Running) -> None:
+    """Let a forward find the parameters of the original in a view that has none of them."""
+    names = [name for name, _ in original.named_parameters()]
+    if names and _NAME not in vars(view) and next(view.parameters(), None) is None:
+        vars(view)[_NAME] = _Listed(view, names, running)
+
+
 def list_own(module: nn.Module) -> None:
-    """Undo :func:`list_all`; what a module owns again stands in the original order."""
+    """Undo what the others do; what a module owns again stands in the original order."""
     listed = vars(module).get(_NAME)
     if isinstance(listed, _Listed):
         del vars(module)[_NAME]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ride_plugin._split._copies import copy_with_hooks
 from ride_plugin._split._fork import Fork
 from ride_plugin._split._hooks import ForkHook, UnitHooks
-from ride_plugin._split._listed import list_all
+from ride_plugin._split._listed import list_all, list_whole
 from ride_plugin._split._probe import Call
 from ride_plugin._split._settings import as_they_are
 from ride_plugin._split._stand_ins import Forked, Recorded
@@ -232,6 +232,9 @@ def build_views(
         link.refresh()
         links.append(link)
         list_all(link.view, original, running)
+    for name, original in spine:
+        for root in (trunk, expert):
+            list_whole(_at(root, name), original, running)
     pairs = [(_at(trunk, name), _at(expert, name)) for name, _ in spine]
     return Views(trunk, expert, running, links, pairs, settings=settings)
 

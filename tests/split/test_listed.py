@@ -1,4 +1,4 @@
-"""torch's lists and dictionaries of parameters, of which a forward asks for all."""
+"""Modules of which a forward asks for all parameters: torch's lists, and what has not run yet."""
 
 from __future__ import annotations
 
@@ -54,4 +54,45 @@ def test_a_forward_that_asks_for_all_parameters_of_a_list_gets_them(
     plain = model.to_module(1)
     torch.testing.assert_close(plain(x), expected[:, 1])
     assert [name for name, _ in plain.listed.named_parameters()] == ["0", "1", "2"]
+    assert b"ride_plugin" not in pickle.dumps(plain)
+
+
+class TextAndImage(nn.Module):
+    """A text, and an image where there is one, for whose encoder's dtype the forward asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.encoder = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+        x = self.embed(x.to(next(self.parameters()).dtype))
+        if image is not None:
+            x = x + self.encoder(image.to(next(self.encoder.parameters()).dtype))
+            assert [p.shape[0] for p in self.encoder.parameters()] == [8, 8, 8, 8]
+        for block in self.blocks:
+            x = block(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("fork_at", ["blocks.2", "embed"])
+def test_a_forward_may_ask_for_parameters_of_a_module_that_ran_in_no_example(fork_at: str) -> None:
+    net, x = TextAndImage(), torch.randn(5, 6)
+    if fork_at == "embed":  # then the encoder would be trained by each expert, which is refused
+        net.encoder.requires_grad_(False).eval()
+    model = RIDEWrapper(net, 3, init="copy", fork_at=fork_at, example_input=x)
+    inputs = (x, torch.randn(5, 5))
+    if fork_at == "embed":
+        model.eval()
+    else:
+        train_both(net, model, [(inputs, {}), ((torch.randn(4, 6),), {})])
+        model.eval()
+    expected = torch.stack([each.eval()(*inputs) for each in copies_of(net, model)], dim=1)
+    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(expert_logits(same(*inputs)), expected)
+    assert not list(model.experts[0].encoder.parameters())
+    assert len(list(model.parameters())) == len({id(p) for p in model.parameters()})
+    plain = model.to_module(1)
+    torch.testing.assert_close(plain(*inputs), expected[:, 1])
     assert b"ride_plugin" not in pickle.dumps(plain)
