@@ -22,7 +22,7 @@ from ride_plugin._split._copies import (
     running_copy,
     written_parameters,
 )
-from ride_plugin._split._example import find_example
+from ride_plugin._split._example import find_example, refuse_third_row
 from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._hooks import watch_classifier
@@ -358,6 +358,7 @@ def learned(
                 if not collected:
                     raise
                 raise SplitError(f"{error}{collected}") from error
+            refuse_third_row(in_mode(running_copy(source, (source,)), False), seen.inputs)
             raise SplitError(
                 f"Cannot split the backbone at {fork_at!r}: its forward runs as a whole, but fails "
                 f"when an expert takes up what the trunk left ({type(error).__name__}: {error}). "

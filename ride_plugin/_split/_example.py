@@ -112,6 +112,40 @@ def _refuse_other_rows(backbone: nn.Module, given: Inputs, reader: LogitsReader)
         )
 
 
+def refuse_third_row(backbone: nn.Module, inputs: Inputs) -> None:
+    """Refuse an example of two rows, if a backbone fails on the three that are made of it.
+
+    Raises:
+        SplitError: it does; the message names arguments with several entries for each row.
+    """
+    try:
+        _run(backbone, resize_batch(inputs, 3))
+    except Exception as error:
+        args, kwargs = inputs
+        named = (*((str(k), value) for k, value in enumerate(args)), *kwargs.items())
+        folded = [
+            (f"`{name}` of shape {list(tensor.shape)}", [2, len(tensor) // 2, *tensor.shape[1:]])
+            for name, value in named
+            for tensor in tensors_in(value)
+            if tensor.dim() > 1 and len(tensor) > 2 and len(tensor) % 2 == 0
+        ]
+        advice = (
+            "If it takes batches of two rows only (an initial state, say), ask for `x.size(0)`."
+        )
+        if folded:
+            shape, rows = folded[0]
+            advice = (
+                f"{shape} has more entries than rows, so it was left as it is. If it holds several "
+                "for each sample, images say, wrap the backbone in a module whose forward takes "
+                f"{rows} and passes on `x.flatten(0, 1)`."
+            )
+        raise SplitError(
+            "The backbone runs on two rows of the example input, but not on three, of which one "
+            f"is made of the others ({type(error).__name__}: {error}). {advice} Integers of that "
+            "row are rotated: sizes of which a forward is told, say, belong into its code."
+        ) from error
+
+
 def _runs(backbone: nn.Module, inputs: Inputs) -> bool:
     try:
         _run(backbone, inputs)
@@ -209,6 +243,10 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
         height, width = side if isinstance(side, list | tuple) else (side, side)
         channels = int(getattr(config, "num_channels", 3))
         yield (), {"pixel_values": floats(2, channels, height, width)}
+    frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+    if isinstance(name, str) and name.startswith("pixel_values") and isinstance(frames, int):
+        side = int(getattr(config, "image_size", None) or getattr(config, "crop_size", None) or 224)
+        yield (), {name: floats(2, frames, int(getattr(config, "num_channels", 3)), side, side)}
     if config is not None and name == "input_values":  # a spectrogram or a waveform
         frames, bins = (getattr(config, key, None) for key in ("max_length", "num_mel_bins"))
         if isinstance(frames, int) and isinstance(bins, int):

@@ -17,7 +17,7 @@ _NAME = "named_parameters"
 
 
 class _Listed:
-    """In place of ``named_parameters`` of such a module: to a forward that asks, it has them all."""
+    """In place of such a module's ``named_parameters``: to a forward that asks, it has them all."""
 
     def __init__(self, view: nn.Module, names: list[str], running: Running) -> None:
         self.view = view

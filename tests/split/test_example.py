@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import ArgumentError, RIDEWrapper, SplitError
+from ride_plugin import (
+    ArgumentError,
+    ConfidenceRouter,
+    RIDEWrapper,
+    RoutingInference,
+    SplitError,
+)
 from ride_plugin._split._example import find_example
 from ride_plugin._split._logits import LogitsReader
 
@@ -103,6 +109,10 @@ class Configured(nn.Module):
         Configured("input_ids", (16,), vocab_size=30),
         Configured("pixel_values", (3, 64, 64), image_size=64),
         Configured("pixel_values", (1, 32, 48), image_size=(32, 48), num_channels=1),
+        Configured("pixel_values", (4, 3, 32, 32), image_size=32, num_frames=4),
+        Configured(
+            "pixel_values_videos", (2, 1, 48, 48), crop_size=48, frames_per_clip=2, num_channels=1
+        ),
         Configured("input_values", (100, 20), max_length=100, num_mel_bins=20),
         Configured("input_values", (16000,)),
         Configured("input_features", (20, 128), max_source_positions=64, num_mel_bins=20),
@@ -327,6 +337,37 @@ def test_a_batch_along_the_second_dimension_is_named_with_what_to_do(
     example = None if shape is None else torch.randint(9, shape)
     with pytest.raises(SplitError, match=r"dimension 1 of \[2, .*time first.*transpose inside"):
         RIDEWrapper(TimeFirst(), 2, example_input=example)
+
+
+class Images(nn.Module):
+    """A text with several images, of which the second argument holds all one after the other."""
+
+    def __init__(self, folds: bool = False) -> None:
+        super().__init__()
+        self.folds = folds
+        self.embed, self.encode = nn.Linear(6, 8), nn.Linear(5, 8)
+        self.late, self.fc = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, text: Tensor, images: Tensor) -> Tensor:
+        images = images.flatten(0, 1) if self.folds else images
+        if len(images) != 2 * len(text):
+            raise ValueError(f"{len(text)} texts, {len(images)} images")
+        seen = self.encode(images).unflatten(0, (-1, 2)).sum(1)
+        return self.fc(self.late(self.embed(text) + seen).relu())
+
+
+def test_arguments_with_several_entries_for_each_row_are_named() -> None:
+    text, images = torch.randn(2, 6), torch.randn(4, 5)
+    with pytest.raises(
+        SplitError,
+        match=r"on two rows.*not on three.*3 texts, 4 images.*`1` of shape \[4, 5\].*\[2, 2, 5\]",
+    ):
+        RIDEWrapper(Images(), 2, fork_at="late", example_input=(text, images))
+    net = Images(folds=True)  # as the message says
+    model = RIDEWrapper(net, 2, fork_at="late", example_input=(text, images.unflatten(0, (2, 2))))
+    x = torch.randn(5, 6), torch.randn(5, 2, 5)
+    serve = RoutingInference(model.eval(), ConfidenceRouter(), threshold=0.5)
+    torch.testing.assert_close(serve(*x), serve.dense(*x))
 
 
 class OneTuple(Crops):
