@@ -28,6 +28,13 @@ Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 _SEVERAL = (Sequence, nn.ModuleList)
+_ALTERS = (
+    "forward",
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 _OF_AN_INDEX = re.compile("out of (range|bounds)|Class values")  # what torch says of labels
 
 
@@ -161,15 +168,17 @@ def averages_rows(criterion: object) -> bool:
 
     Weighted means qualify: the sum of weights depends on the target only, which experts share. A
     class says so of itself by ``averages_rows = True``; its subclasses may override anything, so
-    they have to say it again.
+    they have to say it again. A hook, or a forward that was set on the criterion itself, may make
+    anything of it too.
     """
     if isinstance(criterion, Sequence):  # the compiler cannot look into the class of a list
         return False
-    return (
-        criterion is F.cross_entropy
-        or (type(criterion) is nn.CrossEntropyLoss and criterion.reduction == "mean")
-        or type(criterion).__dict__.get("averages_rows") is True
+    if criterion is F.cross_entropy:
+        return True
+    averages = type(criterion).__dict__.get("averages_rows") is True or (
+        type(criterion) is nn.CrossEntropyLoss and criterion.reduction == "mean"
     )
+    return averages and not any(getattr(criterion, "__dict__", {}).get(name) for name in _ALTERS)
 
 
 def _one_per_expert(

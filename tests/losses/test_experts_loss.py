@@ -177,6 +177,19 @@ def test_target_of_another_batch_is_named() -> None:
 COUNTS = [40, 9, 4, 2]
 
 
+def count_rows(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module]) -> list[int]:
+    """The number of rows in each call of a class of losses, from here on."""
+    rows: list[int] = []
+    forward = kind.forward
+
+    def counting(self: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
+        rows.append(len(logits))
+        return forward(self, logits, target)
+
+    monkeypatch.setattr(kind, "forward", counting)
+    return rows
+
+
 @pytest.mark.parametrize(
     "criterion",
     [
@@ -188,14 +201,12 @@ COUNTS = [40, 9, 4, 2]
     ids=lambda criterion: type(criterion).__name__,
 )
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_losses_for_long_tails_see_all_experts_in_one_call(criterion, reduction):
+def test_losses_for_long_tails_see_all_experts_in_one_call(criterion, reduction, monkeypatch):
     experts = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0, 1, 2, 3, 3, 0])
-    calls = []
-    handle = criterion.register_forward_hook(lambda *_: calls.append(1))
+    calls = count_rows(monkeypatch, type(criterion))
     loss = experts_loss(criterion, experts, target, reduction=reduction)
-    handle.remove()
-    assert len(calls) == 1
+    assert calls == [18]
     each = [criterion(experts[:, k], target) for k in range(3)]
     expected = sum(each) if reduction == "sum" else sum(each) / 3
     torch.testing.assert_close(loss, expected)
@@ -210,6 +221,22 @@ def test_a_subclass_is_asked_for_each_expert():
 
     experts, target = torch.randn(6, 3, 4), torch.tensor([0, 1, 2, 3, 3, 0])
     criterion = PerBatch(COUNTS)
+    expected = sum(criterion(experts[:, k], target) for k in range(3))
+    torch.testing.assert_close(experts_loss(criterion, experts, target), expected)
+
+
+@pytest.mark.parametrize("make", [nn.CrossEntropyLoss, FocalLoss, partial(LDAMLoss, COUNTS)])
+@pytest.mark.parametrize("how", ["hook", "hook before", "forward"])
+def test_a_criterion_that_was_altered_is_asked_for_each_expert(make, how: str) -> None:
+    """What a hook makes of a mean over one expert's rows is no mean over all experts' rows."""
+    experts, target = torch.randn(6, 3, 4), torch.tensor([0, 1, 2, 3, 3, 0])
+    criterion = make()
+    if how == "hook":
+        criterion.register_forward_hook(lambda module, args, loss: (loss - 0.5).abs())
+    elif how == "hook before":
+        criterion.register_forward_pre_hook(lambda module, args: (args[0] / args[0].std(), args[1]))
+    else:  # the hardest samples only
+        criterion.forward = lambda z, y: F.cross_entropy(z, y, reduction="none").topk(2)[0].mean()
     expected = sum(criterion(experts[:, k], target) for k in range(3))
     torch.testing.assert_close(experts_loss(criterion, experts, target), expected)
 
@@ -247,10 +274,9 @@ def test_an_empty_batch_is_refused(criterion) -> None:
 
 
 @pytest.mark.parametrize("kind", [BalancedSoftmaxLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss])
-def test_losses_for_long_tails_run_once_for_all_experts(kind: type[nn.Module]) -> None:
+def test_losses_for_long_tails_run_once_for_all_experts(kind, monkeypatch) -> None:
     criterion = FocalLoss() if kind is FocalLoss else kind([50, 20, 5])
-    rows: list[int] = []
-    criterion.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    rows = count_rows(monkeypatch, kind)
     experts_loss(criterion, 5 * torch.randn(4, 3, 3), torch.tensor([0, 1, 2, 0]))
     assert rows == [12]
 
