@@ -19,7 +19,7 @@ Where to read first, and what belongs together:
   Tensors that all experts have are ``_sharing`` and ``_frozen``, loading and saving ``_holder``,
   ``_lend`` and ``_plain_state``, groups of parameters ``_groups``, another number of classes
   ``_class_number``. What somebody does to the wrong part of a model is told by ``_misplaced``,
-  ``_several`` and ``_handed_out``.
+  ``_several`` and ``_handed_out``, what the backbone's class overrides by ``_passed_by``.
 - *Other ways in and out.* Two modules as one backbone (``_pair``), parts written by hand
   (``_join``), experts from networks of their own (``_graft``, ``_inert``), and back to a plain
   module (``_plain``).

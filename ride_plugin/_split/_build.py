@@ -36,6 +36,7 @@ from ride_plugin._split._logits import (
 )
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._parts import Split
+from ride_plugin._split._passed_by import tell_of_hidden_parameters
 from ride_plugin._split._passes import read_attributes
 from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._references import warn_of_outside_hooks
@@ -105,6 +106,7 @@ def split_backbone(
         refuse("backbone", expected, backbone, advice if callable(backbone) else "")
     refuse_unfit(backbone)
     warn_of_outside_hooks(backbone)
+    tell_of_hidden_parameters(backbone)
     with random_state_kept(backbone):
         written: frozenset[str] = frozenset()
         while True:

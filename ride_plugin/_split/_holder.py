@@ -11,6 +11,8 @@ from typing_extensions import Self
 
 from ride_plugin._split._form import versions_in
 from ride_plugin._split._lend import Lent, lend_entries
+from ride_plugin._split._pair import Pair
+from ride_plugin._split._passed_by import tells
 from ride_plugin._split._plain_state import (
     refuse_plain_state,
     tell_of_nothing_loaded,
@@ -52,6 +54,11 @@ class Holder(nn.Module):
     def parts_by_prefix(self) -> dict[str, nn.Module]:
         """Trunk and experts by the prefix of their names, or what this module holds of them."""
         return {f"experts.{index}.": expert for index, expert in enumerate(self.experts)}
+
+    def own_parts(self) -> list[nn.Module]:
+        """Modules whose classes are those of what was wrapped: of a pair both."""
+        parts = self.parts_by_prefix().values()
+        return [own for part in parts for own in (part, *_halves_of(part))]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As for any module."""
@@ -104,6 +111,13 @@ class Holder(nn.Module):
         self.follow_with_inputs(fn)
         self.relink()
         return self
+
+
+tells(Holder)
+
+
+def _halves_of(part: nn.Module) -> list[nn.Module]:
+    return list(part.children()) if isinstance(part, Pair) else []
 
 
 def _after_loading(module: Holder, keys: Any) -> None:

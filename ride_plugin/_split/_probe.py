@@ -88,6 +88,8 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
     alive: list[Any] = []  # addresses identify tensors only while all of them live
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if id(module) not in names:  # a copy that the forward has made, hooks included
+            return
         first = next(tensors_in((args, kwargs)), None)
         version = None if first is None else version_of(first)
         call = Call(names[id(module)], module, inputs=_seen((args, kwargs)), version=version)
@@ -97,6 +99,8 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
         stack.append(call)
 
     def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if id(module) not in names:
+            return
         alive.append(result)
         stack.pop().outputs = _seen(result)
 

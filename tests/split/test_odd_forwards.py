@@ -534,3 +534,32 @@ def test_a_forward_runs_a_module_with_other_weights(doubled: str) -> None:
     train_both(net, model, batches())
     assert all(type(p) is nn.Parameter for p in model.parameters())
     assert len(list(model.parameters())) == 2 + 3 * 4
+
+
+class CopiesALayer(Base):
+    """Perturbs a copy of a layer in each forward, as meta-learning and flat minima do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu()).relu()
+        other = copy.deepcopy(self.c).requires_grad_(False)
+        other.weight.mul_(1.1)
+        return self.c(x) + other(x)
+
+
+class CopiesOnce(Base):
+    """Makes its teacher at the first call."""
+
+    teacher: list[nn.Module] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu()).relu()
+        if self.teacher is None:
+            self.teacher = [copy.deepcopy(self.c).requires_grad_(False)]
+        return self.c(x) + self.teacher[0](x)
+
+
+@pytest.mark.parametrize("kind", [CopiesALayer, CopiesOnce])
+def test_a_forward_runs_a_copy_that_it_has_made_of_a_layer(kind: type[Base]) -> None:
+    """A copy of a module has its hooks, those that look at the calls while wrapping too."""
+    net = kind()
+    train_both(net, wrapped(net), batches())
