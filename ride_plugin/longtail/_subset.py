@@ -202,11 +202,16 @@ class LongTailedSubset(Subset[Any]):
 
 
 def _labels_of(dataset: Dataset[Any]) -> Numbers:
+    stored = _stored_in(dataset)
+    transform = getattr(dataset, "target_transform", None)
+    return stored if transform is None else _transformed(stored, transform)
+
+
+def _stored_in(dataset: Dataset[Any]) -> Numbers:
     for name in ("targets", "labels"):
-        found = getattr(dataset, name, None)
+        found: Numbers | None = getattr(dataset, name, None)
         if found is not None:
-            transform = getattr(dataset, "target_transform", None)
-            return found if transform is None else _transformed(found, transform)
+            return found
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
         return tuple(dataset.tensors)[1]
     if isinstance(dataset, Subset):

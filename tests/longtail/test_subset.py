@@ -106,6 +106,21 @@ class Shown(Labelled):
         return index, self.target_transform(label) if hasattr(self, "target_transform") else label
 
 
+class Turned(Subset):
+    """A part with transforms of its own, as split training sets have them."""
+
+    def __init__(self, dataset: Dataset, indices: range) -> None:
+        super().__init__(dataset, indices)
+        self.target_transform = lambda label: 3 - label
+
+    def __getitem__(self, index: int):
+        image, label = super().__getitem__(index)
+        return image, self.target_transform(int(label))
+
+    def __getitems__(self, indices: list[int]):
+        return [self[index] for index in indices]
+
+
 UNLABELLED = torch.cat([LABELS[:60], torch.full((60,), -1)])
 
 
@@ -117,11 +132,13 @@ UNLABELLED = torch.cat([LABELS[:60], torch.full((60,), -1)])
         Subset(Subset(Shown(targets=LABELS), list(range(119))), torch.arange(5, 100)),
         random_split(Shown(targets=LABELS.numpy()), [100, 20])[0],
         Subset(Shown(targets=LABELS, target_transform=lambda label: 3 - label), range(100)),
+        Turned(Shown(targets=LABELS.tolist()), range(10, 110)),
+        Turned(TensorDataset(torch.arange(120), LABELS), range(120)),
         Subset(Shown(targets=UNLABELLED), range(60)),
         Subset(LongTailedSubset(Shown(targets=LABELS), 2), range(1, 70)),
         ConcatDataset([Shown(targets=LABELS.tolist()), Subset(Shown(targets=LABELS), [3, 4, 9])]),
     ],
-    ids=["range", "tensors", "nested", "split", "transform", "unlabelled", "long-tailed", "concat"],
+    ids="range tensors nested split transform turned turned-2 unlabelled long-tailed concat".split(),
 )
 def test_labels_are_those_of_the_sets_behind_a_part_or_a_union(dataset) -> None:
     data = LongTailedSubset(dataset, 3)
