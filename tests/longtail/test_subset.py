@@ -138,7 +138,10 @@ UNLABELLED = torch.cat([LABELS[:60], torch.full((60,), -1)])
         Subset(LongTailedSubset(Shown(targets=LABELS), 2), range(1, 70)),
         ConcatDataset([Shown(targets=LABELS.tolist()), Subset(Shown(targets=LABELS), [3, 4, 9])]),
     ],
-    ids="range tensors nested split transform turned turned-2 unlabelled long-tailed concat".split(),
+    ids=[
+        *("range", "tensors", "nested", "split", "transform", "turned", "turned tensors"),
+        *("unlabelled", "long-tailed", "concat"),
+    ],
 )
 def test_labels_are_those_of_the_sets_behind_a_part_or_a_union(dataset) -> None:
     data = LongTailedSubset(dataset, 3)
