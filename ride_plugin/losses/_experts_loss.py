@@ -96,7 +96,8 @@ def experts_loss(
             mean = _call(criterion, rows, target.repeat_interleave(num_experts, dim=0))
             return mean * num_experts if reduction == "sum" else mean
         criteria = _one_per_expert(criterion, num_experts)
-        losses = [_call(one, experts[:, i], target) for i, one in enumerate(criteria)]
+        # Copies, as a criterion may write into what it is given: a margin into the logits, say.
+        losses = [_call(one, experts[:, i].clone(), own(target)) for i, one in enumerate(criteria)]
     except (IndexError, RuntimeError) as error:
         if isinstance(target, Tensor) and may_read(target) and _OF_AN_INDEX.search(str(error)):
             labels = target
@@ -140,6 +141,11 @@ def as_indices(target: Any) -> Any:
     if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
         return target
     return target if target.dtype == torch.bool else target.long()
+
+
+def own(target: Any) -> Any:
+    """A target that only one call of a criterion can change."""
+    return target.clone() if isinstance(target, Tensor) else target
 
 
 def with_precise_weights(criterion: Any, logits: Tensor) -> Any:

@@ -241,6 +241,34 @@ def test_a_criterion_that_was_altered_is_asked_for_each_expert(make, how: str) -
     torch.testing.assert_close(experts_loss(criterion, experts, target), expected)
 
 
+def margin_in_place(logits: Tensor, target: Tensor) -> Tensor:
+    logits[torch.arange(len(target)), target] -= 0.5
+    return F.cross_entropy(logits, target)
+
+
+def smoothed_in_place(logits: Tensor, target: Tensor) -> Tensor:
+    target.mul_(0.9).add_(0.1 / logits.shape[1])
+    return -(target * logits.log_softmax(1)).sum(1).mean()
+
+
+@pytest.mark.parametrize("criterion", [margin_in_place, smoothed_in_place])
+def test_what_a_criterion_writes_into_nobody_else_sees(criterion) -> None:
+    logits, target = batch()
+    if criterion is smoothed_in_place:
+        target = F.one_hot(target, 5).float()
+    given = target.clone()
+    loss = RIDELoss(criterion, [50, 20, 10, 5, 2])
+    total = loss(logits, target)
+    copied = logits.detach().clone().requires_grad_()
+    each = sum(criterion(copied[:, k].clone(), given.clone()) for k in range(3))
+    expected = each + loss.diversity(copied, given)
+    torch.testing.assert_close(total, expected)
+    total.backward()
+    expected.backward()
+    torch.testing.assert_close(logits.grad, copied.grad)
+    assert torch.equal(target, given)
+
+
 @pytest.mark.parametrize(
     "target",
     [
