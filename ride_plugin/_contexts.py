@@ -72,17 +72,17 @@ def random_state_kept(held: nn.Module | Tensor) -> Iterator[None]:
         restore()
 
 
-def seed_everything() -> None:
+def seed_everything(seed: int = 0) -> None:
     """Seed torch, numpy and Python alike, within :func:`random_state_kept`.
 
     Of torch's generators only those are seeded whose states the blocks around this call restore:
     ``torch.manual_seed`` would seed every device, and replace the seed that waits for CUDA's start.
     """
     for generator in (torch.default_generator, *_kept_generators()):
-        generator.manual_seed(0)
-    random.seed(0)
+        generator.manual_seed(seed)
+    random.seed(seed)
     if _NUMPY in sys.modules:
-        sys.modules[_NUMPY].seed(0)
+        sys.modules[_NUMPY].seed(seed)
 
 
 def _common_generators(held: nn.Module | Tensor) -> list[torch.Generator]:

@@ -26,6 +26,7 @@ from ride_plugin._split._views import Views
 from ride_plugin._tree import Place, tensors_in
 
 _BATCHES = (2, 3)
+_SEEDS = range(1, 65)  # under which another batch may take the path of the first
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,9 @@ def _learn(
         args, kwargs = own_inputs(inputs)
         return record(views.trunk, views.running, (), args, kwargs, stop_at_fork=stop_at_fork)[0]
 
-    def start_of(inputs: Inputs) -> tuple[Any, ...]:
+    def start_of(inputs: Inputs, seed: int = 0) -> tuple[Any, ...]:
         """Set what a pass over these inputs starts from, and return it."""
-        seed_everything()
+        seed_everything(seed)
         write_attributes(views.trunk, attributes, cold)
         if not warm:
             return cold
@@ -131,8 +132,8 @@ def _learn(
             run(inputs, stop_at_fork=False)
         return read_attributes(views.trunk, attributes)
 
-    def recorded(inputs: Inputs) -> TrunkState:
-        start = start_of(inputs)
+    def recorded(inputs: Inputs, seed: int = 0) -> TrunkState:
+        start = start_of(inputs, seed)
         state = run(inputs)
         return replace(state, attributes=start)
 
@@ -180,6 +181,22 @@ def _learn(
                     else "Run one batch through the backbone before wrapping it, or make it in its "
                     "`__init__`."
                 )
+            )
+        is_random = views.trunk.training and any(
+            recorded(batches[0], seed).keys != small.keys for seed in _SEEDS[:8]
+        )
+        for seed in _SEEDS if is_random else ():
+            with torch.set_grad_enabled(bool(parameters)):
+                large = recorded(batches[1], seed)
+            if small.keys == large.keys:
+                break
+    if small.keys != large.keys:
+        if is_random:
+            raise SplitError(
+                "In training the backbone's forward leaves out layers at random before the fork, "
+                "so often that two batches hardly take one path. Lower the probability before "
+                "wrapping it (`config.layerdrop`, in networks of transformers), or pass as "
+                "`fork_at=` the first of these layers."
             )
         raise SplitError(
             "The backbone's forward takes another path for another batch size, so its trunk cannot "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from ride_plugin import (
     ReplayError,
     RIDEWrapper,
     RoutingInference,
+    SplitError,
     expert_logits,
 )
-from tests.naive import copies_of
+from tests.naive import copies_of, train_both
 
 X, MASK, ROW, VECTOR = torch.randn(6, 6), torch.rand(6, 8), torch.rand(1, 8), torch.rand(8)
 
@@ -380,3 +382,37 @@ def test_whole_outputs_on_a_later_path_are_those_of_the_copies(
             torch.testing.assert_close(got, copied(X, states=True))
             assert len(got["states"]) == 3
     assert len(seen) == 3  # an observer sees no pass that is thrown away
+
+
+class LayerDrop(nn.Module):
+    """Leaves out whole layers at random in training, by one draw for the batch (LayerDrop)."""
+
+    def __init__(self, p: float, num_layers: int = 4) -> None:
+        super().__init__()
+        self.p, self.embed, self.head = p, nn.Linear(6, 8), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(num_layers))
+        self.late, self.drop = nn.Linear(8, 8), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.embed(x))
+        for block in self.blocks:
+            if not (self.training and torch.rand([]) < self.p):
+                x = x + block(x).relu()
+        return self.head(self.late(x).relu())
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_layers_of_the_trunk_may_be_left_out_at_random_in_training(num_experts: int) -> None:
+    net, x = LayerDrop(0.3), torch.randn(5, 6)
+    model = RIDEWrapper(net, num_experts, init="copy", fork_at="late", example_input=x)
+    for seed in range(12):
+        draws = partial(torch.manual_seed, seed)
+        train_both(net, model, [torch.randn(4, 6)], before_each=draws)
+    model.eval()
+    expected = torch.stack([each.eval()(x) for each in copies_of(net, model)], dim=1)
+    torch.testing.assert_close(expert_logits(model(x)), expected)
+
+
+def test_a_path_that_is_hardly_taken_twice_is_told_as_random() -> None:
+    with pytest.raises(SplitError, match=r"leaves out layers at random.*`config\.layerdrop`"):
+        RIDEWrapper(LayerDrop(0.5, 24), 2, fork_at="late", example_input=torch.randn(2, 6))
