@@ -15,7 +15,13 @@ from ride_plugin._compiler import uncompiled
 from ride_plugin._contexts import evaluating_any
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._flops import counted
-from ride_plugin._inputs import as_inputs, at_least_one_row, row_sizes, taken_by_model
+from ride_plugin._inputs import (
+    as_inputs,
+    at_least_one_row,
+    batch_size_of,
+    row_sizes,
+    taken_by_model,
+)
 from ride_plugin._output import RouterInputs
 from ride_plugin._parameters import parameters_by_owner
 from ride_plugin._tree import map_tensors
@@ -212,6 +218,7 @@ def cost_report(
         check_instance(backbone, "backbone", nn.Module, "a torch.nn.Module")
     checked = None if shares is None else check_shares(shares, model.num_experts)
     args, kwargs = model.example_input() if example_input is None else as_inputs(example_input)
+    batch_size_of((args, kwargs), "argument `example_input`")  # refuses one without a batch
     with model.evaluating(), evaluating_any(router), torch.no_grad():
         # Not counted: a path that the model has not seen is learned here, by passes of its own.
         with taken_by_model(example_input):

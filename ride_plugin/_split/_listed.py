@@ -19,6 +19,8 @@ _NAME = "named_parameters"
 class _Listed:
     """In place of such a module's ``named_parameters``: to a forward that asks, it has them all."""
 
+    __func__ = nn.Module.named_parameters  # by which torch's compiler knows a module like others
+
     def __init__(self, view: nn.Module, names: list[str], running: Running) -> None:
         self.view = view
         self.names = names

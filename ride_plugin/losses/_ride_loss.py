@@ -120,8 +120,7 @@ class RIDELoss(nn.Module):
             if diversity is None or isinstance(diversity, nn.Module | type | str | int | float):
                 expected = "class counts, the training samples of each class, or a DiversityLoss"
                 refuse("diversity", expected, diversity)
-            # What is wrong with counts is said of `class_counts`, as every page calls them.
-            diversity = DiversityLoss(check_class_counts(diversity))
+            diversity = DiversityLoss(check_class_counts(diversity, "diversity"))
         self.diversity = diversity
         self.over_experts = check_choice(reduction, "reduction", ("sum", "mean"))
         if not isinstance(schedules, list | tuple | nn.ModuleList) or not all(

@@ -96,3 +96,13 @@ def test_a_forward_may_ask_for_parameters_of_a_module_that_ran_in_no_example(for
     plain = model.to_module(1)
     torch.testing.assert_close(plain(*inputs), expected[:, 1])
     assert b"ride_plugin" not in pickle.dumps(plain)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("fork_at", ["0", "1", "1.1"])
+def test_modules_of_which_one_side_has_no_parameters_compile(fork_at: str) -> None:
+    inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    model = RIDEWrapper(nn.Sequential(nn.Linear(6, 8), inner), 2, fork_at=fork_at).train()
+    x = torch.randn(5, 6)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(expert_logits(compiled(x)), expert_logits(model(x)))
