@@ -71,12 +71,12 @@ def check_integer(
     refuse(name, expected, value, advice)
 
 
-def check_bool(value: object, name: str, *, advice: str = "") -> bool:
+def check_bool(value: object, name: str) -> bool:
     """Return True or False; what is merely true or false in a condition is refused."""
     truth = as_python(value)
     if isinstance(truth, bool):
         return truth
-    refuse(name, "True or False", value, advice)
+    refuse(name, "True or False", value)
 
 
 def check_choice(value: object, name: str, choices: Iterable[T], *, advice: str = "") -> T:
@@ -97,20 +97,19 @@ def check_instance(
     refuse(name, expected, value, advice)
 
 
-def check_callable(value: object, name: str, call: str, *, advice: str = "") -> Callable[..., Any]:
+def check_callable(value: object, name: str, call: str) -> Callable[..., Any]:
     """Return what can be called; ``call`` shows how, as in ``criterion(logits, target)``."""
     if callable(value) and not isinstance(value, type):
         return value
-    if isinstance(value, type):
-        advice = f"Make one: {value.__name__}(...)."
+    advice = f"Make one: {value.__name__}(...)." if isinstance(value, type) else ""
     refuse(name, f"callable as {call}", value, advice)
 
 
-def check_function(value: object, name: str, call: str, *, advice: str = "") -> Callable[..., Any]:
+def check_function(value: object, name: str, call: str) -> Callable[..., Any]:
     """Return a function or class; a module is no such, since its call computes something else."""
     if callable(value) and not isinstance(value, torch.nn.Module):
         return value
-    refuse(name, f"a function, called as {call}", value, advice)
+    refuse(name, f"a function, called as {call}", value)
 
 
 def way_inside(value: object, name: str, fits: Callable[[object], bool]) -> str:

@@ -94,11 +94,11 @@ def check_class_counts(class_counts: ClassCounts, name: str = "class_counts") ->
     return counts
 
 
-def check_no_shares(counts: Tensor, name: str = "class_counts") -> Tensor:
+def check_no_shares(counts: Tensor) -> Tensor:
     """Return class counts whose scale matters, unless they are frequencies: all below one."""
     if bool((counts < 1).all()):
         raise ArgumentError(
-            f"Expected argument `{name}` to hold numbers of samples, but got values from "
+            "Expected argument `class_counts` to hold numbers of samples, but got values from "
             f"{counts.min().item():g} to {counts.max().item():g}, like shares of them. Pass "
             "numbers of samples, not shares."
         )

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from ride_plugin._checks import ClassCounts, check_class_counts, check_no_shares, check_number
 from ride_plugin._errors import ArgumentError
 
-Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 
 SPLITS = ("many", "medium", "few")
@@ -77,9 +76,9 @@ class BySplit:
         )
 
 
-def shown(value: float | None, digits: int = 3) -> str:
+def shown(value: float | None) -> str:
     """Return the number as reports print it."""
-    return "absent" if value is None else f"{value:.{digits}f}"
+    return "absent" if value is None else f"{value:.3f}"
 
 
 def masks_by_split(sample_groups: Ints) -> list[NDArray[np.bool_]]:
