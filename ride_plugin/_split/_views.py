@@ -101,10 +101,7 @@ class Views:
         memo: dict[int, Any] = {id(self.running): running, **as_they_are(self.settings)}
         for name, module in self.trunk.named_modules(remove_duplicate=False):
             memo[id(module)] = trunk.get_submodule(name)
-        for name, tensor in (
-            *parameters_of(self.trunk),
-            *buffers_of(self.trunk),
-        ):
+        for name, tensor in (*parameters_of(self.trunk), *buffers_of(self.trunk)):
             path, _, attribute = name.rpartition(".")
             memo[id(tensor)] = getattr(trunk.get_submodule(path), attribute)
         return memo
@@ -200,7 +197,7 @@ def build_views(
     spine = _spine(source, {*in_trunk, *in_expert})
 
     # Both views hold the same tensors: nothing is copied, and tied weights stay tied.
-    shared = {id(tensor): tensor for tensor in _tensors(source)} | as_they_are(settings)
+    shared = as_they_are((*source.parameters(), *source.buffers(), *settings))
     stand_ins: dict[int, Any] = {key: Recorded(running, name) for key, name in in_trunk.items()}
     outside = [
         (name, module, key)
@@ -208,7 +205,6 @@ def build_views(
         for key in (*module._parameters, *module._buffers)
         if (module._parameters.get(key) is not None or module._buffers.get(key) is not None)
     ]
-    forked_outside = [o for o in outside if ".".join(filter(None, (o[0], o[2]))) in forked_tensors]
     expert = copy_with_hooks(source, source.modules(), {**stand_ins, **shared})
     expert_modules = dict(expert.named_modules(remove_duplicate=False))
     for name in forked_units:
@@ -225,17 +221,17 @@ def build_views(
 
     links: list[Link] = []
     for name, original, key in outside:
-        expert_owns = any(o[0] == name and o[2] == key for o in forked_outside)
+        expert_owns = ".".join(filter(None, (name, key))) in forked_tensors
         owner, view = (expert, trunk) if expert_owns else (trunk, expert)
-        link = Link(_at(view, name), _at(owner, name), key)
+        link = Link(view.get_submodule(name), owner.get_submodule(name), key)
         link.let_go()
         link.refresh()
         links.append(link)
         list_all(link.view, original, running)
     for name, original in spine:
         for root in (trunk, expert):
-            list_whole(_at(root, name), original, running)
-    pairs = [(_at(trunk, name), _at(expert, name)) for name, _ in spine]
+            list_whole(root.get_submodule(name), original, running)
+    pairs = [(trunk.get_submodule(name), expert.get_submodule(name)) for name, _ in spine]
     return Views(trunk, expert, running, links, pairs, settings=settings)
 
 
@@ -265,11 +261,3 @@ def _spine(root: nn.Module, units: set[int]) -> list[tuple[str, nn.Module]]:
 
     walk("", root)
     return found
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _at(root: nn.Module, name: str) -> nn.Module:
-    return root.get_submodule(name) if name else root
