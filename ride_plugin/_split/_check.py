@@ -262,15 +262,9 @@ def _refuse_counting_ahead(
 ) -> None:
     """Refuse a trunk that counts on an expert's module: that expert's own pass counts as well."""
     views = throwaway(split.views, training)
-
-    def recorded() -> None:
-        seed_everything()
-        args, kwargs = own_inputs(inputs, tensors=True)
-        with torch.no_grad():
-            record(views.trunk, views.running, split.layouts, args, kwargs, stop_at_fork=True)
-
-    recorded()
-    _refuse_counting(changed_again(views.expert, places, recorded), prefix)
+    run = partial(_stopped, split, views, inputs)
+    run()
+    _refuse_counting(changed_again(views.expert, places, run), prefix)
 
 
 def _refuse_counting(places: set[Place], prefix: str) -> None:
