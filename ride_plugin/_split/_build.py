@@ -18,22 +18,14 @@ from ride_plugin._split._activated import warn_of_activated
 from ride_plugin._split._beside import sequence_around
 from ride_plugin._split._check import WrittenBehind, check
 from ride_plugin._split._classifier import find_picked
-from ride_plugin._split._copies import (
-    running_copy,
-    written_parameters,
-)
+from ride_plugin._split._copies import running_copy, written_parameters
 from ride_plugin._split._example import find_example, refuse_third_row
 from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._hooks import watch_classifier
 from ride_plugin._split._learn import learn
 from ride_plugin._split._lend import refuse_unsavable
-from ride_plugin._split._logits import (
-    Choice,
-    LogitsReader,
-    check_classifies,
-    find_logits,
-)
+from ride_plugin._split._logits import Choice, LogitsReader, check_classifies, find_logits
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passed_by import tell_of_hidden_parameters
@@ -43,11 +35,7 @@ from ride_plugin._split._references import warn_of_outside_hooks
 from ride_plugin._split._settings import settings_at
 from ride_plugin._split._source import after_first_call, refuse_unfit, source_of
 from ride_plugin._split._state import Layout
-from ride_plugin._split._training_output import (
-    Traced,
-    check_columns,
-    learn_training_output,
-)
+from ride_plugin._split._training_output import Traced, check_columns, learn_training_output
 from ride_plugin._split._unseen import unseen_modules
 from ride_plugin._split._use import place_of
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors

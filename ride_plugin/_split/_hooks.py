@@ -87,14 +87,13 @@ def module_at(parent: nn.Module, name: str) -> nn.Module:
 
 def places_of_units(trunk: nn.Module) -> list[UnitPlace]:
     """Find the units: the submodules that carry :class:`UnitHooks`."""
-    places: list[UnitPlace] = []
-    for parent in trunk.modules():
-        for name, child in parent.named_children():
-            for hook in child._forward_pre_hooks.values():
-                hooks = getattr(hook, "__self__", None)
-                if isinstance(hooks, UnitHooks):
-                    places.append(UnitPlace(parent, name, hooks))
-    return places
+    return [
+        UnitPlace(parent, name, hooks)
+        for parent in trunk.modules()
+        for name, child in parent.named_children()
+        for hooks in map(_ours, child._forward_pre_hooks.values())
+        if hooks is not None
+    ]
 
 
 def _ours(hook: Any) -> UnitHooks | None:

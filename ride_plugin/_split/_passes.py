@@ -99,17 +99,14 @@ def record(
     if layout is None and recorder.dropped:
         args, kwargs = own  # the forward may have popped something from what it was given
         return record(trunk, running, (), args, kwargs, stop_at_fork=stop_at_fork)
-    keys, dropped, numbers = tuple(recorder.keys), recorder.dropped, recorder.numbers
-    recomputes = recorder.recomputes
-    values = recorder.values
     return TrunkState(
         batch_size,
-        keys,
-        values,
+        tuple(recorder.keys),
+        recorder.values,
         layout,
-        hollow=dropped,
-        recomputes=recomputes,
-        numbers=numbers,
+        hollow=recorder.dropped,
+        recomputes=recorder.recomputes,
+        numbers=recorder.numbers,
     ), output
 
 
