@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -18,13 +19,7 @@ from torch import Tensor, nn
 from ride_plugin._errors import is_of_package, is_question, listed, warn_caller
 from ride_plugin._known_methods import GROUPS, METHODS, alike, parameter_groups
 from ride_plugin._names_read import is_read_by_forward, may_be_set_late, names_read_by
-from ride_plugin._split import (
-    SplitModule,
-    called,
-    is_real,
-    real_parts,
-    write_attributes,
-)
+from ride_plugin._split import SplitModule, called, is_real, real_parts, write_attributes
 from ride_plugin._tree import OF_MODULES, tensors_in
 
 _OPTIONS = frozenset({"return_experts", "checkpoint_experts"})  # to be set at any time
@@ -77,7 +72,7 @@ def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
     except AttributeError:
         raise AttributeError(f"'{kind}' object has no attribute '{name}'") from None
     if name in METHODS and callable(value):
-        return METHODS[name](model, value)
+        return partial(METHODS[name], model)
     if ("", name) in model.set_by_experts:
         each = [getattr(expert, name) for expert in model.experts]
         if not alike(each):
