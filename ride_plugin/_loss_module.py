@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError
-from ride_plugin._output import ExpertOutput
+from ride_plugin._output import without_experts
 from ride_plugin._wrapper import RIDEWrapper
 
 
@@ -108,7 +108,7 @@ class RIDEModule(nn.Module):
             )
         args, kwargs = self._named(args, kwargs)
         output = self.model(*args, **kwargs)
-        logits = output.logits if isinstance(output, ExpertOutput) else output
+        logits = without_experts(output)
         if labels is None:
             return {"logits": logits}
         return {"loss": self.criterion(output, labels), "logits": logits}
