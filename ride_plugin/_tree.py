@@ -26,6 +26,11 @@ Place: TypeAlias = tuple[str, str]
 """A place inside a module: the name of a submodule, and an attribute or buffer of it."""
 
 
+def dotted(path: str, name: str) -> str:
+    """The name in a model of what its submodule at ``path`` has under a name; "" is the model."""
+    return f"{path}.{name}" if path else name
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in a value, depth first: tuples, lists, deques, mappings, dataclasses."""
     if isinstance(value, Tensor):

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ride_plugin._initialise._draw import is_constant
+from ride_plugin._tree import dotted
 
 _STEPS = 15  # of a power iteration: torch takes as many when it registers a spectral norm
 
@@ -59,7 +60,7 @@ def _computed_in(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Paramet
     """Computed weights: their name, the module and the key there, and what computes them."""
     for path, module in root.named_modules():
         for key, held in getattr(module, "parametrizations", {}).items():
-            yield f"{path}.{key}" if path else key, module, key, held
+            yield dotted(path, key), module, key, held
 
 
 def _is_of_torch(held: ParametrizationList) -> bool:

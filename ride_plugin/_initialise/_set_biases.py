@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ride_plugin._initialise._draw import is_constant
+from ride_plugin._tree import dotted
 
 
 def set_biases(
@@ -45,7 +46,7 @@ def set_biases(
         else:
             was_set = not may_be_trained and is_constant(layer.weight)
         if was_set:
-            found[f"{path}.bias" if path else "bias"] = bias
+            found[dotted(path, "bias")] = bias
     return found
 
 

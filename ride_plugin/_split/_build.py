@@ -39,7 +39,7 @@ from ride_plugin._split._training_output import Traced, check_columns, learn_tra
 from ride_plugin._split._unseen import unseen_modules
 from ride_plugin._split._use import place_of
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
-from ride_plugin._tree import Place, tensors_in
+from ride_plugin._tree import Place, dotted, tensors_in
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def learned(
         if streams & late:
             raise SplitError(
                 f"Cannot split the backbone at {fork_at!r}: it draws random numbers from a "
-                f"generator of its own, `{'.'.join(filter(None, min(streams & late)))}`, before "
+                f"generator of its own, `{dotted(*min(streams & late))}`, before "
                 "and after the fork, so that trunk and experts would not follow one sequence. "
                 "Draw from torch's common generator, or give each side one of its own."
             )

@@ -27,7 +27,7 @@ from ride_plugin._split._passes import (
 )
 from ride_plugin._split._state import Absent
 from ride_plugin._split._views import Views
-from ride_plugin._tree import Place, map_tensors, tensors_in
+from ride_plugin._tree import Place, dotted, map_tensors, tensors_in
 
 
 def refuse_reading_ahead(split: Split) -> None:
@@ -86,7 +86,7 @@ def refuse_feedback(split: Split, places: Collection[Place]) -> set[Place]:
             starts = [{place: run.left[place] for place in tried} for run in (ours, theirs)]
             runs = [_run(split, training, start=start, places=places) for start in starts]
             if tried and not _same(*map(look, runs)):
-                names = listed([".".join(filter(None, place)) for place in tried])
+                names = listed([dotted(*place) for place in tried])
                 raise SplitError(
                     f"Cannot split the backbone at {split.fork_at!r}: {names} keeps what the code "
                     "after the fork wrote in the step before, other values for each expert, and "

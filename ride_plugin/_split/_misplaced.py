@@ -17,6 +17,7 @@ from ride_plugin._errors import ReplayError, warn_caller
 from ride_plugin._split._observers import hooks_of_others, is_of_torch
 from ride_plugin._split._several import called
 from ride_plugin._split._stand_ins import FREEZING, HOOKING, Forked, StandIn
+from ride_plugin._tree import dotted
 
 _NOTHING = object()
 
@@ -159,7 +160,7 @@ def _without_effect(stand_in: StandIn, part: str, what: str, value: Any) -> str:
 
 def _replaced(place: StandInPlace, part: str) -> ReplayError:
     path = next(name for name, module in place.root.named_modules() if module is place.parent)
-    here = called(part, f"{path}.{place.name}".lstrip("."))
+    here = called(part, dotted(path, place.name))
     stand_ins = [m for m in place.module.modules() if isinstance(m, StandIn)]
     there = ", ".join(f"`{_real_place(stand_in)}`" for stand_in in stand_ins[:3])
     return ReplayError(

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ride_plugin._checks import version_of
 from ride_plugin._contexts import is_stream
 from ride_plugin._errors import ReplayError
-from ride_plugin._tree import OF_MODULES, Place
+from ride_plugin._tree import OF_MODULES, Place, dotted
 
 _ATOMS = (
     *(int, float, complex, bool, str, bytes, type(None), range, slice, np.generic, Enum, PurePath),
@@ -85,7 +85,7 @@ def held_together_by(parts: Sequence[nn.Module]) -> dict[str, Any]:
                     continue
                 if type(value).__module__.startswith(_OURS) or not _can_be_settings(value):
                     continue
-                names.setdefault(id(value), f"{path}.{name}".lstrip("."))
+                names.setdefault(id(value), dotted(path, name))
                 found[id(value)] = value
                 holders.setdefault(id(value), set()).add(index)
     shared = [key for key, those in holders.items() if len(those) > 1]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ride_plugin._errors import CheckpointError
+from ride_plugin._tree import dotted
 
 Place: TypeAlias = tuple[dict[str, Any], str]  # a module's parameters or buffers, and a name there
 Group: TypeAlias = tuple[Tensor, list[Place]]
@@ -45,7 +46,7 @@ def unchanging(
         if module._buffers and not trains(module.parameters(recurse=False)):
             for key, buffer in module.named_buffers(recurse=False):
                 if buffer.dim() > 1 and not (buffer.is_floating_point() or buffer.is_complex()):
-                    found[f"{path}.{key}" if path else key] = buffer
+                    found[dotted(path, key)] = buffer
     kept = [tensor for name, tensor in found.items() if name not in written]
     for layer in frozen_layers:
         kept += layer.buffers(recurse=False)
@@ -111,7 +112,7 @@ def _places(root: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
         for tensors in (module._parameters, module._buffers):
             for key, tensor in tensors.items():
                 if tensor is not None:
-                    yield f"{path}.{key}" if path else key, tensors, key
+                    yield dotted(path, key), tensors, key
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:

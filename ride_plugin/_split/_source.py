@@ -24,7 +24,7 @@ from ride_plugin._split._references import hook_owners, refuse_captured
 from ride_plugin._split._settings import as_they_are, contents_in, settings_at
 from ride_plugin._split._stand_ins import Forked, Recorded
 from ride_plugin._split._tape import NoHandle
-from ride_plugin._tree import Place
+from ride_plugin._tree import Place, dotted
 
 _PARALLEL = frozenset(
     {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
@@ -40,7 +40,7 @@ def refuse_unfit(backbone: nn.Module) -> None:
             "be trained. Wrap the backbone first."
         )
     held = [
-        (f"{path}.{key}".lstrip("."), child)
+        (dotted(path, key), child)
         for path, module in backbone.named_modules()
         for key, child in module._modules.items()
     ]
@@ -176,10 +176,10 @@ def _refuse_uncopied(backbone: nn.Module, error: Exception) -> None:
             try:
                 copy.deepcopy(value, dict(kept))
             except Exception as own:
-                name = ".".join(filter(None, (path, key)))
                 raise SplitError(
                     "Expected argument `backbone` to be a module that `copy.deepcopy` can copy, as "
-                    f"each expert is a copy, but its attribute `{name}` ({type(value).__name__}) "
+                    f"each expert is a copy, but its attribute `{dotted(path, key)}` "
+                    f"({type(value).__name__}) "
                     f"raises {type(own).__name__}: {own}. Remove it before wrapping, keep it "
                     f"outside of the module, or give {type(module).__name__} a `__getstate__` that "
                     "leaves it out and a `__setstate__` that makes a new one."

@@ -21,7 +21,7 @@ from ride_plugin._split._probe import Call
 from ride_plugin._split._settings import as_they_are
 from ride_plugin._split._stand_ins import Forked, Recorded
 from ride_plugin._split._tape import Running
-from ride_plugin._tree import buffers_of, parameters_of
+from ride_plugin._tree import buffers_of, dotted, parameters_of
 
 
 @dataclass
@@ -221,7 +221,7 @@ def build_views(
 
     links: list[Link] = []
     for name, original, key in outside:
-        expert_owns = ".".join(filter(None, (name, key))) in forked_tensors
+        expert_owns = dotted(name, key) in forked_tensors
         owner, view = (expert, trunk) if expert_owns else (trunk, expert)
         link = Link(view.get_submodule(name), owner.get_submodule(name), key)
         link.let_go()
@@ -242,7 +242,7 @@ def spine_tensors(backbone: nn.Module, units: list[str]) -> dict[str, Tensor]:
     for name, module in _spine(backbone, {id(modules[unit]) for unit in units}):
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                found[".".join(filter(None, (name, key)))] = tensor
+                found[dotted(name, key)] = tensor
     return found
 
 
@@ -257,7 +257,7 @@ def _spine(root: nn.Module, units: set[int]) -> list[tuple[str, nn.Module]]:
         seen.add(id(module))
         found.append((name, module))
         for child_name, child in module.named_children():
-            walk(".".join(filter(None, (name, child_name))), child)
+            walk(dotted(name, child_name), child)
 
     walk("", root)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._tree import tensors_in
+from ride_plugin._tree import dotted, tensors_in
 from ride_plugin._width._layers import kind_of, resized
 
 Tag = tuple[str, str]  # ("layer", module name) or ("raw", parameter name)
@@ -161,7 +161,7 @@ class Ledger:
             if not tensor.is_floating_point():
                 continue  # an index, a mask
             layer = kind_of(module) is not None and name in self.new_widths
-            found.add(("layer", name) if layer else ("raw", f"{name}.{key}" if name else key))
+            found.add(("layer", name) if layer else ("raw", dotted(name, key)))
         return frozenset(found)
 
     def tags_of_result(self, name: str, args: Any, kwargs: Any) -> frozenset[Tag]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ride_plugin._errors import listed
+from ride_plugin._tree import dotted
 from ride_plugin._width._ledger import Ledger
 from ride_plugin._width._plan import Step, shapes_in
 
@@ -79,7 +80,7 @@ class Factors:
             roots = self._roots(ledger, values)
             alike = len({old for old, _, _ in roots.values()}) == 1
             for path, (old, new, power) in roots.items():
-                name = f"{path}.{key}" if path else key
+                name = dotted(path, key)
                 if len(new) > 1:
                     left.append(name)
                     continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ride_plugin._initialise import is_structured
+from ride_plugin._tree import dotted
 
 _COLUMNS = 256  # so many columns, and so many entries of each, are compared
 
@@ -23,7 +24,7 @@ def tables_of(expert: nn.Module) -> dict[str, frozenset[int]]:
     for path, module in expert.named_modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and (dims := _dims_of(buffer)):
-                found[f"{path}.{key}" if path else key] = dims
+                found[dotted(path, key)] = dims
     return found
 
 
