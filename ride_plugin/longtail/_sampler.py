@@ -13,6 +13,7 @@ from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from ride_plugin._checks import Numbers, as_labels, check_integer
+from ride_plugin._distributed import running
 
 _AT_ONCE = 65536
 
@@ -123,11 +124,10 @@ class ClassBalancedSampler(DistributedSampler[int]):
     def _place(self) -> tuple[int, int]:
         """Number of ranks, this rank, and with them the length of an epoch, as of now."""
         num_samples, num_replicas, rank = self._asked
-        running = distributed.is_available() and distributed.is_initialized()
         if num_replicas is None:
-            num_replicas = distributed.get_world_size() if running else 1
+            num_replicas = distributed.get_world_size() if running() else 1
         if rank is None:
-            rank = distributed.get_rank() if running else 0
+            rank = distributed.get_rank() if running() else 0
         self.num_replicas = check_integer(num_replicas, "num_replicas", 1)
         self.rank = check_integer(rank, "rank", 0, self.num_replicas - 1)
         self.num_samples = -(-num_samples // self.num_replicas)
