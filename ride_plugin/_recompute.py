@@ -15,7 +15,7 @@ from ride_plugin._checks import version_of
 from ride_plugin._contexts import random_state, stream_state, streams_in
 from ride_plugin._errors import ReplayError, listed
 from ride_plugin._split import own_containers
-from ride_plugin._tree import OF_MODULES, tensors_in
+from ride_plugin._tree import OF_MODULES, cloned, tensors_in
 
 
 def checkpointed(
@@ -85,7 +85,7 @@ class _Start:
             for held in (module._parameters, module._buffers):
                 for key, tensor in held.items():
                     if tensor is not None and prefix + key in written:
-                        clone = clones.setdefault(id(tensor), _cloned(tensor))
+                        clone = clones.setdefault(id(tensor), cloned(tensor))
                         self._tensors.append((held, key, clone))
                     else:
                         self._watch(prefix, {key: tensor})
@@ -125,7 +125,7 @@ class _Start:
 
         Other tensors take the places of those that are written, which autograd may have saved.
         """
-        fresh = {id(clone): _cloned(clone) for _, _, clone in self._tensors}
+        fresh = {id(clone): cloned(clone) for _, _, clone in self._tensors}
         ended = [(held, key, held[key]) for held, key, _ in self._tensors]
         later = [
             {key: value for key, value in own.items() if key not in OF_MODULES}
@@ -153,13 +153,6 @@ def _set_attributes(own: dict[str, Any], values: dict[str, Any]) -> None:
     for key in [key for key in own if key not in OF_MODULES and key not in values]:
         del own[key]
     own.update(values)
-
-
-def _cloned(tensor: Tensor) -> Tensor:
-    clone = tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(clone, tensor.requires_grad)
-    return clone
 
 
 def _is_counted_by_torch(module: nn.Module) -> bool:

@@ -46,6 +46,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
+def cloned(tensor: Tensor) -> Tensor:
+    """A copy of a tensor without its gradient history; of a parameter another parameter."""
+    copied = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copied, tensor.requires_grad)
+    return copied
+
+
 def parameters_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """A module's parameters under all their names, as torch sees them in a module around it.
 

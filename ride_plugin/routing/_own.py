@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from ride_plugin._tree import cloned
+
 
 def own_weights_of_program(program: ExportedProgram) -> None:
     """Put copies in the place of the tensors that a program shares with the exported model.
@@ -30,13 +32,6 @@ def _put_copies(places: list[dict[str, Any]]) -> None:
     copies = {id(tensor): tensor for tensor in tensors}  # a tensor under two names stays one
     # Under inference mode copies would be such that nobody can load other weights into later.
     with torch.inference_mode(False), torch.no_grad():
-        copies = {key: _copy(tensor) for key, tensor in copies.items()}
+        copies = {key: cloned(tensor) for key, tensor in copies.items()}
     for held in places:
         held.update({k: copies[id(v)] for k, v in held.items() if isinstance(v, Tensor)})
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(copy, requires_grad=tensor.requires_grad)
-    return copy
