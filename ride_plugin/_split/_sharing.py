@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from ride_plugin._errors import CheckpointError
 from ride_plugin._tree import dotted
 
-Place: TypeAlias = tuple[dict[str, Any], str]  # a module's parameters or buffers, and a name there
-Group: TypeAlias = tuple[Tensor, list[Place]]
+Slot: TypeAlias = tuple[dict[str, Any], str]  # a module's parameters or buffers, and a name there
+Group: TypeAlias = tuple[Tensor, list[Slot]]  # a tensor, and all slots that hold it
 
 
 def frozen_layers(root: nn.Module, root_in_training: bool) -> list[nn.Module]:
@@ -54,26 +54,26 @@ def unchanging(
 
 
 def held_together(experts: Iterable[nn.Module]) -> list[Group]:
-    """The tensors that several places of the experts hold, each with those places."""
+    """The tensors that stand in several slots of the experts, each with those slots."""
     groups: dict[int, Group] = {}
     for expert in experts:
-        for _, tensors, key in _places(expert):
+        for _, tensors, key in _slots(expert):
             group = groups.setdefault(id(tensors[key]), (tensors[key], []))
             group[1].append((tensors, key))
     return [group for group in groups.values() if len(group[1]) > 1]
 
 
 def hold_together(groups: Iterable[Group]) -> None:
-    """Let every place of a group hold one tensor again: the one that has replaced the old."""
-    for old, places in groups:
-        held = next((d[key] for d, key in places if d[key] is not old), old)
-        for tensors, key in places:
+    """Let every slot of a group hold one tensor again: the one that has replaced the old."""
+    for old, slots in groups:
+        held = next((d[key] for d, key in slots if d[key] is not old), old)
+        for tensors, key in slots:
             tensors[key] = held
 
 
-def held_by_all(experts: Iterable[nn.Module]) -> dict[str, Place]:
-    """The parameters and buffers that all experts hold together: names, places in expert 0."""
-    first, *others = ({name: (t, k) for name, t, k in _places(expert)} for expert in experts)
+def held_by_all(experts: Iterable[nn.Module]) -> dict[str, Slot]:
+    """The parameters and buffers that all experts hold together: names, slots in expert 0."""
+    first, *others = ({name: (t, k) for name, t, k in _slots(expert)} for expert in experts)
     if not others:
         return {}
     return {
@@ -107,7 +107,7 @@ def complete_shared(state: Any, prefix: str, experts: nn.ModuleList, *, fill: bo
             state.update((key, state.get(key, values[0])) for key in keys)
 
 
-def _places(root: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _slots(root: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
     for path, module in root.named_modules():
         for tensors in (module._parameters, module._buffers):
             for key, tensor in tensors.items():
