@@ -109,11 +109,7 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
     before_all = {name: (part, marks_of(part)) for name, part in model.named_modules()}
     settings = contents_in(model)
     random_before = RandomState.now().mark()
-    unseen = {id(part) for part in model.modules() if isinstance(part, torch.jit.ScriptModule)}
-    for part in model.modules():
-        if isinstance(part, ParametrizationList):  # computes weights: no step of the forward
-            unseen |= set(map(id, part.modules()))
-    handles = []
+    unseen, handles = out_of_sight(model), []
     for module in model.modules():
         if module is not model and id(module) not in unseen:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
@@ -140,6 +136,19 @@ def call_tree(model: nn.Module, inputs: Inputs) -> tuple[Call, Any]:
     if RandomState.now().mark() != random_before:
         root.changed.add(RANDOM)
     return root, output
+
+
+def out_of_sight(root: nn.Module) -> set[int]:
+    """Ids of modules whose calls are not noted.
+
+    TorchScript runs no hooks, and a module that computes a weight is no step of the forward.
+    """
+    return {
+        id(part)
+        for module in root.modules()
+        if isinstance(module, ParametrizationList | torch.jit.ScriptModule)
+        for part in module.modules()
+    }
 
 
 def _num_hooks(model: nn.Module) -> int:

@@ -10,10 +10,9 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from ride_plugin._errors import ReplayError
-from ride_plugin._split._probe import Call
+from ride_plugin._split._probe import Call, out_of_sight
 from ride_plugin._split._tape import Running
 from ride_plugin._split._views import Link
 
@@ -46,13 +45,8 @@ class UnseenHook:
 def unseen_modules(trunk: nn.Module, spine: Collection[str], trees: Iterable[Call]) -> list[str]:
     """Names of the modules outside all units that were not called, in either mode."""
     called = {call.name for tree in trees for call in tree.walk()}
-    out_of_sight = {  # their calls are not seen
-        id(part)
-        for module in trunk.modules()
-        if isinstance(module, ParametrizationList | torch.jit.ScriptModule)
-        for part in module.modules()
-    }
-    return [n for n in spine if n not in called and id(trunk.get_submodule(n)) not in out_of_sight]
+    hidden = out_of_sight(trunk)
+    return [n for n in spine if n not in called and id(trunk.get_submodule(n)) not in hidden]
 
 
 def watch_unseen(
