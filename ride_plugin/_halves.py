@@ -18,11 +18,11 @@ from ride_plugin._names_read import may_be_set_late, names_read_by
 from ride_plugin._output import ExpertOutput
 from ride_plugin._split import (
     COMPILED_CALL,
-    Forked,
     Holder,
     Pair,
     Recorded,
     SplitModule,
+    StandIn,
     Unwinding,
     own_containers,
     plain_modules,
@@ -152,7 +152,7 @@ class _Half(Holder):
 
     def _real_parts(self) -> list[nn.Module]:
         parts = (*self.shared(), *self.experts)
-        return [part for part in parts if not isinstance(part, Forked | Recorded)]
+        return [part for part in parts if not isinstance(part, StandIn)]
 
 
 class ExpertFeatures(_Half):

@@ -64,7 +64,7 @@ from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._settings import held_together_by, unchanged
 from ride_plugin._split._several import called
 from ride_plugin._split._sharing import held_by_all
-from ride_plugin._split._stand_ins import Forked, Recorded
+from ride_plugin._split._stand_ins import Recorded, StandIn
 from ride_plugin._split._state import TrunkState
 from ride_plugin._split._unwinding import Unwinding
 from ride_plugin._split._views import Views
@@ -73,7 +73,6 @@ __all__ = [
     "COMPILED_CALL",
     "Call",
     "Choice",
-    "Forked",
     "Holder",
     "Pair",
     "Parts",
@@ -81,6 +80,7 @@ __all__ = [
     "Rows",
     "Split",
     "SplitModule",
+    "StandIn",
     "TrunkState",
     "Unwinding",
     "Views",

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ride_plugin._errors import SplitError
-from ride_plugin._split._stand_ins import Forked, Recorded
+from ride_plugin._split._stand_ins import StandIn
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def refuse_unsavable(source: nn.Module, *views: nn.Module) -> None:
 def _has_loaders(part: nn.Module) -> bool:
     """Whether a module that has parts on both sides does something to a state that is loaded."""
     return any(
-        any(isinstance(inner, Forked | Recorded) for inner in module.modules())
+        any(isinstance(inner, StandIn) for inner in module.modules())
         for module in part.modules()
-        if not isinstance(module, Forked | Recorded)
+        if not isinstance(module, StandIn)
         if module._load_state_dict_pre_hooks
         or type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
     )

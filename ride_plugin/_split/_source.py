@@ -22,7 +22,7 @@ from ride_plugin._split._copies import (
 )
 from ride_plugin._split._references import hook_owners, refuse_captured
 from ride_plugin._split._settings import as_they_are, contents_in, settings_at
-from ride_plugin._split._stand_ins import Forked, Recorded
+from ride_plugin._split._stand_ins import StandIn
 from ride_plugin._split._tape import NoHandle
 from ride_plugin._tree import Place, dotted
 
@@ -68,7 +68,7 @@ def refuse_unfit(backbone: nn.Module) -> None:
                 "TorchScript, which runs no hooks. Wrap the backbone before scripting or tracing "
                 "its parts."
             )
-        if isinstance(module, Recorded | Forked):
+        if isinstance(module, StandIn):
             raise SplitError(
                 "Expected argument `backbone` to be a plain module, but it is or holds a wrapped "
                 "one. Wrap the backbone once; `to_module()` gives back a plain one."
