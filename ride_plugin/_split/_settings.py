@@ -58,18 +58,15 @@ def contents_in(root: nn.Module) -> dict[Place, list[Any]]:
     known: dict[int, list[Any] | None] = {}
     holders: dict[int, int] = {}
     found: dict[Place, list[Any]] = {}
-    for path, module in root.named_modules():
-        for name, value in vars(module).items():
-            if name in OF_MODULES or isinstance(value, (*_ATOMS, Tensor, nn.Module)):
-                continue
-            if id(value) not in known:  # many modules may hold one configuration
-                can_be = _can_be_settings(value)
-                known[id(value)] = contents_of(value, owned=owned) if can_be else None
-            contents = known[id(value)]
-            if contents is not None:
-                found[path, name] = contents
-                everybodys = path == "" or type(value) not in (dict, list)
-                holders[id(contents)] = holders.get(id(contents), 0) + (2 if everybodys else 1)
+    for (path, name), value in _objects_in(root):
+        if id(value) not in known:  # many modules may hold one configuration
+            can_be = _can_be_settings(value)
+            known[id(value)] = contents_of(value, owned=owned) if can_be else None
+        contents = known[id(value)]
+        if contents is not None:
+            found[path, name] = contents
+            everybodys = path == "" or type(value) not in (dict, list)
+            holders[id(contents)] = holders.get(id(contents), 0) + (2 if everybodys else 1)
     return {place: contents for place, contents in found.items() if holders[id(contents)] > 1}
 
 
@@ -79,17 +76,22 @@ def held_together_by(parts: Sequence[nn.Module]) -> dict[str, Any]:
     found: dict[int, Any] = {}
     holders: dict[int, set[int]] = {}
     for index, part in enumerate(parts):
-        for path, module in part.named_modules():
-            for name, value in vars(module).items():
-                if name in OF_MODULES or isinstance(value, (*_ATOMS, Tensor, nn.Module)):
-                    continue
-                if type(value).__module__.startswith(_OURS) or not _can_be_settings(value):
-                    continue
-                names.setdefault(id(value), dotted(path, name))
-                found[id(value)] = value
-                holders.setdefault(id(value), set()).add(index)
+        for place, value in _objects_in(part):
+            if type(value).__module__.startswith(_OURS) or not _can_be_settings(value):
+                continue
+            names.setdefault(id(value), dotted(*place))
+            found[id(value)] = value
+            holders.setdefault(id(value), set()).add(index)
     shared = [key for key, those in holders.items() if len(those) > 1]
     return {names[key]: found[key] for key in shared if _is_quickly_read(found[key])}
+
+
+def _objects_in(root: nn.Module) -> Iterator[tuple[Place, Any]]:
+    """The plain attributes of modules that are neither single values nor tensors nor modules."""
+    for path, module in root.named_modules():
+        for name, value in vars(module).items():
+            if not (name in OF_MODULES or isinstance(value, (*_ATOMS, Tensor, nn.Module))):
+                yield (path, name), value
 
 
 def _is_quickly_read(settings: Any) -> bool:
