@@ -20,7 +20,7 @@ from ride_plugin._split._reentrant import passed_by
 from ride_plugin._split._stand_ins import leads_to_experts
 from ride_plugin._split._state import Absent, Layout, TrunkState
 from ride_plugin._split._tape import ForkReached, Player, Recorder, Running
-from ride_plugin._tree import CONTAINERS
+from ride_plugin._tree import CONTAINERS, Place
 
 AtFork: TypeAlias = Callable[[Sequence[Any], Layout | None], bool]
 
@@ -155,21 +155,19 @@ def _begin(mode: Recorder | Player, view: nn.Module, running: Running) -> None:
             hooks.move_to_end(ours)
 
 
-def read_attributes(owner: nn.Module, names: Sequence[tuple[str, str]]) -> tuple[Any, ...]:
-    """Values of plain attributes ``(submodule, attribute)`` that a forward may set or fill."""
+def read_attributes(owner: nn.Module, places: Sequence[Place]) -> tuple[Any, ...]:
+    """Values of plain attributes at these places, which a forward may set or fill."""
     return tuple(
         RandomState.now()
         if (path, attribute) == RANDOM
         else own_containers(owner.get_submodule(path).__dict__.get(attribute, Absent))
-        for path, attribute in names
+        for path, attribute in places
     )
 
 
-def write_attributes(
-    owner: nn.Module, names: Sequence[tuple[str, str]], values: tuple[Any, ...]
-) -> None:
+def write_attributes(owner: nn.Module, places: Sequence[Place], values: tuple[Any, ...]) -> None:
     """Put plain attributes back, so that an expert starts where the trunk started."""
-    for (path, attribute), value in zip(names, values, strict=True):
+    for (path, attribute), value in zip(places, values, strict=True):
         if isinstance(value, RandomState):
             value.restore()
             continue

@@ -14,13 +14,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ArgumentError, ReplayError
 from ride_plugin._inputs import Inputs
-from ride_plugin._split._form import (
-    Form,
-    form_of,
-    form_of_inputs,
-    plain_in,
-    single_in,
-)
+from ride_plugin._split._form import Form, form_of, form_of_inputs, plain_in, single_in
 from ride_plugin._split._hollow import Unread, hollow, is_hollow
 from ride_plugin._split._rows import Rows, join_rows, take_rows
 from ride_plugin._tree import CONTAINERS, map_tensors, tensors_in
@@ -147,10 +141,10 @@ class TrunkState:
     layout: Layout | None = field(repr=False)
     attributes: tuple[Any, ...] = field(default=(), repr=False)
     hollow: bool = field(default=False, repr=False)  # whether something was dropped
-    recomputes: bool = field(
-        default=False, repr=False
-    )  # in its backward, for the last value's sake
-    numbers: tuple[tuple[int, Any], ...] = field(default=(), repr=False)  # read, then changed
+    # Whether the backward of some value computes it again, in a reentrant checkpoint.
+    recomputes: bool = field(default=False, repr=False)
+    # What was read as a number from a tensor that changed before the fork, by which read.
+    numbers: tuple[tuple[int, Any], ...] = field(default=(), repr=False)
     chosen: bool = field(default=False, repr=False)  # whether rows were, by `select`
 
     def __len__(self) -> int:
