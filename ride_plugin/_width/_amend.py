@@ -116,21 +116,19 @@ class Amender:
     def _loser(self, a: tuple[Tensor, int], b: tuple[Tensor, int]) -> tuple[Tensor, int, int]:
         """Which of two tensors has to change, along which dimension, and to which size."""
 
-        def reluctance(side: tuple[Tensor, int]) -> tuple[int, int]:
-            tags = self.ledger.tags_of(side[0])
+        def reluctance(tensor: Tensor, axis: int, other_size: int) -> tuple[int, int]:
+            tags = self.ledger.tags_of(tensor)
             if not tags:
                 return 3, 0
             if all(kind == "raw" for kind, _ in tags):
-                from_end = side[1] if side[1] < 0 else side[1] - side[0].dim()
+                from_end = axis if axis < 0 else axis - tensor.dim()
                 return (3 if any(self._is_table(n, from_end) for _, n in tags) else 0), 0
-            layers = [name for kind, name in tags if kind == "layer"]
-            narrowed = side[0].shape[side[1]]
-            other = (b if side is a else a)[0].shape[(b if side is a else a)[1]]
+            planned = all(name in self.plan.out for kind, name in tags if kind == "layer")
             # The narrower of two layers becomes wider, since the other may be unable to narrow.
-            return (2 if all(n in self.plan.out for n in layers) else 1), int(narrowed > other)
+            return (2 if planned else 1), int(tensor.shape[axis] > other_size)
 
-        loser, winner = (a, b) if reluctance(a) < reluctance(b) else (b, a)
-        return loser[0], loser[1], winner[0].shape[winner[1]]
+        ours, theirs = (*a, b[0].shape[b[1]]), (*b, a[0].shape[a[1]])
+        return ours if reluctance(*ours) < reluctance(*theirs) else theirs
 
     def pin(
         self, tensor: Tensor, axis: int, size: int, old_size: int | None, reason: str = ""
@@ -183,7 +181,7 @@ class Amender:
         return dim in self._tables.get(name, ())
 
     def _full_size(self, path: str, key: str, dim: int) -> int:
-        """Of a parameter or buffer, before this trial resized it."""
+        """Size of a parameter or buffer along a dimension before this trial resized it."""
         module: Any = self.ledger.modules[path]
         changes = self.ledger.changes
         first = next((c.old for c in changes if c.module is module and c.name == key), None)

@@ -56,7 +56,10 @@ def sees_one_channel(x: Sequence[int], kernel: Sequence[int]) -> bool:
 
 
 def channels_of(shape: Sequence[int], kernel: Sequence[int]) -> int:
-    """Of images, with or without a batch of them; a kernel has as many dimensions as a batch."""
+    """Number of channels in a convolution's input or output, be it a batch or a single image.
+
+    A kernel has as many dimensions as a batch, so its channels are counted from the end.
+    """
     return shape[1 - len(kernel)]
 
 
