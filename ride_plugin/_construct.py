@@ -37,6 +37,7 @@ from ride_plugin._split import (
     replicate,
     split_backbone,
 )
+from ride_plugin._tree import ids_of_tensors
 from ride_plugin._width import narrow_expert
 
 
@@ -95,7 +96,7 @@ def initialise(
     followers: Mapping[str, str],
 ) -> Parts:
     """Give the experts the weights that they start with, and say which of them will not learn."""
-    of_trunk = {id(t) for t in (*parts.trunk.parameters(), *parts.trunk.buffers())}
+    of_trunk = ids_of_tensors(parts.trunk)
     shared = of_trunk | {id(d[key]) for d, key in held_by_all(parts.experts).values()}
     classifiers, left = parts.classifiers(), []
     was_set = [

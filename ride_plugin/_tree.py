@@ -67,6 +67,11 @@ def buffers_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return nn.Module.named_buffers(module, remove_duplicate=False)
 
 
+def ids_of_tensors(module: nn.Module) -> set[int]:
+    """Ids of a module's parameters and buffers."""
+    return {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Return the value with ``function`` applied to its tensors, in :func:`tensors_in`'s order."""
     if isinstance(value, Tensor):

@@ -27,7 +27,7 @@ from ride_plugin._split._passes import (
 )
 from ride_plugin._split._state import Absent
 from ride_plugin._split._views import Views
-from ride_plugin._tree import Place, dotted, map_tensors, tensors_in
+from ride_plugin._tree import Place, dotted, ids_of_tensors, map_tensors, tensors_in
 
 
 def refuse_reading_ahead(split: Split) -> None:
@@ -159,8 +159,7 @@ def _run(
 
 
 def _own_tensors(views: Views) -> list[tuple[str, Tensor]]:
-    trunk, expert = views.trunk, views.expert
-    shared = {id(tensor) for tensor in (*trunk.parameters(), *trunk.buffers())}
+    expert, shared = views.expert, ids_of_tensors(views.trunk)
     tensors = (*expert.named_parameters(), *expert.named_buffers())
     return [(name, tensor) for name, tensor in tensors if id(tensor) not in shared]
 

@@ -23,7 +23,7 @@ from ride_plugin._split._stand_ins import StandIn
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._use import Reads, marks_of, tensor_at, use_by_expert
 from ride_plugin._split._views import Views
-from ride_plugin._tree import Place, tensors_in
+from ride_plugin._tree import Place, ids_of_tensors, tensors_in
 
 _BATCHES = (2, 3)
 _SEEDS = range(1, 65)  # under which another batch may take the path of the first
@@ -155,8 +155,7 @@ def _learn(
         return None
     now = marks_of(views.trunk, attributes)
     early = {p for p, a, b in zip(attributes, marks, now, strict=True) if differ(a, b)}
-    of_trunk = {id(t) for t in (*views.trunk.parameters(), *views.trunk.buffers())}
-    of_expert = {id(t) for t in (*views.expert.parameters(), *views.expert.buffers())} - of_trunk
+    of_expert = ids_of_tensors(views.expert) - ids_of_tensors(views.trunk)
     parameters = {
         name: tensor
         for name in outside

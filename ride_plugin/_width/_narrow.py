@@ -19,14 +19,8 @@ from ride_plugin._closeness import close
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import RIDEError, WidthError, listed, warn_caller
 from ride_plugin._inputs import Inputs, resize_batch
-from ride_plugin._split import (
-    Split,
-    TrunkState,
-    Views,
-    on_meta,
-    throwaway,
-)
-from ride_plugin._tree import logits_in, tensors_in
+from ride_plugin._split import Split, TrunkState, Views, on_meta, throwaway
+from ride_plugin._tree import ids_of_tensors, logits_in, tensors_in
 from ride_plugin._width._attention import attention_of
 from ride_plugin._width._fixed import replace_fixed_modules
 from ride_plugin._width._layers import redrawn
@@ -63,7 +57,7 @@ def narrow_expert(split: Split, width: float) -> Split:
     """
     _refuse_quantised(split.views.expert, width)
     expert, views = split.views.expert, split.views
-    frozen = _tensors_of(views.trunk)
+    frozen = ids_of_tensors(views.trunk)
     _refuse_computed(expert, width, frozen)
     before = _size(expert, frozen)
     try:
@@ -168,7 +162,7 @@ def _narrowed(split: Split, width: float, meta: bool) -> tuple[list[Change], lis
         references = [_reference(split, views, mode, state) for mode, state in enumerate(states)]
         trial = _fitting_trial(split, copied, width, references, tables)
         told = trial.follow_factors()
-    ledger = Ledger(split.views.expert, _tensors_of(split.views.trunk))
+    ledger = Ledger(split.views.expert, ids_of_tensors(split.views.trunk))
     put_back = [ledger.undo, *empty_caches(split.views.expert)]
     trial.ledger.repeat_on(ledger)
     try:
@@ -208,7 +202,7 @@ def _fitting_trial(
             if (found := attention_of(name, module)) is not None
         ]
         widths = WidthMap(width, groupings_of(views.expert))
-        frozen = _tensors_of(views.trunk)
+        frozen = ids_of_tensors(views.trunk)
         trial = Trial(views.expert, frozen, plan, widths, attentions, tables)
         try:
             for reference in references:
@@ -264,10 +258,6 @@ def _redraw(changes: Sequence[Change]) -> None:
                 parameter: Any = change.module._parameters[change.name]
                 fan_ratio = change.fan_ratio if change.name in ("weight", "bias") else 1.0
                 parameter.copy_(redrawn(parameter, change.old, fan_ratio))
-
-
-def _tensors_of(module: nn.Module) -> set[int]:
-    return {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
 
 def _size(expert: nn.Module, frozen: set[int]) -> int:
