@@ -1,72 +1,40 @@
-"""Builds a split: probe, fork point, views, what crosses the cut, self-check."""
+"""Builds a split: a copy, one forward of it, the fork, two views, what crosses them, the check."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ride_plugin._checks import refuse
 from ride_plugin._contexts import in_mode, random_state_kept
 from ride_plugin._errors import RIDEError, SplitError
-from ride_plugin._inputs import Inputs, own_inputs
-from ride_plugin._split._activated import warn_of_activated
-from ride_plugin._split._beside import sequence_around
 from ride_plugin._split._check import WrittenBehind, check
-from ride_plugin._split._classifier import find_picked
 from ride_plugin._split._copies import running_copy, written_parameters
-from ride_plugin._split._example import find_example, refuse_third_row
+from ride_plugin._split._examine import Examined, examine
+from ride_plugin._split._example import refuse_third_row
 from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._hooks import watch_classifier
 from ride_plugin._split._learn import learn
 from ride_plugin._split._lend import refuse_unsavable
-from ride_plugin._split._logits import Choice, LogitsReader, check_classifies, find_logits
-from ride_plugin._split._meta import on_meta
+from ride_plugin._split._logits import Choice
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passed_by import tell_of_hidden_parameters
 from ride_plugin._split._passes import read_attributes
-from ride_plugin._split._probe import Call, call_tree
+from ride_plugin._split._probe import Call
 from ride_plugin._split._references import warn_of_outside_hooks
 from ride_plugin._split._settings import settings_at
 from ride_plugin._split._source import after_first_call, refuse_unfit, source_of
 from ride_plugin._split._state import Layout
-from ride_plugin._split._training_output import Traced, check_columns, learn_training_output
 from ride_plugin._split._unseen import unseen_modules
 from ride_plugin._split._use import place_of
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
-from ride_plugin._tree import Place, dotted, tensors_in
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What one forward of a backbone shows.
-
-    Attributes:
-        inputs: an example of two rows.
-        root: the calls in evaluation mode.
-        training_root: the calls in training mode; None where that needs more than the inputs.
-        reader: takes the logits out of what the backbone returns.
-        classifier: name of the module that returns them; None if there is none.
-        num_classes: ``C``.
-        by_shapes: whether it runs on tensors without contents.
-        settings: where modules hold settings that the forward leaves as they are.
-        sequence: see :func:`~ride_plugin._split._beside.sequence_around`.
-    """
-
-    inputs: Inputs
-    root: Call
-    training_root: Call | None
-    reader: LogitsReader
-    classifier: str | None
-    num_classes: int
-    by_shapes: bool
-    settings: frozenset[Place]
-    sequence: tuple[str, bool] | None
+from ride_plugin._tree import Place, dotted
 
 
 def split_backbone(
@@ -150,81 +118,6 @@ def reason_of_fork(backbone: nn.Module, fork_at: str | None, example_input: Any)
     with random_state_kept(backbone):
         fork = choose_fork(examine(source_of(backbone), example_input).root, fork_at)
     return fork.name, fork.reason
-
-
-def examine(
-    backbone: nn.Module,
-    example_input: Any,
-    logits: Choice = None,
-    num_classes: int | None = None,
-    written: frozenset[str] = frozenset(),
-) -> Examined:
-    """Run a copy of the backbone on the example, or on one that is guessed.
-
-    Raises:
-        SplitError: it does not run, or it is not certain which part of its output is the logits.
-    """
-    reader = LogitsReader(logits)
-
-    def copied(training: bool, meta: bool = False) -> nn.Module:
-        return in_mode(running_copy(backbone, (backbone,), written, meta), training)
-
-    def traced(training: bool, names: Sequence[str] = (), meta: bool = False) -> Traced:
-        module = copied(training, meta)
-        for parameter in module.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        parts = {name: module.get_submodule(name) for name in names}
-        made: dict[str, list[Tensor]] = {name: [] for name in names}
-        for name, part in parts.items():
-            part.register_forward_hook(
-                lambda part, args, result, name=name: made[name].extend(tensors_in(result))
-            )
-        with torch.enable_grad(), on_meta(inputs, meta) as given:
-            args, kwargs = own_inputs(given, tensors=True)
-            output = module(*args, **kwargs)
-        return Traced(output, made, {name: list(p.parameters()) for name, p in parts.items()})
-
-    def traced_soon(training: bool, names: Sequence[str]) -> Traced:
-        try:
-            return traced(training, names, meta=True)
-        except Exception:
-            return traced(training, names)
-
-    # With values first: what a forward keeps outside of its modules shall have contents.
-    inputs, real = find_example(copied(False), example_input, reader)
-    root, output = _calls(copied, inputs, False)
-    found: Tensor | None
-    found, head = find_logits(reader, root, output, num_classes, lambda: traced(False).output)
-    by_shapes = found.is_meta
-    if by_shapes:
-        output, found = real, reader.logits_of(real)
-        assert found is not None  # of the shapes it is not
-    if head is None or not head.exact:
-        picked = find_picked(lambda: copied(False), inputs, root, reader.logits_of, found.shape[1])
-        head = picked or head
-    check_classifies(root, output, found, head, reader, num_classes)
-    warn_of_activated(found, lambda: reader.logits_of(traced(False).output))
-    training_root: Call | None = None
-    training_output: Any = None
-    try:
-        training_root, training_output = _calls(copied, inputs, True)
-    except Exception:  # it needs more than inputs there, targets say
-        pass
-    else:
-        roots, outputs = (root, training_root), (output, training_output)
-        learn_training_output(reader, roots, outputs, head, traced_soon)
-        check_columns(reader, outputs)
-    return Examined(
-        inputs,
-        root,
-        training_root,
-        reader,
-        None if head is None else head.name,
-        found.shape[1],
-        by_shapes,
-        root.settings if training_root is None else root.settings & training_root.settings,
-        sequence_around(reader, output, training_output, lambda: traced_soon(True, ()).output),
-    )
 
 
 def learned(
@@ -397,14 +290,3 @@ def _is_in(name: str, units: list[str]) -> bool:
 
 def _attribute(root: nn.Module, place: Place) -> Any:
     return vars(root.get_submodule(place[0])).get(place[1])
-
-
-def _calls(
-    copied: Callable[[bool, bool], nn.Module], inputs: Inputs, training: bool
-) -> tuple[Call, Any]:
-    """The calls of a forward, and its output: on the meta device if that will do."""
-    try:
-        with on_meta(inputs, True) as shapes:
-            return call_tree(copied(training, True), shapes)
-    except Exception:
-        return call_tree(copied(training, False), inputs)

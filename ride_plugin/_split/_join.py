@@ -11,8 +11,9 @@ from torch import nn
 from ride_plugin._checks import check_function, check_instance
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import SplitError
-from ride_plugin._split._build import examine, learned
+from ride_plugin._split._build import learned
 from ride_plugin._split._copies import clone_module, detached_activations
+from ride_plugin._split._examine import examine
 from ride_plugin._split._graft import module_from, unite
 from ride_plugin._split._hooks import ForkHook, UnitHooks
 from ride_plugin._split._parts import Parts, Split
