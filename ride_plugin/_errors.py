@@ -52,7 +52,7 @@ class VersionError(RIDEError, RuntimeError):
 
 
 def caller() -> FrameType | None:
-    """Where the code of others has called the package; torch's is such as well."""
+    """The frame outside of this package from which it was called; torch's code is outside, too."""
     return _caller_and_level(_PACKAGE)[0]
 
 
@@ -72,7 +72,7 @@ def is_question() -> bool:
 
 
 def is_of_package(level: int) -> bool:
-    """Whether the package itself has called the function that asks, so many calls further out."""
+    """Whether the frame ``level`` calls outside of the function that asks is of this package."""
     return sys._getframe(level + 1).f_code.co_filename.startswith(_PACKAGE)
 
 

@@ -35,7 +35,7 @@ Combine: TypeAlias = Callable[[Sequence[Tensor], bool], "Tensor | ExpertOutput"]
 """What a wrapped model makes of its experts' logits, in training mode or not."""
 
 Around: TypeAlias = Callable[[], AbstractContextManager[None]]
-"""What a wrapped model runs in."""
+"""Makes the context that guards a pass of a wrapped model."""
 
 
 class _Reached(Unwinding):

@@ -296,7 +296,7 @@ def _check_unchanged(output: Tensor, experts: Tensor, owner: int, version: int |
 
 
 def _undone_by_hand(output: Tensor) -> str:
-    """What to do first where the graph, or that there is none, tells what was made of an output.
+    """Advice where an output's graph, or the lack of one, tells what was done to the output.
 
     Nodes of torch's own operations end in a number; those of engines and of this library do not.
     """

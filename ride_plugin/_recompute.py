@@ -46,7 +46,7 @@ def checkpointed(
 
 
 class _Again:
-    """Around each further computation; there are several where a graph is retained."""
+    """The context of each further computation; there are several where the graph is retained."""
 
     def __init__(self, expert: nn.Module, start: _Start | None) -> None:
         self._expert, self._start = expert, start

@@ -1,4 +1,4 @@
-"""What a layer keeps of the weight that it computes another from, after that was drawn anew."""
+"""Buffers that depend on a layer's weight, brought up to date after the weight was drawn anew."""
 
 from __future__ import annotations
 

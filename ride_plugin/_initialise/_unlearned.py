@@ -1,4 +1,4 @@
-"""Frozen parameters of experts: told of where they leave experts equal, or random for good."""
+"""Warnings of frozen parameters that leave experts equal, or random for good."""
 
 from __future__ import annotations
 

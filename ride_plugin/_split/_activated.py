@@ -1,4 +1,4 @@
-"""Backbones that return probabilities in the place of logits: told of when they are wrapped."""
+"""Warns, when a backbone is wrapped, that it returns probabilities in the place of logits."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Holder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Of all tensors, when the state was last asked for.
+        # The versions of all tensors when the state was last asked for.
         self.ride_versions: list[int | None] = []
         self.ride_lent: Lent | None = None  # while a state is loaded
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
@@ -49,14 +49,14 @@ class Holder(nn.Module):
         """Follow tensors that something has replaced, and hold together what was before."""
 
     def follow_with_inputs(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Go with what goes where this module's tensors have gone by ``fn``."""
+        """Let what belongs to this module's tensors follow them: ``fn`` has moved or cast these."""
 
     def parts_by_prefix(self) -> dict[str, nn.Module]:
         """Trunk and experts by the prefix of their names, or what this module holds of them."""
         return {f"experts.{index}.": expert for index, expert in enumerate(self.experts)}
 
     def own_parts(self) -> list[nn.Module]:
-        """Modules whose classes are those of what was wrapped: of a pair both."""
+        """The modules that are of the wrapped module's class; of a pair, of its two classes."""
         parts = self.parts_by_prefix().values()
         return [own for part in parts for own in (part, *_halves_of(part))]
 
@@ -90,8 +90,9 @@ class Holder(nn.Module):
         # Somebody's hooks run in it, which may rename entries; the parts load theirs only later.
         super()._load_from_state_dict(state_dict, prefix, *rest)
         refuse_plain_state(state_dict, prefix, self)
-        # None may mean that a module around this one loads others only; and something may have
-        # written into the state since it was asked for, as torch.distributed.checkpoint does.
+        # A state without entries may be that of a module around this one, which loads only others;
+        # and something may have written into the tensors since the state was asked for, as
+        # torch.distributed.checkpoint does.
         if state_dict and self.ride_versions == versions_in([*self.parameters(), *self.buffers()]):
             tell_of_nothing_new(state_dict, prefix, self)
         complete_shared(state_dict, prefix, self.experts, fill=False)

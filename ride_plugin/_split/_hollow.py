@@ -22,7 +22,7 @@ _SAME = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
 def reads(func: Callable[..., Any], result: Any) -> bool:
-    """Whether an operation that returned ``result`` has read values; a shape is none."""
+    """Whether an operation that returned ``result`` has read values, not a shape alone."""
     return getattr(func, "__name__", "") in _READS or next(tensors_in(result), None) is not None
 
 

@@ -1,4 +1,4 @@
-"""Modules in a view that owns only some of their parameters, or none, of which a forward asks all.
+"""Modules of which a view owns only some parameters or none, though a forward asks for all.
 
 These are torch's lists and dictionaries of parameters, and modules that did not run when the
 backbone was wrapped: a forward asks an image encoder for its dtype before it calls it, say.

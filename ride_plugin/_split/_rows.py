@@ -81,7 +81,9 @@ def take_rows(value: Tensor, spec: Rows | None, rows: Tensor, batch_size: int) -
 
 
 def _per_sample(value: Tensor, spec: Rows, batch_size: int) -> int:
-    """How many slices belong to one row; one that the example had once tells nothing of the order.
+    """How many slices of a value belong to one row.
+
+    An example with a single slice for each row does not tell in which order several would lie.
 
     Raises:
         ReplayError: the slices do not come out even, or the example had one for each row.

@@ -194,9 +194,9 @@ def settings_at(root: nn.Module, places: Iterable[Place]) -> list[Any]:
     return list({id(value): value for value in found}.values())
 
 
-def as_they_are(settings: Iterable[Any]) -> dict[int, Any]:
-    """A deepcopy memo by which these stay what they are."""
-    return {id(value): value for value in settings}
+def as_they_are(values: Iterable[Any]) -> dict[int, Any]:
+    """A deepcopy memo by which copies hold these values themselves."""
+    return {id(value): value for value in values}
 
 
 def _mark_of(value: Any) -> Any:

@@ -32,7 +32,7 @@ from ride_plugin._split._unwinding import Unwinding
 from ride_plugin._tree import map_tensors, own_container, tensors_in
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
-# Copies; an array of numpy would share the memory that changes.
+# They return copies; an array of numpy would share the memory of a tensor that changes later.
 _READS = frozenset({"item", "tolist", "__int__", "__float__", "__bool__", "__index__"})
 _FREEZES = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _CHECKPOINT = torch.utils.checkpoint.__file__

@@ -14,9 +14,9 @@ from ride_plugin._errors import warn_caller
 class Unwinding(BaseException):
     """Ends a forward; never leaves the library.
 
-    A forward may catch every ``Exception``, to go another way where a module fails. That this is
-    none has a price: torch calls hooks with ``always_call=True`` only for those, and tools that
-    follow which module runs rely on them.
+    It is no ``Exception``, because a forward may catch every one, to go another way where a module
+    fails. That has a price: torch calls hooks with ``always_call=True`` for an ``Exception`` only,
+    and tools that follow which module runs rely on them.
     """
 
     def call_hooks(self) -> None:

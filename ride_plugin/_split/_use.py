@@ -27,7 +27,7 @@ class Reads(TorchFunctionMode):
     branch, or a Python decision.
 
     Attributes:
-        seen: them, by id.
+        seen: these tensors, by id.
         chooses: whether integers, truth values or plain numbers were computed of any tensor.
     """
 

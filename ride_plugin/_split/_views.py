@@ -49,7 +49,7 @@ class Link:
 
 
 class _Held(dict[str, Any]):
-    """The tensors of a view that others may look up in here, beside those that it reads."""
+    """A view's own tensors, in which code can also look up those that the view only reads."""
 
     def __init__(self, view: nn.Module, own: dict[str, Any]) -> None:
         super().__init__(own)

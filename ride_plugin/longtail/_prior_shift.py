@@ -294,7 +294,7 @@ def _check_that_some_are_wrong(balanced: Tensor, target: Tensor) -> None:
 
 
 def _log_likelihood(posterior: Tensor, log_counts: Tensor, tau: float) -> Tensor:
-    """Of each sample under the prior, up to what does not depend on the prior."""
+    """Log-likelihood of each sample under the prior, up to a term that no prior changes."""
     return (posterior + (tau * log_counts).log_softmax(dim=0)).logsumexp(dim=1)
 
 

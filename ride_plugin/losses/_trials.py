@@ -92,7 +92,7 @@ def sums_samples(criterion: Callable[..., Any], logits: Tensor, *given: Any) -> 
         # The mean of a model that knows nothing is the logarithm, and the sum as many times it.
         large = loss.dim() == 0 and bool(loss.isfinite() & (loss > rows**0.5 * math.log(classes)))
         return large and close(doubled.detach(), 2 * loss, scale=0.0)
-    except Exception:  # likewise
+    except Exception:  # as above
         return False
 
 

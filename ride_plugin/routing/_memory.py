@@ -34,8 +34,8 @@ _MAY_COPY = (
 class Memory:
     """Which values of a graph may share memory, and the places at which it is written.
 
-    Rewriting a graph is safe where it moves no reading past a writing, and makes no two values one
-    of which either is written. What cannot be known is taken for shared and for written.
+    Rewriting a graph is safe if no reading moves past a writing, and if two values become one only
+    where neither is written. What cannot be known is taken for shared and for written.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:

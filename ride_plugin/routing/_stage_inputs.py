@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from ride_plugin._errors import ArgumentError
 
 Sizes: TypeAlias = list[int | str]
-"""Of one input; what is free has a name, and one size wherever that stands."""
+"""Sizes of one input; a free size is a name, which stands for one size wherever it occurs."""
 
 
 def inputs_of_program(program: ExportedProgram) -> tuple[list[torch.dtype], list[Sizes]]:
