@@ -29,16 +29,6 @@ GROUND = {  # knows nothing of models
     "ride_plugin._schedule",
     "ride_plugin.functional",
 }
-PACKAGES = (
-    "_checks",
-    "_convert",
-    "_initialise",
-    "_split",
-    "_width",
-    "longtail",
-    "losses",
-    "routing",
-)
 
 
 @functools.cache
