@@ -78,7 +78,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return function(value)
     if next(tensors_in(value), None) is None:
         return value
-    if isinstance(value, dict) and type(value) is dict:
+    if type(value) is dict:
         return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, Mapping):
         changed = _copied_mapping(value)
@@ -88,8 +88,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, deque):
         return type(value)((map_tensors(function, item) for item in value), value.maxlen)
     if isinstance(value, list | tuple):
-        items = [map_tensors(function, item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return _like(value, [map_tensors(function, item) for item in value])
     return dataclasses.replace(
         value,
         **{
@@ -98,6 +97,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
             if field.init
         },
     )
+
+
+def _like(value: Any, items: list[Any]) -> Any:
+    """Other items in a list or tuple of the same class, be it a named one."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def own_container(value: Any, memo: dict[int, tuple[Any, Any]] | None = None) -> Any:
@@ -115,9 +119,7 @@ def own_container(value: Any, memo: dict[int, tuple[Any, Any]] | None = None) ->
     memo = {} if memo is None else memo
     if isinstance(value, tuple):
         items = [own_container(item, memo) for item in value]
-        if all(map(is_, items, value)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value if all(map(is_, items, value)) else _like(value, items)
     if isinstance(value, list | deque | set | Mapping) or _is_record(value):
         if id(value) not in memo:
             memo[id(value)] = value, _own_copy(value, memo)
@@ -223,8 +225,7 @@ def _with_items(value: Any, function: Callable[[Any, Any], Any]) -> Any:
     """
     if isinstance(value, list | tuple):
         names = getattr(value, "_fields", range(len(value)))
-        items = [function(key, item) for key, item in zip(names, value, strict=True)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return _like(value, [function(key, item) for key, item in zip(names, value, strict=True)])
     if isinstance(value, Mapping) and not isinstance(value, dict):
         return {key: function(key, item) for key, item in value.items()}
     copied = copy.copy(value)
