@@ -46,7 +46,9 @@ def own_inputs(inputs: Inputs, tensors: bool = False) -> Inputs:
         tuple(own_container(value, memo) for value in args),
         {name: own_container(value, memo) for name, value in kwargs.items()},
     )
-    return (map_tensors(torch.clone, own[0]), map_tensors(torch.clone, own[1])) if tensors else own
+    if tensors:
+        own = map_tensors(torch.clone, own)
+    return own
 
 
 def in_order_of(example: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
