@@ -206,6 +206,7 @@ class SplitModule(Holder):
         return self._run_expert(index, state)
 
     def _run_expert(self, index: int, state: TrunkState) -> tuple[Tensor, Tensor]:
+        """As `run_expert`, which a whole pass calls for the experts after the first only."""
         check_compiles()
         self._check_number()
         expert = self.experts[index]
@@ -508,6 +509,7 @@ class SplitModule(Holder):
     def _settled(
         self, state: TrunkState, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TrunkState:
+        """The state with the layout of its path, and without the values that no expert reads."""
         if state.layout is None and not torch.compiler.is_compiling():
             # A path not seen at the build, for example padding at another input size.
             layout = self._known_paths.learn(self, self.parts(), state.values[0])
@@ -527,6 +529,7 @@ class SplitModule(Holder):
                 self.trunk.get_submodule(path).__dict__[key] = own_containers(left)
 
     def _keep_hooks(self) -> None:
+        """Set our hooks right, and follow what somebody has changed since the last pass."""
         if not torch.compiler.is_compiling():
             module_at(self, "trunk")
             keep_stand_ins(self._stand_ins, self.trunk, self.experts)
