@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -30,7 +31,7 @@ from ride_plugin._split._probe import Call
 from ride_plugin._split._references import warn_of_outside_hooks
 from ride_plugin._split._settings import settings_at
 from ride_plugin._split._source import after_first_call, refuse_unfit, source_of
-from ride_plugin._split._state import Layout
+from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._unseen import unseen_modules
 from ride_plugin._split._use import place_of
 from ride_plugin._split._views import Views, build_views, sides, spine_tensors
@@ -214,46 +215,49 @@ def learned(
         )
         return split, ahead, late | {place_of(name) for name in writes}
 
-    # On the meta device this is almost free; but a backbone may look at values.
-    for meta in (True, False) if seen.by_shapes else (False,):
+    def tried(meta: bool) -> tuple[Split, frozenset[str], TrunkState]:
+        """The split, once it has been compared with the backbone; what that writes; its state."""
+        split, ahead, left = lessons(meta)
+        if ahead:
+            refuse_reading_ahead(split)
         try:
+            written, state, differs = check(source, split)
+        except WrittenBehind as found:  # which only values show, as with `self.queue.data`
+            if cut is None or found.names <= behind:
+                raise SplitError(str(found)) from None
+            behind.update(found.names)
             split, ahead, left = lessons(meta)
-            if ahead:
-                refuse_reading_ahead(split)
-            try:
-                written, state, differs = check(source, split)
-            except WrittenBehind as found:  # which only values show, as with `self.queue.data`
-                if cut is None or found.names <= behind:
-                    raise SplitError(str(found)) from None
-                behind |= found.names
-                split, ahead, left = lessons(meta)
-                written, state, differs = check(source, split)
-            if left:
-                own = refuse_feedback(split, left)
-                # What is the same for every expert starts where the trunk started: a count, say.
-                same = [place for place in split.late if place in changed and place not in own]
-                split = replace(split, attributes=sorted({*split.attributes, *same}))
-        except Exception as error:
-            if meta:
-                continue
-            collected = _collected(seen.root, forked_units)
-            if isinstance(error, RIDEError):
-                if not collected:
-                    raise
-                raise SplitError(f"{error}{collected}") from error
-            refuse_third_row(in_mode(running_copy(source, (source,)), False), seen.inputs)
-            raise SplitError(
-                f"Cannot split the backbone at {fork_at!r}: its forward runs as a whole, but fails "
-                f"when an expert takes up what the trunk left ({type(error).__name__}: {error}). "
-                "Its late part seems to need something of its early part that is no tensor, a "
-                "cache say (Hugging Face's is switched off by `config.use_cache = False`), or that "
-                "a hook leaves on the model (hand it on in the forward instead); or it takes "
-                "batches of two rows only (ask for `x.size(0)`). Pass another `fork_at=`, or write "
-                "trunk and experts as modules of their own and use "
-                f"`RIDEWrapper.from_parts`.{collected}"
-            ) from error
-        else:
-            break
+            written, state, differs = check(source, split)
+        if left:
+            own = refuse_feedback(split, left)
+            # What is the same for every expert starts where the trunk started: a count, say.
+            same = [place for place in split.late if place in changed and place not in own]
+            split = replace(split, attributes=sorted({*split.attributes, *same}))
+        return replace(split, differs=differs), written, state
+
+    found = None
+    if seen.by_shapes:
+        with suppress(Exception):  # almost free, but a backbone may look at values
+            found = tried(meta=True)
+    try:
+        split, written, state = found or tried(meta=False)
+    except Exception as error:
+        collected = _collected(seen.root, forked_units)
+        if isinstance(error, RIDEError):
+            if not collected:
+                raise
+            raise SplitError(f"{error}{collected}") from error
+        refuse_third_row(in_mode(running_copy(source, (source,)), False), seen.inputs)
+        raise SplitError(
+            f"Cannot split the backbone at {fork_at!r}: its forward runs as a whole, but fails "
+            f"when an expert takes up what the trunk left ({type(error).__name__}: {error}). "
+            "Its late part seems to need something of its early part that is no tensor, a "
+            "cache say (Hugging Face's is switched off by `config.use_cache = False`), or that "
+            "a hook leaves on the model (hand it on in the forward instead); or it takes "
+            "batches of two rows only (ask for `x.size(0)`). Pass another `fork_at=`, or write "
+            "trunk and experts as modules of their own and use "
+            f"`RIDEWrapper.from_parts`.{collected}"
+        ) from error
     name = seen.classifier
     classifier = name if name is not None and _is_in(name, forked_units) else None
     watch_classifier(split.views.expert, classifier, split.views.running)
@@ -263,13 +267,7 @@ def learned(
     state = replace(state, attributes=read_attributes(views.expert, split.attributes))
     unseen = unseen_modules(views.trunk, spine, trees.values())
     return replace(
-        split,
-        views=views,
-        classifier=classifier,
-        calls=seen.root,
-        state=state,
-        unseen=unseen,
-        differs=differs,
+        split, views=views, classifier=classifier, calls=seen.root, state=state, unseen=unseen
     )
 
 

@@ -45,9 +45,9 @@ class Lesson:
     layout: Layout
     reads: frozenset[str]
     writes: frozenset[str]
-    early: frozenset[Place] = frozenset()
-    late: frozenset[Place] = frozenset()
-    ahead: bool = False
+    early: frozenset[Place]
+    late: frozenset[Place]
+    ahead: bool
 
 
 def learn(
