@@ -90,11 +90,7 @@ def construct(
     return parts
 
 
-def initialise(
-    parts: Parts,
-    init: Literal["fresh", "copy"],
-    followers: Mapping[str, str],
-) -> Parts:
+def initialise(parts: Parts, init: Literal["fresh", "copy"], followers: Mapping[str, str]) -> Parts:
     """Give the experts the weights that they start with, and say which of them will not learn."""
     of_trunk = ids_of_tensors(parts.trunk)
     shared = of_trunk | {id(d[key]) for d, key in held_by_all(parts.experts).values()}

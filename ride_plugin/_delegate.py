@@ -77,9 +77,7 @@ def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
         each = [getattr(expert, name) for expert in model.experts]
         if not alike(each):
             raise _refused(
-                kind,
-                name,
-                f"Each expert sets its own in its forward: `model.experts[k].{name}`.",
+                kind, name, f"Each expert sets its own in its forward: `model.experts[k].{name}`."
             )
         value = each[0]
     if name in names.added:

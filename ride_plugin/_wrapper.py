@@ -23,13 +23,7 @@ from ride_plugin._checks import (
 from ride_plugin._compiler import check_compiles, refuse_tracing
 from ride_plugin._construct import construct
 from ride_plugin._contexts import training_pass
-from ride_plugin._delegate import (
-    Names,
-    from_backbone,
-    refuse_added,
-    set_on_parts,
-    take_from_parts,
-)
+from ride_plugin._delegate import Names, from_backbone, refuse_added, set_on_parts, take_from_parts
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._fold_batchnorm import folded_copy
 from ride_plugin._halves import halves_of

@@ -30,13 +30,7 @@ from ride_plugin._checks import (
     refuse,
 )
 from ride_plugin._errors import ArgumentError
-from ride_plugin._numerics import (
-    compare,
-    float32_or_better,
-    inverse_of,
-    memory_of,
-    with_gradient,
-)
+from ride_plugin._numerics import compare, float32_or_better, inverse_of, memory_of, with_gradient
 
 __all__ = [
     "Form",

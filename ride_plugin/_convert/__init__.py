@@ -2,7 +2,4 @@
 
 from ride_plugin._convert._official import OfficialCheckpoint, load_official_checkpoint
 
-__all__ = [
-    "OfficialCheckpoint",
-    "load_official_checkpoint",
-]
+__all__ = ["OfficialCheckpoint", "load_official_checkpoint"]

@@ -10,6 +10,4 @@
 
 from ride_plugin._width._narrow import narrow_expert
 
-__all__ = [
-    "narrow_expert",
-]
+__all__ = ["narrow_expert"]

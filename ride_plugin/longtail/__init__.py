@@ -16,20 +16,12 @@ from ride_plugin.longtail._logit_adjustment import (
     LogitAdjustedLoss,
     adjust_logits,
 )
-from ride_plugin.longtail._prior_shift import (
-    PriorCalibration,
-    PriorEstimate,
-    calibrate_prior,
-)
+from ride_plugin.longtail._prior_shift import PriorCalibration, PriorEstimate, calibrate_prior
 from ride_plugin.longtail._reweighting import DeferredReweighting, effective_number_weights
 from ride_plugin.longtail._sampler import ClassBalancedSampler
 from ride_plugin.longtail._shots import ShotReport, shot_report
 from ride_plugin.longtail._splits import BySplit, shot_groups
-from ride_plugin.longtail._subset import (
-    LongTailedSubset,
-    long_tailed_counts,
-    long_tailed_indices,
-)
+from ride_plugin.longtail._subset import LongTailedSubset, long_tailed_counts, long_tailed_indices
 from ride_plugin.longtail._tau_norm import tau_normalize, tau_normalized
 from ride_plugin.longtail._weight_scaling import LearnableWeightScaling, learnable_weight_scaling
 
