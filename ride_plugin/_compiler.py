@@ -48,10 +48,10 @@ def is_exported(inputs: Any) -> bool:
     return detect_fake_mode(tuple(tensors_in(inputs))) is not None
 
 
-def check_exports(what: str) -> None:
+def check_exports() -> None:
     """Raise VersionError if this torch is too old to export a model's stages."""
     if not EXPORTS:
-        _needs_newer_torch(what, EXPORTS_FROM)
+        _needs_newer_torch("`export_stages`", EXPORTS_FROM)
 
 
 @contextmanager

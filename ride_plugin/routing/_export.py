@@ -27,7 +27,7 @@ from ride_plugin.routing._own import own_weights_of_program
 
 def export_stages(routed: RoutedStages, example_input: Any = None) -> dict[str, ExportedProgram]:
     """See `RoutingInference.export_stages`."""
-    check_exports("`export_stages`")
+    check_exports()
     # What adapters put around a wrapped model answers with the methods of the model inside.
     model = getattr(routed.model.run_trunk, "__self__", routed.model)
     if not isinstance(model, RIDEWrapper):
