@@ -20,9 +20,19 @@ from ride_plugin._tree import CONTAINERS, buffers_of, parameters_of
 
 M = TypeVar("M", bound=nn.Module)
 
-_mine = threading.local()  # see `_roots` and `_kept_generators`
 _PACKAGE = __name__.partition(".")[0] + "."
 _NUMPY = "numpy.random"  # which takes long to import: who has not imported it draws nothing
+
+
+class _Mine(threading.local):
+    """What the blocks that this thread is in have borrowed."""
+
+    def __init__(self) -> None:
+        self.generators: list[torch.Generator] = []  # whose states are restored at their ends
+        self.roots: list[nn.Module] = []  # which are evaluated, or run a pass that trains
+
+
+_mine = _Mine()
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ def random_state(held: nn.Module | Tensor) -> Callable[[], None]:
 def random_state_kept(held: nn.Module | Tensor) -> Iterator[None]:
     """Restore the random state of torch, numpy and Python after a block."""
     generators = _common_generators(held)
-    restore, kept = _noted(generators), _kept_generators()
+    restore, kept = _noted(generators), _mine.generators
     kept += generators
     try:
         yield
@@ -78,7 +88,7 @@ def seed_everything(seed: int = 0) -> None:
     Of torch's generators only those are seeded whose states the blocks around this call restore:
     ``torch.manual_seed`` would seed every device, and replace the seed that waits for CUDA's start.
     """
-    for generator in (torch.default_generator, *_kept_generators()):
+    for generator in (torch.default_generator, *_mine.generators):
         generator.manual_seed(seed)
     random.seed(seed)
     if _NUMPY in sys.modules:
@@ -116,11 +126,6 @@ def _noted(generators: Iterable[torch.Generator]) -> Callable[[], None]:
     return restore
 
 
-def _kept_generators() -> list[torch.Generator]:
-    """Those whose states this thread restores at the end of the blocks that it is in."""
-    return _own_list("generators")
-
-
 def in_mode(module: M, training: bool) -> M:
     """Set the mode of a module and return it: many a ``train`` that is overridden returns None."""
     module.train(training)
@@ -141,7 +146,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     that trains (:func:`training_pass`) and evaluation wait for each other. Parts with a ``train``
     of their own, which may fill a cache for evaluation and empty it again, are asked to change.
     """
-    roots = _roots()
+    roots = _mine.roots
     with _lock:
         if module not in roots:
             _wait(lambda: module not in _training, "computes a training pass of it")
@@ -197,7 +202,7 @@ def evaluating_any(part: object) -> AbstractContextManager[None]:
 @contextmanager
 def training_pass(module: nn.Module) -> Iterator[None]:
     """Keep ``module`` from being evaluated by another thread for the duration of a block."""
-    roots = _roots()
+    roots = _mine.roots
     if module in roots:  # within a block of this thread's own
         yield
         return
@@ -237,16 +242,6 @@ def _wait(is_free: Callable[[], bool], what: str) -> None:
             "`with model.evaluating():` must not wait for a thread that trains the model; leave "
             "it first, or evaluate a copy (`copy.deepcopy(model)`)."
         )
-
-
-def _roots() -> list[nn.Module]:
-    return _own_list("roots")
-
-
-def _own_list(name: str) -> list[Any]:
-    """This thread's own list of a name."""
-    found: list[Any] = vars(_mine).setdefault(name, [])
-    return found
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
