@@ -237,20 +237,17 @@ class RoutingQueue:
 
     def _run(self, index: int, waiting: _Waiting) -> None:
         with waiting.autocast.restored():
-            self._run_as_submitted(index, waiting)
-
-    def _run_as_submitted(self, index: int, waiting: _Waiting) -> None:
-        further, mean, features = run_next(self.serve.stages, index, waiting.rows)
-        check_predictions(mean, "the experts' logits")
-        owners, counts = waiting.tickets.unique_consecutive(return_counts=True)
-        sizes = counts.tolist()
-        for ticket, logits, places in zip(
-            owners.tolist(), mean.split(sizes), waiting.places.split(sizes), strict=True
-        ):
-            output = self._unfinished[ticket].output
-            output.logits.index_copy_(0, places, logits)
-            output.num_experts_used.index_fill_(0, places, index + 1)
-        self._send_on(index, replace(waiting, rows=further), mean, features)
+            further, mean, features = run_next(self.serve.stages, index, waiting.rows)
+            check_predictions(mean, "the experts' logits")
+            owners, counts = waiting.tickets.unique_consecutive(return_counts=True)
+            sizes = counts.tolist()
+            for ticket, logits, places in zip(
+                owners.tolist(), mean.split(sizes), waiting.places.split(sizes), strict=True
+            ):
+                output = self._unfinished[ticket].output
+                output.logits.index_copy_(0, places, logits)
+                output.num_experts_used.index_fill_(0, places, index + 1)
+            self._send_on(index, replace(waiting, rows=further), mean, features)
 
     def _send_on(self, index: int, waiting: _Waiting, mean: Tensor, features: Tensor) -> None:
         """Let the rows that need one more expert after expert ``index`` wait for it."""
