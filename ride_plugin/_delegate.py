@@ -66,19 +66,18 @@ def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
     Raises:
         AttributeError: it has none, or one that cannot be passed on; the message says what to use.
     """
-    kind = type(model).__name__
+    absent = f"'{type(model).__name__}' object has no attribute '{name}'"
     try:
         value = getattr(model.trunk, name)
     except AttributeError:
-        raise AttributeError(f"'{kind}' object has no attribute '{name}'") from None
+        raise AttributeError(absent) from None
     if name in METHODS and callable(value):
         return partial(METHODS[name], model)
     if ("", name) in model.set_by_experts:
         each = [getattr(expert, name) for expert in model.experts]
         if not alike(each):
-            raise _refused(
-                kind, name, f"Each expert sets its own in its forward: `model.experts[k].{name}`."
-            )
+            advice = f"Each expert sets its own in its forward: `model.experts[k].{name}`."
+            raise _refused(absent, name, advice)
         value = each[0]
     if name in names.added:
         return value
@@ -86,7 +85,7 @@ def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
         return parameter_groups(model, name)
     if isinstance(value, nn.Module | Tensor):
         raise _refused(
-            kind,
+            absent,
             name,
             f"The backbone's exists {_where(model, name)}. Groups of parameters for an optimizer, "
             "made as of the backbone: `model.parameter_groups_by(function)`.",
@@ -94,7 +93,7 @@ def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
     if callable(value) or _holds_parts(value):
         called_so = f"lambda network: network.{name}(...)" if callable(value) else "function"
         raise _refused(
-            kind,
+            absent,
             name,
             "The backbone's own would reach one part of the model only. Where it returns "
             f"parameters for an optimizer: `model.parameter_groups_by({called_so})`. Otherwise "
@@ -110,7 +109,7 @@ def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
         )
     # Engines ask for private ones: names of parts, say, which are others now.
     if name.startswith("_") and name not in names.answered:
-        raise AttributeError(f"'{kind}' object has no attribute '{name}'")
+        raise AttributeError(absent)
     model.hand_out(name)
     return value
 
@@ -140,14 +139,14 @@ def _where(model: SplitModule, name: str) -> str:
     return shared if in_trunk else forked
 
 
-def _refused(kind: str, name: str, advice: str) -> AttributeError:
+def _refused(absent: str, name: str, advice: str) -> AttributeError:
     if not name.startswith("_") and is_question():
         warn_caller(
             f"This code asks the model for `{name}` by `hasattr` or `getattr`: the backbone has it "
             "and the wrapped model has not. Where that answer is hidden (`hasattr`, or `getattr` "
             f"with a default), what depends on it is left out. {advice}"
         )
-    return AttributeError(f"'{kind}' object has no attribute '{name}'. {advice}")
+    return AttributeError(f"{absent}. {advice}")
 
 
 def set_on_parts(model: SplitModule, names: Names, name: str, value: Any) -> bool:
