@@ -26,10 +26,10 @@ _EVALUATED = "_ride_evaluated"  # set on experts' logits of a trained model in e
 _STEPS = 8  # operations between the model and a loss that are looked through
 
 T = TypeVar("T")
-Pair = TypeVar("Pair", bound="type[tuple[Any, ...]]")
+PairClass = TypeVar("PairClass", bound="type[tuple[Any, ...]]")
 
 
-def rebuilt_from_one_iterable(pair: Pair) -> Pair:
+def rebuilt_from_one_iterable(pair: PairClass) -> PairClass:
     """Let ``type(x)(part for part in x)`` make the pair, beside ``type(x)(*x)``.
 
     Engines map, cast and gather outputs in either manner; autocast of a whole model and the Hugging

@@ -88,7 +88,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, deque):
         return type(value)((map_tensors(function, item) for item in value), value.maxlen)
     if isinstance(value, list | tuple):
-        return _like(value, [map_tensors(function, item) for item in value])
+        return _of_same_class(value, [map_tensors(function, item) for item in value])
     return dataclasses.replace(
         value,
         **{
@@ -99,7 +99,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     )
 
 
-def _like(value: Any, items: list[Any]) -> Any:
+def _of_same_class(value: Any, items: list[Any]) -> Any:
     """Other items in a list or tuple of the same class, be it a named one."""
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
@@ -119,7 +119,7 @@ def own_container(value: Any, memo: dict[int, tuple[Any, Any]] | None = None) ->
     memo = {} if memo is None else memo
     if isinstance(value, tuple):
         items = [own_container(item, memo) for item in value]
-        return value if all(map(is_, items, value)) else _like(value, items)
+        return value if all(map(is_, items, value)) else _of_same_class(value, items)
     if isinstance(value, list | deque | set | Mapping) or _is_record(value):
         if id(value) not in memo:
             memo[id(value)] = value, _own_copy(value, memo)
@@ -225,7 +225,9 @@ def _with_items(value: Any, function: Callable[[Any, Any], Any]) -> Any:
     """
     if isinstance(value, list | tuple):
         names = getattr(value, "_fields", range(len(value)))
-        return _like(value, [function(key, item) for key, item in zip(names, value, strict=True)])
+        return _of_same_class(
+            value, [function(key, item) for key, item in zip(names, value, strict=True)]
+        )
     if isinstance(value, Mapping) and not isinstance(value, dict):
         return {key: function(key, item) for key, item in value.items()}
     copied = copy.copy(value)

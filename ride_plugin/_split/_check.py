@@ -32,7 +32,7 @@ from ride_plugin._split._results import (
     unfused,
 )
 from ride_plugin._split._state import Layout, TrunkState
-from ride_plugin._split._use import memory_of
+from ride_plugin._split._use import storage_of
 from ride_plugin._split._views import Views
 from ride_plugin._tree import Place, buffers_of, tensors_in
 
@@ -136,7 +136,7 @@ class _Contents:
         self.module = module
         self.buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         # Parameters are large, and copies share them: versions and places in memory will do.
-        self.parameters = {n: (p._version, memory_of(p)) for n, p in module.named_parameters()}
+        self.parameters = {n: (p._version, storage_of(p)) for n, p in module.named_parameters()}
 
     def written(self) -> set[str]:
         """Names of the parameters and buffers that hold something else now."""
@@ -146,7 +146,7 @@ class _Contents:
             name
             for name, mark in self.parameters.items()
             if name not in parameters
-            or (parameters[name]._version, memory_of(parameters[name])) != mark
+            or (parameters[name]._version, storage_of(parameters[name])) != mark
         } | {
             name
             for name, buffer in self.buffers.items()

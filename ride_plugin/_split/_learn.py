@@ -21,7 +21,7 @@ from ride_plugin._split._probe import differ
 from ride_plugin._split._rows import Rows, find_rows
 from ride_plugin._split._stand_ins import StandIn
 from ride_plugin._split._state import Layout, TrunkState
-from ride_plugin._split._use import Reads, marks_of, tensor_at, use_by_expert
+from ride_plugin._split._use import Reads, marks_at, tensor_at, use_by_expert
 from ride_plugin._split._views import Views
 from ride_plugin._tree import Place, ids_of_tensors, tensors_in
 
@@ -139,7 +139,7 @@ def _learn(
 
     with torch.no_grad():
         start_of(batches[0])
-        marks, trunk_reads = marks_of(views.trunk, attributes), Reads()
+        marks, trunk_reads = marks_at(views.trunk, attributes), Reads()
         with trunk_reads:
             small = run(batches[0])
     if any(map(is_functorch_wrapped_tensor, tensors_in(small.values))):
@@ -153,7 +153,7 @@ def _learn(
     single = single_in(inputs)
     if (small.keys, forms, single) in known:
         return None
-    now = marks_of(views.trunk, attributes)
+    now = marks_at(views.trunk, attributes)
     early = {p for p, a, b in zip(attributes, marks, now, strict=True) if differ(a, b)}
     of_expert = ids_of_tensors(views.expert) - ids_of_tensors(views.trunk)
     parameters = {

@@ -108,7 +108,7 @@ def _watch_expert(
         return own
 
     buffers = {
-        name: (tensor, tensor._version, memory_of(tensor))
+        name: (tensor, tensor._version, storage_of(tensor))
         for name in outside
         if isinstance(tensor := tensor_at(views.expert, name), Tensor)
         and not isinstance(tensor, nn.Parameter)
@@ -116,7 +116,7 @@ def _watch_expert(
     at_fork: list[list[Any]] = []
 
     def look() -> None:
-        at_fork.extend(marks_of(views.expert, places))
+        at_fork.extend(marks_at(views.expert, places))
         watch.chooses = False  # of what runs behind the fork is asked
 
     watch = Reads()
@@ -141,7 +141,7 @@ def _watch_expert(
     # A hook that an expert registers on a tensor is for its own share of the gradient.
     changed = {handed[id(o)] for o, version in given if o._version != version or o._backward_hooks}
     # A tensor that shares its memory with one that is changed in place changes with it.
-    memory = {memory_of(tensor) for entry in flat for tensor in entry if id(tensor) in changed}
+    memory = {storage_of(tensor) for entry in flat for tensor in entry if id(tensor) in changed}
     bound = {  # to another tensor, and not to one that the trunk has bound them to
         name
         for name, (tensor, *_) in buffers.items()
@@ -150,15 +150,15 @@ def _watch_expert(
     written = bound | {
         name
         for name, (tensor, version, memory) in buffers.items()
-        if tensor._version != version or memory_of(tensor) != memory
+        if tensor._version != version or storage_of(tensor) != memory
     }
-    marks = marks_of(views.expert, places)
+    marks = marks_at(views.expert, places)
     late = {p for p, a, b in zip(places, at_fork, marks, strict=True) if differ(a, b)} - {RANDOM}
     late |= {place_of(name) for name in bound}
     return Use(
         # Integers and booleans (masks, positions) are small: they are always kept.
         [tuple(id(t) in used or not t.is_floating_point() for t in entry) for entry in flat],
-        [tuple(id(t) in changed or memory_of(t) in memory for t in entry) for entry in flat],
+        [tuple(id(t) in changed or storage_of(t) in memory for t in entry) for entry in flat],
         read_parameters,
         written,
         late,
@@ -166,7 +166,7 @@ def _watch_expert(
     )
 
 
-def marks_of(root: nn.Module, places: Sequence[Place]) -> list[list[Any]]:
+def marks_at(root: nn.Module, places: Sequence[Place]) -> list[list[Any]]:
     """Marks of the attributes at these places: they differ once something sets or fills one."""
     return [
         [RandomState.now().mark()]
@@ -176,7 +176,7 @@ def marks_of(root: nn.Module, places: Sequence[Place]) -> list[list[Any]]:
     ]
 
 
-def memory_of(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     """A number that is the same for two tensors that share their memory."""
     try:
         return int(tensor.untyped_storage()._cdata)

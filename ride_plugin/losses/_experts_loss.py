@@ -133,10 +133,10 @@ def _checked(target: Any, experts: Tensor, *, strict: bool) -> Any:
         return target
     if len(target) != batch:
         refuse("target", f"that of {batch} samples, as many as `output` holds", target)
-    return as_indices(target)
+    return as_int64(target)
 
 
-def as_indices(target: Any) -> Any:
+def as_int64(target: Any) -> Any:
     """Whole numbers of any type as int64, the only one that torch's losses take everywhere."""
     if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
         return target

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ride_plugin._checks import may_read, rows_sum_to_one
 from ride_plugin._errors import warn_caller
 from ride_plugin._numerics import float32_or_better
-from ride_plugin.losses._experts_loss import as_indices, averages_rows, setting_of
+from ride_plugin.losses._experts_loss import as_int64, averages_rows, setting_of
 from ride_plugin.losses._seen_logits import adds_a_prior
 from ride_plugin.losses._trials import keeps_state, sums_samples
 
@@ -36,7 +36,7 @@ def look_at(
     """
     several = isinstance(criterion, (list, nn.ModuleList))
     each = list(criterion) if several else [criterion]
-    given = (float32_or_better(experts)[:, 0], as_indices(target), args, kwargs)
+    given = (float32_or_better(experts)[:, 0], as_int64(target), args, kwargs)
     if not several:
         _look_at_the_state(criterion, experts.shape[1], given)
     if diverse:

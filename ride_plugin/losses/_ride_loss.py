@@ -25,7 +25,7 @@ from ride_plugin._schedule import Schedule
 from ride_plugin.losses._diversity import DiversityLoss
 from ride_plugin.losses._experts_loss import (
     Criterion,
-    as_indices,
+    as_int64,
     experts_loss,
     setting_of,
     with_precise_weights,
@@ -294,7 +294,7 @@ class RIDELoss(nn.Module):
     def _of_mean(
         self, logits: Tensor, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        criteria, target = self._with(args, kwargs), as_indices(target)
+        criteria, target = self._with(args, kwargs), as_int64(target)
         several = isinstance(criteria, (list, nn.ModuleList))
         losses: list[Tensor] = [
             with_precise_weights(one, logits)(logits, target)

@@ -19,7 +19,7 @@ from ride_plugin._tree import map_tensors
 from ride_plugin.losses._trial_copy import trial_copy
 
 
-class Trial(NamedTuple):
+class Outcome(NamedTuple):
     """What came of a trial.
 
     Attributes:
@@ -41,7 +41,7 @@ def try_out(
     kwargs: Mapping[str, Any] | None = None,
     *,
     times: int = 1,
-) -> Trial:
+) -> Outcome:
     """Call a copy of a criterion as often, with random numbers that are the same each time.
 
     Nothing is changed of the criterion, of its arguments and of any random state.
@@ -55,7 +55,7 @@ def try_out(
         leaf = _apart(logits).requires_grad_()
         with random_state_kept(logits):
             loss = apart(leaf, _apart(target), *args, **kwargs)
-    return Trial(loss, leaf, (apart, args, kwargs))
+    return Outcome(loss, leaf, (apart, args, kwargs))
 
 
 def keeps_state(criterion: Callable[..., Any], *given: Any) -> bool:
