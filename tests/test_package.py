@@ -178,8 +178,11 @@ def test_the_splitter_imports_the_ground_only() -> None:
             assert outside <= ground | {"_errors", "_inputs", "_names_read", "_tree"}, name
 
 
-def test_the_splitter_s_map_names_each_of_its_files() -> None:
-    folder = PACKAGE / "_split"
+@pytest.mark.parametrize(
+    "package", ["_checks", "_initialise", "_split", "_width", "losses", "routing"]
+)
+def test_the_map_of_a_package_names_each_of_its_files(package: str) -> None:
+    folder = PACKAGE / package
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     described = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
     assert set(re.findall(r"``(_\w+)``", described or "")) == files
