@@ -55,7 +55,7 @@ class Frozen:
 
     @contextmanager
     def refusing_writes(self) -> Iterator[None]:
-        """Raise if an expert writes what all share, as if nothing ever wrote it."""
+        """Raise if an expert writes what all share because nothing was seen to write it."""
         fixed = {name: held[key] for name, (held, key) in self._shared.items()}
         before = versions_in(list(fixed.values()))
         yield

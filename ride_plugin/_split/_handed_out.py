@@ -66,7 +66,7 @@ class HandedOut:
                     )
 
     def look_again(self, trunk: nn.Module, experts: Iterable[nn.Module]) -> None:
-        """Take what a pass has left for the values as they are."""
+        """Note the values anew after a pass: what the forward wrote is nobody's change of them."""
         if self._values:
             names, self._values = list(self._values), {}
             for name in names:

@@ -79,13 +79,13 @@ def learn(
         SplitError: the batch dimension of a value that crosses the cut is ambiguous.
     """
     # Gradients tell what experts read: they are on in here, wherever this is called.
-    # Where none can be had is no error, so that a search for errors shall not find one.
+    # Where they cannot be had is found by an exception, which anomaly detection would report.
     anomaly = torch.autograd.set_detect_anomaly(False)
     with torch.inference_mode(False), torch.enable_grad(), anomaly:
         views = throwaway(views, training, meta, memo)
         for parameter in (*views.trunk.parameters(), *views.expert.parameters()):
             parameter.requires_grad_(False)
-        # Both have the same rows, so that a length which is that of the longest row is one in both.
+        # Made of the same rows, so that the length of the longest row is the same in both.
         batches = tuple(resize_batch(inputs, size, _BATCHES[0]) for size in _BATCHES)
         with on_meta(batches, meta) as (small, large):
             return _learn(views, (small, large), attributes, set(outside), warm, known)

@@ -101,7 +101,7 @@ class StandIn(nn.Module):
         return super().requires_grad_(requires_grad)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As for any module; what a loop does with this one on its way is told from the rest."""
+        """As for any module; notes that a loop over all modules comes by, which may change it."""
         found = super().named_modules(*args, **kwargs)
         return found if self.ride_in_pass else self._met(found)
 

@@ -128,7 +128,7 @@ class Recorder(_GlueMode):
         self._open: list[BaseException | None] = []  # for each unit inside: what is being handled
         self._stepped_aside = False
         self._region: FrameType | None = None  # the reentrant checkpoint of the last value, if any
-        self._read: list[tuple[Tensor, int | None, Any]] = []  # in which version, and as what
+        self._read: list[tuple[Tensor, int | None, Any]] = []  # as a number: version and number
         self._with_gradients = not torch.compiler.is_compiling() and torch.is_grad_enabled()
 
     def __torch_function__(

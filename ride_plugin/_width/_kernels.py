@@ -37,9 +37,10 @@ def is_depthwise(step: Step) -> bool:
 
 
 def keeps_ratio(ledger: Ledger, step: Step, tensors: Sequence[Tensor], result: Tensor) -> bool:
-    """Whether as many outputs come from each channel, where groups and kernel say how many.
+    """Whether each channel still leads to as many outputs, if a kernel of fixed size says how many.
 
-    That of a layer follows the widths; so does a kernel that a forward computes, for each sample.
+    The kernel of a layer follows the widths, and so does one that a forward computes for each
+    sample.
     """
     if len(tensors) < 2 or not step.outputs:
         return True

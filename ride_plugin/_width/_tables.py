@@ -17,8 +17,8 @@ _COLUMNS = 256  # so many columns, and so many entries of each, are compared
 def tables_of(expert: nn.Module) -> dict[str, frozenset[int]]:
     """Buffers of an expert that are such tables, by name, and along which dimensions.
 
-    Dimensions count from the end. Of a table for each head or channel, in an earlier dimension, the
-    first are what they were; and so is a kernel that is repeated along a dimension.
+    Dimensions count from the end. An earlier dimension may be cut, as that of one whole table for
+    each head or channel, and so may one along which a kernel is only repeated.
     """
     found = {}
     for path, module in expert.named_modules():
