@@ -20,7 +20,7 @@ from ride_plugin._errors import is_of_package, is_question, listed, warn_caller
 from ride_plugin._known_methods import GROUPS, METHODS, alike, parameter_groups
 from ride_plugin._names_read import is_read_by_forward, may_be_set_late, names_read_by
 from ride_plugin._split import SplitModule, called, is_real, real_parts, write_attributes
-from ride_plugin._tree import OF_MODULES, tensors_in
+from ride_plugin._tree import OF_MODULES, holds_tensors
 
 _OPTIONS = frozenset({"return_experts", "checkpoint_experts"})  # to be set at any time
 
@@ -249,7 +249,7 @@ def _replaced_too_late(model: SplitModule, name: str, kind: str) -> AttributeErr
 
 
 def _holds_parts(value: Any) -> bool:
-    return _holds_modules(value) or next(tensors_in(value), None) is not None
+    return _holds_modules(value) or holds_tensors(value)
 
 
 def _holds_modules(value: Any) -> bool:

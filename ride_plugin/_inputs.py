@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ride_plugin._errors import ArgumentError, RIDEError
-from ride_plugin._tree import map_tensors, own_container, tensors_in
+from ride_plugin._tree import holds_tensors, map_tensors, own_container, tensors_in
 
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -27,7 +27,7 @@ def as_inputs(example: Any) -> Inputs:
         if len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict):
             return example
         return example, {}
-    if not isinstance(example, list) and next(tensors_in(example), None) is not None:
+    if not isinstance(example, list) and holds_tensors(example):
         return (example,), {}
     raise ArgumentError(
         "Expected argument `example_input` to be a tensor, a tuple of positional arguments or a "

@@ -67,6 +67,11 @@ def buffers_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return nn.Module.named_buffers(module, remove_duplicate=False)
 
 
+def holds_tensors(value: Any) -> bool:
+    """Whether there is a tensor in a value, where :func:`tensors_in` looks."""
+    return next(tensors_in(value), None) is not None
+
+
 def ids_of_tensors(module: nn.Module) -> set[int]:
     """Ids of a module's parameters and buffers."""
     return {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
@@ -76,7 +81,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Return the value with ``function`` applied to its tensors, in :func:`tensors_in`'s order."""
     if isinstance(value, Tensor):
         return function(value)
-    if next(tensors_in(value), None) is None:
+    if not holds_tensors(value):
         return value
     if type(value) is dict:
         return {key: map_tensors(function, item) for key, item in value.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._inputs import Inputs, as_inputs, batch_size_of, own_inputs, resize_batch
 from ride_plugin._split._logits import LogitsReader, describe
-from ride_plugin._tree import matrices_in, tensors_in
+from ride_plugin._tree import holds_tensors, matrices_in, tensors_in
 
 _SMALL_FIRST = (32, 224, 28, 64, 16, 8, 96, 128, 160, 192, 240, 256, 288, 299, 331, 384, 448, 512)
 _LARGE_FIRST = (224, 32, 256, 299, 384, 240, 288, 192, 160, 128, 96, 64, 28, 331, 448, 512, 16, 8)
@@ -156,7 +156,7 @@ def _runs(backbone: nn.Module, inputs: Inputs) -> bool:
 
 def _runs_as_one(backbone: nn.Module, example: Any) -> bool:
     """Whether a forward takes a tuple as its only argument: `(tokens, lengths)`, say."""
-    if not isinstance(example, tuple) or next(tensors_in(example), None) is None:
+    if not isinstance(example, tuple) or not holds_tensors(example):
         return False
     return _runs(backbone, resize_batch(((example,), {}), 2))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ride_plugin._split._references import captured_by
 from ride_plugin._split._state import TrunkState
-from ride_plugin._tree import tensors_in
+from ride_plugin._tree import holds_tensors
 
 
 def advice(state: TrunkState) -> str:
@@ -39,13 +39,9 @@ def _hides_tensors(value: Any) -> str | None:
         return next(filter(None, map(_hides_tensors, value)), None)
     if isinstance(value, FunctionType):
         kept = list(captured_by(value))
-        return "a function that captured tensors" if _any_in(kept) else None
+        return "a function that captured tensors" if holds_tensors(kept) else None
     if type(value) is Tensor:
-        return "a tensor with tensors as attributes" if _any_in(vars(value)) else None
-    if isinstance(value, Tensor | nn.Module | type) or _any_in(value):
+        return "a tensor with tensors as attributes" if holds_tensors(vars(value)) else None
+    if isinstance(value, Tensor | nn.Module | type) or holds_tensors(value):
         return None
-    return f"a {type(value).__name__}" if _any_in(getattr(value, "__dict__", {})) else None
-
-
-def _any_in(value: Any) -> bool:
-    return next(tensors_in(value), None) is not None
+    return f"a {type(value).__name__}" if holds_tensors(getattr(value, "__dict__", {})) else None

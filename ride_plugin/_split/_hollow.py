@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ride_plugin._errors import ReplayError
-from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin._tree import holds_tensors, map_tensors, tensors_in
 
 # Operations that look at a tensor's values, although they return no tensor.
 _READS = frozenset(
@@ -23,7 +23,7 @@ _SAME = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 def reads(func: Callable[..., Any], result: Any) -> bool:
     """Whether an operation that returned ``result`` has read values, not a shape alone."""
-    return getattr(func, "__name__", "") in _READS or next(tensors_in(result), None) is not None
+    return getattr(func, "__name__", "") in _READS or holds_tensors(result)
 
 
 def hollow(value: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Unread(Tensor):
         unread = next(t for t in tensors_in((args, kwargs)) if isinstance(t, Unread))
         key, forked = unread.key, unread.forked
         stays = func in _SAME or not forked()
-        if stays and next(tensors_in(result), None) is not None:
+        if stays and holds_tensors(result):
             return map_tensors(lambda tensor: Unread.of(tensor, key, forked), result)
         returned = "an argument" if key == "inputs" else f"what `{key}` returned before the fork"
         raise ReplayError(

@@ -29,7 +29,7 @@ from ride_plugin._split._raised import Raised, being_handled, raised_by
 from ride_plugin._split._reentrant import region_without_gradients
 from ride_plugin._split._state import Layout
 from ride_plugin._split._unwinding import Unwinding
-from ride_plugin._tree import map_tensors, own_container, tensors_in
+from ride_plugin._tree import holds_tensors, map_tensors, own_container
 
 _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a tensor, return None
 # They return copies; an array of numpy would share the memory of a tensor that changes later.
@@ -373,4 +373,4 @@ def _is_of_a_backward_hook(func: Callable[..., Any]) -> bool:
 
 
 def _leaves_a_trace(func: Callable[..., Any], result: Any) -> bool:
-    return next(tensors_in(result), None) is not None or _name(func) in _ASSIGNMENTS
+    return holds_tensors(result) or _name(func) in _ASSIGNMENTS

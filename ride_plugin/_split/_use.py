@@ -17,7 +17,7 @@ from ride_plugin._split._probe import RANDOM, differ, mark_of
 from ride_plugin._split._reentrant import passed_by
 from ride_plugin._split._state import TrunkState
 from ride_plugin._split._views import Views
-from ride_plugin._tree import Place, logits_in, map_tensors, tensors_in
+from ride_plugin._tree import Place, holds_tensors, logits_in, map_tensors, tensors_in
 
 
 class Reads(TorchFunctionMode):
@@ -44,9 +44,8 @@ class Reads(TorchFunctionMode):
             given = {id(t): t for t in tensors_in((args, kwargs))}
             self.seen.update(given)
             made = [t for t in tensors_in(result) if id(t) not in given]
-            plain = next(tensors_in(result), None) is None
             whole = any(not (t.is_floating_point() or t.is_complex()) for t in made)
-            self.chooses |= bool(given) and (plain or whole)
+            self.chooses |= bool(given) and (whole or not holds_tensors(result))
         return result
 
 

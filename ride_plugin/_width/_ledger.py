@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ride_plugin._tree import dotted, tensors_in
+from ride_plugin._tree import dotted, holds_tensors, tensors_in
 from ride_plugin._width._layers import kind_of, resized
 
 Tag = tuple[str, str]  # ("layer", module name) or ("raw", parameter name)
@@ -43,8 +43,7 @@ def empty_caches(expert: nn.Module) -> list[Callable[[], None]]:
     for module in expert.modules():
         attributes = module.__dict__
         for key, value in attributes.items():
-            holds_tensors = type(value) is dict and any(True for _ in tensors_in(value))
-            if holds_tensors and not key.startswith("_"):
+            if type(value) is dict and holds_tensors(value) and not key.startswith("_"):
                 put_back.append(partial(attributes.__setitem__, key, value))
                 attributes[key] = {}
     return put_back

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import Inputs
-from ride_plugin._tree import tensors_in
+from ride_plugin._tree import holds_tensors, tensors_in
 
 Call: TypeAlias = dict[str, Any]
 """``names`` of what can be positional, and descriptions of what was ``given`` and of defaults."""
@@ -38,7 +38,7 @@ def describe_call(forward: Callable[..., Any], inputs: Inputs) -> Call:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [parameter.name for parameter in parameters if parameter.kind in positional]
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    plain = {name: v for name, v in defaults.items() if next(tensors_in(v), None) is None}
+    plain = {name: v for name, v in defaults.items() if not holds_tensors(v)}
     given = _by_name(names, *inputs)
     return {
         "names": names,

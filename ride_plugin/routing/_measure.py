@@ -16,7 +16,7 @@ from ride_plugin._errors import ArgumentError
 from ride_plugin._inputs import Inputs, as_inputs, row_sizes
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._split import TrunkState
-from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin._tree import holds_tensors, map_tensors
 from ride_plugin.functional import running_means
 from ride_plugin.routing._call import describe
 from ride_plugin.routing._exit import RoutedStages, gate_logits
@@ -177,7 +177,7 @@ def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
     inputs, target = batch
     if isinstance(inputs, list):  # what a DataLoader's default collation makes of tuples
         inputs = tuple(inputs)
-    if next(tensors_in(inputs), None) is None:
+    if not holds_tensors(inputs):
         raise ArgumentError(
             "Expected argument `loader` to yield pairs (x, y) with x a tensor, a tuple of "
             f"positional or a dict of keyword arguments, but got x of {type(inputs).__name__}."
