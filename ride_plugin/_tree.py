@@ -104,6 +104,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     )
 
 
+def snapshot(value: Any) -> Any:
+    """The value with copies of its tensors, without their gradient history."""
+    return map_tensors(lambda tensor: tensor.detach().clone(), value)
+
+
 def _of_same_class(value: Any, items: list[Any]) -> Any:
     """Other items in a list or tuple of the same class, be it a named one."""
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

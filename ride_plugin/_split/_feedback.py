@@ -27,7 +27,7 @@ from ride_plugin._split._passes import (
 )
 from ride_plugin._split._state import Absent
 from ride_plugin._split._views import Views
-from ride_plugin._tree import Place, dotted, ids_of_tensors, map_tensors, tensors_in
+from ride_plugin._tree import Place, dotted, ids_of_tensors, map_tensors, snapshot, tensors_in
 
 
 def refuse_reading_ahead(split: Split) -> None:
@@ -154,7 +154,7 @@ def _run(
             if training:  # a backbone that cannot train on its own input
                 return None
             raise
-    left = {p: _snapshot(getattr(views.expert.get_submodule(p[0]), p[1], Absent)) for p in places}
+    left = {p: snapshot(getattr(views.expert.get_submodule(p[0]), p[1], Absent)) for p in places}
     return _Pass(tape, wrote, output, left)
 
 
@@ -170,10 +170,6 @@ def _tape(run: _Pass | None) -> list[Any] | None:
 
 def _output(run: _Pass | None) -> Any:
     return None if run is None else run.output
-
-
-def _snapshot(value: Any) -> Any:
-    return map_tensors(lambda tensor: tensor.detach().clone(), value)
 
 
 def _same(a: Any, b: Any) -> bool:

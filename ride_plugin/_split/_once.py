@@ -21,7 +21,7 @@ from ride_plugin._split._passes import own_containers
 from ride_plugin._split._probe import differ, mark_of
 from ride_plugin._split._settings import contents_of
 from ride_plugin._split._state import Absent
-from ride_plugin._tree import OF_MODULES, Place, map_tensors, tensors_in
+from ride_plugin._tree import OF_MODULES, Place, snapshot, tensors_in
 
 
 class Attributes:
@@ -55,9 +55,9 @@ class Attributes:
 
 def changed_again(root: nn.Module, places: Collection[Place], run: Callable[[], Any]) -> set[Place]:
     """At which of these places another run leaves something else than the run before."""
-    before = {place: _snapshot(root, place) for place in places}
+    before = {place: _left_at(root, place) for place in places}
     run()
-    return {place for place in places if not _same(before[place], _snapshot(root, place))}
+    return {place for place in places if not _same(before[place], _left_at(root, place))}
 
 
 def _inside(value: Any) -> Any:
@@ -66,9 +66,9 @@ def _inside(value: Any) -> Any:
     return tensors or contents_of(value)
 
 
-def _snapshot(root: nn.Module, place: Place) -> tuple[Any, Any]:
+def _left_at(root: nn.Module, place: Place) -> tuple[Any, Any]:
     value = vars(root.get_submodule(place[0])).get(place[1], Absent)
-    copied = map_tensors(lambda t: t.detach().clone(), own_containers(value))
+    copied = snapshot(own_containers(value))
     if isinstance(value, torch.Generator) or is_stream(value):
         return copied, mark_of(value)[1:]  # how far it has drawn
     contents = contents_of(value)

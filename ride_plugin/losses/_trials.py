@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ride_plugin._closeness import close
 from ride_plugin._contexts import random_state_kept
-from ride_plugin._tree import map_tensors
+from ride_plugin._tree import map_tensors, snapshot
 from ride_plugin.losses._trial_copy import trial_copy
 
 
@@ -50,11 +50,11 @@ def try_out(
         TypeError: it cannot be copied.
         Exception: whatever the criterion raises.
     """
-    apart, args, kwargs = trial_copy((criterion, _apart(tuple(args)), _apart(dict(kwargs or {}))))
+    apart, args, kwargs = trial_copy((criterion, *snapshot((tuple(args), dict(kwargs or {})))))
     for _ in range(times):
-        leaf = _apart(logits).requires_grad_()
+        leaf = snapshot(logits).requires_grad_()
         with random_state_kept(logits):
-            loss = apart(leaf, _apart(target), *args, **kwargs)
+            loss = apart(leaf, snapshot(target), *args, **kwargs)
     return Outcome(loss, leaf, (apart, args, kwargs))
 
 
@@ -94,10 +94,6 @@ def sums_samples(criterion: Callable[..., Any], logits: Tensor, *given: Any) -> 
         return large and close(doubled.detach(), 2 * loss, scale=0.0)
     except Exception:  # as above
         return False
-
-
-def _apart(value: Any) -> Any:
-    return map_tensors(lambda tensor: tensor.detach().clone(), value)
 
 
 def _same(a: Any, b: Any, seen: set[int]) -> bool:
