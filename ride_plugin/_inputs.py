@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError, RIDEError
 from ride_plugin._tree import holds_tensors, map_tensors, own_container, tensors_in
@@ -49,6 +49,13 @@ def own_inputs(inputs: Inputs, tensors: bool = False) -> Inputs:
     if tensors:
         own = map_tensors(torch.clone, own)
     return own
+
+
+def run_plainly(module: nn.Module, inputs: Inputs) -> Any:
+    """What a module returns without gradients for copies of these inputs, which it may change."""
+    args, kwargs = own_inputs(inputs, tensors=True)
+    with torch.no_grad():
+        return module(*args, **kwargs)
 
 
 def in_order_of(example: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:

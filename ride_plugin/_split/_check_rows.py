@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ride_plugin._contexts import seed_everything
 from ride_plugin._errors import SplitError, listed
-from ride_plugin._inputs import own_inputs
+from ride_plugin._inputs import run_plainly
 from ride_plugin._split._hidden import advice
 from ride_plugin._split._hollow import is_hollow
 from ride_plugin._split._passes import play, record
@@ -185,9 +185,7 @@ def _draws(backbone: Callable[[bool], nn.Module], state: TrunkState) -> bool:
     """Whether the backbone returns something else for the same rows once more."""
     inputs = state.values[0]
     expected = seeded(backbone(False), inputs)
-    args, kwargs = own_inputs(inputs, tensors=True)
-    with torch.no_grad():  # and not seeded again
-        return not near(logits_of(backbone(False)(*args, **kwargs)), expected)
+    return not near(logits_of(run_plainly(backbone(False), inputs)), expected)  # not seeded again
 
 
 def _agrees_in_double(

@@ -14,7 +14,7 @@ from ride_plugin._closeness import close
 from ride_plugin._contexts import in_mode
 from ride_plugin._cosine import CosineClassifier
 from ride_plugin._errors import ArgumentError, SplitError
-from ride_plugin._inputs import Inputs, own_inputs
+from ride_plugin._inputs import Inputs, run_plainly
 from ride_plugin._split._class_number import set_class_number
 from ride_plugin._split._hooks import watch_classifier
 from ride_plugin._split._parts import Parts, trial_run
@@ -87,10 +87,9 @@ def find_picked(
 
         for name in names:
             backbone.get_submodule(name).register_forward_hook(partial(changed, name))
-        args, kwargs = own_inputs(inputs, tensors=True)
         try:
             with torch.no_grad():
-                logits = logits_of(backbone(*args, **kwargs))
+                logits = logits_of(run_plainly(backbone, inputs))
         except Exception:  # the forward may look at values, which are not those of a classifier
             return []
         return [n for n in names if n in results and _holds(results[n], logits)]

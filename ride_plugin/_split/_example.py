@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError, SplitError
-from ride_plugin._inputs import Inputs, as_inputs, batch_size_of, own_inputs, resize_batch
+from ride_plugin._inputs import Inputs, as_inputs, batch_size_of, resize_batch, run_plainly
 from ride_plugin._split._logits import LogitsReader, describe
 from ride_plugin._tree import holds_tensors, matrices_in, tensors_in
 
@@ -44,7 +44,7 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
         given = as_inputs(example)
         inputs = resize_batch(given, 2)
         try:
-            output = _run(backbone, inputs)
+            output = run_plainly(backbone, inputs)
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             if _runs(backbone, given):
@@ -77,7 +77,7 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
                 break
             count[0], runs = 0, False
             try:
-                output = _run(backbone, inputs)
+                output = run_plainly(backbone, inputs)
                 runs = True
                 if _has_rows(reader, output):
                     return inputs, output
@@ -104,7 +104,7 @@ def _refuse_other_rows(backbone: nn.Module, given: Inputs, reader: LogitsReader)
     """Refuse an example, as it is, for whose rows a backbone returns another number of rows."""
     if not _runs(backbone, given):
         return
-    logits, rows = reader.logits_of(_run(backbone, given)), batch_size_of(given)
+    logits, rows = reader.logits_of(run_plainly(backbone, given)), batch_size_of(given)
     if logits is not None and len(logits) != rows:
         raise SplitError(
             f"The backbone returns {describe(logits)} for `example_input`, of which the first "
@@ -119,7 +119,7 @@ def refuse_third_row(backbone: nn.Module, inputs: Inputs) -> None:
         SplitError: it does; the message names arguments with several entries for each row.
     """
     try:
-        _run(backbone, resize_batch(inputs, 3))
+        run_plainly(backbone, resize_batch(inputs, 3))
     except Exception as error:
         args, kwargs = inputs
         named = (*((str(k), value) for k, value in enumerate(args)), *kwargs.items())
@@ -148,7 +148,7 @@ def refuse_third_row(backbone: nn.Module, inputs: Inputs) -> None:
 
 def _runs(backbone: nn.Module, inputs: Inputs) -> bool:
     try:
-        _run(backbone, inputs)
+        run_plainly(backbone, inputs)
     except Exception:
         return False
     return True
@@ -159,12 +159,6 @@ def _runs_as_one(backbone: nn.Module, example: Any) -> bool:
     if not isinstance(example, tuple) or not holds_tensors(example):
         return False
     return _runs(backbone, resize_batch(((example,), {}), 2))
-
-
-def _run(backbone: nn.Module, inputs: Inputs) -> Any:
-    args, kwargs = own_inputs(inputs, tensors=True)
-    with torch.no_grad():
-        return backbone(*args, **kwargs)
 
 
 def _has_rows(reader: LogitsReader, output: Any, number: int = 2) -> bool:

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ride_plugin._closeness import close
 from ride_plugin._contexts import seed_everything
 from ride_plugin._errors import SplitError, listed
-from ride_plugin._inputs import Inputs, own_inputs, repeat_row
+from ride_plugin._inputs import Inputs, repeat_row, run_plainly
 from ride_plugin._split._copies import same_values
 from ride_plugin._split._logits import spelled
 from ride_plugin._split._views import Views
@@ -23,9 +22,7 @@ near = partial(close, units=100, scale=0.0, equal_nan=True)  # other kernels may
 
 def seeded(module: nn.Module, inputs: Inputs) -> Tensor:
     seed_everything()
-    args, kwargs = own_inputs(inputs, tensors=True)
-    with torch.no_grad():
-        return logits_of(module(*args, **kwargs))
+    return logits_of(run_plainly(module, inputs))
 
 
 def unfused(hooked: nn.Module, inputs: Inputs, expected: Tensor, views: Views) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ride_plugin._compiler import COMPILED, is_compiled
 from ride_plugin._contexts import evaluating
 from ride_plugin._errors import SplitError, warn_caller
-from ride_plugin._inputs import Inputs, own_inputs
+from ride_plugin._inputs import Inputs, run_plainly
 from ride_plugin._split._copies import (
     COMPILED_CALL,
     copy_with_hooks,
@@ -147,9 +147,8 @@ def after_first_call(
     """
     memo = as_they_are(settings_at(source, settings))
     copied = running_copy(source, (source,), written, memo=memo)
-    args, kwargs = own_inputs(inputs, tensors=True)
-    with torch.no_grad(), evaluating(copied):
-        copied(*args, **kwargs)
+    with evaluating(copied):
+        run_plainly(copied, inputs)
     try:
         refuse_captured(copied)
     except SplitError:
