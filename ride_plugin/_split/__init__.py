@@ -67,6 +67,7 @@ from ride_plugin._split._several import called
 from ride_plugin._split._sharing import held_by_all
 from ride_plugin._split._stand_ins import Recorded, StandIn
 from ride_plugin._split._state import TrunkState
+from ride_plugin._split._tape import operation_name
 from ride_plugin._split._unwinding import Unwinding
 from ride_plugin._split._views import Views
 
@@ -101,6 +102,7 @@ __all__ = [
     "losses_dropped",
     "merged_groups",
     "on_meta",
+    "operation_name",
     "own_containers",
     "plain_in",
     "plain_modules",

@@ -144,8 +144,8 @@ class Recorder(_GlueMode):
                 swapped = map_tensors(lambda t: result if t is args[0] else t, self.values[-1])
                 self.values[-1] = swapped
             else:
-                self._write(_name(func), result)
-        elif not self._open and not self.reached_fork and _name(func) in _READS:
+                self._write(operation_name(func), result)
+        elif not self._open and not self.reached_fork and operation_name(func) in _READS:
             self._read.append((args[0], version_of(args[0]), result))
         return result
 
@@ -241,12 +241,12 @@ class Player(_GlueMode):
     ) -> Any:
         if func is Tensor.register_hook and not isinstance(args[0], nn.Parameter):
             return NoHandle()  # the trunk has registered it, on the same tensor
-        if self._numbers and _name(func) in _READS:
+        if self._numbers and operation_name(func) in _READS:
             self._num_reads += 1
             if self._num_reads - 1 in self._numbers:
                 return self._numbers[self._num_reads - 1]
         if self.position < len(self.keys):
-            name = _name(func)
+            name = operation_name(func)
             if self.keys[self.position] == name:
                 if func in _FREEZES and isinstance(args[0], nn.Parameter):
                     self.position += 1  # of the expert's own, or of the trunk's once more
@@ -340,7 +340,8 @@ def _checkpointed_region() -> object:
     return pack if getattr(pack, "__qualname__", "").startswith("_checkpoint_hook.") else None
 
 
-def _name(func: Callable[..., Any]) -> str:
+def operation_name(func: Callable[..., Any]) -> str:
+    """What a torch-function mode calls an operation."""
     return getattr(func, "__name__", None) or type(func).__name__
 
 
@@ -373,4 +374,4 @@ def _is_of_a_backward_hook(func: Callable[..., Any]) -> bool:
 
 
 def _leaves_a_trace(func: Callable[..., Any], result: Any) -> bool:
-    return holds_tensors(result) or _name(func) in _ASSIGNMENTS
+    return holds_tensors(result) or operation_name(func) in _ASSIGNMENTS

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
+from ride_plugin._split import operation_name
 from ride_plugin._tree import tensors_in
 
 
@@ -88,7 +89,3 @@ def reshape_groups(
 
 def shapes_in(value: Any) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in tensors_in(value)]
-
-
-def operation_name(func: Callable[..., Any]) -> str:
-    return getattr(func, "__name__", None) or type(func).__name__

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ride_plugin._split import operation_name
 from ride_plugin._tree import map_tensors, tensors_in
 from ride_plugin._width._amend import Amender
 from ride_plugin._width._attention import Attention
@@ -29,7 +30,7 @@ from ride_plugin._width._layers import ChannelPad, Kind, kind_of
 from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Ledger
 from ride_plugin._width._map import WidthMap
 from ride_plugin._width._norms import fit_norm
-from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck, operation_name
+from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck
 from ride_plugin._width._scales import Factors
 
 _MISFITS = (RuntimeError, ValueError, IndexError, AssertionError)  # what torch raises for sizes
