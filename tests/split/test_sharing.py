@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ride_plugin import CheckpointError, RIDEWrapper, cost_report, experts_loss
+from ride_plugin import ArgumentError, CheckpointError, RIDEWrapper, cost_report, experts_loss
 from tests.adapters import KINDS, low_rank, pretrained
 
 
@@ -244,6 +244,19 @@ def test_what_trains_is_saved_and_loaded_alone(tmp_path) -> None:
     assert names == {name for name, p in model.named_parameters() if p.requires_grad}
     with pytest.raises(CheckpointError, match="Wrap and freeze as when it was saved"):
         wrapped("new_head").load_trainable_state_dict(model.trainable_state_dict())
+
+
+def test_what_is_no_such_state_is_refused_and_nothing_is_loaded() -> None:
+    model = RIDEWrapper(low_rank(), 2, fork_at="blocks.2", init="copy")
+    state = {name: value.clone() for name, value in model.trainable_state_dict().items()}
+    with pytest.raises(ArgumentError, match="what `trainable_state_dict` returned, but got"):
+        model.load_trainable_state_dict([])
+    first, *_, last = state
+    changed = {**state, first: state[first] + 1, last: torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=rf"`state\['{last}'\]` to be a tensor .* got \[1\]"):
+        model.load_trainable_state_dict(changed)
+    now = model.trainable_state_dict()
+    assert all(torch.equal(now[name], value) for name, value in state.items())
 
 
 def test_statistics_that_training_changes_are_among_what_is_saved() -> None:
