@@ -274,3 +274,10 @@ def test_a_layer_that_goes_up_again_to_the_trunk_gives_way_alone(d: int) -> None
     assert expert.up.weight.shape[:2] == (24, 16)  # it keeps its outputs, not its inputs
     assert expert.late.weight.shape[:2] == (24, 16)
     assert model(x).shape == (2, 5)
+
+
+def test_trials_come_to_an_end(monkeypatch) -> None:
+    monkeypatch.setattr(_narrow, "_TRIALS", 1)  # a decoder needs a second one
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(WidthError, match="no consistent widths were found in 1 trials"):
+        RIDEWrapper(Decoder(1), 2, fork_at="down", expert_width=0.75, example_input=x)
