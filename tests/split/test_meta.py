@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ride_plugin import RIDEWrapper
-from ride_plugin._split._build import examine
 from ride_plugin._split._copies import running_copy
+from ride_plugin._split._examine import examine
 from ride_plugin._split._meta import on_meta
 from ride_plugin._tree import tensors_in
 
