@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ride_plugin._checks import check_integer
+from ride_plugin._errors import warn_caller
+
+# Two views, SAM, mixup's two labels or a checkpoint score a sample several times an epoch, and a
+# sampler may draw an epoch that is several times as long as the data: ten times is no such thing.
+_EPOCHS = 10
+_FEWEST = 1000  # counts of fewer samples may be percentages or ratios of classes
 
 
 class Schedule(nn.Module):
@@ -27,8 +34,13 @@ class Schedule(nn.Module):
 
     epoch: Tensor
 
-    def __init__(self, start_epoch: int) -> None:
+    _patience = math.inf  # samples in training after which an epoch must have ended
+
+    def __init__(self, start_epoch: int, class_counts: Tensor) -> None:
         super().__init__()
+        samples = float(class_counts.sum())
+        if samples >= _FEWEST and bool((class_counts == class_counts.round()).all()):
+            self._patience = _EPOCHS * samples
         self._start_epoch = _checked_start(start_epoch)
         self._last_epoch = 0
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64, device="cpu"))
@@ -51,6 +63,7 @@ class Schedule(nn.Module):
     @last_epoch.setter
     def last_epoch(self, value: int) -> None:
         self._last_epoch = check_integer(value, "last_epoch")
+        self._patience = math.inf  # somebody knows of it
         self._refresh()
 
     @property
@@ -61,6 +74,27 @@ class Schedule(nn.Module):
     def step(self) -> None:
         """Go on to the next epoch; call it at the end of each, beside the LR scheduler's."""
         self.last_epoch += 1
+
+    def scored(self, samples: int) -> None:
+        """Warn, once, if a loss has scored so many samples in training and no epoch has ended."""
+        if samples <= self._patience:
+            return
+        self._patience += samples  # a setting may change, so this is not the last look
+        if not self.is_active and self._has_effect():
+            kind = type(self).__name__
+            warn_caller(
+                f"{samples} samples were scored in training, more than {_EPOCHS} times those of "
+                f"`class_counts`, and no epoch was ended: `start_epoch={self._start_epoch}` of "
+                f"{kind} has no effect before `step()` is called. Call `criterion.step()` of "
+                "RIDELoss or `diversity.step()` of DiversityLoss at the end of each epoch, or "
+                "`step()` of what you gave them as a schedule. (If an epoch of yours is longer, or "
+                "nothing shall change at an epoch, nothing is wrong.)"
+            )
+            self._patience = math.inf
+
+    def _has_effect(self) -> bool:
+        """Whether anything differs from the start epoch on."""
+        return True
 
     def _refresh(self) -> None:
         """Let everything that depends on the epoch follow it."""
@@ -82,6 +116,7 @@ class Schedule(nn.Module):
         name = f"{prefix}epoch"
         if name in state_dict:
             self._last_epoch = check_integer(state_dict[name], name)
+            self._patience = math.inf if self._last_epoch else self._patience
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.epoch = self.epoch.clone()  # `assign=True` takes the tensor of the state itself
         self._refresh()

@@ -102,7 +102,7 @@ class DeferredReweighting(Schedule):
         Raises:
             ArgumentError: the criterion has no weights of this length, or a number is out of range.
         """
-        super().__init__(start_epoch)
+        super().__init__(start_epoch, check_class_counts(class_counts))
         self._weight = effective_number_weights(class_counts, beta)
         check_instance(criterion, "criterion", nn.Module, "a module that holds class weights")
         held = getattr(criterion, "weight", None)
@@ -132,6 +132,11 @@ class DeferredReweighting(Schedule):
     def weight(self, value: Numbers) -> None:
         self._weight = as_weight(value, len(self._weight))
         self._refresh()
+
+    def _has_effect(self) -> bool:
+        return has_values(self._own) and not torch.allclose(
+            self._own.to(self._weight), self._weight
+        )
 
     def _refresh(self) -> None:
         super()._refresh()

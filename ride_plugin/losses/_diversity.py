@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ride_plugin import functional
@@ -78,6 +79,10 @@ class DiversityLoss(nn.Module):
     Raises:
         ArgumentError: an argument is out of range, or the schedule does not fit the others.
 
+    Warns:
+        UserWarning: once, ``start_epoch`` would change something, and ``step()`` was never called,
+            although ten times the samples of ``class_counts`` were scored in training.
+
     Example:
         >>> import torch
         >>> diversity = DiversityLoss([300, 100, 20], weight=0.2)
@@ -91,6 +96,8 @@ class DiversityLoss(nn.Module):
     gamma = _of_schedule("gamma")
     eta = _of_schedule("eta")
     start_epoch = _of_schedule("start_epoch")
+
+    _scored = 0  # samples in training
 
     def __init__(
         self,
@@ -153,7 +160,7 @@ class DiversityLoss(nn.Module):
 
     def _divergence(self, output: Output, target: Tensor) -> Tensor:
         experts = expert_logits(output)
-        batch, _, classes = experts.shape
+        batch, num_experts, classes = experts.shape
         if classes != self.schedule.num_classes:
             raise ArgumentError(
                 f"Expected argument `class_counts` to have a number for each of {classes} classes, "
@@ -164,6 +171,10 @@ class DiversityLoss(nn.Module):
         if batch == 0:
             refuse("output", "that of at least one sample", experts)
         logits = float32_or_better(experts)
+        trains = self.training and experts.requires_grad and torch.is_grad_enabled()
+        if trains and self.weight and num_experts > 1 and not torch.compiler.is_compiling():
+            self._scored += batch
+            self.schedule.scored(self._scored)
         follow(self, self.schedule.temperature, logits)
         class_temperature = self.schedule.temperature.to(logits.dtype)
         if self.form == "official":

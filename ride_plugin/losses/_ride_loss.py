@@ -86,7 +86,7 @@ class RIDELoss(nn.Module):
             or holds more than 64 MiB.
             Also, once, an output of a model in evaluation mode that has been trained, while
             gradients are recorded and no input requires one: a test loop without
-            ``torch.no_grad()``.
+            ``torch.no_grad()``; and a schedule that no ``step()`` moved, as `DiversityLoss` tells.
 
     Example:
         >>> criterion = RIDELoss(nn.CrossEntropyLoss(), [300, 100, 20])
@@ -131,6 +131,7 @@ class RIDELoss(nn.Module):
         self.mean_loss: Tensor | None = None
         self._looked = False
         self._told_of_evaluation = False
+        self._scored = 0  # samples in training
 
     def forward(
         self, output: Output | None = None, target: Tensor | None = None, *args: Any, **kwargs: Any
@@ -164,6 +165,11 @@ class RIDELoss(nn.Module):
             if is_evaluated(experts) and not self._told_of_evaluation:
                 self._told_of_evaluation = True
                 _warn_of_evaluation()
+            if self.training and experts.requires_grad:
+                self._scored += len(experts)
+                schedule: Any
+                for schedule in self.schedules:
+                    schedule.scored(self._scored)
             if not self._looked:
                 self._looked = True
                 diverse = self.diversity.weight != 0

@@ -70,8 +70,9 @@ class TemperatureSchedule(Schedule):
         start_epoch: int = 0,
         form: Form = "official",
     ) -> None:
-        super().__init__(start_epoch)
-        self._class_counts = check_class_counts(class_counts)
+        counts = check_class_counts(class_counts)
+        super().__init__(start_epoch, counts)
+        self._class_counts = counts
         self.register_buffer(
             "temperature",
             torch.empty(len(self._class_counts), dtype=torch.float32, device="cpu"),
@@ -142,6 +143,9 @@ class TemperatureSchedule(Schedule):
         self.temperature = float32_or_better(self.temperature)
         self._refresh()
         return self
+
+    def _has_effect(self) -> bool:
+        return not torch.allclose(self._by_class, torch.full_like(self._by_class, self._eta))
 
     def _refresh(self) -> None:
         super()._refresh()
