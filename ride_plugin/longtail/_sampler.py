@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from ride_plugin._checks import Numbers, as_labels, check_integer
 from ride_plugin._distributed import running
+from ride_plugin._errors import ArgumentError, warn_caller
 
 _AT_ONCE = 65536
 
@@ -49,6 +50,22 @@ def _in_passes(
         return generator.choice(members, length, replace=False)
     passes = np.tile(members, (-(-length // len(members)), 1))
     return generator.permuted(passes, axis=1).reshape(-1)[:length]
+
+
+def _refuse_counts(labels: NDArray[np.int64]) -> None:
+    """Refuse numbers of samples, from the most frequent class to the rarest one.
+
+    Labels may skip classes, and those of a few samples do, so no one sign is enough: there are more
+    classes than entries, none is class 0, and the entries fall, to half of the first or less.
+    """
+    most, least = int(labels.max()), int(labels.min())
+    falls = len(labels) > 2 and bool((labels[1:] <= labels[:-1]).all())
+    if falls and len(labels) <= most and 1 <= least <= most / 2:
+        raise ArgumentError(
+            f"Expected argument `labels` to hold the class of every image, but got {len(labels)} "
+            f"numbers that fall from {most} to {least}, like `class_counts`. Pass the labels of "
+            "the data set, `dataset.targets` for example; they are counted here."
+        )
 
 
 def _indices_by_class(labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -108,9 +125,11 @@ class ClassBalancedSampler(DistributedSampler[int]):
             seed: the same on every rank.
 
         Raises:
-            ArgumentError: labels are not integers ``[N]``, or a number is out of range.
+            ArgumentError: labels are not integers ``[N]`` or can only be class counts, or a number
+                is out of range.
         """
         self.labels = as_labels(labels).numpy()
+        _refuse_counts(self.labels)
         self._by_class = _indices_by_class(self.labels)
         if num_samples is None:
             num_samples = len(self.labels)
@@ -118,6 +137,7 @@ class ClassBalancedSampler(DistributedSampler[int]):
         seed = check_integer(seed, "seed")
         replicas, rank = self._place()
         self._epoch_is_set = False
+        self._compared = False
         super().__init__(self.labels, replicas, rank, seed=seed)  # type: ignore[arg-type]
         self._place()  # DistributedSampler has counted one index for each image
 
@@ -147,9 +167,13 @@ class ClassBalancedSampler(DistributedSampler[int]):
         """Yield this rank's indices of the epoch that was set, or else of the next one.
 
         Warns:
-            UserWarning: what asks for them shares them among the ranks once more.
+            UserWarning: what asks for them shares them among the ranks once more, or loads a data
+                set of another length than ``labels`` have.
         """
         self._place()
+        if not self._compared:
+            self._compared = True
+            self._compare_with_the_data()
         if self.num_replicas > 1:
             self._warn_if_shared_again()
         # A sequence as seed keeps (seed, epoch) pairs apart, where seed + epoch would collide.
@@ -165,6 +189,27 @@ class ClassBalancedSampler(DistributedSampler[int]):
         """Return the number of indices that each rank gets per epoch."""
         self._place()
         return self.num_samples
+
+    def _compare_with_the_data(self) -> None:
+        """Look for the loader that asks: where there are fewer labels, some samples never come."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            caller, frame = frame.f_locals.get("self"), frame.f_back
+            source = getattr(caller, "_index_sampler", None)  # of a loader's iterator
+            if source is None or self not in (source, getattr(source, "sampler", None)):
+                continue
+            try:
+                length = len(caller._dataset)  # type: ignore[union-attr]
+            except (AttributeError, TypeError):
+                return
+            if length != len(self.labels):
+                warn_caller(
+                    f"Argument `labels` of ClassBalancedSampler has {len(self.labels)} entries, "
+                    f"but the data set that is loaded has {length} samples, so indices end at "
+                    f"{len(self.labels) - 1}. Pass the class of every sample of this data set, in "
+                    "its order, and no `class_counts`."
+                )
+            return
 
     def _warn_if_shared_again(self) -> None:
         """Look among the callers for a sampler or loader that shares among ranks, too."""

@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from ride_plugin import RIDEError
 from ride_plugin.longtail import ClassBalancedSampler
@@ -184,6 +185,8 @@ def test_a_loader_or_sampler_of_one_process_is_not_warned_of(monkeypatch) -> Non
         ([], {}, r"`labels`.*at least one.*\[0\]"),
         ([0.5, 1.0], {}, "`labels`.*integer"),
         ([0, -1], {}, "`labels`.*from -1"),
+        ([500, 120, 30, 7], {}, "`labels`.*4 numbers that fall from 500 to 7, like `class_counts`"),
+        (torch.tensor([9, 9, 4]), {}, "`labels`.*like `class_counts`"),
         ([0, 1], {"num_samples": 0}, "`num_samples`.*got 0"),
         ([0, 1], {"num_samples": 2.5}, "`num_samples`.*an integer.*2.5"),
         ([0, 1], {"num_replicas": 2, "rank": 2}, "`rank`.*from 0 to 1, but got 2"),
@@ -219,3 +222,48 @@ def test_a_caller_that_does_not_share_is_not_warned_of() -> None:
     shuffled.num_replicas = 2
     with pytest.warns(UserWarning, match="shares the indices .* among 2 ranks"):
         list(shuffled)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [3, 2, 1, 1, 1],  # as many entries as classes
+        [500, 120, 7, 0],  # a class without samples is no count
+        [900, 120, 7, 30],  # a few samples of many classes
+        [999, 998, 997, 997],  # the last classes only
+        [9, 2],
+    ],
+)
+def test_labels_that_look_a_little_like_counts_are_taken(labels: list[int]) -> None:
+    assert set(ClassBalancedSampler(labels, num_samples=50)) == set(range(len(labels)))
+
+
+class Images(Dataset[int]):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("length", [64, 66])
+def test_labels_of_other_data_are_told_once(length: int, workers: int) -> None:
+    sampler = ClassBalancedSampler(LABELS)
+    loader = DataLoader(Images(length), batch_size=1, sampler=sampler, num_workers=workers)
+    with pytest.warns(UserWarning, match=f"65 entries.*has {length} samples.*`class_counts`"):
+        next(iter(loader))
+    next(iter(loader))
+
+
+def test_labels_of_the_data_are_silent_however_they_are_loaded() -> None:
+    sampler = ClassBalancedSampler(LABELS)
+    batches = BatchSampler(sampler, 5, drop_last=False)
+    for arguments in ({"sampler": sampler}, {"batch_sampler": batches}):
+        assert len(list(DataLoader(Images(65), **arguments))) > 0
+    assert len(list(DataLoader(Images(65), sampler=sampler, batch_size=None))) == 65
+    outer = DataLoader([ClassBalancedSampler(LABELS)], collate_fn=lambda samplers: samplers[0])
+    assert len(list(next(iter(outer)))) == 65  # a loader of others, of another length
