@@ -455,7 +455,7 @@ class RIDEWrapper(SplitModule):
         with self._settings_kept():
             if torch.compiler.is_compiling() or self.return_experts == "outputs":
                 return self._logits_of_each(args, kwargs)
-            with losses_dropped() as losses:
+            with losses_dropped(kwargs) as losses:
                 each = self._logits_of_each(args, kwargs)
         if losses:
             self._watch.drops_a_loss()

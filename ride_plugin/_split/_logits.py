@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -40,6 +40,7 @@ class _Kept(threading.local):
     def __init__(self) -> None:
         self.outputs: list[Any] | None = None
         self.losses: list[Tensor] | None = None
+        self.first_is_loss = False
 
 
 _kept = _Kept()
@@ -56,21 +57,32 @@ def whole_outputs() -> Iterator[list[Any]]:
 
 
 @contextmanager
-def losses_dropped() -> Iterator[list[Tensor]]:
-    """The losses that experts' forwards return beside logits, in this thread and this block."""
-    before, _kept.losses = _kept.losses, []
+def losses_dropped(kwargs: Mapping[str, Any]) -> Iterator[list[Tensor]]:
+    """The losses that experts' forwards return beside logits, in this thread and this block.
+
+    Args:
+        kwargs: of the call. With labels, or where they ask for an output without names, a number
+            that comes first in such an output is a loss.
+    """
+    before = _kept.losses, _kept.first_is_loss
+    asked = kwargs.get("labels") is not None or kwargs.get("return_dict") is False
+    _kept.losses, _kept.first_is_loss = [], asked
     try:
         yield _kept.losses
     finally:
-        _kept.losses = before
+        _kept.losses, _kept.first_is_loss = before
 
 
-def _note_loss(output: Any) -> None:
-    """Note an entry named `loss` of what an expert's forward returned, if somebody asked."""
+def _note_loss(output: Any, training: bool) -> None:
+    """Note the loss that an expert's forward returned beside the logits, if somebody asked."""
     if _kept.losses is not None and not isinstance(output, Tensor):
         loss = at_path(output, ("loss",))
         if isinstance(loss, Tensor):
             _kept.losses.append(loss)
+        elif _kept.first_is_loss and not training:  # in training gradients tell of it
+            first = at_path(output, (0,)) if isinstance(output, list | tuple) else None
+            if isinstance(first, Tensor) and first.dim() == 0 and first.is_floating_point():
+                _kept.losses.append(first)
 
 
 @dataclass
@@ -96,7 +108,7 @@ class LogitsReader:
             _kept.outputs.append(output)
         if isinstance(output, Tensor) and not callable(self.choice):
             return output  # whoever runs the expert looks at its shape
-        _note_loss(output)
+        _note_loss(output, module.training)
         logits = self.logits_of(output, module.training)
         if logits is None and not matrices_in(output):
             raise ReplayError(

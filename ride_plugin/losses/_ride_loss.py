@@ -27,6 +27,7 @@ from ride_plugin.losses._experts_loss import (
     Criterion,
     as_int64,
     experts_loss,
+    own,
     setting_of,
     with_precise_weights,
 )
@@ -301,12 +302,14 @@ class RIDELoss(nn.Module):
         self, logits: Tensor, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         criteria, target = self._with(args, kwargs), as_int64(target)
-        several = isinstance(criteria, (list, nn.ModuleList))
+        if not isinstance(criteria, (list, nn.ModuleList)):
+            loss: Tensor = with_precise_weights(criteria, logits)(logits, target)
+            return loss
+        # Copies, as in training: what one criterion writes into its logits is not for the next.
         losses: list[Tensor] = [
-            with_precise_weights(one, logits)(logits, target)
-            for one in (criteria if several else [criteria])
+            with_precise_weights(one, logits)(logits.clone(), own(target)) for one in criteria
         ]
-        return torch.stack(losses).mean(0) if several else losses[0]
+        return torch.stack(losses).mean(0)
 
 
 def _warn_of_evaluation() -> None:

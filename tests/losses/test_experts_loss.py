@@ -268,6 +268,13 @@ def test_what_a_criterion_writes_into_nobody_else_sees(criterion) -> None:
     torch.testing.assert_close(logits.grad, copied.grad)
     assert torch.equal(target, given)
 
+    several, mean = RIDELoss([criterion] * 3, [50, 20, 10, 5, 2]), logits.detach().mean(1)
+    kept = mean.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(several(mean, target), criterion(kept.clone(), given.clone()))
+    assert torch.equal(mean, kept)
+    assert torch.equal(target, given)
+
 
 @pytest.mark.parametrize(
     "target",
