@@ -254,8 +254,9 @@ def learned(
             "Its late part seems to need something of its early part that is no tensor, a "
             "cache say (Hugging Face's is switched off by `config.use_cache = False`), or that "
             "a hook leaves on the model (hand it on in the forward instead); or it takes "
-            "batches of two rows only (ask for `x.size(0)`). Pass another `fork_at=`, or write "
-            "trunk and experts as modules of their own and use "
+            "batches of two rows only (ask for `x.size(0)`); or the forward copies a module "
+            "before the fork (copy it in a submodule that holds it). Pass another `fork_at=`, "
+            "or write trunk and experts as modules of their own and use "
             f"`RIDEWrapper.from_parts`.{collected}"
         ) from error
     name = seen.classifier

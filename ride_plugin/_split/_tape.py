@@ -35,6 +35,7 @@ _ASSIGNMENTS = frozenset({"__setitem__", "__delitem__", "__set__"})  # change a 
 # They return copies; an array of numpy would share the memory of a tensor that changes later.
 _READS = frozenset({"item", "tolist", "__int__", "__float__", "__bool__", "__index__"})
 _FREEZES = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+_PARAMETER_COPIED = "data.__get__"  # with which `Parameter.__deepcopy__` begins
 _CHECKPOINT = torch.utils.checkpoint.__file__
 _BACKWARD_HOOKS = torch.utils.hooks.__file__
 _ACROSS = (
@@ -293,9 +294,19 @@ class Player(_GlueMode):
                 "forward left the trunk's path. Register the hook on each module, `for module in "
                 "model.modules(): module.register_forward_hook(hook)`."
             )
-        return ReplayError(
+        where = (
             f"An expert's forward left the trunk's path: it came to `{name}` where the trunk ran "
-            f"`{recorded}` (step {self.position} of {len(self.keys) - 1}). The backbone's forward "
+            f"`{recorded}` (step {self.position} of {len(self.keys) - 1})."
+        )
+        if _PARAMETER_COPIED in (name, recorded):
+            return ReplayError(
+                f"{where} That is how a parameter is copied: if the forward copies a module before "
+                "the fork (`copy.deepcopy(self.layer)`), an expert would copy what stands in for "
+                "it. Copy it in a submodule of the backbone, which holds the layer, or behind the "
+                "fork."
+            )
+        return ReplayError(
+            f"{where} The backbone's forward "
             "depends on something that changed between the two passes (a cache outside of its "
             "modules, say: keep it in an attribute of one), or a submodule of the trunk was "
             "replaced after wrapping. Convert the backbone before wrapping it, or pass "
@@ -341,8 +352,11 @@ def _checkpointed_region() -> object:
 
 
 def operation_name(func: Callable[..., Any]) -> str:
-    """What a torch-function mode calls an operation."""
-    return getattr(func, "__name__", None) or type(func).__name__
+    """What a torch-function mode calls an operation; of an attribute, which one is read."""
+    name = getattr(func, "__name__", None) or type(func).__name__
+    if name != "__get__":
+        return name
+    return f"{getattr(getattr(func, '__self__', None), '__name__', '')}.__get__"
 
 
 def _state_of_generator() -> bytes:

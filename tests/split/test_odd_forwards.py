@@ -563,3 +563,69 @@ def test_a_forward_runs_a_copy_that_it_has_made_of_a_layer(kind: type[Base]) -> 
     """A copy of a module has its hooks, those that look at the calls while wrapping too."""
     net = kind()
     train_both(net, wrapped(net), batches())
+
+
+class CopiesEarly(Base):
+    where = "a"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        if self.where == "inside":
+            x = self.inner(x)
+        else:
+            other = copy.deepcopy(getattr(self, self.where))
+            x = x + (other(x).sum() if self.where != "a" else other(x[:, :6]))
+        return self.c(self.b(x).relu())
+
+
+class CopiesInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + copy.deepcopy(self.layer)(x)
+
+
+@pytest.mark.parametrize("where", ["a", "c", "inside"])
+def test_a_copy_of_a_layer_before_the_fork_belongs_into_a_submodule(where: str) -> None:
+    net = CopiesEarly()
+    net.where = where
+    net.inner = CopiesInside()
+    if where == "inside":
+        train_both(net, wrapped(net), batches())
+    else:
+        told = r"copies a module before the fork.*in a submodule"
+        with pytest.raises((ReplayError, SplitError), match=told):
+            wrapped(net)
+
+
+class ReadsAttributes(Base):
+    """Reads some attribute of a tensor before one that is a tensor itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        rows, grows, turned = x.shape[0], x.requires_grad, x.mT
+        x = turned.mT * (1.0 if rows and grows is not None else 2.0)
+        return self.c(self.b(x).relu())
+
+
+def test_attributes_of_tensors_before_the_fork_are_told_apart() -> None:
+    net = ReadsAttributes()
+    train_both(net, wrapped(net), batches())
+
+
+@pytest.mark.compiles
+def test_attributes_of_tensors_are_compiled_in_one_graph() -> None:
+    model = wrapped(ReadsAttributes()).eval()
+    compiled, x = torch.compile(model, backend="eager", fullgraph=True), torch.randn(5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.exports
+def test_a_model_that_reads_attributes_is_exported() -> None:
+    model, x = wrapped(ReadsAttributes()).eval(), torch.randn(5, 6)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(exported(x), model(x))

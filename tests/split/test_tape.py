@@ -53,6 +53,23 @@ def test_another_operation_is_out_of_step() -> None:
         player.leave()
 
 
+def test_attributes_of_tensors_are_told_apart() -> None:
+    recorder, x = Recorder(((), {}), stops=lambda: False, layouts=()), torch.ones(2, 3)
+    recorder.enter()
+    assert [x.shape, x.mT.shape, x.requires_grad, x.data.shape] == [(2, 3), (3, 2), False, (2, 3)]
+    recorder.leave()
+    assert recorder.keys == ["inputs", "mT.__get__", "data.__get__"]
+    player = Player(tuple(recorder.keys), recorder.values)
+    player.enter()
+    try:
+        assert x.shape == (2, 3)
+        assert x.mT is recorder.values[1]
+        assert x.requires_grad is False
+        assert x.data is recorder.values[2]
+    finally:
+        player.leave()
+
+
 def test_early_fork_is_out_of_step() -> None:
     with pytest.raises(ReplayError, match="came to `the fork`"):
         Player(*record()).fork_begins()
