@@ -1,7 +1,9 @@
 """Modules of which a view owns only some parameters or none, though a forward asks for all.
 
-These are torch's lists and dictionaries of parameters, and modules that did not run when the
-backbone was wrapped: a forward asks an image encoder for its dtype before it calls it, say.
+These are torch's lists and dictionaries of parameters, and every module around units whose
+parameters are all on the other side: a forward asks an encoder for its dtype before it calls it, or
+calls its layers one by one. Among them are modules that did not run when the backbone was wrapped.
+What has parameters on both sides lists its own side's alone, to a forward too.
 """
 
 from __future__ import annotations
@@ -47,7 +49,14 @@ def list_all(view: nn.Module, original: nn.Module, running: Running) -> None:
 
 
 def list_whole(view: nn.Module, original: nn.Module, running: Running) -> None:
-    """Let a forward find the parameters of the original in a view that has none of them."""
+    """Let a forward find the parameters of the original in a view that has none of them.
+
+    Args:
+        view: any module around units, in the trunk or in an expert; one that has parameters of its
+            own side, or a list of parameters that `list_all` has seen, stays as it is.
+        original: the backbone's module of that name.
+        running: tells a forward, which gets all, from anybody else, who gets none.
+    """
     names = [name for name, _ in original.named_parameters()]
     if names and _NAME not in vars(view) and next(view.parameters(), None) is None:
         vars(view)[_NAME] = _Listed(view, names, running)
