@@ -126,8 +126,14 @@ class DiversityLoss(nn.Module):
         else:
             check_instance(temperature, "temperature", TemperatureSchedule, "a TemperatureSchedule")
             check_choice(form, "form", get_args(Form))
-            _check_schedule(temperature, len(check_class_counts(class_counts)), form, given)
+            _check_schedule(temperature, check_class_counts(class_counts), form, given)
         self.schedule = temperature
+        if self.form == "official" and not self.detach_others:
+            raise ArgumentError(
+                "Expected argument `detach_others` to be left alone with form='official', which "
+                "always holds the ensemble's logits constant, but got False. It belongs to "
+                "form='paper'."
+            )
 
     def forward(self, output: Output, target: Tensor) -> Tensor:
         """Return the weighted batch mean.
@@ -193,15 +199,22 @@ class DiversityLoss(nn.Module):
 
 
 def _check_schedule(
-    schedule: TemperatureSchedule, num_classes: int, form: str, given: dict[str, Any]
+    schedule: TemperatureSchedule, counts: Tensor, form: str, given: dict[str, Any]
 ) -> None:
     for name, value in given.items():
         raise ArgumentError(
             f"Expected argument `{name}` to be left alone when `temperature` is given, but got "
             f"{value!r}. Set it on the TemperatureSchedule."
         )
+    num_classes = len(counts)
     if schedule.num_classes != num_classes or schedule.form != form:
         raise ArgumentError(
             f"Expected argument `temperature` to be a schedule for {num_classes} classes with "
             f"form={form!r}, but got one for {schedule.num_classes} with form={schedule.form!r}."
+        )
+    if not schedule._is_for(counts):
+        raise ArgumentError(
+            "Expected argument `class_counts` to be those of the schedule that is given as "
+            "`temperature`, which makes the temperatures of its own, but they differ. Pass both "
+            "the same."
         )

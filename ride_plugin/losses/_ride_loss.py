@@ -78,9 +78,10 @@ class RIDELoss(nn.Module):
         ArgumentError: an argument is of another kind.
 
     Warns:
-        UserWarning: at the first call, the criterion adds a prior and has no ``with_prior``, sums
-            over samples without saying so, or, being one for all experts, keeps a state that each
-            call advances; or the targets are of several classes for one sample. The criterion is
+        UserWarning: one of ``schedules`` was made for another criterion, a copy say; or, at the
+            first call, the criterion adds a prior and has no ``with_prior``, sums over samples
+            without saying so, or, being one for all experts, keeps a state that each call
+            advances; or the targets are of several classes for one sample. The criterion is
             looked at by calls of a copy; priors of at most 1.5 between two classes are not told,
             and no criterion is looked at that cannot be copied: one that calls functions of another
             module by its name (``losses.balanced(...)``), makes objects of a class, is compiled,
@@ -129,6 +130,8 @@ class RIDELoss(nn.Module):
         ):
             refuse("schedules", "a list of schedules, such as DeferredReweighting", schedules)
         self.schedules = nn.ModuleList(schedules)
+        if modules:
+            _look_for_other_criteria(self.criterion, schedules)
         self.mean_loss: Tensor | None = None
         self._looked = False
         self._told_of_evaluation = False
@@ -310,6 +313,26 @@ class RIDELoss(nn.Module):
             with_precise_weights(one, logits)(logits.clone(), own(target)) for one in criteria
         ]
         return torch.stack(losses).mean(0)
+
+
+def _look_for_other_criteria(criterion: nn.Module, schedules: Sequence[Schedule]) -> None:
+    """Warn of a schedule whose criterion is another one, a copy say, so that it changes nothing."""
+    inside = list(criterion.modules())
+    held = [t for one in inside for t in (*vars(one).values(), *one._buffers.values())]
+    for schedule in schedules:
+        moved = vars(schedule).get("criterion")
+        if moved is None or any(moved is one for one in inside):
+            continue
+        if not any(moved.weight is tensor for tensor in held):  # of a criterion of one's own
+            warn_caller(
+                f"A {type(schedule).__name__} among `schedules` was made for a criterion that is "
+                "not in argument `criterion`, so that it changes nothing here. Make it of the "
+                "criterion that is passed; of several, which are copies, one for each: "
+                "schedules=[DeferredReweighting(one, class_counts, start_epoch=160) for one in "
+                "criteria]. (If this loss computes with that criterion in another way, nothing is "
+                "wrong.)"
+            )
+            return
 
 
 def _warn_of_evaluation() -> None:

@@ -130,6 +130,11 @@ class TemperatureSchedule(Schedule):
         """Number of classes C."""
         return len(self._class_counts)
 
+    def _is_for(self, class_counts: Tensor) -> bool:
+        """Whether it was made of these counts, or of shares of the same size."""
+        own, other = self._class_counts, class_counts
+        return torch.allclose(own / own.sum(), other / other.sum(), rtol=1e-3)
+
     def extra_repr(self) -> str:
         """Arguments and epoch, as ``repr`` shows them."""
         return (

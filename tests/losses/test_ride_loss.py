@@ -730,3 +730,36 @@ def test_gradients_of_each_sample_by_vmap_are_those_of_one_after_the_other(crite
     expected = [gradient(weights, *pair) for pair in zip(x, TARGET, strict=True)]
     for name in weights:
         torch.testing.assert_close(got[name], torch.stack([each[name] for each in expected]))
+
+
+def weighted() -> nn.CrossEntropyLoss:
+    return nn.CrossEntropyLoss(weight=torch.ones(4))
+
+
+def test_a_schedule_of_another_criterion_is_told() -> None:
+    criterion = weighted()
+    drw = DeferredReweighting(criterion, COUNTS, start_epoch=2)
+    copies = [copy.deepcopy(criterion) for _ in range(3)]
+    for other in (copies, copies[0]):
+        with pytest.warns(UserWarning, match="among `schedules` was made for a criterion that is"):
+            RIDELoss(other, COUNTS, schedules=[drw])
+    each = [DeferredReweighting(one, COUNTS, start_epoch=2) for one in copies]
+    loss = RIDELoss(copies, COUNTS, schedules=each)
+    loss.step()
+    loss.step()
+    assert all(one.weight.equal(each[0].weight) for one in copies)
+    copy.deepcopy(loss)
+
+
+def test_a_schedule_of_a_criterion_inside_of_another_is_not_told() -> None:
+    class Holds(nn.Module):
+        def __init__(self, inner: nn.Module, weight: Tensor | None) -> None:
+            super().__init__()
+            self.inner = inner if weight is None else None
+            self.class_weights = weight
+
+    criterion = weighted()
+    drw = DeferredReweighting(criterion, COUNTS, start_epoch=2)
+    for one in (criterion, Holds(criterion, None), Holds(criterion, criterion.weight)):
+        RIDELoss(one, COUNTS, schedules=[drw])
+    RIDELoss(lambda logits, target: criterion(logits, target), COUNTS, schedules=[drw])
