@@ -109,7 +109,11 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState, 
                 got, unfused(backbone(training), batch, expected, views), exact
             ):
                 difference = (got - expected).abs().max().item()
-                what_to_do = other_modes(reference, (ran.trunk, ran.expert)) or advice(state)
+                what_to_do = (
+                    _unrepeatable(expected, seeded(backbone(training), batch))
+                    or other_modes(reference, (ran.trunk, ran.expert))
+                    or advice(state)
+                )
                 raise SplitError(
                     f"{prefix}: with one expert the logits differ from the backbone's "
                     f"by up to {difference:.3g}. {what_to_do}"
@@ -214,6 +218,19 @@ def _stopped(split: Split, views: Views, inputs: Inputs) -> tuple[TrunkState, Ca
             views.trunk, views.running, split.layouts, args, kwargs, stop_at_fork=True
         )
     return replace(state, attributes=start), random_state(views.expert)
+
+
+def _unrepeatable(first: Tensor, again: Tensor) -> str | None:
+    """What to do about a backbone that differs from itself, where nothing can be compared."""
+    if same(first, again, lambda: False):
+        return None
+    return (
+        "So do the backbone's own in a second pass from the same random state, by up to "
+        f"{(first - again).abs().max().item():.3g}: its forward seeds the generator anew "
+        "(`torch.seed()`), draws from one that no module of it holds, or counts outside of its "
+        "modules. Let it draw from torch's own generator as it stands; or wrap it with what "
+        "draws there switched off: dropout of probability 0, say."
+    )
 
 
 def _check_stopping(

@@ -166,8 +166,9 @@ def _check_numbers(module: _Numbers, state: TrunkState, given: Any, shapes: Any)
                 "Expected numbers that a module of the trunk returns to follow from sizes of the "
                 f"exported inputs alone, but `{key}` returns {number}, which it reads from a "
                 "tensor or which follows the number of rows, so that exported stages would keep "
-                "it at every call. Return a tensor in its place, with one entry for each row, or "
-                "serve the model with RoutingInference, which needs no export."
+                "it at every call. Return a tensor in its place, with one entry for each row; ask "
+                "for the number of rows where it is used (`x.shape[0]`); or serve the model with "
+                "RoutingInference, which needs no export."
             )
 
 

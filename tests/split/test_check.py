@@ -172,3 +172,25 @@ def test_whole_outputs_are_those_of_the_copies() -> None:
     model = RIDEWrapper(backbone, 2, fork_at="b", example_input=X, return_experts="outputs")
     for got, copied in zip(model(X), copies_of(backbone, model), strict=True):
         torch.testing.assert_close(got, copied(X))
+
+
+class SeedsAnew(Base):
+    """Draws a seed from the system and sets it, as reversible layers do to drop the same again."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(self.a(x).relu())
+        if self.training:
+            torch.manual_seed(torch.seed() % 2**31)
+        return self.c(nn.functional.dropout(h, self.rate, self.training))
+
+
+def test_a_backbone_that_differs_from_itself_is_told_so() -> None:
+    told = r"training mode.*the backbone's own in a second pass.*`torch.seed\(\)`.*probability 0"
+    with pytest.raises(SplitError, match=told):
+        RIDEWrapper(SeedsAnew(0.3), 2, fork_at="b", example_input=X)
+    net = SeedsAnew(0.0)
+    train_both(net, RIDEWrapper(net, 2, fork_at="b", example_input=X), [X, X])
