@@ -224,7 +224,7 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
     config = getattr(backbone, "config", None)
     name = getattr(backbone, "main_input_name", None)
     if config is not None and name == "input_ids":
-        ids = tokens(16, int(getattr(config, "vocab_size", 100)))
+        ids = tokens(16, _number(config, "vocab_size", 100))
         yield (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         yield (), {"input_ids": ids}
         end = getattr(config, "eos_token_id", None)
@@ -232,15 +232,13 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
             ids = ids.masked_fill(ids == end, 0 if end else 1)
             ids[:, -1] = end
             yield (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config is not None and name == "pixel_values":
-        side = getattr(config, "image_size", None) or 224
-        height, width = side if isinstance(side, list | tuple) else (side, side)
-        channels = int(getattr(config, "num_channels", 3))
-        yield (), {"pixel_values": floats(2, channels, height, width)}
-    frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
-    if isinstance(name, str) and name.startswith("pixel_values") and isinstance(frames, int):
-        side = int(getattr(config, "image_size", None) or getattr(config, "crop_size", None) or 224)
-        yield (), {name: floats(2, frames, int(getattr(config, "num_channels", 3)), side, side)}
+    if config is not None and isinstance(name, str) and name.startswith("pixel_values"):
+        image = _image_shape(config)
+        if name == "pixel_values":
+            yield (), {name: floats(2, *image)}
+        frames = _number(config, "num_frames", 0) or _number(config, "frames_per_clip", 0)
+        if frames:
+            yield (), {name: floats(2, frames, *image)}
     if config is not None and name == "input_values":  # a spectrogram or a waveform
         frames, bins = (getattr(config, key, None) for key in ("max_length", "num_mel_bins"))
         if isinstance(frames, int) and isinstance(bins, int):
@@ -248,8 +246,8 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
         for length in (16000, *_LENGTHS):  # a second, as such models take it
             yield (), {"input_values": floats(2, length)}
     if config is not None and name == "input_features":  # a spectrogram, frames first or last
-        bins = int(getattr(config, "num_mel_bins", 80))
-        frames = int(getattr(config, "max_source_positions", 512))
+        bins = _number(config, "num_mel_bins", 80)
+        frames = _number(config, "max_source_positions", 512)
         for shape in ((bins, 2 * frames), (frames, bins), (100, bins)):
             yield (), {name: floats(2, *shape)}
     for attribute in ("pretrained_cfg", "default_cfg"):  # timm's
@@ -266,6 +264,27 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
             firsts.setdefault(type(module), module)
     for first in firsts.values():
         yield from _guesses_of(first, floats, tokens)
+
+
+def _number(config: Any, name: str, otherwise: int) -> int:
+    """A whole number of a configuration; another one where it holds none."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else otherwise
+
+
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a configuration tells of.
+
+    CLIP and its kin keep them in the part for images, beside that for texts.
+    """
+    holders = (config, getattr(config, "vision_config", None))
+    keys = ("image_size", "crop_size")
+    named = (getattr(holder, key, None) for holder in holders for key in keys)
+    side = next((value for value in named if value is not None), 224)
+    sides = tuple(side) if isinstance(side, list | tuple) else (side, side)
+    height, width = sides if [type(each) for each in sides] == [int, int] else (224, 224)
+    channels = next((n for holder in holders if (n := _number(holder, "num_channels", 0))), 3)
+    return channels, height, width
 
 
 def _guesses_of(

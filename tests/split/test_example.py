@@ -107,9 +107,13 @@ class Configured(nn.Module):
     "backbone",
     [
         Configured("input_ids", (16,), vocab_size=30),
+        Configured("input_ids", (16,), vocab_size=None),
         Configured("pixel_values", (3, 64, 64), image_size=64),
         Configured("pixel_values", (1, 32, 48), image_size=(32, 48), num_channels=1),
+        Configured("pixel_values", (3, 336, 336), vision_config=SimpleNamespace(image_size=336)),
+        Configured("pixel_values", (3, 224, 224), image_size={"shortest_edge": 32}),
         Configured("pixel_values", (4, 3, 32, 32), image_size=32, num_frames=4),
+        Configured("pixel_values", (4, 3, 32, 48), image_size=[32, 48], num_frames=4),
         Configured(
             "pixel_values_videos", (2, 1, 48, 48), crop_size=48, frames_per_clip=2, num_channels=1
         ),
