@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._inputs import Inputs, as_inputs, batch_size_of, resize_batch, run_plainly
-from ride_plugin._split._logits import LogitsReader, describe
+from ride_plugin._split._logits import LogitsReader, describe, with_one_more
 from ride_plugin._tree import holds_tensors, matrices_in, tensors_in
 
 _SMALL_FIRST = (32, 224, 28, 64, 16, 8, 96, 128, 160, 192, 240, 256, 288, 299, 331, 384, 448, 512)
@@ -69,16 +69,17 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
                 raise SplitError(f"For two rows of `example_input` the backbone {reason}.")
             _refuse_other_rows(backbone, given, reader)
         return inputs, output
-    furthest, best, ran = -1, "it has no layer whose input shape is known", False
+    furthest, best, advice = -1, "it has no layer whose input shape is known", ""
     began: float | None = None  # when the first guess had failed, however long that took
     with _calls_counted(backbone) as count:
         for inputs in _guesses(backbone):
             if began is not None and time.thread_time() - began > _PATIENCE:
                 break
-            count[0], runs = 0, False
+            count[0], ran = 0, ""
             try:
                 output = run_plainly(backbone, inputs)
-                runs = True
+                ran = ". If that is a batch for it, let its forward return logits."
+                ran += with_one_more(output)
                 if _has_rows(reader, output):
                     return inputs, output
                 cause = _batch_second(reader, output, inputs) or (
@@ -87,14 +88,13 @@ def find_example(backbone: nn.Module, example: Any, reader: LogitsReader) -> tup
                 count[0] += 1
             except Exception as error:
                 first = (str(error).splitlines() or [""])[0]
-                cause = f"raised {type(error).__name__}: {first}"
+                cause = f"raised {type(error).__name__}: {first.removesuffix('.')}"
             if count[0] > furthest:  # what came furthest comes closest to what it takes
-                furthest, best, ran = count[0], f"on {_shapes(inputs)} it {cause}", runs
+                furthest, best, advice = count[0], f"on {_shapes(inputs)} it {cause}", ran
             began = time.thread_time() if began is None else began
-    if ran:
-        best += ". If that is a batch for it, let its forward return logits"
     raise SplitError(
-        f"Could not guess an input that the backbone accepts. The most plausible attempt: {best}. "
+        "Could not guess an input that the backbone accepts. The most plausible attempt: "
+        f"{best}{advice or '.'} "
         "Pass `example_input=`: a batch as its forward receives it (a tensor, a tuple of arguments "
         "or a dict of keyword arguments)."
     )

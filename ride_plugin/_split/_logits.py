@@ -218,7 +218,7 @@ def find_logits(
             "Expected argument `backbone` to map a batch to logits [B, C], but for 2 rows it "
             f"returned {describe(output)}. Wrap a classifier"
             + ("." if reader.choice is None else ", or pass another `logits=`.")
-            + _with_one_more(output)
+            + with_one_more(output)
         )
     return logits, find_classifier(root, logits)
 
@@ -289,7 +289,7 @@ def describe(output: Any) -> str:
     return f"a {kind} without a matrix [B, C]" + (f", with {listed}" if tensors else "")
 
 
-def _with_one_more(output: Any) -> str:
+def with_one_more(output: Any) -> str:
     """How to get logits out of an output that has them as ``[B, 1, C]`` or ``[B, C, 1]``."""
     for path, tensor in places_in(output):
         if tensor.is_floating_point() and tensor.dim() == 3 and tensor.shape[1:].count(1) == 1:

@@ -181,7 +181,7 @@ class SplitModule(Holder):
         stored = self._stored(args, kwargs)
         if stored is not None:
             return stored
-        return self._settled(self._recorded(args, kwargs), args, kwargs)
+        return self._settled(self._recorded(args, kwargs))
 
     def start(self, *args: Any, **kwargs: Any) -> tuple[TrunkState, Tensor, Tensor]:
         """Run the shared part, then expert 0.
@@ -191,7 +191,7 @@ class SplitModule(Holder):
             ``[B, D]``, as :meth:`run_expert` returns them.
         """
         state, logits, features = self._first_expert(args, kwargs)
-        return self._settled(state, args, kwargs), logits, features
+        return self._settled(state), logits, features
 
     def run_expert(self, index: int, state: TrunkState) -> tuple[Tensor, Tensor]:
         """Run one expert on the trunk's state, or on some rows of it.
@@ -388,7 +388,8 @@ class SplitModule(Holder):
         if state.layout is None and not torch.compiler.is_compiling():
             watched = _get_current_dispatch_mode() is not None  # by a counter of FLOPs, say
             if not watched and self._known_paths.may_look():
-                state = self._settled(state, args, kwargs)
+                # Nothing is dropped: `return_experts="outputs"` may hand out what no expert reads.
+                state = self._with_layout(state)
         return (state, *self._run_expert(0, state))
 
     def _has_to_stop(self) -> bool:
@@ -506,17 +507,19 @@ class SplitModule(Holder):
             )
         return state
 
-    def _settled(
-        self, state: TrunkState, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> TrunkState:
+    def _settled(self, state: TrunkState) -> TrunkState:
         """The state with the layout of its path, and without the values that no expert reads."""
+        return self._with_layout(state).hollowed()
+
+    def _with_layout(self, state: TrunkState) -> TrunkState:
+        """The state, with what is to be known of a path that the build has not seen."""
         if state.layout is None and not torch.compiler.is_compiling():
             # A path not seen at the build, for example padding at another input size.
             layout = self._known_paths.learn(self, self.parts(), state.values[0])
             tape = state.keys, state.values, state.batch_size
             if layout is not None and layout.fits(*tape):  # not where paths are random
                 state = replace(state, layout=layout)
-        return state.hollowed()
+        return state
 
     def _take_up(self) -> None:
         """Let the trunk start from what expert 0 has left outside units: a count, say.

@@ -766,8 +766,9 @@ def test_logits_with_one_dimension_more_are_told_apart_by_a_function(
     shape: Callable[[Tensor, Tensor], Any], proposal: str
 ) -> None:
     net, x = Net(shape), torch.rand(3, 8)
-    with pytest.raises(SplitError, match=r"of shape \[2, (1, 5|5, 1)\]") as told:
-        RIDEWrapper(net, 2, example_input=x)
-    assert f"`logits={proposal}`" in str(told.value)
+    for example in (x, None):  # None: a guess, which the network runs on
+        with pytest.raises(SplitError, match=r"of shape \[2, (1, 5|5, 1)\]") as told:
+            RIDEWrapper(net, 2, example_input=example)
+        assert f"`logits={proposal}`" in str(told.value)
     model = RIDEWrapper(net, 2, example_input=x, logits=eval(proposal))
     assert expert_logits(model(x)).shape == (3, 2, 5)

@@ -384,6 +384,33 @@ def test_whole_outputs_on_a_later_path_are_those_of_the_copies(
     assert len(seen) == 3  # an observer sees no pass that is thrown away
 
 
+class HandsOn(nn.Module):
+    """Returns what it computed early, where a flag asks for it; nothing late reads that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late, self.fc = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, states: bool = False) -> dict[str, Tensor]:
+        early = torch.tanh(self.early(x))
+        logits = {"logits": self.fc(torch.relu(self.late(early.sin())))}
+        return logits | {"early": early} if states else logits
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_whole_outputs_hold_what_no_expert_reads_at_the_first_call_of_a_kind(grad: bool) -> None:
+    backbone = HandsOn()
+    model = RIDEWrapper(backbone, 2, fork_at="late", return_experts="outputs", example_input=X)
+    copies = copies_of(backbone, model)
+    model.train()
+    for _ in range(2):
+        with torch.set_grad_enabled(grad):
+            for got, each in zip(model(X, states=True), copies, strict=True):
+                torch.testing.assert_close(got, each(X, states=True))
+                assert got["early"].sum().isfinite()
+        assert got["early"].requires_grad == grad
+
+
 class LayerDrop(nn.Module):
     """Leaves out whole layers at random in training, by one draw for the batch (LayerDrop)."""
 
