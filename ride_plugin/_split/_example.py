@@ -236,9 +236,9 @@ def _guesses(backbone: nn.Module) -> Iterator[Inputs]:
         image = _image_shape(config)
         if name == "pixel_values":
             yield (), {name: floats(2, *image)}
-        frames = _number(config, "num_frames", 0) or _number(config, "frames_per_clip", 0)
-        if frames:
-            yield (), {name: floats(2, frames, *image)}
+        number = _number(config, "num_frames", 0) or _number(config, "frames_per_clip", 0)
+        if number:
+            yield (), {name: floats(2, number, *image)}
     if config is not None and name == "input_values":  # a spectrogram or a waveform
         frames, bins = (getattr(config, key, None) for key in ("max_length", "num_mel_bins"))
         if isinstance(frames, int) and isinstance(bins, int):
