@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from ride_plugin._errors import ArgumentError, RIDEError
+from ride_plugin._errors import ArgumentError, ReplayError, RIDEError
 from ride_plugin._names_read import may_be_set_late, names_read_by
 from ride_plugin._output import ExpertOutput
 from ride_plugin._split import (
@@ -164,10 +164,11 @@ class ExpertFeatures(_Half):
 
     called = "feature_extractor"
 
-    def __init__(self, model: SplitModule, around: Around, place: Any) -> None:
+    def __init__(self, model: SplitModule, around: Around, place: Any, width: int) -> None:
         super().__init__(model, around)
         self.trunk = model.trunk
         self.ride_place = place
+        self.ride_width = width
         self.ride_hold(expert.get_submodule(self.called) for expert in model.experts)
 
     def shared(self) -> Sequence[nn.Module]:
@@ -213,6 +214,15 @@ class ExpertFeatures(_Half):
         finally:
             for handle in handles:
                 handle.remove()
+        for each in features:
+            if each.shape[1:2] != (self.ride_width,):
+                raise ReplayError(
+                    f"Expected features [B, {self.ride_width}] of the extractor, as when the pair "
+                    f"was wrapped, but got {list(each.shape)}. Parts of features that the loop "
+                    "concatenates would be those of different experts, since the experts' features "
+                    "stand side by side. Return features of that width from the extractor, with "
+                    "zeros where this part has none, and add what was concatenated."
+                )
         return features
 
     def _check_parts(self) -> None:
@@ -318,7 +328,7 @@ def halves_of(
         )
     places = _checked_place(output, first), _checked_place(returned, second)
     return (
-        ExpertFeatures(model, around, places[0]),
+        ExpertFeatures(model, around, places[0], features.shape[1]),
         ExpertClassifiers(model, around, places[1], second, combine, features.shape[1]),
     )
 

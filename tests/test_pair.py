@@ -664,3 +664,47 @@ def test_a_half_passes_on_whatever_name_the_plain_module_reads(name: str) -> Non
     torch.testing.assert_close(expert_logits(model(x)), 6 * before)
     again = copy.deepcopy(features), copy.deepcopy(classifier)
     torch.testing.assert_close(expert_logits(again[1](again[0](x))), 6 * before)
+
+
+class TwoBranches(nn.Module):
+    """Returns the features of one branch where a flag asks for them, else those of both."""
+
+    def __init__(self, padded: bool) -> None:
+        super().__init__()
+        self.padded = padded
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+        self.first, self.second = nn.Linear(16, 6), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor, branch: str | None = None) -> Tensor:
+        x = self.body(x)
+        if branch is None:
+            return torch.cat((self.first(x), self.second(x)), dim=1)
+        one = self.first(x) if branch == "first" else self.second(x)
+        if not self.padded:
+            return one
+        return F.pad(one, (0, 6) if branch == "first" else (6, 0))
+
+
+def test_parts_of_features_that_a_loop_would_concatenate_are_refused() -> None:
+    model = RIDEWrapper.from_pair(
+        TwoBranches(padded=False), nn.Linear(12, 5), 3, fork_at="feature_extractor.first"
+    )
+    features, classifier = model.as_pair()
+    x, other = torch.randn(2, 4, 8)
+    with pytest.raises(ReplayError, match=r"features \[B, 12\].*got \[4, 6\].*with zeros where"):
+        features(x, branch="first")
+    assert classifier(features(x)).shape == (4, 5)
+    # What the message advises gives each expert the parts of its own.
+    padded = RIDEWrapper.from_pair(
+        TwoBranches(padded=True), nn.Linear(12, 5), 3, fork_at="feature_extractor.first"
+    )
+    features, classifier = padded.as_pair()
+    mixed = 0.3 * features(x, branch="first") + 0.7 * features(other, branch="second")
+    each = expert_logits(classifier(mixed))
+    for k in range(3):
+        plain = padded.to_module(k)
+        halves = (
+            0.3 * plain["feature_extractor"](x)[:, :6],
+            0.7 * plain["feature_extractor"](other)[:, 6:],
+        )
+        torch.testing.assert_close(each[:, k], plain["classifier"](torch.cat(halves, dim=1)))

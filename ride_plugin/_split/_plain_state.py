@@ -28,6 +28,7 @@ def refuse_plain_state(state: Mapping[str, Any], prefix: str, model: nn.Module) 
     """
     own = _named_tensors(model)
     given = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    _refuse_another_form(given, own, prefix)
     if any(name in own for name in given):
         return
     plain = {}
@@ -57,6 +58,31 @@ def refuse_plain_state(state: Mapping[str, Any], prefix: str, model: nn.Module) 
                 '`RIDEWrapper(net, init="copy")`. To go on with a training, load what was saved '
                 "of the wrapped model."
             )
+
+
+def _refuse_another_form(given: Collection[str], own: Collection[str], prefix: str) -> None:
+    """Refuse in a pair the trunk of a model that was made of one backbone, and the other way round.
+
+    In the first module of a pair the experts' names are those of such a model, so that they would
+    be loaded and the trunk would not.
+
+    Raises:
+        CheckpointError: all names of the trunk are those of the other.
+    """
+    trunk = [name for name in given if name.startswith("trunk.")]
+    if any(name in own for name in trunk):
+        return
+    forms = ("trunk.", "one backbone"), ("trunk.feature_extractor.", "a pair")
+    for (theirs, made), (ours, wrapped) in (forms, forms[::-1]):
+        for name in trunk:
+            mine = ours + name.removeprefix(theirs)
+            if name.startswith(theirs) and mine in own:
+                raise CheckpointError(
+                    f"Expected a state dict with names such as `{prefix}{mine}`, but got "
+                    f"`{prefix}{name}`: it is of a model that was made of {made}, and this one was "
+                    f"made of {wrapped}, so that the trunk would not be loaded. Make both in the "
+                    "same way, by `RIDEWrapper` or by `RIDEWrapper.from_pair`."
+                )
 
 
 def refuse_state_of_part(state: Mapping[str, Any], prefix: str, module: nn.Module) -> None:
@@ -114,13 +140,33 @@ def tell_of_nothing_new(state: Mapping[str, Any], prefix: str, model: nn.Module)
     comes to that with the plain backbone's checkpoint, and goes on as if it had been loaded.
     """
     own = {prefix + name: tensor for name, tensor in _named_tensors(model).items()}
-    given = [(own[name], value) for name, value in state.items() if name in own]
-    if (given or not state) and all(is_same(mine, value) for mine, value in given):
+    given = {name: is_same(own[name], value) for name, value in state.items() if name in own}
+    if given and not all(given.values()):
+        _tell_of_trunk_left(given, own, prefix)
+    elif given or not state:
         warn_caller(
             "This state dict holds nothing but the model's own tensors, so loading it changes "
             "nothing. If it should have held a checkpoint of the plain network, filtered by names: "
             "names of a wrapped model begin with `trunk.` or `experts.0.`, so none was left. Load "
             'it into the backbone before wrapping, and wrap with `init="copy"`.'
+        )
+
+
+def _tell_of_trunk_left(given: Mapping[str, bool], own: Mapping[str, Tensor], prefix: str) -> None:
+    """Warn of a state with the model's own trunk, which trains, beside other experts.
+
+    Args:
+        given: whether each tensor is the model's own.
+        own: the model's tensors.
+        prefix: of the names that belong to the model.
+    """
+    trunk = [name for name in given if name.startswith(f"{prefix}trunk.")]
+    if any(own[name].requires_grad for name in trunk) and all(given[name] for name in trunk):
+        warn_caller(
+            "This state dict holds experts to be loaded beside the model's own trunk, which stays "
+            f"as it is: `{trunk[0]}`, say, is the tensor that the model has. If the trunk should "
+            "have been loaded as well, from a file filtered by names: those of a model that was "
+            "made in another way are others, of one backbone or of `RIDEWrapper.from_pair`."
         )
 
 

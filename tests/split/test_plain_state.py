@@ -40,6 +40,58 @@ def test_both_modules_of_a_pair_refuse_it() -> None:
             half.load_state_dict(plain.state_dict())
 
 
+def body() -> nn.Sequential:
+    return nn.Sequential(OrderedDict(a=nn.Linear(8, 16), b=nn.Linear(16, 16), c=nn.Linear(16, 16)))
+
+
+class Whole(nn.Module):
+    """The same layers as `body`, with a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = body()
+        self.linear = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.c(torch.relu(self.b(torch.relu(self.a(x))))))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_experts_are_not_loaded_beside_a_trunk_of_another_form(parallel: bool) -> None:
+    whole = RIDEWrapper(Whole(), 2, fork_at="c")
+    pair = RIDEWrapper.from_pair(body(), nn.Linear(16, 5), 2, fork_at="feature_extractor.c")
+    half: nn.Module = pair.as_pair()[0]
+    state: dict[str, Any] = dict(whole.state_dict())
+    if parallel:
+        half = nn.DataParallel(half)
+        state = {f"module.{name}": value for name, value in state.items()}
+    before = {name: value.clone() for name, value in half.state_dict().items()}
+    with pytest.raises(CheckpointError, match="made of one backbone, and this one was made of a p"):
+        half.load_state_dict(state, strict=False)
+    with pytest.raises(CheckpointError, match="made of a pair, and this one was made of one backb"):
+        whole.load_state_dict(pair.state_dict(), strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in half.state_dict().items())
+
+
+def test_experts_that_a_filter_leaves_beside_the_own_trunk_are_warned_of() -> None:
+    whole = RIDEWrapper(Whole(), 2, fork_at="c")
+    pair = RIDEWrapper.from_pair(body(), nn.Linear(16, 5), 2, fork_at="feature_extractor.c")
+    half = pair.as_pair()[0]
+    mine = half.state_dict()
+    kept = {name: value for name, value in whole.state_dict().items() if name in mine}
+    assert sorted(kept) == [
+        f"experts.{k}.c.{name}" for k in range(2) for name in ("bias", "weight")
+    ]
+    with pytest.warns(UserWarning, match="the model's own trunk, which stays as it is"):
+        half.load_state_dict(mine | kept)
+    for parameter in pair.trunk.parameters():
+        parameter.requires_grad_(False)  # experts alone are what such a model saves
+    half.load_state_dict(half.state_dict() | kept)
+    pair.trunk.requires_grad_(True)
+    trunk = {n: torch.zeros_like(v) for n, v in half.state_dict().items() if n.startswith("trunk.")}
+    half.load_state_dict(half.state_dict() | trunk)  # a trunk that was trained by itself
+
+
 def test_what_is_the_models_own_is_loaded_and_what_is_nobodys_is_left_to_torch() -> None:
     model, other = RIDEWrapper(mlp(), 2), RIDEWrapper(mlp(), 2)
     some = {name: value for name, value in other.state_dict().items() if "trunk" in name}
