@@ -18,9 +18,10 @@ Where to read first, and what belongs together:
   keeps hooks of others out by ``_observers``) and reads what experts return (``_expert_result``,
   ``_features``).
   Tensors that all experts have are ``_sharing`` and ``_frozen``, loading and saving ``_holder``,
-  ``_lend`` and ``_plain_state``, groups of parameters ``_groups``, another number of classes
-  ``_class_number``. What somebody does to the wrong part of a model is told by ``_misplaced``,
-  ``_several`` and ``_handed_out``, what the backbone's class overrides by ``_passed_by``.
+  ``_lend`` and ``_plain_state``, groups of parameters ``_groups``, new classifiers
+  ``_new_classifier``, and another number of classes ``_class_number``. What somebody does to the
+  wrong part of a model is told by ``_misplaced``, ``_several`` and ``_handed_out``, what the
+  backbone's class overrides by ``_passed_by``.
 - *Other ways in and out.* Two modules as one backbone (``_pair``), parts written by hand
   (``_join``), experts from networks of their own (``_graft``, ``_inert``), and back to a plain
   module (``_plain``).
@@ -28,7 +29,6 @@ Where to read first, and what belongs together:
 
 from ride_plugin._split._beside import losses_beside
 from ride_plugin._split._build import reason_of_fork, split_backbone
-from ride_plugin._split._classifier import replace_classifiers
 from ride_plugin._split._copies import COMPILED_CALL
 from ride_plugin._split._form import form_of, plain_in
 from ride_plugin._split._graft import graft_experts
@@ -49,6 +49,7 @@ from ride_plugin._split._logits import (
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._misplaced import is_real, real_parts
 from ride_plugin._split._module import SplitModule
+from ride_plugin._split._new_classifier import replace_classifiers
 from ride_plugin._split._pair import Pair
 from ride_plugin._split._parts import Parts, Split, feature_dim_of, replicate
 from ride_plugin._split._passes import (

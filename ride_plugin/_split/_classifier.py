@@ -1,9 +1,9 @@
-"""The classifier of a backbone: how it is found and replaced."""
+"""The classifier of a backbone: how it is found."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,18 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._closeness import close
-from ride_plugin._contexts import in_mode
-from ride_plugin._cosine import CosineClassifier
-from ride_plugin._errors import ArgumentError, SplitError
 from ride_plugin._inputs import Inputs, run_plainly
-from ride_plugin._split._class_number import set_class_number
-from ride_plugin._split._hooks import watch_classifier
-from ride_plugin._split._parts import Parts, trial_run
 from ride_plugin._split._probe import Call, address_of
 from ride_plugin._split._sharing import trains
-from ride_plugin._tree import map_tensors
-
-ClassifierFactory = Callable[[int, int], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,7 @@ def _classifies_each(call: Call, num_classes: int) -> bool:
     *leading, in_features = call.inputs[0][1] or (0,)
     return (
         call.shape == (*leading, num_classes)
-        and _in_features(call.module, num_classes) == in_features
+        and in_features_of(call.module, num_classes) == in_features
     )
 
 
@@ -151,86 +142,8 @@ def _is_weight(parameter: Tensor) -> bool:
     return parameter.dim() > 1 and min(parameter.shape[0], parameter[0].numel()) > 1
 
 
-def replace_classifiers(
-    parts: Parts, classifier: str | ClassifierFactory | None, num_classes: int | None
-) -> Parts:
-    """Give each expert a new classifier: the one asked for, or a linear layer as the old one.
-
-    Raises:
-        SplitError: the backbone's classifier is not an ordinary linear layer on pooled features, or
-            not all that its logits are computed from.
-        ArgumentError: ``classifier`` is of another kind.
-    """
-    num_classes = parts.num_classes if num_classes is None else num_classes
-    olds = parts.classifiers()
-    in_features = _in_features(olds[0], parts.num_classes) if olds else None
-    if in_features is None or (classifier is None and not isinstance(olds[0], nn.Linear)):
-        kind = f"is a {type(olds[0]).__name__} at `{parts.classifier}`" if olds else "was not found"
-        argument = "`num_classes=`" if classifier is None else "`classifier=`"
-        raise SplitError(
-            f"Expected the backbone's classifier to be a linear layer that {argument} can replace, "
-            f"but it {kind}. Replace it in the backbone before wrapping, for example by "
-            "ride_plugin.longtail.CosineClassifier, and leave the argument out."
-        )
-    if not (classifier in (None, "cosine") or callable(classifier)):
-        raise ArgumentError(
-            "Expected argument `classifier` to be None, 'cosine' or a function of "
-            f"(in_features, num_classes) that returns a module, but got {classifier!r}."
-        )
-    _refuse_several(parts, olds[0])
-    for expert, old in zip(parts.experts, olds, strict=True):
-        parameter = next(old.parameters())
-        with parameter.device:  # whatever torch's default device is
-            if callable(classifier):
-                new = classifier(in_features, num_classes)
-            elif classifier == "cosine":
-                new = CosineClassifier(in_features, num_classes)
-            else:
-                bias = getattr(old, "bias", None) is not None
-                new = nn.Linear(in_features, num_classes, bias=bias)
-        if not isinstance(new, nn.Module):
-            raise ArgumentError(
-                "Expected argument `classifier` to return a torch.nn.Module for (in_features, "
-                f"num_classes) = {(in_features, num_classes)}, but it returned "
-                f"{type(new).__name__}."
-            )
-        new = in_mode(new.to(parameter.device, parameter.dtype), old.training)
-        expert.set_submodule(str(parts.classifier), new)
-        watch_classifier(expert, parts.classifier, parts.running)
-    if num_classes != parts.num_classes:
-        set_class_number(parts, num_classes)
-    return replace(parts, num_classes=num_classes)
-
-
-def _refuse_several(parts: Parts, head: nn.Module) -> None:
-    """Refuse logits that differ from row to row where the classifier returns zeros for each.
-
-    A sum or mean of two classifiers does; a scale, a temperature or a bias of a classifier do not.
-
-    Raises:
-        SplitError: they do.
-    """
-
-    def zeros(module: nn.Module, args: Any, output: Any) -> Any:
-        return map_tensors(torch.zeros_like, output)
-
-    handle = head.register_forward_hook(zeros)
-    try:
-        logits, _ = trial_run(parts, 0, parts.inputs)
-    finally:
-        handle.remove()
-    if not logits.is_meta and not torch.equal(
-        logits.nan_to_num(), logits[:1].nan_to_num().expand_as(logits)
-    ):
-        raise SplitError(
-            f"The backbone computes its logits from more than one module: `{parts.classifier}` "
-            "would be replaced, and the logits depend on something beside what it returns, another "
-            "classifier say. Change it before wrapping, and leave `classifier=` and "
-            "`num_classes=` out."
-        )
-
-
-def _in_features(head: nn.Module, num_classes: int) -> int | None:
+def in_features_of(head: nn.Module, num_classes: int) -> int | None:
+    """How many features a classifier takes, as far as its attributes tell."""
     in_features = getattr(head, "in_features", None)
     weight = getattr(head, "weight", None)
     if in_features is None and isinstance(weight, Tensor) and weight.dim() == 2:
