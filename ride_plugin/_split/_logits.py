@@ -21,6 +21,7 @@ from ride_plugin._tree import (
     logits_in,
     matrices_in,
     places_in,
+    tensors_in,
 )
 
 Choice: TypeAlias = int | str | Callable[[Any], Tensor] | None
@@ -110,6 +111,8 @@ class LogitsReader:
             return output  # whoever runs the expert looks at its shape
         _note_loss(output, module.training)
         logits = self.logits_of(output, module.training)
+        if logits is None and _of_one_row(args):
+            logits = self._without_batch_dimension(output, module.training)
         if logits is None and not matrices_in(output):
             raise ReplayError(
                 "The backbone returned no logits [B, C], as it did when it was wrapped, but "
@@ -129,6 +132,16 @@ class LogitsReader:
         """The logits, or None where it is not certain which they are."""
         chosen = self.entry_of(output, training)
         return chosen if is_matrix(chosen) else None
+
+    def _without_batch_dimension(self, output: Any, training: bool) -> Tensor | None:
+        """A vector where the logits lie: whoever runs the expert says what is wrong with it."""
+        known = [at_path(output, path) for path in (*self.known.values(), ("logits",))]
+        tensors = list(tensors_in(output))
+        only = tensors if len(tensors) == 1 else []
+        for entry in (self.entry_of(output, training), *known, *only):
+            if isinstance(entry, Tensor) and entry.dim() == 1:
+                return entry
+        return None
 
     def entry_of(self, output: Any, training: bool = False) -> Any:
         """What was chosen, or what is known or certain to be the logits; whatever it is.
@@ -157,6 +170,11 @@ class LogitsReader:
         if isinstance(self.choice, int | str) and at_path(output, (self.choice,)) is entry:
             return (self.choice,)
         return next((path for path, tensor in matrices_in(output) if tensor is entry), None)
+
+
+def _of_one_row(args: Any) -> bool:
+    first = next(iter(tensors_in(args)), None)
+    return first is not None and first.shape[:1] == (1,)
 
 
 def check_logits_choice(choice: object, name: str = "logits") -> None:

@@ -737,15 +737,28 @@ def test_a_spectrogram_is_guessed_from_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("where", ["before the classifier", "behind it"])
-def test_a_squeeze_that_drops_the_batch_dimension_of_one_row_is_named(where: str) -> None:
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
+def test_a_squeeze_that_drops_the_batch_dimension_of_one_row_is_named(
+    where: str, kind: str
+) -> None:
     class Squeezing(Net):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             features = torch.relu(self.late(torch.relu(self.stem(x))))[..., None]
             if where == "before the classifier":
-                return self.fc(features.squeeze())
-            return self.fc(features.squeeze(-1)).squeeze()
+                features = features.squeeze()
+                logits = self.fc(features)
+            else:
+                logits = self.fc(features.squeeze(-1)).squeeze()
+            if kind == "tensor":
+                return logits
+            return (logits, features) if kind == "tuple" else {"out": logits}
 
-    model = RIDEWrapper(Squeezing(lambda *_: None), 2, example_input=torch.randn(2, 8)).eval()
+    model = RIDEWrapper(
+        Squeezing(lambda *_: None),
+        2,
+        example_input=torch.randn(2, 8),
+        logits=0 if kind == "tuple" else None,
+    ).eval()
     assert model(torch.randn(2, 8)).shape == (2, 5)
     with pytest.raises(ReplayError, match=r"batch of one row, as a plain `squeeze\(\)`"):
         model(torch.randn(1, 8))
