@@ -703,6 +703,7 @@ def test_parts_of_features_that_a_loop_would_concatenate_are_refused() -> None:
     each = expert_logits(classifier(mixed))
     for k in range(3):
         plain = padded.to_module(k)
+        assert isinstance(plain, nn.ModuleDict)
         halves = (
             0.3 * plain["feature_extractor"](x)[:, :6],
             0.7 * plain["feature_extractor"](other)[:, 6:],

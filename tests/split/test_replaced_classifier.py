@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_what_is_no_cosine_or_has_that_scale_is_replaced_without_a_word(head: nn
 
 @pytest.mark.parametrize("options", [{"classifier": "cosine"}, {"num_classes": 7}])
 def test_hooks_of_a_classifier_that_is_replaced_are_warned_of(options: dict[str, object]) -> None:
-    def normalise(module: nn.Module, *_: object) -> None:
+    def normalise(module: Any, *_: object) -> None:
         with torch.no_grad():
             module.weight.div_(module.weight.norm(dim=1, keepdim=True))
 
@@ -63,5 +64,6 @@ def test_hooks_of_a_classifier_that_is_replaced_are_warned_of(options: dict[str,
         RIDEWrapper(backbone(), 2, **options)  # type: ignore[arg-type]
     model = RIDEWrapper(backbone(), 2)  # each expert's classifier has the hook
     F.cross_entropy(model(torch.randn(4, 8)), torch.arange(4)).backward()
-    for classifier in model.classifiers:
+    classifiers: Any = model.classifiers
+    for classifier in classifiers:
         torch.testing.assert_close(classifier.weight.norm(dim=1), torch.ones(5))
