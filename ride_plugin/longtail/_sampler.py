@@ -199,8 +199,8 @@ class ClassBalancedSampler(DistributedSampler[int]):
             if source is None or self not in (source, getattr(source, "sampler", None)):
                 continue
             try:
-                length = len(caller._dataset)  # type: ignore[union-attr]
-            except (AttributeError, TypeError):
+                length = len(getattr(caller, "_dataset", None))  # type: ignore[arg-type]
+            except TypeError:  # it has none, or one without a length
                 return
             if length != len(self.labels):
                 warn_caller(
