@@ -2,8 +2,9 @@
 
 python -m benchmarks.figures
 
-The numbers stand in figures.json: CIFAR-100-LT at imbalance 100, ResNet-32, 200 epochs, one seed.
-The runs are not part of the repository; what a run of benchmarks/cifar draws is in its plots.py.
+The numbers stand in figures.json: CIFAR-100-LT at imbalance 100, ResNet-32, 200 epochs, one or two
+seeds. The runs are not part of the repository; what a run of benchmarks/cifar draws is in its
+plots.py.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def three_experts(data: dict[str, Any]) -> Figure:
         axes.text(accuracy + 0.8, -row, f"{accuracy} %\ncost {cost:.2f}", va="center")
     axes.set(xlim=(0, 68), xlabel="accuracy, %")
     axes.set_yticks(range(0, -len(data["bars"]), -1), [name for name, *_ in data["bars"]])
-    axes.set_title("CIFAR-100-LT, 200 epochs, one seed each")
+    axes.set_title("CIFAR-100-LT, 200 epochs, one or two seeds")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
