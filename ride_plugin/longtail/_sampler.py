@@ -196,7 +196,7 @@ class ClassBalancedSampler(DistributedSampler[int]):
         while frame is not None:
             caller, frame = frame.f_locals.get("self"), frame.f_back
             source = getattr(caller, "_index_sampler", None)  # of a loader's iterator
-            if source is None or self not in (source, getattr(source, "sampler", None)):
+            if self is not source and self is not getattr(source, "sampler", None):
                 continue
             try:
                 length = len(getattr(caller, "_dataset", None))  # type: ignore[arg-type]
