@@ -52,6 +52,14 @@ def _in_passes(
     return generator.permuted(passes, axis=1).reshape(-1)[:length]
 
 
+def _callers() -> Iterator[object]:
+    """The objects whose methods are running, from the one that asks outwards."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_locals.get("self")
+        frame = frame.f_back
+
+
 def _refuse_counts(labels: NDArray[np.int64]) -> None:
     """Refuse numbers of samples, from the most frequent class to the rarest one.
 
@@ -192,9 +200,7 @@ class ClassBalancedSampler(DistributedSampler[int]):
 
     def _compare_with_the_data(self) -> None:
         """Look for the loader that asks: where there are fewer labels, some samples never come."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            caller, frame = frame.f_locals.get("self"), frame.f_back
+        for caller in _callers():
             source = getattr(caller, "_index_sampler", None)  # of a loader's iterator
             if self is not source and self is not getattr(source, "sampler", None):
                 continue
@@ -213,9 +219,7 @@ class ClassBalancedSampler(DistributedSampler[int]):
 
     def _warn_if_shared_again(self) -> None:
         """Look among the callers for a sampler or loader that shares among ranks, too."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            caller, frame = frame.f_locals.get("self"), frame.f_back
+        for caller in _callers():
             if caller is self or not isinstance(caller, (Sampler, DataLoader)):
                 continue
             places = (caller, getattr(caller, "state", None))  # accelerate's dispatcher: the latter
