@@ -418,10 +418,12 @@ class LayerDrop(nn.Module):
         super().__init__()
         self.p, self.embed, self.head = p, nn.Linear(6, 8), nn.Linear(8, 4)
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(num_layers))
-        self.late, self.drop = nn.Linear(8, 8), nn.Dropout(0.5)
+        self.late = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(self.embed(x))
+        x = self.embed(x)
+        if self.training:  # one draw a row, so that layers after it differ between batch sizes;
+            x = x * torch.rand(len(x), 1)  # dropout takes one for all rows in torch 2.5
         for block in self.blocks:
             if not (self.training and torch.rand([]) < self.p):
                 x = x + block(x).relu()
