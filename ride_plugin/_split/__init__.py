@@ -9,9 +9,9 @@ Where to read first, and what belongs together:
 - *The build.* ``_build`` calls the steps one after the other: a copy (``_source``, ``_copies``,
   ``_settings``); what one forward of it shows (``_examine``): an example (``_example``, ``_meta``),
   the calls (``_probe``, ``_units``), the logits (``_logits``, ``_classifier``,
-  ``_training_output``, ``_beside``, ``_activated``); the fork (``_fork``); two copies with
-  stand-ins (``_views``); what crosses between them (``_learn``, ``_use``); and the self-check
-  (``_check``, ``_check_rows``, ``_results``).
+  ``_positions``, ``_training_output``, ``_beside``, ``_activated``); the fork (``_fork``); two
+  copies with stand-ins (``_views``); what crosses between them (``_learn``, ``_use``); and the
+  self-check (``_check``, ``_check_rows``, ``_results``).
 - *What cannot be cut there*, and is refused by name: ``_feedback``, ``_once``, ``_hidden``,
   ``_references``, ``_modes``, ``_unseen``, ``_again``.
 - *The model.* ``_module`` is made of ``_parts``, knows ways through the forward (``_paths``, which

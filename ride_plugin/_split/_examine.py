@@ -18,6 +18,7 @@ from ride_plugin._split._copies import running_copy
 from ride_plugin._split._example import find_example
 from ride_plugin._split._logits import Choice, LogitsReader, check_classifies, find_logits
 from ride_plugin._split._meta import on_meta
+from ride_plugin._split._positions import refuse_scores_of_positions
 from ride_plugin._split._probe import Call, call_tree
 from ride_plugin._split._training_output import Traced, check_columns, learn_training_output
 from ride_plugin._tree import Place, tensors_in
@@ -100,6 +101,10 @@ def examine(
     if head is None or not head.exact:
         picked = find_picked(lambda: copied(False), inputs, root, reader.logits_of, found.shape[1])
         head = picked or head
+    if num_classes is None:
+        refuse_scores_of_positions(
+            lambda: copied(False), inputs, reader.logits_of, output, found.shape[1]
+        )
     check_classifies(root, output, found, head, reader, num_classes)
     warn_of_activated(found, lambda: reader.logits_of(traced(False).output))
     training_root: Call | None = None
