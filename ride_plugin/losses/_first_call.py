@@ -78,9 +78,10 @@ def _look_at_the_prior(criteria: list[Any], given: tuple[Any, ...]) -> None:
     for criterion in criteria:
         if not hasattr(criterion, "with_prior") and adds_a_prior(criterion, *given):
             warn_caller(
-                f"The criterion {criterion!r} adds a prior to the logits: at equal logits it "
-                "prefers some classes. The diversity term compares the plain logits, on which "
-                "experts then part at no cost to the criterion, and each becomes useless by "
+                f"The criterion {criterion!r} adds a prior to the logits, or has a factor for each "
+                "class: at equal logits it does not treat alike the classes that are not the "
+                "sample's. The diversity term compares the plain logits, on which experts then "
+                "part at no cost to the criterion, and each becomes useless by "
                 "itself. If it is logit adjustment or balanced softmax, put "
                 "ride_plugin.longtail.LogitAdjustedLoss(class_counts) in its place; if it is "
                 "another, give it a method `with_prior(logits)` that returns the logits which "

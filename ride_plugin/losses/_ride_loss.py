@@ -79,13 +79,13 @@ class RIDELoss(nn.Module):
 
     Warns:
         UserWarning: one of ``schedules`` was made for another criterion, a copy say; or, at the
-            first call, the criterion adds a prior and has no ``with_prior``, sums over samples
-            without saying so, or, being one for all experts, keeps a state that each call
-            advances; or the targets are of several classes for one sample. The criterion is
-            looked at by calls of a copy; priors of at most 1.5 between two classes are not told,
-            and no criterion is looked at that cannot be copied: one that calls functions of another
-            module by its name (``losses.balanced(...)``), makes objects of a class, is compiled,
-            or holds more than 64 MiB.
+            first call, the criterion adds a prior or has a factor for each class, and has no
+            ``with_prior``, sums over samples without saying so, or, being one for all experts,
+            keeps a state that each call advances; or the targets are of several classes for one
+            sample. The criterion is looked at by calls of a copy; priors of at most 1.5 between two
+            classes are not told, and no criterion is looked at that cannot be copied: one that
+            calls functions of another module by its name (``losses.balanced(...)``), makes objects
+            of a class, is compiled, or holds more than 64 MiB.
             Also, once, an output of a model in evaluation mode that has been trained, while
             gradients are recorded and no input requires one: a test loop without
             ``torch.no_grad()``; and a schedule that no ``step()`` moved, as `DiversityLoss` tells.

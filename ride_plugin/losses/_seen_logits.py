@@ -51,7 +51,11 @@ def adds_a_prior(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Whether a criterion adds something to the logits of some classes, as far as can be told.
+    """Whether a criterion adds something to the logits of some classes, or multiplies them.
+
+    As far as can be told. A factor for each class, as of class-dependent temperatures, leaves
+    experts as free to part as a prior does: a number that is added to all logits which the softmax
+    sees changes nothing there, and parts the plain logits.
 
     The gradient of cross entropy at equal logits is, for the classes that are not the sample's, the
     probability that the softmax gives them: the same for all, unless something was added to their

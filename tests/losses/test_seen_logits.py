@@ -79,6 +79,20 @@ def test_a_prior_that_the_term_cannot_see_is_told_once(criterion: Any) -> None:
     loss(out, TARGET)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_factor_for_each_class_is_told_in_words_that_are_true_of_it(classes: int) -> None:
+    def criterion(logits: Tensor, target: Tensor) -> Tensor:
+        factors = torch.tensor([1.0, 0.5, 0.6, 0.8])[:classes]
+        return F.cross_entropy(logits * factors, target)
+
+    target = torch.arange(6) % classes
+    out = torch.randn(6, 3, classes, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"or has a factor for each class.*with_prior\(logits\)"):
+        RIDELoss(criterion, COUNTS[:classes])(out, target)
+    # A factor that all classes have is none: the diversity term has a temperature of its own.
+    RIDELoss(lambda logits, target: F.cross_entropy(logits * 4, target), COUNTS)(experts(), TARGET)
+
+
 def test_what_is_handed_on_reaches_the_trial_too() -> None:
     with pytest.warns(UserWarning, match="adds a prior"):
         RIDELoss(Foreign(), COUNTS)(experts(), TARGET, "an epoch, say")
