@@ -94,10 +94,12 @@ class LogitsReader:
         choice: what the user said.
         known: for each mode, training or not, and kind of output that the build has seen, where
             the logits lie in it.
+        by_name: whether the choice is a name that the output had when the build saw it.
     """
 
     choice: Choice = None
     known: dict[tuple[bool, tuple[Path, ...]], Path] = field(default_factory=dict)
+    by_name: bool = False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor:
         """Return the logits ``[B, C]``.
@@ -123,8 +125,8 @@ class LogitsReader:
         if logits is None:
             raise ReplayError(
                 "The backbone returned something else than when it was wrapped, and which part of "
-                f"it holds the logits is not certain: {describe(output)}. {ASK}. Where a call "
-                "returns a tensor, an index or a key is ignored, so that it serves both."
+                f"it holds the logits is not certain: {describe(output)}. {ASK}. "
+                + self._serves_both(output)
             )
         return logits
 
@@ -132,6 +134,18 @@ class LogitsReader:
         """The logits, or None where it is not certain which they are."""
         chosen = self.entry_of(output, training)
         return chosen if is_matrix(chosen) else None
+
+    def _serves_both(self, output: Any) -> str:
+        """What to say about calls that return something of another kind."""
+        if self.by_name and isinstance(output, list | tuple):
+            return (
+                f"A {type(output).__name__} has no name {self.choice!r}. A function serves both "
+                f"kinds of call: `logits=lambda output: output[i] if isinstance(output, "
+                f"{type(output).__name__}) else output[{self.choice!r}]`, with i for its place."
+            )
+        return (
+            "Where a call returns a tensor, an index or a key is ignored, so that it serves both."
+        )
 
     def _without_batch_dimension(self, output: Any, training: bool) -> Tensor | None:
         """A vector where the logits lie: whoever runs the expert says what is wrong with it."""
@@ -155,8 +169,8 @@ class LogitsReader:
         if self.choice is not None:
             chosen = at_path(output, (self.choice,))
             # What has no names is asked for by `return_dict=False`: then as if nothing was said.
-            unnamed = isinstance(output, list | tuple) and self.choice == "logits"
-            if chosen is not None or not unnamed:
+            unnamed = isinstance(output, list | tuple)
+            if chosen is not None or not (unnamed and (self.by_name or self.choice == "logits")):
                 return chosen
         kind = tuple(path for path, _ in matrices_in(output))
         path = self.known.get((training, kind), self.known.get((not training, kind)))
@@ -212,6 +226,7 @@ def find_logits(
         SplitError: it is not certain; the message lists what may be meant.
     """
     logits = reader.logits_of(output)
+    reader.by_name = isinstance(reader.choice, str) and is_matrix(at_path(output, (reader.choice,)))
     found = matrices_in(output)
     if logits is None and len(found) > 1 and reader.choice is None:
         of_classifier, alone = _of_a_classifier(root, found, differentiable)

@@ -476,6 +476,22 @@ def test_a_key_holds_where_a_call_asks_for_a_tuple(training: bool) -> None:
         model(x, return_dict=False, features=True)
 
 
+class OfAnotherName(Structured):
+    def forward(self, x: Tensor, return_dict: bool = True, features: bool = False) -> Any:
+        output = super().forward(x, features=features)
+        output = {"maps": output["maps"], "out": output.pop("logits"), **output}
+        return output if return_dict else list(output.values())
+
+
+def test_any_key_that_the_output_had_holds_where_a_call_asks_for_a_list() -> None:
+    model = RIDEWrapper(OfAnotherName(), 2, fork_at="late", logits="out")
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(model(x, return_dict=False), model(x))
+    serves_both = r"A list has no name 'out'\. .* else output\['out'\]`"
+    with pytest.raises(ReplayError, match=rf"not certain: a list .*{serves_both}"):
+        model(x, return_dict=False, features=True)
+
+
 def test_a_loss_in_a_tuple_that_a_call_asks_for_is_told_of() -> None:
     model = RIDEWrapper(Structured(), 2, fork_at="late", logits="logits")
     with pytest.warns(UserWarning, match=r"gradients flow through, `output\[0\]`"):
