@@ -443,6 +443,9 @@ class RIDEWrapper(SplitModule):
         output = self._output(each, self.training)  # the watch sees them
         return (outputs or each) if asked else output
 
+    def _keeps_all(self) -> bool:
+        return self.return_experts == "outputs" and self.training
+
     def _has_to_stop(self) -> bool:
         # Hooks that a forward registers at its first call stand on a part that has run by itself.
         asked = self.return_experts == "outputs" and not torch.compiler.is_compiling()

@@ -91,9 +91,11 @@ class Unread(Tensor):
             return map_tensors(lambda tensor: Unread.of(tensor, key, forked), result)
         returned = "an argument" if key == "inputs" else f"what `{key}` returned before the fork"
         raise ReplayError(
-            f"An expert reads {returned}, which no expert read when the model was wrapped, so that "
-            "it was not kept. Something decides it that was different then, an attribute that was "
-            "set since, say. Set it before wrapping, and load this model's `state_dict()` into the "
+            f"Somebody reads {returned}, which no expert read when the model was wrapped, so that "
+            'it was not kept. If it comes from `return_experts="outputs"`, for a stored state of '
+            "the trunk: pass the batch itself, of which everything is kept. If an expert's forward "
+            "reads it, something decides that which was different then, an attribute that was set "
+            "since, say. Set it before wrapping, and load this model's `state_dict()` into the "
             "new one; or let the forward take it as an argument, which may differ between calls."
         )
 

@@ -392,6 +392,10 @@ class SplitModule(Holder):
                 state = self._with_layout(state)
         return (state, *self._run_expert(0, state))
 
+    def _keeps_all(self) -> bool:
+        """Whether values of the trunk that no expert reads are handed out, so that none drops."""
+        return False
+
     def _has_to_stop(self) -> bool:
         """Whether the trunk's pass must not go on into expert 0.
 
@@ -453,9 +457,17 @@ class SplitModule(Holder):
         before = read_attributes(self.trunk, self._attributes)
         self._keep_hooks()
         self._tell_of_hooks()
-        known = self._known_paths.layouts
+        known, keep_all = self._known_paths.layouts, self._keeps_all()
         try:
-            state, _ = record(self.trunk, self._running, known, args, kwargs, stop_at_fork=True)
+            state, _ = record(
+                self.trunk,
+                self._running,
+                known,
+                args,
+                kwargs,
+                stop_at_fork=True,
+                keep_all=keep_all,
+            )
         finally:
             self._look_again()
         return replace(state, attributes=before)

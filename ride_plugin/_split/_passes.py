@@ -33,6 +33,7 @@ def record(
     kwargs: dict[str, Any],
     *,
     stop_at_fork: bool | AtFork,
+    keep_all: bool = False,
 ) -> tuple[TrunkState, Any]:
     """Run the trunk once.
 
@@ -44,6 +45,7 @@ def record(
         kwargs: see ``args``.
         stop_at_fork: whether to stop at the fork; the exporter needs a pass that goes on into
             expert 0. A function is asked there, given the tape and its layout if known.
+        keep_all: whether somebody else reads values that no expert reads.
 
     Returns:
         The trunk's state, and expert 0's output unless it stopped at the fork.
@@ -52,7 +54,7 @@ def record(
     # dropped. What a frozen trunk computes is then held by nobody, as autograd keeps none of it.
     own = _own_inputs((args, kwargs))
     batch_size = batch_size_of(own)
-    whole = trunk.training or torch.compiler.is_compiling()  # a compiler drops by itself
+    whole = keep_all or trunk.training or torch.compiler.is_compiling()  # which drops by itself
     known = [] if whole else [k for k in layouts if k.takes(own, batch_size)]
     layout: Layout | None = None
 

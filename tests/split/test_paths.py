@@ -411,6 +411,27 @@ def test_whole_outputs_hold_what_no_expert_reads_at_the_first_call_of_a_kind(gra
         assert got["early"].requires_grad == grad
 
 
+def test_whole_outputs_hold_what_no_expert_reads_beside_a_trunk_in_evaluation_mode() -> None:
+    backbone = HandsOn()
+    backbone.early.requires_grad_(False)
+    model = RIDEWrapper(
+        backbone,
+        2,
+        fork_at="late",
+        return_experts="outputs",
+        logits="logits",
+        example_input={"x": X, "states": True},
+    )
+    model.train().trunk.eval()
+    for output in model(x=X, states=True):
+        torch.testing.assert_close(output["early"], torch.tanh(backbone.early(X)))
+    stored = model.run_trunk(x=X, states=True)
+    for output in model(stored):
+        assert output["early"].shape == (6, 8)  # known, and the values are not
+        with pytest.raises(ReplayError, match=r"`tanh` returned.*stored state.*pass the batch"):
+            output["early"].sum()
+
+
 class LayerDrop(nn.Module):
     """Leaves out whole layers at random in training, by one draw for the batch (LayerDrop)."""
 
