@@ -24,10 +24,13 @@ from ride_plugin._split import (
     SplitModule,
     StandIn,
     Unwinding,
+    check_logits_of_half,
+    is_same_tensor,
     own_containers,
     plain_modules,
     put_fork_hooks_first,
     reader_in,
+    refuse_lost_dimension,
 )
 from ride_plugin._tree import OF_MODULES, Path, at_path, emptied, filled, tensors_in
 
@@ -215,6 +218,7 @@ class ExpertFeatures(_Half):
             for handle in handles:
                 handle.remove()
         for each in features:
+            refuse_lost_dimension(each)
             if each.shape[1:2] != (self.ride_width,):
                 raise ReplayError(
                     f"Expected features [B, {self.ride_width}] of the extractor, as when the pair "
@@ -255,12 +259,14 @@ class ExpertClassifiers(_Half):
         path: Path,
         combine: Combine,
         width: int,
+        classifies_logits: bool,
     ) -> None:
         super().__init__(model, around)
         self.ride_path = path
         self.ride_place = place
         self.ride_combine = combine
         self.ride_width = width
+        self.ride_classifies_logits = classifies_logits
         self.ride_hold(expert.get_submodule(self.called) for expert in model.experts)
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -274,10 +280,16 @@ class ExpertClassifiers(_Half):
                 f"experts side by side, but got {came}. Pass what the first half returned."
             )
         with self.ride_around():
-            each = [
-                at_path(head(part, *args, **kwargs), self.ride_path)
-                for head, part in zip(self.experts, features.chunk(number, dim=1), strict=True)
-            ]
+            each = []
+            for head, part in zip(self.experts, features.chunk(number, dim=1), strict=True):
+                logits = at_path(head(part, *args, **kwargs), self.ride_path)
+                check_logits_of_half(
+                    logits,
+                    part,
+                    self.whole.num_classes,
+                    classifies_logits=self.ride_classifies_logits,
+                )
+                each.append(logits)
             return filled(self.ride_place, self.ride_combine(each, self._trains()))
 
     def _trains(self) -> bool:
@@ -327,9 +339,10 @@ def halves_of(
             "function computes them (`features=`, `logits=`). Call the model as a whole."
         )
     places = _checked_place(output, first), _checked_place(returned, second)
+    width, same = features.shape[1], is_same_tensor(at_path(returned, second), features)
     return (
-        ExpertFeatures(model, around, places[0], features.shape[1]),
-        ExpertClassifiers(model, around, places[1], second, combine, features.shape[1]),
+        ExpertFeatures(model, around, places[0], width),
+        ExpertClassifiers(model, around, places[1], second, combine, width, same),
     )
 
 

@@ -709,3 +709,64 @@ def test_parts_of_features_that_a_loop_would_concatenate_are_refused() -> None:
             0.7 * plain["feature_extractor"](other)[:, 6:],
         )
         torch.testing.assert_close(each[:, k], plain["classifier"](torch.cat(halves, dim=1)))
+
+
+class WithLabels(nn.Module):
+    """A classifier that returns something else where it is given labels, as a function says."""
+
+    def __init__(self, instead: Any, width: int = 8) -> None:
+        super().__init__()
+        self.instead, self.fc = instead, nn.Linear(width, 5)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.fc(features)
+        return (logits, None) if labels is None else self.instead(features, logits, labels)
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [
+        lambda features, logits, labels: (logits.gather(1, labels[:, None]), None),
+        lambda features, logits, labels: (F.cross_entropy(logits, labels), logits),
+        lambda features, logits, labels: F.cross_entropy(logits, labels),
+        lambda features, logits, labels: (features, logits),
+        lambda features, logits, labels: ({"logits": logits}, None),
+    ],
+)
+@pytest.mark.parametrize("width", [5, 8])
+def test_a_classifier_that_returns_something_else_for_labels_is_refused(
+    instead: Any, width: int
+) -> None:
+    extractor = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, width), nn.ReLU())
+    model = RIDEWrapper.from_pair(extractor, WithLabels(instead, width), 3)
+    features, classifier = model.as_pair()
+    got = features(torch.randn(4, 6))
+    with pytest.raises(ReplayError, match=r"logits of 5 classes lay.*beside the features"):
+        classifier(got, torch.arange(4))
+    assert classifier(got)[0].shape == (4, 5)
+
+
+def test_labels_for_all_rows_reach_each_classifier() -> None:
+    def margin(features: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, None]:
+        return logits - F.one_hot(labels, 5), None
+
+    extractor = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+    features, classifier = RIDEWrapper.from_pair(extractor, WithLabels(margin), 3).as_pair()
+    got, labels = features(torch.randn(4, 6)), torch.tensor([3, 0, 4, 4])
+    plain, told = (expert_logits(classifier(got, *args)[0]) for args in ((), (labels,)))
+    torch.testing.assert_close(told, plain - F.one_hot(labels, 5)[:, None])
+
+
+def test_a_half_says_that_a_batch_of_one_row_has_lost_its_dimension() -> None:
+    class Squeezing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).relu())[:, :, None].squeeze()
+
+    features, _ = RIDEWrapper.from_pair(Squeezing(), nn.Linear(8, 5), 3).as_pair()
+    assert features(torch.randn(2, 6)).shape == (2, 24)
+    with pytest.raises(ReplayError, match="dropped the batch dimension"):
+        features(torch.randn(1, 6))

@@ -30,6 +30,7 @@ Where to read first, and what belongs together:
 from ride_plugin._split._beside import losses_beside
 from ride_plugin._split._build import reason_of_fork, split_backbone
 from ride_plugin._split._copies import COMPILED_CALL
+from ride_plugin._split._expert_result import check_logits_of_half, refuse_lost_dimension
 from ride_plugin._split._form import form_of, plain_in
 from ride_plugin._split._graft import graft_experts
 from ride_plugin._split._groups import merged_groups
@@ -61,7 +62,7 @@ from ride_plugin._split._passes import (
 )
 from ride_plugin._split._plain import plain_modules, plain_views
 from ride_plugin._split._plain_state import is_same, refuse_plain_state, refuse_state_of_part
-from ride_plugin._split._probe import Call
+from ride_plugin._split._probe import Call, is_same_tensor
 from ride_plugin._split._rows import Rows, take_rows
 from ride_plugin._split._settings import held_together_by, unchanged
 from ride_plugin._split._several import called
@@ -89,6 +90,7 @@ __all__ = [
     "Views",
     "called",
     "check_logits_choice",
+    "check_logits_of_half",
     "feature_dim_of",
     "form_of",
     "graft_experts",
@@ -98,6 +100,7 @@ __all__ = [
     "inert_parameters",
     "is_real",
     "is_same",
+    "is_same_tensor",
     "join_parts",
     "losses_beside",
     "losses_dropped",
@@ -115,6 +118,7 @@ __all__ = [
     "real_parts",
     "reason_of_fork",
     "record",
+    "refuse_lost_dimension",
     "refuse_plain_state",
     "refuse_state_of_part",
     "replace_classifiers",

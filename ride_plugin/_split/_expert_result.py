@@ -10,7 +10,7 @@ from ride_plugin._errors import ReplayError
 from ride_plugin._split._features import features_of
 from ride_plugin._split._logits import describe
 from ride_plugin._split._probe import is_same_tensor
-from ride_plugin._tree import logits_in
+from ride_plugin._tree import is_matrix, logits_in
 
 
 def logits_and_features(
@@ -36,7 +36,7 @@ def logits_and_features(
         ReplayError: the output is another than it was when the backbone was wrapped.
     """
     logits = logits_in(output)
-    _refuse_lost_dimension(output, received)
+    refuse_lost_dimension(output, received)
     features = features_of(received, returned, logits)
     instead = not classifies_logits and is_same_tensor(logits, received)
     if (
@@ -60,9 +60,34 @@ def logits_and_features(
     return logits, logits if features is None else features
 
 
-def _refuse_lost_dimension(output: Any, received: Tensor | None) -> None:
+def check_logits_of_half(
+    logits: Any, features: Tensor, num_classes: int, *, classifies_logits: bool
+) -> None:
+    """Raise ReplayError unless what a classifier returned to a loop that calls it is its logits.
+
+    Args:
+        logits: what lies where they were when the pair was wrapped.
+        features: what the classifier received.
+        num_classes: see :func:`logits_and_features`.
+        classifies_logits: see :func:`logits_and_features`.
+    """
+    refuse_lost_dimension(logits)
+    logits_again = is_matrix(logits) and logits.shape[1] == num_classes
+    if logits_again and (classifies_logits or not is_same_tensor(logits, features)):
+        return
+    raise ReplayError(
+        "The classifier of an expert returned "
+        + ("what it received" if logits is features else describe(logits))
+        + f", where logits of {num_classes} classes lay when the pair was wrapped. Arguments "
+        "beside the features go to each classifier as they are. If one lets it return something "
+        "else, or elsewhere (a loss, features), call it for its logits, and compute the loss of "
+        "what the second half returns."
+    )
+
+
+def refuse_lost_dimension(*values: Any) -> None:
     """Raise where a forward has dropped the batch dimension, as `squeeze()` does of one row."""
-    if any(isinstance(value, Tensor) and value.dim() == 1 for value in (output, received)):
+    if any(isinstance(value, Tensor) and value.dim() == 1 for value in values):
         raise ReplayError(
             "An expert has dropped the batch dimension of a batch of one row, as a plain "
             "`squeeze()` in the backbone's forward does. Name the dimension there "
