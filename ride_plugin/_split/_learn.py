@@ -166,7 +166,7 @@ def _learn(
         parameter.requires_grad_(True)
     with torch.set_grad_enabled(bool(parameters)):
         large = recorded(batches[1])
-    if small.keys != large.keys:
+    if _steps(small) != _steps(large):
         if recorded(batches[0]).keys != small.keys:
             cached = sorted(_cached_methods(views.trunk))
             raise SplitError(
@@ -182,21 +182,21 @@ def _learn(
                 )
             )
         is_random = views.trunk.training and any(
-            recorded(batches[0], seed).keys != small.keys for seed in _SEEDS[:8]
+            _steps(recorded(batches[0], seed)) != _steps(small) for seed in _SEEDS[:8]
         )
         for seed in _SEEDS if is_random else ():
             with torch.set_grad_enabled(bool(parameters)):
                 large = recorded(batches[1], seed)
-            if small.keys == large.keys:
+            if _steps(small) == _steps(large):
                 break
+    if _steps(small) != _steps(large) and is_random:
+        raise SplitError(
+            "In training the backbone's forward leaves out layers at random before the fork, so "
+            "often that two batches hardly take one path. Lower the probability before wrapping it "
+            "(`config.layerdrop`, in networks of transformers), or pass as `fork_at=` the first of "
+            "these layers."
+        )
     if small.keys != large.keys:
-        if is_random:
-            raise SplitError(
-                "In training the backbone's forward leaves out layers at random before the fork, "
-                "so often that two batches hardly take one path. Lower the probability before "
-                "wrapping it (`config.layerdrop`, in networks of transformers), or pass as "
-                "`fork_at=` the first of these layers."
-            )
         raise SplitError(
             "The backbone's forward takes another path for another batch size, so its trunk cannot "
             "be shared between experts. Move what depends on the number of rows (a loop over them, "
@@ -235,6 +235,14 @@ def _learn(
         frozenset(use.late),
         not of_expert.isdisjoint(trunk_reads.seen),
     )
+
+
+def _steps(state: TrunkState) -> tuple[tuple[str, ...], list[int]]:
+    """What ran before the fork, and how many tensors each step returned.
+
+    A whole encoder that leaves out layers at random returns fewer hidden states then.
+    """
+    return state.keys, [len(list(tensors_in(value))) for value in state.values]
 
 
 def _cached_methods(root: nn.Module) -> set[str]:

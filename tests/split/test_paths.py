@@ -463,6 +463,38 @@ def test_layers_of_the_trunk_may_be_left_out_at_random_in_training(num_experts: 
     torch.testing.assert_close(expert_logits(model(x)), expected)
 
 
+class Encoder(LayerDrop):
+    """Returns a state for each layer that has run, so that their number is random."""
+
+    def forward(self, x: Tensor) -> Any:
+        states = [self.embed(x)]
+        if self.training:
+            states[0] = states[0] * torch.rand(len(x), 1)
+        for block in self.blocks:
+            if not (self.training and torch.rand([]) < self.p):
+                states.append(states[-1] + block(states[-1]).relu())
+        return states[-1], tuple(states)
+
+
+class OfEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder(0.3)
+        del self.encoder.late, self.encoder.head
+        self.late, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.late(self.encoder(x)[0]).relu())
+
+
+def test_a_module_of_the_trunk_may_return_another_number_of_tensors_at_random() -> None:
+    net, x = OfEncoder(), torch.randn(5, 6)
+    model = RIDEWrapper(net, 3, init="copy", fork_at="late", example_input=x)
+    for seed in range(12):
+        draws = partial(torch.manual_seed, seed)
+        train_both(net, model, [torch.randn(4, 6)], before_each=draws)
+
+
 def test_a_path_that_is_hardly_taken_twice_is_told_as_random() -> None:
     with pytest.raises(SplitError, match=r"leaves out layers at random.*`config\.layerdrop`"):
         RIDEWrapper(LayerDrop(0.5, 24), 2, fork_at="late", example_input=torch.randn(2, 6))
