@@ -82,7 +82,7 @@ def construct(
     if expert_factory is None:
         parts = replicate(split, num_experts)
     else:
-        parts = graft_experts(split, expert_factory, num_experts, logits)
+        parts = graft_experts(split, expert_factory, num_experts, logits, num_classes)
     if classifier is not None or num_classes not in (None, parts.num_classes):
         parts = replace_classifiers(parts, classifier, num_classes)
     if drawn:

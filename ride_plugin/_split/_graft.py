@@ -23,7 +23,11 @@ from ride_plugin._split._state import Layout
 
 
 def graft_experts(
-    split: Split, factory: Callable[[int], nn.Module], num_experts: int, logits: Choice = None
+    split: Split,
+    factory: Callable[[int], nn.Module],
+    num_experts: int,
+    logits: Choice = None,
+    num_classes: int | None = None,
 ) -> Parts:
     """The split's trunk with the forked halves of ``factory(0), factory(1), ...`` as experts.
 
@@ -32,15 +36,18 @@ def graft_experts(
         factory: makes a network for each expert.
         num_experts: ``E``.
         logits: where they are in the backbone's output, and in that of each network.
+        num_classes: what the user said; if it is the backbone's own number, it confirms what the
+            networks return as it confirms the backbone's output.
 
     Raises:
         SplitError: a network does not fit the trunk; the message says which and why.
     """
+    confirmed = num_classes if num_classes == split.num_classes else None
     networks = [module_from(factory, index) for index in range(num_experts)]
     grafted: list[Split] = []
     for index, network in enumerate(networks):
         try:
-            other = split_backbone(network, split.fork_at, split.inputs, logits)
+            other = split_backbone(network, split.fork_at, split.inputs, logits, confirmed)
             grafted.append(_transplanted(split, other))
         except (SplitError, AttributeError) as error:
             raise SplitError(f"`expert_factory({index})` does not fit: {error}") from error

@@ -74,7 +74,13 @@ def join_parts(
                 expert.head.register_forward_hook(seen.reader)
                 splits.append(learned(source, views, seen, "head", ["head"]))
         except SplitError as error:
-            raise SplitError(f"`expert_factory({index})` does not fit: {error}") from error
+            message = f"`expert_factory({index})` does not fit: {error}"
+            if "`logits=" in message or "`num_classes=" in message:
+                message += (
+                    " (`from_parts` takes neither `logits=` nor `num_classes=`: let each expert "
+                    "return its logits alone.)"
+                )
+            raise SplitError(message) from error
     return unite(splits[0], splits)
 
 

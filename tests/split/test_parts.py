@@ -248,6 +248,43 @@ def test_networks_that_do_not_fit_are_named(factory, message: str) -> None:
         RIDEWrapper(CifarResNet(10, n=1), 2, expert_factory=factory)
 
 
+def pooled_last() -> nn.Module:
+    """A network whose logits no layer has returned."""
+    last = nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), *last)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc, self.other = nn.Linear(8, 8), nn.Linear(8, 5), nn.Linear(8, 7)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.flatten(1)[:, :8] if x.dim() > 2 else x
+        x = torch.relu(self.body(x))
+        return self.fc(x), self.other(x)
+
+
+@pytest.mark.filterwarnings("ignore:The backbone returns a tuple")
+@pytest.mark.parametrize(("make", "fork_at"), [(pooled_last, "2"), (TwoHeads, "fc")])
+def test_the_number_of_classes_confirms_the_networks_of_a_factory_too(make, fork_at: str) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = RIDEWrapper(
+        make(),
+        2,
+        fork_at=fork_at,
+        example_input=x,
+        num_classes=5,
+        expert_factory=lambda k: make(),
+    )
+    assert model(x).shape == (2, 5)
+
+
+def test_advice_that_hand_made_parts_do_not_take_is_told_apart() -> None:
+    with pytest.raises(SplitError, match=r"Pass `logits=`.*neither `logits=` nor.*logits alone"):
+        RIDEWrapper.from_parts(nn.Linear(8, 8), lambda k: TwoHeads(), 2)
+
+
 class Wide(Narrow):
     def __init__(self) -> None:
         super().__init__((8, 16))
