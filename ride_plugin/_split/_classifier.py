@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from ride_plugin._closeness import close
 from ride_plugin._inputs import Inputs, run_plainly
 from ride_plugin._split._probe import Call, address_of
 from ride_plugin._split._sharing import trains
+from ride_plugin._tree import dotted
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,40 @@ def _holds(result: Tensor, logits: Tensor | None) -> bool:
     entries = result.flatten(1, -2).to(logits.dtype)
     return bool((entries == logits[:, None]).all(2).any(1).all()) or close(
         entries.mean(1), logits, units=100, scale=0.0
+    )
+
+
+def used_by_function(
+    root: Call, num_classes: int, gradients: Callable[[Sequence[str]], Sequence[Tensor | None]]
+) -> bool:
+    """Whether a matrix of a module that is never called has the weights of each class.
+
+    Some may have as many rows or columns as there are features (a table of positions, learned
+    queries), so that a gradient is asked: of one class it reaches the weights of no other.
+
+    Args:
+        root: the calls that lead to the logits.
+        num_classes: ``C``.
+        gradients: of the first column of the logits, by parameters with these names.
+    """
+    called = {id(call.module) for call in root.walk() if not call.children}
+    axes = {
+        dotted(path, name): [axis for axis, n in enumerate(sides) if n == num_classes]
+        for path, module in root.module.named_modules()
+        if id(module) not in called
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 2
+        and num_classes in (sides := parameter.shape[: 1 if isinstance(module, nn.Linear) else 2])
+    }
+    try:
+        found = gradients(list(axes)) if axes else []
+    except Exception:  # no gradients: then nothing is known but the shape
+        return True
+    return any(
+        gradient is not None
+        and bool(gradient.any())
+        and any(not gradient.narrow(axis, 1, num_classes - 1).any() for axis in axes[name])
+        for name, gradient in zip(axes, found, strict=True)
     )
 
 

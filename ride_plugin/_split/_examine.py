@@ -68,10 +68,23 @@ def examine(
     def copied(training: bool, meta: bool = False) -> nn.Module:
         return in_mode(running_copy(backbone, (backbone,), written, meta), training)
 
-    def traced(training: bool, names: Sequence[str] = (), meta: bool = False) -> Traced:
+    def learning(training: bool, meta: bool) -> nn.Module:
         module = copied(training, meta)
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
+        return module
+
+    def gradients(names: Sequence[str]) -> Sequence[Tensor | None]:
+        module = learning(False, meta=False)
+        with torch.enable_grad():
+            args, kwargs = own_inputs(inputs, tensors=True)
+            logits = reader.logits_of(module(*args, **kwargs))
+        assert logits is not None  # as it was before
+        by = [module.get_parameter(name) for name in names]
+        return torch.autograd.grad(logits[:, 0].sum(), by, allow_unused=True)
+
+    def traced(training: bool, names: Sequence[str] = (), meta: bool = False) -> Traced:
+        module = learning(training, meta)
         parts = {name: module.get_submodule(name) for name in names}
         made: dict[str, list[Tensor]] = {name: [] for name in names}
         for name, part in parts.items():
@@ -105,7 +118,7 @@ def examine(
         refuse_scores_of_positions(
             lambda: copied(False), inputs, reader.logits_of, output, found.shape[1]
         )
-    check_classifies(root, output, found, head, reader, num_classes)
+    check_classifies(root, output, found, head, reader, num_classes, gradients)
     warn_of_activated(found, lambda: reader.logits_of(traced(False).output))
     training_root: Call | None = None
     training_output: Any = None

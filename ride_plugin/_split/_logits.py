@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
+from ride_plugin._closeness import close
 from ride_plugin._errors import ArgumentError, ReplayError, SplitError
-from ride_plugin._split._classifier import Head, find_classifier
+from ride_plugin._split._classifier import Head, find_classifier, used_by_function
 from ride_plugin._split._probe import Call
 from ride_plugin._tree import (
     Path,
@@ -269,6 +271,7 @@ def check_classifies(
     head: Head | None,
     reader: LogitsReader,
     num_classes: int | None,
+    gradients: Callable[[Sequence[str]], Sequence[Tensor | None]],
 ) -> None:
     """Raise unless the logits come from a classifier, or are said to be logits.
 
@@ -287,7 +290,9 @@ def check_classifies(
             "0 and 1" + ("." if reader.choice is None else "; or pass another `logits=`.")
         )
     rectified = bool((logits >= 0).all() & (logits == 0).any() & logits.any())
-    found = head is not None and not rectified and (head.exact or isinstance(output, Tensor))
+    exact = head is not None and head.exact
+    activated = rectified or (not exact and _of_length_one(logits))
+    found = head is not None and not activated and (exact or isinstance(output, Tensor))
     if num_classes not in (None, columns):
         if not found:
             raise SplitError(
@@ -298,13 +303,20 @@ def check_classifies(
         return
     named = any(path[-1:] == ("logits",) and t is logits for path, t in matrices_in(output))
     said = reader.choice is not None or named or columns in {num_classes, *_stated(root.module)}
-    by_function = head is None and not rectified and _class_weights(root, columns)
-    if not (said or found or by_function):
+    if said or found:
+        return
+    if head is not None or activated or not used_by_function(root, columns, gradients):
         raise SplitError(
             f"The backbone returns {describe(output)}, and no layer with a weight for each column "
             f"was found to return it: it looks like a feature extractor. {_PAIR} If these are "
             f"logits, pass `num_classes={columns}`."
         )
+
+
+def _of_length_one(rows: Tensor) -> bool:
+    """Whether rows were normalised, as embeddings are."""
+    lengths = rows.float().norm(dim=1)
+    return close(lengths, torch.ones_like(lengths), units=100, scale=0.0)
 
 
 def describe(output: Any) -> str:
@@ -387,18 +399,6 @@ def _stated(backbone: nn.Module) -> set[object]:
     """The numbers of classes that a backbone says it has."""
     config = getattr(backbone, "config", None)
     return {getattr(backbone, "num_classes", None), getattr(config, "num_labels", None)} - {None}
-
-
-def _class_weights(root: Call, num_classes: int) -> bool:
-    """Whether some matrix has a row for each class, and its module is never called."""
-    called = {id(call.module) for call in root.walk() if not call.children}
-    return any(
-        parameter.dim() == 2
-        and num_classes in parameter.shape[: 1 if isinstance(module, nn.Linear) else 2]
-        for module in root.module.modules()
-        if id(module) not in called
-        for parameter in module.parameters(recurse=False)
-    )
 
 
 def spelled(path: Path) -> str:

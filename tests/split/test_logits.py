@@ -325,6 +325,16 @@ def test_a_feature_extractor_is_no_classifier(last: tuple[nn.Module, ...]) -> No
         RIDEWrapper(extractor(*last), 2)
 
 
+def test_embeddings_of_length_one_are_no_logits() -> None:
+    class Embedding(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.normalize(super().forward(x), dim=1)
+
+    with pytest.raises(SplitError, match=r"looks like a feature extractor.*`num_classes=5`"):
+        RIDEWrapper(Embedding(lambda f, z: z), 2)
+    assert RIDEWrapper(Embedding(lambda f, z: z), 2, num_classes=5).num_classes == 5
+
+
 def test_a_structured_output_without_logits_is_no_classifier() -> None:
     class Pooler(Net):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -356,6 +366,50 @@ def test_class_weights_used_by_a_function_are_a_classifier() -> None:
     model = RIDEWrapper(Functional(lambda f, z: z), 2, fork_at="late")
     assert model.classifiers == ()
     assert model.num_classes == 5
+
+
+class Weights(nn.Module):
+    """Ends in a function of a bare matrix, or has one that is something else."""
+
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor], *sizes: int) -> None:
+        super().__init__()
+        self.use, self.matrix = use, nn.Parameter(torch.randn(*sizes))
+        self.stem, self.late, self.norm = nn.Linear(8, 16), nn.Linear(16, 16), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self.norm(self.late(torch.relu(self.stem(x)))), self.matrix)
+
+
+class Early(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.late(self.use(torch.relu(self.stem(x)), self.matrix)).mean(1))
+
+
+def attended(tokens: Tensor, queries: Tensor) -> Tensor:
+    return torch.softmax(queries @ tokens.mT, -1) @ tokens
+
+
+@pytest.mark.parametrize(
+    ("use", "sizes"), [(torch.add, (12, 16)), (attended, (4, 16)), (lambda x, m: x, (9, 16))]
+)
+def test_a_table_as_wide_as_the_features_does_not_make_them_logits(
+    use: Callable[[Tensor, Tensor], Tensor], sizes: tuple[int, int]
+) -> None:
+    with pytest.raises(SplitError, match=r"looks like a feature extractor.*`num_classes=16`"):
+        RIDEWrapper(Early(use, *sizes), 2, example_input=torch.randn(2, 12, 8))
+
+
+def distances(x: Tensor, prototypes: Tensor) -> Tensor:
+    return -torch.cdist(x, prototypes)
+
+
+@pytest.mark.parametrize(("use", "sizes"), [(torch.matmul, (16, 5)), (distances, (5, 16))])
+def test_a_matrix_with_weights_of_each_class_is_a_classifier(
+    use: Callable[[Tensor, Tensor], Tensor], sizes: tuple[int, int]
+) -> None:
+    model = RIDEWrapper(Weights(use, *sizes), 2, fork_at="late", example_input=torch.randn(2, 8))
+    assert model.num_classes in sizes
+    assert model.classifier_name is None
 
 
 def test_a_classifier_with_parametrised_weights_is_found() -> None:
