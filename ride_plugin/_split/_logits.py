@@ -291,8 +291,7 @@ def check_classifies(
         )
     rectified = bool((logits >= 0).all() & (logits == 0).any() & logits.any())
     exact = head is not None and head.exact
-    activated = rectified or (not exact and _of_length_one(logits))
-    found = head is not None and not activated and (exact or isinstance(output, Tensor))
+    found = head is not None and not rectified and (exact or isinstance(output, Tensor))
     if num_classes not in (None, columns):
         if not found:
             raise SplitError(
@@ -303,9 +302,15 @@ def check_classifies(
         return
     named = any(path[-1:] == ("logits",) and t is logits for path, t in matrices_in(output))
     said = reader.choice is not None or named or columns in {num_classes, *_stated(root.module)}
-    if said or found:
+    normalised = not exact and _of_length_one(logits)
+    if said or (found and not normalised):
         return
-    if head is not None or activated or not used_by_function(root, columns, gradients):
+    if (
+        head is not None
+        or rectified
+        or normalised
+        or not used_by_function(root, columns, gradients)
+    ):
         raise SplitError(
             f"The backbone returns {describe(output)}, and no layer with a weight for each column "
             f"was found to return it: it looks like a feature extractor. {_PAIR} If these are "
