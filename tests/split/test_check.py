@@ -112,8 +112,10 @@ def test_draws_on_both_sides_of_the_fork_are_named_though_no_row_depends_on_othe
             h = self.b(h + h[:, torch.randperm(h.shape[1])[:1]])
             return self.c(h + h[:, torch.randperm(h.shape[1])[:1]])
 
-    with pytest.raises(SplitError, match="draws random numbers in evaluation"):
-        RIDEWrapper(Columns(), 2, fork_at="b", example_input=X)
+    for seed in range(12):  # in some of them the second draw of the random state changes nothing
+        torch.manual_seed(seed)
+        with pytest.raises(SplitError, match="draws random numbers in evaluation"):
+            RIDEWrapper(Columns(), 2, fork_at="b", example_input=X)
 
 
 class Mixture(nn.Linear):
