@@ -54,7 +54,8 @@ def try_out(
     for _ in range(times):
         leaf = snapshot(logits).requires_grad_()
         with random_state_kept(logits):
-            loss = apart(leaf, snapshot(target), *args, **kwargs)
+            # A copy, as a criterion may write (`logits += self.bias`), which no leaf allows.
+            loss = apart(leaf.clone(), snapshot(target), *args, **kwargs)
     return Outcome(loss, leaf, (apart, args, kwargs))
 
 

@@ -93,6 +93,19 @@ def test_a_factor_for_each_class_is_told_in_words_that_are_true_of_it(classes: i
     RIDELoss(lambda logits, target: F.cross_entropy(logits * 4, target), COUNTS)(experts(), TARGET)
 
 
+class InPlace(Foreign):
+    """Writes the logits that it is given, as some code for multi-label classification does."""
+
+    def forward(self, logits: Tensor, target: Tensor, *args: Any) -> Tensor:
+        logits += 0.0
+        return super().forward(logits, target, *args)
+
+
+def test_a_criterion_that_writes_its_logits_is_looked_at_as_well() -> None:
+    with pytest.warns(UserWarning, match="adds a prior"):
+        RIDELoss(InPlace(), COUNTS)(experts(), TARGET)
+
+
 def test_what_is_handed_on_reaches_the_trial_too() -> None:
     with pytest.warns(UserWarning, match="adds a prior"):
         RIDELoss(Foreign(), COUNTS)(experts(), TARGET, "an epoch, say")
