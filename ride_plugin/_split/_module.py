@@ -640,9 +640,14 @@ def _refuse_changed(state: TrunkState, versions: list[list[int | None]]) -> None
 
 
 def _not_on_these_rows(state: TrunkState, error: Exception) -> ReplayError:
+    of_one = (
+        "A plain `squeeze()` in the forward drops the batch dimension of one row: name the "
+        "dimension there (`squeeze(-1)`), or write `flatten(1)`. Otherwise, if"
+    )
     return ReplayError(
         f"An expert does not run on {state.batch_size} rows that were chosen of a batch "
-        f"({type(error).__name__}: {error}). If it runs on the whole batch, the forward decides by "
+        f"({type(error).__name__}: {error}). {of_one if state.batch_size == 1 else 'If'} it runs "
+        "on the whole batch, the forward decides by "
         "all rows what is done with each: whether any has a global token, say. Route batches whose "
         "rows agree in that (padded on the other side, say), let the forward decide for each row, "
         "or pass `fork_at=` a later submodule."

@@ -837,6 +837,23 @@ def test_a_squeeze_that_drops_the_batch_dimension_of_one_row_is_named(
         model.run_expert(1, state)
 
 
+def test_a_layer_that_cannot_take_the_row_without_its_batch_dimension_names_it_too() -> None:
+    class Squeezing(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda *_: None)
+            self.norm = nn.BatchNorm1d(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.late(torch.relu(self.stem(x)))[..., None].squeeze()
+            return self.fc(torch.relu(self.norm(x)))
+
+    model = RIDEWrapper(Squeezing(), 2).eval()
+    state = model.run_trunk(torch.randn(3, 8))
+    assert model.run_expert(1, state.select(torch.tensor([1, 0])))[0].shape == (2, 5)
+    with pytest.raises(ReplayError, match=r"drops the batch dimension of one row: name"):
+        model.run_expert(1, state.select(torch.tensor([1])))
+
+
 @pytest.mark.parametrize(
     ("shape", "proposal"),
     [
