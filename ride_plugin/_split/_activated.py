@@ -32,13 +32,13 @@ def warn_of_activated(logits: Tensor, differentiable: Callable[[], Tensor | None
     """
     if logits.shape[1] < 2:
         return
-    if bool((logits >= 0).all()) and rows_sum_to_one(logits):
+    if _probabilities(logits):
         warn_caller(
             f"The backbone returns probabilities: its rows sum to one. {_WHY}, and a criterion "
             "such as cross entropy takes a softmax by itself. Take the softmax out of the backbone "
             "before wrapping it, and apply it to what the wrapped model returns."
         )
-    elif bool((logits <= 0).all()) and rows_sum_to_one(logits.exp()):
+    elif _logarithms(logits):
         if _ends_in(differentiable, *_OF_LAYERS):
             return
         warn_caller(
@@ -56,6 +56,19 @@ def warn_of_activated(logits: Tensor, differentiable: Callable[[], Tensor | None
             "it, with BCEWithLogitsLoss in the place of BCELoss, and apply it to what the wrapped "
             "model returns."
         )
+
+
+def is_softmax(logits: Tensor) -> bool:
+    """Whether rows of an example sum to one, or their exponentials do: classes, not features."""
+    return logits.shape[1] > 1 and (_probabilities(logits) or _logarithms(logits))
+
+
+def _probabilities(logits: Tensor) -> bool:
+    return bool((logits >= 0).all()) and rows_sum_to_one(logits)
+
+
+def _logarithms(logits: Tensor) -> bool:
+    return bool((logits <= 0).all()) and rows_sum_to_one(logits.exp())
 
 
 def _ends_in(differentiable: Callable[[], Any], *operations: str) -> bool:

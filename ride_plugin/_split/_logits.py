@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ride_plugin._closeness import close
 from ride_plugin._errors import ArgumentError, ReplayError, SplitError
+from ride_plugin._split._activated import is_softmax
 from ride_plugin._split._classifier import Head, find_classifier, used_by_function
 from ride_plugin._split._probe import Call
 from ride_plugin._tree import (
@@ -291,7 +292,8 @@ def check_classifies(
         )
     rectified = bool((logits >= 0).all() & (logits == 0).any() & logits.any())
     exact = head is not None and head.exact
-    found = head is not None and not rectified and (exact or isinstance(output, Tensor))
+    certain = head is not None and (exact or isinstance(output, Tensor) or is_softmax(logits))
+    found = certain and not rectified
     if num_classes not in (None, columns):
         if not found:
             raise SplitError(

@@ -47,6 +47,15 @@ def test_probabilities_are_told_of(what: str, dtype: torch.dtype) -> None:
     assert record[0].filename == __file__
 
 
+@pytest.mark.parametrize("what", ["softmax", "log_softmax"])
+def test_beside_something_else_they_are_no_features(what: str) -> None:
+    last, message = LAST[what]
+    net = Net(lambda z: (last(z), z.new_ones(len(z), 3, 3)))  # type: ignore[arg-type, return-value]
+    with pytest.warns(UserWarning, match=message), pytest.warns(UserWarning, match="a tuple of 2"):
+        model = RIDEWrapper(net, 2)
+    assert model(torch.randn(4, 8)).shape == (4, 5)
+
+
 LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda z: z,
     "small": lambda z: 0.01 * z + 0.5,
