@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ride_plugin._errors import is_of_package, is_question, listed, warn_caller
 from ride_plugin._known_methods import GROUPS, METHODS, alike, parameter_groups
-from ride_plugin._names_read import is_read_by_forward, may_be_set_late, names_read_by
+from ride_plugin._names_read import may_be_set_late, names_read_by_forward
 from ride_plugin._split import SplitModule, called, is_real, real_parts, write_attributes
 from ride_plugin._tree import OF_MODULES, holds_tensors
 
@@ -32,7 +32,8 @@ class Names:
     Attributes:
         private: its plain attributes that begin with an underscore.
         taken: names of its own that the wrapped model has as well.
-        absent: names that its code mentions and that neither it nor the wrapped model had.
+        absent: names that the code of its forward mentions and that neither it nor the wrapped
+            model had.
         answered: private names that were set on the model, which it therefore answers for.
         added: names of ``absent`` that were set on the model, and on every part.
     """
@@ -52,7 +53,7 @@ class Names:
         held = {*trunk._modules, *trunk._parameters, *trunk._buffers}
         own = {*vars(model), *dir(kind)}
         ours = own - known - _OPTIONS - set(model._modules)
-        mentioned = names_read_by(trunk) - own - set(model._modules)
+        mentioned = names_read_by_forward(trunk) - own - set(model._modules)
         return cls(
             private=frozenset(name for name in plain if re.match("_(?!_)", name)),
             taken=frozenset((plain | held) & ours),
@@ -204,8 +205,7 @@ def _add(model: SplitModule, names: Names, name: str, value: Any) -> bool:
         names.added.add(name)
         _set(model, name, value)
         return True
-    if name in names.added or is_read_by_forward(model.trunk, name):
-        _tell_alone(name, "reads")
+    _tell_alone(name, "reads")
     return False
 
 

@@ -22,16 +22,20 @@ def names_read_by(module: nn.Module) -> frozenset[str]:
     return names_in(*methods, vars(module).get("forward"))
 
 
-def is_read_by_forward(module: nn.Module, name: str) -> bool:
-    """Whether the code of ``forward`` has this name, or that of a method which it calls by name."""
+def names_read_by_forward(module: nn.Module) -> frozenset[str]:
+    """Names in the code of ``forward``, and of the methods that it calls by name.
+
+    What other methods mention is not for the forward: engines set and delete it on every module.
+    """
     found, left = {"forward"}, ["forward"]
-    while left and name not in found:
+    while left:
         method = left.pop()
-        own = vars(module).get(method), inspect.getattr_static(type(module), method, None)
+        # Those of base classes too, which it may call as `super().forward(x)`.
+        own = vars(module).get(method), *(vars(kind).get(method) for kind in type(module).__mro__)
         more = {other for other in names_in(*own) if not hasattr(nn.Module, other)} - found
         found |= more
         left += more
-    return name in found
+    return frozenset(found)
 
 
 def names_in(*functions: Any) -> frozenset[str]:

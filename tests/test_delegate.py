@@ -425,6 +425,31 @@ def test_what_the_backbone_has_not_yet_is_set_where_its_code_reads_it(
         delattr(model, name)
 
 
+class Initialises(Follows):
+    """A method that the forward does not call notes something on every module for a while."""
+
+    def init_weights(self) -> None:
+        for module in self.modules():
+            module._noted = []
+        self._noted.append(1)
+        for module in self.modules():
+            del module._noted
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * getattr(self, "late", 1.0)
+
+
+def test_what_other_methods_mention_is_left_to_the_module_that_it_is_set_on() -> None:
+    model = RIDEWrapper(Initialises(), 2, fork_at="blocks.1")
+    for module in model.modules():
+        module._noted = []
+    for module in model.modules():
+        del module._noted
+    assert not any(hasattr(module, "_noted") for module in model.modules())
+    model.late = 2.0
+    assert model.trunk.late == model.experts[1].late == 2.0
+
+
 def test_what_the_backbone_has_not_yet_and_parts_cannot_hold_together_is_told() -> None:
     model = RIDEWrapper(Asks(), 2, fork_at="blocks.1")
     model._old_forward, model.scaled_by = model.forward, nn.ReLU()  # as engines do
