@@ -127,7 +127,8 @@ def _reset_classifier(model: SplitModule, num_classes: int, *args: Any, **kwargs
 
 def _settings_of(expert: nn.Module, name: str) -> list[object]:
     """What a network or a module in it has under this name; of a pooling, also its kind."""
-    held = [getattr(module, name, None) for module in expert.modules()]
+    # A list, as a stand-in hands out no modules to a loop over all of them.
+    held = [getattr(module, name, None) for module in list(expert.modules())]
     return held + [getattr(value, "pool_type", None) for value in held]
 
 

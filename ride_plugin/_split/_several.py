@@ -1,7 +1,9 @@
-"""What a stand-in of the trunk cannot hand out: it has one of several modules, expert 0's.
+"""What a stand-in cannot hand out: what is one of several, or comes by once more for each expert.
 
 ``model.trunk.head.weight`` would be the weight of expert 0. What is done to it (an initialisation,
-a penalty, a place in an optimizer) would leave the other experts as they are, without a word.
+a penalty, a place in an optimizer) would leave the other experts as they are, without a word. And a
+loop over all modules that adds up what layers hold, losses say, would count a shared layer's once
+more for each expert.
 """
 
 from __future__ import annotations
@@ -46,6 +48,21 @@ def one_of_several(number: int, key: str, name: str, quiet: bool) -> OneOfSevera
     if name.isidentifier() and not quiet and is_question():
         warn_caller(f"The answer to `hasattr` or to `getattr` with a default is no. {message}")
     return OneOfSeveral(message)
+
+
+def comes_by_itself(key: str, name: str) -> OneOfSeveral:
+    """The answer to a loop over all modules, which meets the real module as well.
+
+    Args:
+        key: name of the module in the backbone.
+        name: what was asked for, as for :func:`one_of_several`.
+    """
+    asked = f"{key}{name}" if name.startswith("[") else f"{key}.{name}"
+    return OneOfSeveral(
+        f"A loop over all modules asks a stand-in for `{asked}`. It meets the real module as well, "
+        "so that what it adds up would count twice: let it leave out what has no such attribute "
+        "(`hasattr`), or is not of the type that it looks for (`isinstance`)."
+    )
 
 
 def asks_as_backbone(stand_in: nn.Module, real: nn.Module) -> bool:

@@ -15,7 +15,12 @@ from typing_extensions import Self
 
 from ride_plugin._errors import ReplayError
 from ride_plugin._split._again import run_again
-from ride_plugin._split._several import asks_as_backbone, is_of_one_expert, one_of_several
+from ride_plugin._split._several import (
+    asks_as_backbone,
+    comes_by_itself,
+    is_of_one_expert,
+    one_of_several,
+)
 from ride_plugin._split._tape import Running
 from ride_plugin._tree import OF_MODULES
 
@@ -196,7 +201,13 @@ class StandIn(nn.Module):
         return self.ride_given(name, getattr(self.ride_real, name))
 
     def ride_given(self, name: str, value: Any) -> Any:
-        """What callers get as the attribute of this name, or ``[index]``, of the real module."""
+        """What callers get as the attribute of this name, or ``[index]``, of the real module.
+
+        A loop over all modules gets plain values only, as it comes to the real module as well.
+        """
+        met = self.__dict__.get("ride_met") and not self.ride_in_pass and is_of_one_expert(value)
+        if met and not asks_as_backbone(self, self.ride_real):
+            raise comes_by_itself(self.ride_key, name)
         return self.ride_part(value)
 
     def ride_part(self, value: Any) -> Any:

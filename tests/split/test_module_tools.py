@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -129,3 +130,43 @@ def test_what_was_dropped_cannot_be_read_by_a_detour(how: str) -> None:
     model.adds = how
     with pytest.raises(ReplayError, match="reads an argument"):
         model(torch.randn(4, 8))
+
+
+class Keeping(nn.Linear):
+    """Keeps a loss in its forward, and computes another one on demand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x)
+        self.kept = result.square().mean()
+        return result
+
+    def penalty(self) -> Tensor:
+        return self.weight.square().mean()
+
+
+LOOPS: dict[str, Callable[[nn.Module], Any]] = {
+    "a tensor": lambda m: sum(part.kept for part in m.modules() if hasattr(part, "kept")),
+    "a default": lambda m: sum(getattr(part, "kept", 0.0) for _, part in m.named_modules()),
+    "a method": lambda m: sum(p.penalty() for p in m.modules() if hasattr(p, "penalty")),
+    "a weight": lambda m: sum(p.weight.abs().sum() for p in m.modules() if hasattr(p, "weight")),
+}
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_a_loop_over_all_modules_adds_up_holds_each_layer_once(
+    loop: str, num_experts: int
+) -> None:
+    net = nn.Sequential(Keeping(8, 16), nn.ReLU(), Keeping(16, 16), nn.ReLU(), Keeping(16, 5))
+    model = RIDEWrapper(net, num_experts, fork_at="2")
+    model(torch.randn(4, 8))
+    total = LOOPS[loop]
+    layers = [model.trunk[0], *(expert[at] for expert in model.experts for at in (2, 4))]
+    torch.testing.assert_close(total(model), sum(total(layer) for layer in layers))
+
+
+def test_a_loop_that_does_not_ask_whether_a_layer_is_there_is_told_so() -> None:
+    model = RIDEWrapper(nn.Sequential(Keeping(8, 16), nn.ReLU(), nn.Linear(16, 5)), 2, fork_at="2")
+    assert model.experts[0][0].weight is model.trunk[0].weight
+    with pytest.raises(ReplayError, match=r"asks a stand-in for `0\.weight`.*would count twice"):
+        sum(part.weight.sum() for name, part in model.experts.named_modules() if name == "0.0")
