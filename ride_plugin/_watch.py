@@ -218,11 +218,16 @@ def _versions_in(module: nn.Module) -> list[tuple[int, int]]:
     return [(id(p), p._version) for p in module.parameters() if p.requires_grad]
 
 
-def _values_in(module: nn.Module) -> list[Tensor]:
-    """Some values of each parameter that trains, or of this rank's part of it."""
+def _values_in(module: nn.Module, frozen: bool = False) -> list[Tensor]:
+    """Some values of each parameter that trains, or of this rank's part of it.
+
+    Args:
+        module: holds them.
+        frozen: whether those that do not train are wanted as well.
+    """
     values = []
     for parameter in module.parameters():
-        if parameter.requires_grad and _has_values(parameter):
+        if (parameter.requires_grad or frozen) and _has_values(parameter):
             part = parameter.detach()
             part = (part.to_local() if hasattr(part, "to_local") else part).flatten()
             values.append(part[:: max(1, part.numel() // _SAMPLED)].clone())
@@ -232,9 +237,10 @@ def _values_in(module: nn.Module) -> list[Tensor]:
 def _equal_experts(module: nn.Module) -> tuple[int, int] | None:
     """The first two experts whose parameters have the same values, as far as those were sampled."""
     experts: Any = module.get_submodule("experts")
-    values = [_values_in(expert) for expert in experts]
+    # Where frozen weights differ, gradients do, and what trains may begin equal, as gains do.
+    values = [_values_in(expert, frozen=True) if _values_in(expert) else [] for expert in experts]
     for i, j in combinations(range(len(values)), 2):
-        alike = len(values[i]) == len(values[j]) > 0  # in some experts more may be frozen
+        alike = len(values[i]) == len(values[j]) > 0  # in some experts all may be frozen
         if alike and all(map(torch.equal, values[i], values[j])):
             return i, j
     return None

@@ -99,6 +99,15 @@ def test_experts_that_were_made_equal_are_noticed_once() -> None:
     assert w[0].filename == __file__
 
 
+def test_gains_that_begin_equal_beside_other_frozen_weights_are_left_in_peace() -> None:
+    layers = (nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 7))
+    model, x = RIDEWrapper(nn.Sequential(*layers), 3, fork_at="2"), torch.randn(4, 20)
+    model(x)
+    for name, parameter in model.named_parameters():  # as test-time adaptation does
+        parameter.requires_grad_(".3." in name)
+    model(x)
+
+
 def test_equal_experts_that_part_at_once_are_left_in_peace() -> None:
     x, y = torch.randn(4, 20), torch.randint(0, 7, (4,))
     for told_apart in ("targets", "classifiers"):
