@@ -203,12 +203,11 @@ def _learn(
             "say) into the forward of a submodule, which then runs as a whole, or behind the fork: "
             "pass `fork_at=` an earlier submodule."
         )
-    for key, few, more in zip(small.keys, small.values, large.values, strict=True):
-        numbers = [len(list(tensors_in(value))) for value in (few, more)]
-        if numbers[0] != numbers[1]:
+    for key, few, more in zip(small.keys, _steps(small)[1], _steps(large)[1], strict=True):
+        if few != more:
             raise SplitError(
-                f"What `{key}` returns before the fork holds {numbers[0]} tensors for a batch of "
-                f"{_BATCHES[0]} and {numbers[1]} for a batch of {_BATCHES[1]}, so that rows of it "
+                f"What `{key}` returns before the fork holds {few} tensors for a batch of "
+                f"{_BATCHES[0]} and {more} for a batch of {_BATCHES[1]}, so that rows of it "
                 "cannot be chosen. Take a batch apart in the forward of a submodule that returns "
                 "one tensor (`torch.stack`), or behind the fork: pass `fork_at=` an earlier "
                 "submodule."

@@ -18,7 +18,7 @@ from ride_plugin._errors import ReplayError, caller, is_question, warn_caller
 
 
 class OneOfSeveral(ReplayError, AttributeError):
-    """Each expert has what was asked for. Code that asks any module by ``hasattr`` gets a no."""
+    """What was asked for is elsewhere too. Code that asks any module by ``hasattr`` gets a no."""
 
 
 def is_of_one_expert(value: Any) -> bool:
