@@ -92,27 +92,35 @@ def from_backbone(model: SplitModule, names: Names, name: str) -> Any:
             "made as of the backbone: `model.parameter_groups_by(function)`.",
         )
     if callable(value) or _holds_parts(value):
-        called_so = f"lambda network: network.{name}(...)" if callable(value) else "function"
-        raise _refused(
-            absent,
-            name,
-            "The backbone's own would reach one part of the model only. Where it returns "
-            f"parameters for an optimizer: `model.parameter_groups_by({called_so})`. Otherwise "
-            f"call `{name}` on the backbone before wrapping it, or on `model.to_module(k)`, a copy "
-            "of expert k as a plain network; where it changes nothing but what lies before the "
-            "fork, as an input size and embeddings do, on the trunk alone: "
-            f"`model.trunk.{name}(...)`; where it sets something in each of its modules, on "
-            f"every part: `for part in (model.trunk, *model.experts): part.{name}(...)` (not if it "
-            "counts modules: every part begins at its own first, so that it may mean another "
-            "module than in the backbone). Weights of a wrapped model are saved with "
-            "`model.state_dict()` "
-            "and loaded with `model.load_state_dict()`.",
-        )
+        raise _refused(absent, name, _instead_of(name, callable(value)))
     # Engines ask for private ones: names of parts, say, which are others now.
     if name.startswith("_") and name not in names.answered:
         raise AttributeError(absent)
     model.hand_out(name)
     return value
+
+
+def _instead_of(name: str, is_method: bool) -> str:
+    """Where to turn for what the backbone has of this name, in words."""
+    begins = "The backbone's own would reach one part of the model only."
+    if re.match("save|push", name):
+        return (
+            f"{begins} Save `model.state_dict()` and load it with `model.load_state_dict()`; "
+            f"`model.to_module(k).{name}(...)` is for expert k alone, as a plain network."
+        )
+    verb, use = ("Call", f"{name}(...)") if is_method else ("Take", name)
+    function = f"lambda network: network.{use}" if is_method else "function"
+    last = (
+        "A state of a wrapped model is loaded with `model.load_state_dict()`."
+        if re.match("load|from_pretrained", name)
+        else f"Groups of parameters for an optimizer: `model.parameter_groups_by({function})`."
+    )
+    return (
+        f"{begins} {verb} `{name}` on the backbone before wrapping it; on `model.to_module(k)`, "
+        f"expert k as a plain network; on the trunk alone, `model.trunk.{use}`, if it concerns "
+        "nothing behind the fork; or on every part, "
+        f"`for part in (model.trunk, *model.experts): part.{use}`. {last}"
+    )
 
 
 def _where(model: SplitModule, name: str) -> str:

@@ -99,7 +99,7 @@ def test_what_nobody_has_is_missing() -> None:
 def test_what_would_reach_one_part_only_is_refused(name: str) -> None:
     model = wrapped()
     assert not hasattr(model, name)
-    with pytest.raises(AttributeError, match=rf"call `{name}` on the backbone before wrapping"):
+    with pytest.raises(AttributeError, match=rf"`{name}` on the backbone before wrapping"):
         getattr(model, name)
     assert model.trunk.loaded == 0
 
@@ -116,6 +116,14 @@ def test_a_question_whose_answer_hides_an_error_is_warned_of(name: str, advice: 
         assert getattr(model, name, None) is None
     with pytest.warns(UserWarning, match=f"asks the model for `{name}`"):
         assert [m for m in (model,) if hasattr(m, name)] == []
+
+
+def test_weights_are_saved_in_another_way() -> None:
+    model = wrapped()
+    saving = r"`model\.state_dict\(\)`.*`model\.to_module\(k\)\.save_pretrained\(\.\.\.\)`"
+    model.trunk.__dict__["save_pretrained"] = print
+    with pytest.raises(AttributeError, match=saving):
+        model.save_pretrained("folder")
 
 
 def test_an_error_that_is_heard_is_not_warned_of_as_well() -> None:
@@ -157,7 +165,7 @@ class Resizable(Backbone):
 
 def test_what_changes_the_trunk_is_called_there_alone() -> None:
     model = RIDEWrapper(Resizable(), 2, fork_at="blocks.2")
-    with pytest.raises(AttributeError, match=r"the trunk alone: `model\.trunk\.set_input_size\("):
+    with pytest.raises(AttributeError, match=r"the trunk alone, `model\.trunk\.set_input_size\("):
         model.set_input_size(16)
     model.trunk.set_input_size(16)
     x = torch.randn(3, 16)
@@ -714,7 +722,7 @@ def test_keywords_without_weight_decay_are_parts_of_the_models_names() -> None:
 
 def test_methods_that_count_or_return_something_else_are_no_groups() -> None:
     model = RIDEWrapper(Grouped(), 2, fork_at="blocks.2")
-    with pytest.raises(AttributeError, match="call `get_num_params` on the backbone"):
+    with pytest.raises(AttributeError, match="Call `get_num_params` on the backbone"):
         model.get_num_params()
     with pytest.raises(ArgumentError, match=r"`get_parameters` to return parameters .* got list"):
         model.get_parameters()
