@@ -121,6 +121,7 @@ METHODS: dict[str, Method] = {
     "balanced_softmax_narrow": _adjusted((1.0,), num_experts=1),
     "balanced_softmax_wide": Method("balanced_softmax", cosine=True, channels=20),
     "balanced_softmax_mixup": Method("balanced_softmax", cosine=True, mixup=0.4),
+    "balanced_softmax_strong": Method("balanced_softmax", cosine=True, views="strong"),
     "balanced_softmax_earlyon": Method("balanced_softmax", other="earlyon"),
     "balanced_softmax_packed": Method("balanced_softmax", other="packed"),
     "balanced_softmax_batch": Method("balanced_softmax", other="batch"),
@@ -153,6 +154,8 @@ METHODS: dict[str, Method] = {
     "ride3_balanced_collaborative": _adjusted((1.0, 1.0, 1.0), collaborative=True),
     "ride3_adjusted": _adjusted(),
     "ride3_adjusted_mixup": _adjusted(mixup=0.3),
+    "ride3_adjusted_strong": _adjusted(views="strong"),
+    "ride3_adjusted_strong_full_width": _adjusted(views="strong", expert_width=1.0),
     "ride3_adjusted_mixup_full_width": _adjusted(mixup=0.4, expert_width=1.0),
     "ride3_adjusted_paper": _adjusted(diversity="paper"),
 }
