@@ -13,7 +13,7 @@ Where to read first, and what belongs together:
   copies with stand-ins (``_views``); what crosses between them (``_learn``, ``_use``); and the
   self-check (``_check``, ``_check_rows``, ``_results``).
 - *What cannot be cut there*, and is refused by name: ``_feedback``, ``_once``, ``_hidden``,
-  ``_references``, ``_modes``, ``_unseen``, ``_again``.
+  ``_references``, ``_modes``, ``_unseen``, ``_again``; what routing would mix is ``_kept_rows``.
 - *The model.* ``_module`` is made of ``_parts``, knows ways through the forward (``_paths``, which
   keeps hooks of others out by ``_observers``) and reads what experts return (``_expert_result``,
   ``_features``).
@@ -39,6 +39,7 @@ from ride_plugin._split._hollow import hollow
 from ride_plugin._split._hooks import put_fork_hooks_first
 from ride_plugin._split._inert import inert_parameters
 from ride_plugin._split._join import join_parts
+from ride_plugin._split._kept_rows import kept_rows_of
 from ride_plugin._split._learn import throwaway
 from ride_plugin._split._logits import (
     Choice,
@@ -102,6 +103,7 @@ __all__ = [
     "is_same",
     "is_same_tensor",
     "join_parts",
+    "kept_rows_of",
     "losses_beside",
     "losses_dropped",
     "merged_groups",

@@ -21,6 +21,7 @@ from ride_plugin._split._example import refuse_third_row
 from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
 from ride_plugin._split._fork import choose_fork
 from ride_plugin._split._hooks import watch_classifier
+from ride_plugin._split._kept_rows import kept_rows
 from ride_plugin._split._learn import learn
 from ride_plugin._split._lend import refuse_unsavable
 from ride_plugin._split._logits import Choice
@@ -254,7 +255,9 @@ def learned(
             "Its late part seems to need something of its early part that is no tensor, a "
             "cache say (Hugging Face's is switched off by `config.use_cache = False`), or that "
             "a hook leaves on the model (hand it on in the forward instead); or it takes "
-            "batches of two rows only (ask for `x.size(0)`); or the forward copies a module "
+            "batches of two rows only (ask for `x.size(0)`); or a module keeps something of each "
+            "row from call to call, a membrane potential say (begin anew where the number of rows "
+            "is another: `if self.v.shape != x.shape:`); or the forward copies a module "
             "before the fork (copy it in a submodule that holds it). Pass another `fork_at=`, "
             "or write trunk and experts as modules of their own and use "
             f"`RIDEWrapper.from_parts`.{collected}"
@@ -266,9 +269,16 @@ def learned(
     views = replace(split.views, written=split.views.written | written)
     # More attributes may start where the trunk started than were known when it ran.
     state = replace(state, attributes=read_attributes(views.expert, split.attributes))
+    kept = kept_rows(replace(split, views=views), state, seen.root.changed)
     unseen = unseen_modules(views.trunk, spine, trees.values())
     return replace(
-        split, views=views, classifier=classifier, calls=seen.root, state=state, unseen=unseen
+        split,
+        views=views,
+        classifier=classifier,
+        calls=seen.root,
+        state=state,
+        unseen=unseen,
+        kept=kept,
     )
 
 

@@ -130,7 +130,7 @@ def _others_matter(fresh: Callable[[], Views], state: TrunkState, expected: Tens
         row = turn % state.batch_size
         among = state.select(torch.tensor([row] * state.batch_size, device="cpu"))
         try:
-            got = _played(fresh(), _with_extremes(among, row, turn))
+            got = _played(fresh(), with_extremes(among, row, turn))
         except Exception:  # no values for this forward, which may look at its numbers
             got = _played(fresh(), among)
         if got.shape != expected.shape or not near(got[row], expected[row]):
@@ -144,7 +144,7 @@ def _played(views: Views, state: TrunkState) -> Tensor:
         return logits_of(play(views.expert, views.running, state.hollowed()))
 
 
-def _with_extremes(state: TrunkState, row: int, seed: int) -> TrunkState:
+def with_extremes(state: TrunkState, row: int, seed: int) -> TrunkState:
     """Of equal rows all but one get the least and the largest of the trunk's numbers instead."""
     assert state.layout is not None
     size = state.batch_size

@@ -20,6 +20,7 @@ from ride_plugin._split._logits import Choice
 from ride_plugin._split._parts import Parts, Split, parts_of, trial_run
 from ride_plugin._split._stand_ins import Forked
 from ride_plugin._split._state import Layout
+from ride_plugin._tree import Place
 
 
 def graft_experts(
@@ -69,6 +70,7 @@ def unite(base: Split, splits: Sequence[Split]) -> Parts:
         SplitError: the experts differ in what a model needs equal, or do not run on the trunk.
     """
     layouts, attributes, late = base.layouts, set(base.attributes), set(base.late)
+    kept: set[Place] = set()
     for index, split in enumerate(splits):
         try:
             _check_alike(split, base)
@@ -77,6 +79,7 @@ def unite(base: Split, splits: Sequence[Split]) -> Parts:
             raise SplitError(f"`expert_factory({index})` does not fit: {error}") from error
         attributes |= set(split.attributes)
         late |= set(split.late)
+        kept |= set(split.kept)
     experts = [split.views.expert for split in splits]
     links = [link for split in splits for link in split.views.links]
     for module in base.views.trunk.modules():
@@ -87,7 +90,12 @@ def unite(base: Split, splits: Sequence[Split]) -> Parts:
     written = frozenset[str]().union(*(split.views.written for split in (base, *splits)))
     views = replace(base.views, written=written)
     common = replace(
-        base, views=views, layouts=layouts, attributes=sorted(attributes), late=sorted(late)
+        base,
+        views=views,
+        layouts=layouts,
+        attributes=sorted(attributes),
+        late=sorted(late),
+        kept=sorted(kept),
     )
     parts = parts_of(common, experts, links, num_probed=len(experts))
     _check_runs(parts)

@@ -40,6 +40,7 @@ from ride_plugin._split._hooks import (
     places_of_units,
     watch_classifier,
 )
+from ride_plugin._split._kept_rows import KeptRows
 from ride_plugin._split._logits import LogitsReader
 from ride_plugin._split._misplaced import has_unrun_hooks, keep_stand_ins, places_of_stand_ins
 from ride_plugin._split._observers import numbers_of_hooks
@@ -124,6 +125,7 @@ class SplitModule(Holder):
         self._frozen_parts = Frozen(self.trunk, parts.experts)
         self._held_together: list[Group] = []  # between a change of tensors and `relink`
         self._handed_out = HandedOut()
+        self._kept_rows = KeptRows(parts.kept)
 
     def parts(self) -> Parts:
         """What the model is made of now; the modules themselves, not copies."""
@@ -144,6 +146,7 @@ class SplitModule(Holder):
             self.redrawn_parameters,
             self._written,
             self._differs,
+            self._kept_rows.places,
         )
 
     @property
@@ -226,6 +229,8 @@ class SplitModule(Holder):
             output = play(expert, self._running, state, at_fork)
             if not alone:
                 _refuse_changed(state, versions)
+                if self._kept_rows.places and not expert.training:
+                    self._kept_rows.note(index, expert)
             return self._read(output)
         except Exception as error:
             if not torch.compiler.is_compiling() and not belongs_to(expert, self._running):

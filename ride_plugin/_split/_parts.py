@@ -46,6 +46,7 @@ class Split:
         state: what the trunk returned for three rows in evaluation mode.
         unseen: names of modules outside all units that were not called, which the trunk holds.
         differs: where an expert's whole output differs from the backbone's, in words.
+        kept: attributes and buffers of an expert that hold something of each row for its next call.
     """
 
     views: Views
@@ -62,6 +63,7 @@ class Split:
     state: TrunkState | None = None
     unseen: Sequence[str] = ()
     differs: str | None = None
+    kept: Sequence[Place] = ()
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Parts:
         redrawn: names, inside an expert, of trainable parameters that were drawn anew for each
             expert beside frozen ones.
         written: names of parameters and buffers that a forward writes.
-        differs: as in :class:`Split`.
+        differs, kept: as in :class:`Split`.
     """
 
     trunk: nn.Module
@@ -97,6 +99,7 @@ class Parts:
     redrawn: Sequence[str] = ()
     written: frozenset[str] = frozenset()
     differs: str | None = None
+    kept: Sequence[Place] = ()
 
     def classifiers(self) -> list[nn.Module]:
         """The classifier of each expert; none if it is no submodule."""
@@ -143,6 +146,7 @@ def parts_of(
         num_probed,
         written=split.views.written,
         differs=split.differs,
+        kept=split.kept,
     )
 
 

@@ -14,8 +14,15 @@ from typing_extensions import Self
 from ride_plugin._checks import as_cpu_tensor, has_values, refuse, way_inside
 from ride_plugin._compiler import is_exported, uncompiled
 from ride_plugin._cost import check_router
-from ride_plugin._errors import ArgumentError
-from ride_plugin._split import Holder, is_same, refuse_plain_state, refuse_state_of_part
+from ride_plugin._errors import ArgumentError, ReplayError
+from ride_plugin._split import (
+    Holder,
+    SplitModule,
+    is_same,
+    kept_rows_of,
+    refuse_plain_state,
+    refuse_state_of_part,
+)
 from ride_plugin.routing._exit import RoutedStages, RoutingOutput, run_everything, walk
 from ride_plugin.routing._export import export_stages
 from ride_plugin.routing._protocols import RoutableModel, Router
@@ -176,6 +183,8 @@ class RoutingInference(nn.Module):
             ArgumentError: this is being exported, or (on the CPU only) an expert's logits hold
                 NaN. On an accelerator the check would stall the device; there such rows come back
                 as NaN.
+            ReplayError: the experts keep something of each row from call to call, a membrane
+                potential say, that was not reset since the last call, and rows leave early.
         """
         if is_exported((args, kwargs)):
             raise ArgumentError(
@@ -184,9 +193,17 @@ class RoutingInference(nn.Module):
                 "`serve.export_stages()`, or a module whose forward returns `serve.dense(x)`, "
                 "which runs every expert on every row and selects afterwards."
             )
-        stages = self.stages
+        stages, kept = self.stages, kept_rows_of(self.model)
+        held = kept is not None and kept.held(cast("SplitModule", self.model).experts)
         with stages.evaluating():
-            output = walk(stages, *args, **kwargs)
+            try:
+                output = walk(stages, *args, **kwargs)
+            except ReplayError as error:  # states of other numbers of rows, say
+                if kept is None or not held:
+                    raise
+                raise kept.error() from error
+        if kept is not None:
+            kept.check(held, output.num_experts_used)
         return output if return_routing else output.logits
 
     if TYPE_CHECKING:

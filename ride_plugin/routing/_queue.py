@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ride_plugin._checks import check_instance, check_integer, check_predictions
-from ride_plugin._errors import ArgumentError
+from ride_plugin._errors import ArgumentError, listed
 from ride_plugin._numerics import Autocast
-from ride_plugin._tree import map_tensors
+from ride_plugin._split import kept_rows_of
+from ride_plugin._tree import dotted, map_tensors
 from ride_plugin.routing._exit import RoutingOutput, Underway, rows_going_on, run_first, run_next
 from ride_plugin.routing._inference import RoutingInference
 from ride_plugin.routing._protocols import RoutableModel
@@ -105,7 +106,8 @@ class RoutingQueue:
             every submission at once.
 
     Raises:
-        ArgumentError: an argument is out of range, or the model's states cannot be joined.
+        ArgumentError: an argument is out of range, the model's states cannot be joined, or its
+            experts keep something of each row from call to call.
 
     Example:
         >>> from torch import nn
@@ -125,6 +127,14 @@ class RoutingQueue:
         self.serve = check_instance(
             serve, "serve", RoutingInference, "a RoutingInference", advice=_ADVICE
         )
+        kept = kept_rows_of(serve.model)
+        if kept is not None:
+            raise ArgumentError(
+                "Expected argument `serve` to hold a model whose experts keep nothing of a row "
+                f"from call to call, but each keeps {listed([dotted(*p) for p in kept.places])}, "
+                "and here an expert runs on rows of several submissions. Call `serve` itself, and "
+                "reset the model before each batch."
+            )
         self.batch_size = check_integer(batch_size, "batch_size", 1)
         self.max_wait = check_integer(max_wait, "max_wait", 0)
         self._next_ticket = 0

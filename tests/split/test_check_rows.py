@@ -105,7 +105,7 @@ def test_values_that_are_tried_stay_within_their_bounds() -> None:
     x[:, 0] = torch.tensor([0.0, 4.0, 1.0, 2.0])
     model = RIDEWrapper(Categories(), 2, fork_at="b", example_input=x).eval()
     state = model.run_trunk(x[:3]).select(torch.tensor([1, 1, 1]))
-    tried = _check_rows._with_extremes(state, 1, 0)
+    tried = _check_rows.with_extremes(state, 1, 0)
     assert tried.values[0] is state.values[0]
     changed = 0
     for got, given in zip(tried.values[1:], state.values[1:], strict=True):
