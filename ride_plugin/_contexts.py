@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import sys
 import threading
@@ -70,7 +71,12 @@ def random_state(held: nn.Module | Tensor) -> Callable[[], None]:
 
 @contextmanager
 def random_state_kept(held: nn.Module | Tensor) -> Iterator[None]:
-    """Restore the random state of torch, numpy and Python after a block."""
+    """Restore the random state of torch, numpy and Python after a block.
+
+    torch imports ``numpy.random`` at the first forward on tensors without contents. A state that
+    begins inside of the block would look as if a forward had drawn, and could not be restored.
+    """
+    importlib.import_module(_NUMPY)
     generators = _common_generators(held)
     restore, kept = _noted(generators), _mine.generators
     kept += generators

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -251,3 +253,26 @@ def test_devices_that_have_not_started_have_no_state() -> None:
     with random_state_kept(module):
         seed_everything()
     random_state(module)()
+
+
+def test_a_first_build_in_which_torch_imports_numpys_generator_is_as_any_other() -> None:
+    script = """
+import sys
+import torch
+from torch import nn
+from ride_plugin import RIDEWrapper
+
+class Leaky(nn.Module):
+    def forward(self, x):  # for which torch imports numpy.random on tensors without contents
+        return 0.5 * x
+
+assert "numpy.random" not in sys.modules
+net = nn.Sequential(nn.Linear(6, 8), Leaky(), nn.Linear(8, 8), Leaky(), nn.Linear(8, 5))
+model = RIDEWrapper(net, 2, fork_at="2", example_input=torch.randn(2, 6))
+import numpy
+print(model._draws, numpy.random.rand() == numpy.random.RandomState(0).rand())
+"""
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Nothing was drawn, and the seed of the build is not left behind.
+    assert run.stdout.split() == ["False", "False"]
