@@ -113,6 +113,7 @@ def plan(
     fork_at: str | None = None,
     example_input: Any = None,
     logits: int | str | Callable[[Any], Tensor] | None = None,
+    num_classes: int | None = None,
 ) -> Plan:
     """Compare numbers and widths of experts by cost, before training: what fits a budget of FLOPs?
 
@@ -130,6 +131,7 @@ def plan(
         fork_at: as for ``RIDEWrapper``.
         example_input: as for ``RIDEWrapper``.
         logits: as for ``RIDEWrapper``.
+        num_classes: as for ``RIDEWrapper``.
 
     Raises:
         ArgumentError: an argument is out of range, or shares are for a number of experts that is
@@ -179,6 +181,7 @@ def plan(
                     fork_at=fork_at,
                     example_input=example_input,
                     logits=logits,
+                    num_classes=num_classes,
                 )
             except WidthError as error:
                 failed.append((width, str(error)))

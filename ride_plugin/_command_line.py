@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._advised import GIVEN, GUESSED, naming, with_options
 from ride_plugin._budget import plan
 from ride_plugin._checks import as_labels, check_floating
 from ride_plugin._cost import cost_report
@@ -39,23 +41,7 @@ The file holds arrays as numpy.savez writes them: `target` [N], `class_counts` [
 if the model was routed."""
 _OF_ANY_MODEL = 3  # lines of an analysis: head, accuracy and calibration error; experts follow
 _KINDS = ("expert_logits", "logits", "predictions")
-_OPTIONS = {  # what the library's errors call them, and what the command line does
-    "`num_experts`": "--num-experts",
-    "`expert_width`": "--expert-width",
-    "`expert_widths`": "--expert-width",
-    "`max_flops_ratio`": "--budget",
-    "`fork_at`": "--fork-at",
-    "`example_input`": "--input",
-}
 _TOLD_OF_GUESS = ", which are guessed: `--input` gives others"
-_GIVEN = (
-    "--input gives the sizes of one sample and makes random floating-point numbers of them. Leave "
-    "it out for a network that takes others, such as token ids, whose input is guessed."
-)
-_GUESSED = (
-    "Here --input can only be the sizes of one sample of floating-point numbers, such as "
-    "3,224,224. A network that takes something else is wrapped in a script, with `example_input=`."
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,11 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         text, values = options.run(options)
     except (RIDEError, OSError) as error:
-        message = re.sub(
-            r"(`\w+)=?`", lambda name: _OPTIONS.get(f"{name[1]}`", name[0]), str(error)
-        )
+        message = with_options(str(error), options.command)
         if "--input" in message:
-            message += f" ({_GIVEN if options.input else _GUESSED})"
+            message += f" ({GIVEN if options.input else GUESSED})"
         print(f"python -m ride_plugin {options.command}: {message}", file=sys.stderr)
         return 2
     try:
@@ -114,6 +98,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--input", metavar="SIZES", help="of one sample, such as 3,224,224; guessed if left out"
         )
+        command.add_argument(
+            "--logits",
+            type=_place,
+            metavar="PLACE",
+            help="index or name of the logits in what the backbone returns; found if left out",
+        )
+        command.add_argument(
+            "--num-classes",
+            type=int,
+            metavar="C",
+            help="the backbone's own number confirms it, another makes other classifiers",
+        )
         if name == "plan":
             command.add_argument(
                 "--budget",
@@ -150,8 +146,12 @@ def _plan(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         max_flops_ratio=options.budget,
         fork_at=options.fork_at,
         example_input=example,
+        logits=options.logits,
+        num_classes=options.num_classes,
     )
-    fork, reason = reason_of_fork(backbone, options.fork_at, example)
+    failed = tuple((width, with_options(why, options.command)) for width, why in found.failed)
+    found = replace(found, failed=failed)
+    fork, reason = _fork(backbone, options, example)
     rows: list[dict[str, Any]] = [
         {
             "num_experts": row.num_experts,
@@ -181,7 +181,6 @@ def _plan(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     backbone, example = _backbone(options.backbone), _example(options.input)
-    fork, reason = reason_of_fork(backbone, options.fork_at, example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about weights, which do not matter here
         model = RIDEWrapper(
@@ -190,7 +189,10 @@ def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             expert_width=1.0 if options.expert_width is None else options.expert_width,
             fork_at=options.fork_at,
             example_input=example,
+            logits=options.logits,
+            num_classes=options.num_classes,
         )
+    fork, reason = _fork(backbone, options, example)
     report = cost_report(model, backbone=backbone)
     plain = parameters_by_child(backbone)
     sides = [
@@ -239,12 +241,20 @@ def _report(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     used, logits = arrays.get("num_experts_used"), arrays.get("expert_logits")
     values: dict[str, Any] = {}
     if "predictions" in arrays:
-        report = shot_report(arrays["predictions"], target, class_counts, **cuts)
+        with naming("output", "predictions"):
+            report = shot_report(arrays["predictions"], target, class_counts, **cuts)
         text = str(report)
     else:
         if logits is None:  # as those of one expert, whatever number of experts they came from
             of_one = check_floating(arrays["logits"], "logits", "N", "C")[:, None]
-            found = analyze(of_one, target, class_counts, **cuts)
+            with naming("expert_logits", "logits"):
+                if of_one.shape[::2] != (len(target), len(class_counts)):
+                    raise ArgumentError(
+                        f"Expected argument `logits` to be [{len(target)}, {len(class_counts)}], "
+                        "as `target` and `class_counts` have it, but got "
+                        f"{list(arrays['logits'].shape)}."
+                    )
+                found = analyze(of_one, target, class_counts, **cuts)
             text = "\n".join(str(found).splitlines()[:_OF_ANY_MODEL])
         else:
             found = analyze(logits, target, class_counts, num_experts_used=used, **cuts)
@@ -261,6 +271,17 @@ def _report(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if options.csv is not None:
         report.per_class_csv(options.csv)
     return text, {"accuracy": accuracy, **values, "per_class": list(report.per_class)}
+
+
+def _fork(
+    backbone: nn.Module, options: argparse.Namespace, example: Tensor | None
+) -> tuple[str, str]:
+    return reason_of_fork(backbone, options.fork_at, example, options.logits, options.num_classes)
+
+
+def _place(text: str) -> int | str:
+    """An index, or else a key or an attribute."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def _backbone(name: str) -> nn.Module:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,43 @@ class Words(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.head(self.late(self.words(ids)).relu().mean(1))
+
+
+class Outputs(nn.Module):
+    """Two heads, whose logits are returned in different ways, or one more dimension."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.early, self.late, self.one, self.two = (nn.Linear(6, size) for size in (6, 6, 5, 7))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.late(self.early(x).relu()).relu()
+        if self.how == "nested":
+            return x, (self.one(x), self.two(x))
+        if self.how == "dict":
+            return {"one": self.one(x), "two": self.two(x)}
+        return self.one(x)[:, None] if self.how == "slices" else (self.one(x), self.two(x))
+
+
+def outputs_tuple() -> nn.Module:
+    return Outputs("tuple")
+
+
+def outputs_dict() -> nn.Module:
+    return Outputs("dict")
+
+
+def outputs_nested() -> nn.Module:
+    return Outputs("nested")
+
+
+def outputs_slices() -> nn.Module:
+    return Outputs("slices")
+
+
+def features() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
 
 
 class Broken(nn.Module):
@@ -210,6 +248,68 @@ def test_errors_say_what_to_do(capsys, arguments, said):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert said in printed.err
+
+
+HERE = "tests.test_command_line"
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+@pytest.mark.parametrize(
+    ("factory", "options", "num_classes"),
+    [
+        ("outputs_tuple", ["--logits", "1"], 7),
+        ("outputs_tuple", ["--logits", "-2"], 5),
+        ("outputs_dict", ["--logits", "two"], 7),
+        ("features", ["--num-classes", "8"], 8),
+        ("any_size", ["--num-classes", "9"], 9),
+    ],
+)
+def test_the_logits_can_be_told(capsys, command, factory, options, num_classes):
+    sizes = "3,8,8" if factory == "any_size" else "6"
+    values = values_of(capsys, command, f"{HERE}:{factory}", "--input", sizes, *options)
+    if command == "inspect":
+        assert values["num_classes"] == num_classes
+    else:
+        assert values["rows"]
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("outputs_tuple", "Pass --logits: an index"),
+        ("outputs_nested", "--logits takes an index or a name; a function goes into a script"),
+        ("outputs_slices", "(What is written in Python here goes into a script"),
+        ("features", "pass `--num-classes 8`"),
+        ("features", "(What is written in Python here goes into a script"),
+    ],
+)
+def test_errors_advise_what_the_command_has(capsys, command, factory, said):
+    assert main([command, f"{HERE}:{factory}", "--input", "6"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_widths_that_are_not_possible_advise_what_the_command_has(capsys):
+    arguments = ["plan", f"{HERE}:outputs_tuple", "--input", "6", "--logits", "0"]
+    assert main([*arguments, "--expert-width", "1", "0.95"]) == 0
+    said = capsys.readouterr().out
+    assert "or another --fork-at, or `--expert-width 1.0`" in said
+    assert "`fork_at" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "said"),
+    [
+        ("logits", np.zeros((6, 9)), r"`logits` to be [6, 4], as `target`"),
+        ("logits", np.full((6, 4), np.nan), "`logits` to hold no NaN"),
+        ("predictions", np.arange(6), "`predictions` to hold class indices from 0 to 3"),
+    ],
+)
+def test_errors_name_the_array_of_the_file(capsys, tmp_path, name, array, said):
+    held = {"target": np.arange(6) % 4, "class_counts": [300, 150, 60, 5], name: array}
+    np.savez(tmp_path / "p.npz", **held)
+    assert main(["report", str(tmp_path / "p.npz")]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_file_without_the_arrays_is_refused(capsys, tmp_path, arrays):

@@ -114,11 +114,18 @@ def _split(
     return replace(split, doubt=doubt, sequence=seen.sequence)
 
 
-def reason_of_fork(backbone: nn.Module, fork_at: str | None, example_input: Any) -> tuple[str, str]:
+def reason_of_fork(
+    backbone: nn.Module,
+    fork_at: str | None,
+    example_input: Any,
+    logits: Choice = None,
+    num_classes: int | None = None,
+) -> tuple[str, str]:
     """Where ``backbone`` is forked, and why there, in words."""
     refuse_unfit(backbone)
     with random_state_kept(backbone):
-        fork = choose_fork(examine(source_of(backbone), example_input).root, fork_at)
+        seen = examine(source_of(backbone), example_input, logits, num_classes)
+        fork = choose_fork(seen.root, fork_at)
     return fork.name, fork.reason
 
 
