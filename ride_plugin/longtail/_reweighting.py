@@ -61,8 +61,9 @@ class DeferredReweighting(Schedule):
     NeurIPS 2019, algorithm 1 (epoch 160 of 200 on CIFAR).
 
     It behaves as a learning-rate scheduler does: ``last_epoch`` is 0 at construction, and
-    ``step()`` is called once at the end of each epoch. Its state dict holds the epoch; the
-    criterion keeps its own.
+    ``step()`` is called once at the end of each epoch. A loop that never calls it is told so where
+    :class:`RIDELoss` has the schedule; in a loop without one nobody counts what the criterion has
+    seen. Its state dict holds the epoch; the criterion keeps its own.
 
     Attributes:
         last_epoch: the current epoch, counted from zero. It may be set, as may ``start_epoch`` and

@@ -19,6 +19,7 @@ from ride_plugin._checks import (
     refuse,
 )
 from ride_plugin._errors import ArgumentError
+from ride_plugin.longtail._given_labels import refuse_other_labels
 
 Profile = Literal["exp", "step"]
 
@@ -175,15 +176,17 @@ class LongTailedSubset(Subset[Any]):
             labels: class of every image; read from the data set's ``targets`` or ``labels``, or
                 from the second tensor of a TensorDataset, if None; those of the sets behind a
                 Subset (``random_split``) or a ConcatDataset. A ``target_transform`` of the data set
-                is applied to what is read, which may be names then.
+                is applied to what is read, which may be names then. Where ``__getitem__`` is
+                somebody's own, a few samples are asked for the label that they give out.
             profile: see :func:`long_tailed_counts`.
             max_count: see :func:`long_tailed_indices`.
             seed: of the draw.
 
         Raises:
-            ArgumentError: no labels are found, their number does not fit, or a class has too few
-                images.
+            ArgumentError: no labels are found, samples give out others, their number does not
+                fit, or a class has too few images.
         """
+        found = labels is None
         classes = as_labels(_labels_of(dataset) if labels is None else labels)
         if not hasattr(dataset, "__len__"):
             refuse("dataset", "a map-style data set, with a length", dataset)
@@ -193,6 +196,8 @@ class LongTailedSubset(Subset[Any]):
                 f"Expected argument `labels` to have one entry for each of the data set's {size} "
                 f"samples, but got {len(classes)}. Pass labels in the data set's order."
             )
+        if found:
+            refuse_other_labels(dataset, classes)
         indices = long_tailed_indices(
             classes, imbalance_factor, profile=profile, max_count=max_count, seed=seed
         )

@@ -149,6 +149,73 @@ def test_labels_are_those_of_the_sets_behind_a_part_or_a_union(dataset) -> None:
     assert data.labels.bincount().tolist() == data.class_counts
 
 
+class Merged(Subset):
+    """A part whose own code merges classes; tests say in what form the label comes."""
+
+    def __init__(self, dataset: Dataset, form=lambda x, y, index: (x, y)) -> None:
+        super().__init__(dataset, range(120))
+        self.form = form
+
+    def __getitem__(self, index: int):
+        x, y = super().__getitem__(index)
+        return self.form(x, y // 2, index)
+
+    def __getitems__(self, indices: list[int]):
+        return [self[index] for index in indices]
+
+
+class Mistaken(Shown):
+    """Draws some labels anew, and its images at random."""
+
+    def __getitem__(self, index: int):
+        label = self.targets[index]
+        return torch.randn(2), 0 if label == 3 else label
+
+
+WHOLE = TensorDataset(torch.randn(120, 2), LABELS)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Merged(WHOLE),
+        Subset(Merged(WHOLE), range(1, 119)),
+        ConcatDataset([Merged(WHOLE), WHOLE]),
+        Mistaken(targets=LABELS.tolist()),
+        Merged(WHOLE, lambda x, y, index: {"image": x, "label": np.int64(y)}),
+        Merged(WHOLE, lambda x, y, index: (x, y.view(1), index)),
+    ],
+    ids=["part", "part of it", "union", "some", "dict", "with index"],
+)
+def test_labels_that_samples_do_not_come_with_are_refused(dataset) -> None:
+    state = torch.get_rng_state()
+    with pytest.raises(ArgumentError, match=r"sample \d+ comes with \d, and \d was read"):
+        LongTailedSubset(dataset, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    labels = torch.arange(len(dataset)) % 2
+    assert LongTailedSubset(dataset, 3, labels=labels).class_counts[0] == len(dataset) // 2
+
+
+class Unread(Labelled):
+    def __getitem__(self, index: int):
+        raise OSError("no such file")
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Merged(WHOLE, lambda x, y, index: (x, index)),
+        Merged(WHOLE, lambda x, y, index: (x, y, int(LABELS[index]))),
+        Merged(WHOLE, lambda x, y, index: (x, torch.rand(4))),
+        Merged(WHOLE, lambda x, y, index: x),
+        Unread(targets=LABELS.tolist()),
+    ],
+    ids=["index", "both labels", "shares", "image alone", "no file"],
+)
+def test_samples_without_a_label_or_with_the_right_one_say_nothing(dataset) -> None:
+    assert LongTailedSubset(dataset, 3).class_counts == [30, 20, 14, 10]
+
+
 def test_a_part_of_a_set_without_labels_is_refused() -> None:
     for dataset in (Subset(Labelled(), range(9)), ConcatDataset([Labelled()])):
         with pytest.raises(ArgumentError, match=r"`dataset`.*Labelled.*labels="):
