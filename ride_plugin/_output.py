@@ -307,12 +307,16 @@ def _undone_by_hand(output: Tensor) -> str:
             "detached, `expert_logits(output).detach()`. The output has no gradient, as after "
             "`.detach()` or `.data`, while gradients are recorded. If an engine has done it: "
         )
-    steps, node = list[str](), output.grad_fn
-    while node is not None and len(steps) < _STEPS and re.search(r"Backward\d+$", node.name()):
-        steps.append(re.sub(r"Backward\d+$", "", node.name()))
-        node = next((before for before, _ in node.next_functions if before is not None), None)
-    if not steps or node is None or node.name() != f"{_Together.__name__}Backward":
+    steps = _steps_since_the_model(output.grad_fn, _STEPS)
+    if not steps:
         return ""
+    if any(re.search(r"(?i)mm$", step) for step in steps):
+        return (
+            "Put the layer that stands behind the wrapped model inside of it, so that each expert "
+            "has one: `RIDEWrapper.from_pair(feature_extractor, layer)`, or one module that runs "
+            f"both. (By its graph the output is the model's, then {', '.join(steps)}.) If there is "
+            "no such layer: "
+        )
     if set(steps) == {"ToCopy"}:
         return (
             "Pass the model's output itself, before it was cast (`out.float()`, say): the losses "
@@ -320,9 +324,27 @@ def _undone_by_hand(output: Tensor) -> str:
         )
     return (
         "Do to the experts' logits what was done to the model's output (by its graph: "
-        f"{', '.join(reversed(steps))}): `criterion(expert_logits(output)[rows], target[rows])` "
+        f"{', '.join(steps)}): `criterion(expert_logits(output)[rows], target[rows])` "
         "for some of its rows, `[..., columns]` for some classes. If an engine has done it: "
     )
+
+
+def _steps_since_the_model(node: Any, at_most: int) -> list[str]:
+    """Names of torch's operations between a wrapped model's output and a node of its graph.
+
+    Empty where the node is the output itself, or where no output leads to it in so few steps.
+    """
+    if node is None or at_most == 0 or not re.search(r"Backward\d+$", node.name()):
+        return []
+    step = re.sub(r"Backward\d+$", "", node.name())
+    for before, _ in node.next_functions:
+        if before is None:
+            continue
+        if before.name() == f"{_Together.__name__}Backward":
+            return [step]
+        if steps := _steps_since_the_model(before, at_most - 1):
+            return [*steps, step]
+    return []
 
 
 def _is_of_no_wrapped_model(output: Tensor) -> bool:

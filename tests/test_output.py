@@ -282,6 +282,29 @@ def test_whoever_waits_for_the_gradient_of_the_output_sees_that_of_the_carried_l
     assert of_mean is None  # which tells a loss of the mean alone from one of the experts
 
 
+@pytest.mark.parametrize(
+    ("behind", "named"),
+    [
+        (nn.Linear(5, 3), "Addmm"),
+        (nn.Linear(5, 3, bias=False), "Mm"),
+        (nn.Sequential(nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), "Relu, Addmm"),
+    ],
+)
+def test_a_layer_behind_the_wrapped_model_is_told_to_go_inside(
+    behind: nn.Module, named: str
+) -> None:
+    out = behind(wrapped()(torch.randn(4, 6)))
+    message = rf"^Put the layer that stands behind.*from_pair.*the model's, then {named}"
+    with pytest.raises(MissingExpertLogitsError, match=message):
+        expert_logits(out)
+
+
+def test_other_operations_on_the_output_are_named_in_their_order() -> None:
+    out = 2 * wrapped()(torch.randn(4, 6))[:2] + torch.ones(2, 5, requires_grad=True)
+    with pytest.raises(MissingExpertLogitsError, match=r"by its graph: Slice, Mul, Add\)"):
+        expert_logits(out)
+
+
 # ------------------------------------------------------------- what engines do to outputs
 
 
