@@ -50,14 +50,22 @@ def one_of_several(number: int, key: str, name: str, quiet: bool) -> OneOfSevera
     return OneOfSeveral(message)
 
 
-def comes_by_itself(key: str, name: str) -> OneOfSeveral:
+def comes_by_itself(part: str, key: str, name: str, quiet: bool) -> OneOfSeveral:
     """The answer to a loop over all modules, which meets the real module as well.
 
     Args:
-        key: name of the module in the backbone.
+        part: where the real module is.
+        key: its name in there.
         name: what was asked for, as for :func:`one_of_several`.
+        quiet: whether it is known that a loop asks.
     """
     asked = f"{key}{name}" if name.startswith("[") else f"{key}.{name}"
+    if not quiet:
+        warn_caller(
+            "The answer to `hasattr` or to `getattr` with a default is no, since a stand-in was "
+            f"asked for `{asked}`. Ask the module that it stands for, `{called(part, key)}`. (A "
+            "loop over a list of all modules meets that as well: what it adds up is right.)"
+        )
     return OneOfSeveral(
         f"A loop over all modules asks a stand-in for `{asked}`. It meets the real module as well, "
         "so that what it adds up would count twice: let it leave out what has no such attribute "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 from typing_extensions import Self
 
-from ride_plugin._errors import ReplayError
+from ride_plugin._errors import ReplayError, is_of_package, is_question
 from ride_plugin._split._again import run_again
 from ride_plugin._split._several import (
     asks_as_backbone,
@@ -64,6 +64,8 @@ class StandIn(nn.Module):
     model looks at it (:mod:`ride_plugin._split._misplaced`). Not so where it is one of all modules
     that a loop comes by: then that module, or the loop, is meant.
     """
+
+    ride_part_of_real = "model.trunk"  # where the real module is
 
     def __init__(self, running: Running, key: str) -> None:
         super().__init__()
@@ -198,16 +200,22 @@ class StandIn(nn.Module):
         except AttributeError:
             if name.startswith(("ride_", "__")) or "ride_owner" not in self.__dict__:
                 raise
-        return self.ride_given(name, getattr(self.ride_real, name))
+        value = getattr(self.ride_real, name)
+        outside = not self.ride_in_pass and is_of_one_expert(value)
+        # This library asks for what it needs; who calls it is no question.
+        asked = outside and not is_of_package(1) and is_question()
+        return self.ride_given(name, value, asked)
 
-    def ride_given(self, name: str, value: Any) -> Any:
+    def ride_given(self, name: str, value: Any, asked: bool = False) -> Any:
         """What callers get as the attribute of this name, or ``[index]``, of the real module.
 
-        A loop over all modules gets plain values only, as it comes to the real module as well.
+        A loop over all modules gets plain values only, as it comes to the real module as well. It
+        may be one over a list of them, of which nothing is known but that it asks (``hasattr``).
         """
-        met = self.__dict__.get("ride_met") and not self.ride_in_pass and is_of_one_expert(value)
-        if met and not asks_as_backbone(self, self.ride_real):
-            raise comes_by_itself(self.ride_key, name)
+        met = bool(self.__dict__.get("ride_met"))
+        outside = not self.ride_in_pass and is_of_one_expert(value)
+        if (met or asked) and outside and not asks_as_backbone(self, self.ride_real):
+            raise comes_by_itself(self.ride_part_of_real, self.ride_key, name, quiet=met)
         return self.ride_part(value)
 
     def ride_part(self, value: Any) -> Any:
@@ -254,6 +262,7 @@ class Forked(StandIn):
     """
 
     ride_several = 1
+    ride_part_of_real = "model.experts[0]"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.ride_begin()
@@ -283,13 +292,13 @@ class Forked(StandIn):
         owner: Any = self.ride_real if self._goes_on() else super()
         yield from owner.named_children()
 
-    def ride_given(self, name: str, value: Any) -> Any:
+    def ride_given(self, name: str, value: Any, asked: bool = False) -> Any:
         """What callers get of the unit: outside of a pass nothing that is one of several."""
         apart = self.ride_several > 1 and not self.ride_in_pass and is_of_one_expert(value)
         if apart and not asks_as_backbone(self, self.ride_real):
             met = bool(self.__dict__.get("ride_met"))
             raise one_of_several(self.ride_several, self.ride_key, name, quiet=met)
-        return super().ride_given(name, value)
+        return super().ride_given(name, value, asked)
 
     def _goes_on(self) -> bool:
         recorder = self.ride_running.recorder if self.ride_in_pass else None

@@ -165,6 +165,41 @@ def test_what_a_loop_over_all_modules_adds_up_holds_each_layer_once(
     torch.testing.assert_close(total(model), sum(total(layer) for layer in layers))
 
 
+@pytest.mark.parametrize("num_experts", [1, 3])
+@pytest.mark.parametrize("loop", ["list", "dict", "default"])
+def test_a_loop_over_a_list_of_all_modules_holds_each_layer_once_and_is_told(
+    loop: str, num_experts: int
+) -> None:
+    net = nn.Sequential(Keeping(8, 16), nn.ReLU(), Keeping(16, 16), nn.ReLU(), Keeping(16, 5))
+    model = RIDEWrapper(net, num_experts, fork_at="2")
+    model(torch.randn(4, 8))
+
+    def total(module: nn.Module) -> Any:
+        parts = list(dict(module.named_modules()).values())
+        if loop == "list":
+            parts = list(module.modules())
+        if loop == "default":
+            return sum(getattr(part, "kept", 0.0) for part in parts)
+        found = 0.0
+        for part in parts:
+            if hasattr(part, "kept"):
+                found = found + part.kept
+        return found
+
+    layers = [model.trunk[0], *(expert[at] for expert in model.experts for at in (2, 4))]
+    with pytest.warns(UserWarning, match="The answer to `hasattr` or to `getattr`"):
+        found = total(model)
+    torch.testing.assert_close(found, sum(total(layer) for layer in layers))
+
+
+def test_who_asks_for_a_tensor_by_a_dot_gets_it_from_a_stand_in_of_the_trunk() -> None:
+    model = RIDEWrapper(nn.Sequential(Keeping(8, 16), nn.ReLU(), nn.Linear(16, 5)), 2, fork_at="2")
+    assert model.experts[0][0].weight is model.trunk[0].weight
+    with pytest.warns(UserWarning, match=r"asked for `0\.weight`.*`model\.trunk\[0\]`"):
+        assert not hasattr(model.experts[0][0], "weight")
+    assert hasattr(model.experts[0][0], "in_features")  # plain values are everybody's
+
+
 def test_a_loop_that_does_not_ask_whether_a_layer_is_there_is_told_so() -> None:
     model = RIDEWrapper(nn.Sequential(Keeping(8, 16), nn.ReLU(), nn.Linear(16, 5)), 2, fork_at="2")
     assert model.experts[0][0].weight is model.trunk[0].weight
