@@ -30,7 +30,8 @@ def tau_normalized(weight: Tensor, tau: float) -> Tensor:
         ``features @ tau_normalized(weight, tau).T``.
 
     Raises:
-        ArgumentError: ``weight`` is not ``[C, D]``, a row is zero, or ``tau`` is negative.
+        ArgumentError: ``weight`` is not ``[C, D]``, a row is zero, ``tau`` is negative, or so large
+            that weights would be infinite.
 
     Example:
         >>> tau_normalized(torch.tensor([[3.0, 4.0]]), 1.0)
@@ -45,7 +46,13 @@ def tau_normalized(weight: Tensor, tau: float) -> Tensor:
             "Expected argument `weight` to have a finite norm > 0 in every row, but got norms from "
             f"{norms.min().item():g} to {norms.max().item():g}. Train the classifier first."
         )
-    return (precise / norms.pow(tau)).to(weight.dtype)
+    normalized = (precise / norms.pow(tau)).to(weight.dtype)
+    if has_values(normalized) and not bool(normalized.isfinite().all()):
+        raise ArgumentError(
+            f"Expected argument `tau` to leave the weights finite, but got {tau:g} for norms from "
+            f"{norms.min().item():g} to {norms.max().item():g}. The paper's are from 0 to 1."
+        )
+    return normalized
 
 
 def tau_normalize(

@@ -19,7 +19,7 @@ from ride_plugin._checks import (
     may_read,
     refuse,
 )
-from ride_plugin._errors import ArgumentError
+from ride_plugin._errors import ArgumentError, MissingExpertLogitsError
 from ride_plugin._numerics import float32_or_better
 from ride_plugin._output import Output, expert_logits
 
@@ -98,6 +98,13 @@ def experts_loss(
         criteria = _one_per_expert(criterion, num_experts)
         # Copies, as a criterion may write into what it is given: a margin into the logits, say.
         losses = [_call(one, experts[:, i].clone(), own(target)) for i, one in enumerate(criteria)]
+    except MissingExpertLogitsError as error:
+        raise ArgumentError(
+            "Expected argument `criterion` to be the criterion of one expert, which is called on "
+            f"its logits [{batch}, {classes}], but got {_kind(criterion)}, which takes the model's "
+            "output. Add it beside: `criterion(output, target) + diversity(output, target)`; a "
+            "RIDELoss is used as it is."
+        ) from error
     except (IndexError, RuntimeError) as error:
         if isinstance(target, Tensor) and may_read(target) and _OF_AN_INDEX.search(str(error)):
             labels = target
@@ -185,6 +192,11 @@ def averages_rows(criterion: object) -> bool:
         type(criterion) is nn.CrossEntropyLoss and criterion.reduction == "mean"
     )
     return averages and not any(getattr(criterion, "__dict__", {}).get(name) for name in _ALTERS)
+
+
+def _kind(criterion: object) -> str:
+    one = criterion[0] if isinstance(criterion, _SEVERAL) else criterion
+    return type(one).__name__ if isinstance(one, nn.Module) else repr(one)
 
 
 def _one_per_expert(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -64,8 +65,17 @@ class RoutingLoss(nn.Module):
 
         Raises:
             MissingExpertLogitsError: ``output`` is a bare ``[B, C]`` tensor.
-            ArgumentError: a shape does not fit, or (on the CPU only) an index is out of range.
+            ArgumentError: a shape does not fit, (on the CPU only) an index is out of range, or
+                ``gate_logits`` are what a sigmoid has returned.
         """
+        compiling = torch.compiler.is_compiling()  # no tensor has a graph there
+        if not compiling and "Sigmoid" in str(getattr(gate_logits, "grad_fn", None)):
+            raise ArgumentError(
+                "Expected argument `gate_logits` to be what the router returned, but by its graph "
+                "it is the result of a sigmoid, which this loss and RoutingInference apply "
+                "themselves. Pass the router's output as it is, and end a router of your own "
+                "before its sigmoid."
+            )
         logits = expert_logits(output)
         targets = routing_targets(logits, target)
         weight = None

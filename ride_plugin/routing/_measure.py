@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,16 +88,12 @@ def _of_batch(
 ) -> Measured | None:
     """What one batch says; None if it is empty. The target is on the CPU, where it is checked."""
     model = routed.model
-    logits, features = model.router_inputs(*inputs[0], **inputs[1])
     no_index = target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
-    if no_index or target.shape != logits.shape[:1]:
-        refuse(
-            "loader",
-            f"one that yields (x, y) with y class indices [{len(logits)}]",
-            target,
-            "Pass `y.argmax(1)` for one-hot or mixed labels, `y.long()` for indices, `y.flatten()` "
-            "for a column of them.",
-        )
+    if no_index:  # before the model runs: it may have come in the place of the inputs
+        _refuse_target(target, "B")
+    logits, features = model.router_inputs(*inputs[0], **inputs[1])
+    if target.shape != logits.shape[:1]:
+        _refuse_target(target, len(logits))
     target = target.long()
     check_classes(target, "loader", logits.shape[2])
     # Results come to the CPU here, so on an accelerator as well nothing more is waited for.
@@ -162,6 +158,16 @@ def _with_trunk(inputs: Inputs) -> Inputs:
 
     filled: Inputs = map_tensors(there, given)
     return filled
+
+
+def _refuse_target(target: Tensor, rows: int | str) -> NoReturn:
+    refuse(
+        "loader",
+        f"one that yields (x, y), in this order, with y class indices [{rows}]",
+        target,
+        "Pass `y.argmax(1)` for one-hot or mixed labels, `y.long()` for indices, `y.flatten()` "
+        "for a column of them.",
+    )
 
 
 def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:

@@ -200,6 +200,8 @@ def test_bad_tau_is_named(model) -> None:
         tau_normalize(model, [1.0, 1.0, 1.0])
     with pytest.raises(RIDEError, match=r"`weight`.*\[C, D\].*\[3\]"):
         tau_normalized(torch.ones(3), 1.0)
+    with pytest.raises(RIDEError, match=r"`tau` to leave the weights finite, but got 100 for"):
+        tau_normalized(torch.full((3, 4), 0.1), 100)
 
 
 def test_weight_scaling_starts_as_the_identity(model) -> None:

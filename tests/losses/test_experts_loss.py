@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ride_plugin import (
     ArgumentError,
+    DiversityLoss,
     ExpertOutput,
     MissingExpertLogitsError,
     RIDELoss,
@@ -384,3 +385,15 @@ def test_a_cast_criterion_is_taken() -> None:
         experts_loss(criterion, logits.bfloat16(), target), expected, rtol=2e-2, atol=0
     )
     assert criterion.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "criterion", [DiversityLoss([9, 5, 3, 1]), RIDELoss(nn.CrossEntropyLoss(), [9, 5, 3, 1])]
+)
+def test_a_loss_that_takes_the_models_output_is_no_criterion_of_one_expert(criterion) -> None:
+    logits = torch.randn(5, 2, 4, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3, 1])
+    for given in (criterion, [criterion, criterion]):
+        message = rf"of one expert.*\[5, 4\], but got {type(criterion).__name__}, which takes"
+        with pytest.raises(ArgumentError, match=message):
+            experts_loss(given, logits, target)

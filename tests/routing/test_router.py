@@ -639,3 +639,12 @@ def test_confidence_of_what_is_no_number_is_refused(kind, value):
     logits[2, 1] = value
     with pytest.raises(ArgumentError, match="`mean_logits` to be free of NaN"):
         ConfidenceRouter(kind).gate(0, logits, logits)
+
+
+def test_gates_behind_a_sigmoid_are_refused() -> None:
+    gates, logits = torch.randn(5, 2, requires_grad=True), torch.randn(5, 3, 4)
+    target = torch.tensor([0, 1, 2, 3, 0])
+    assert RoutingLoss()(gates, logits, target).requires_grad
+    for given in (gates.sigmoid(), torch.nn.functional.logsigmoid(gates)):
+        with pytest.raises(ArgumentError, match=r"`gate_logits`.*the result of a sigmoid"):
+            RoutingLoss()(given, logits, target)

@@ -190,6 +190,7 @@ def test_long_tailed_labels_warn_and_balanced_ones_do_not(data):
         ([[torch.zeros(2)] * 3], {"max_experts": 2}, r"list of 3: \(Tensor, Tensor, Tensor\)"),
         ([("a", torch.zeros(2).long())], {"max_experts": 2}, "but got x of str"),
         ([(torch.zeros(2, 3, 8, 8), torch.zeros(2))], {"max_experts": 2}, "class indices"),
+        ([(torch.tensor([0, 1]), torch.zeros(2, 3, 8, 8))], {"max_experts": 2}, "in this order"),
         ([(torch.zeros(2, 3, 8, 8), torch.eye(5)[:2])], {"max_experts": 2}, r"y\.argmax\(1\)"),
         ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, -1]))], {"max_experts": 2}, "from -1 to 0"),
         ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 5]))], {"max_experts": 2}, "from 0 to 5"),
