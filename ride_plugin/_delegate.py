@@ -108,6 +108,11 @@ def _instead_of(name: str, is_method: bool) -> str:
             f"{begins} Save `model.state_dict()` and load it with `model.load_state_dict()`; "
             f"`model.to_module(k).{name}(...)` is for expert k alone, as a plain network."
         )
+    if "merge" in name:  # adapters
+        return (
+            f"{begins} Experts share their frozen weights, so merge in a copy of one of them as a "
+            f"plain network: `model.to_module(k).{name}(...)`."
+        )
     verb, use = ("Call", f"{name}(...)") if is_method else ("Take", name)
     function = f"lambda network: network.{use}" if is_method else "function"
     last = (

@@ -25,6 +25,7 @@ from ride_plugin._split._kept_rows import kept_rows
 from ride_plugin._split._learn import learn
 from ride_plugin._split._lend import refuse_unsavable
 from ride_plugin._split._logits import Choice
+from ride_plugin._split._modes import written_by_modes
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passed_by import tell_of_hidden_parameters
 from ride_plugin._split._passes import read_attributes
@@ -66,7 +67,7 @@ def split_backbone(
     warn_of_outside_hooks(backbone)
     tell_of_hidden_parameters(backbone)
     with random_state_kept(backbone):
-        written: frozenset[str] = frozenset()
+        written = written_by_modes(backbone)
         while True:
             source = source_of(backbone)
             try:

@@ -196,8 +196,10 @@ def written_parameters(backbone: nn.Module, modules: Iterable[nn.Module]) -> fro
 
 def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one kind hold the same numbers, NaN where the other has NaN."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not b.layout:
         return False
+    if a.layout is not torch.strided:  # torch compares no sparse tensors
+        a, b = a.to_dense(), b.to_dense()
     if _same_bits(a, b) or torch.equal(a, b):
         return True
     if not (a.is_floating_point() or a.is_complex()):

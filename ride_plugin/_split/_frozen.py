@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ride_plugin._errors import ReplayError, warn_caller
+from ride_plugin._errors import ReplayError, listed, warn_caller
 from ride_plugin._split._form import versions_in
 from ride_plugin._split._sharing import frozen_layers, held_by_all, trains
+from ride_plugin._split._stand_ins import StandIn
 
 
 class Frozen:
@@ -28,6 +29,19 @@ class Frozen:
             for name, (tensors, key) in held_by_all(experts).items()
             if not tensors[key].requires_grad
         }
+        self._adapted = [
+            (called, layer, _is_merged(layer)) for called, layer in self._adapted_layers(experts)
+        ]
+
+    def _adapted_layers(self, experts: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+        """Layers of experts around a shared weight to which their own part can be added."""
+        shared = {id(tensors[key]) for tensors, key in self._shared.values()}
+        for index, expert in enumerate(experts):
+            for name, layer in expert.named_modules():
+                if isinstance(layer, StandIn) or not _can_merge(layer):
+                    continue
+                if any(id(parameter) in shared for parameter in layer.parameters()):
+                    yield f"experts.{index}.{name}", layer
 
     def keep_in_evaluation(self) -> None:
         """Set the layers to evaluation again, but for those that train by now."""
@@ -53,9 +67,25 @@ class Frozen:
                 "give each expert its own, unfreeze them before wrapping (`requires_grad_(True)`)."
             )
 
+    def refuse_merged(self) -> None:
+        """Raise if an adapter of one expert was added to a weight that all experts share.
+
+        It is written through ``.data``, which leaves no trace, so the layer itself is asked.
+        """
+        merged = [name for name, layer, before in self._adapted if _is_merged(layer) != before]
+        if merged:
+            raise ReplayError(
+                f"Adapters of experts were merged (or taken out again) after wrapping, those of "
+                f"{listed(merged)}. Their frozen weights are one tensor for all experts, which "
+                "now holds the adapters of several. Undo it in the same layers (`unmerge()`), and "
+                "merge in a copy of one expert as a plain network: "
+                "`model.to_module(k).merge_adapter()`."
+            )
+
     @contextmanager
     def refusing_writes(self) -> Iterator[None]:
         """Raise if an expert writes what all share because nothing was seen to write it."""
+        self.refuse_merged()
         fixed = {name: held[key] for name, (held, key) in self._shared.items()}
         before = versions_in(list(fixed.values()))
         yield
@@ -69,3 +99,12 @@ class Frozen:
             "backbone in a state in which its forward writes it (a warm-up that is over, say), or "
             "let the forward assign a new tensor instead of writing into the old."
         )
+
+
+def _can_merge(layer: nn.Module) -> bool:
+    """Whether it says if an adapter is added to its weight, as layers of peft and loralib do."""
+    return "merged" in vars(layer) or hasattr(type(layer), "merged")
+
+
+def _is_merged(layer: nn.Module) -> bool:
+    return getattr(layer, "merged", None) is True

@@ -1,13 +1,16 @@
-"""Modules whose ``train`` is overridden, and sets other modes in a part than in the backbone."""
+"""Modules whose ``train`` is overridden: it may set other modes in a part, or write weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from ride_plugin._errors import listed
+from ride_plugin._split._copies import clone_module, same_values
 from ride_plugin._split._stand_ins import StandIn
+from ride_plugin._tree import dotted
 
 
 def other_modes(backbone: nn.Module, parts: Iterable[nn.Module]) -> str | None:
@@ -32,3 +35,48 @@ def other_modes(backbone: nn.Module, parts: Iterable[nn.Module]) -> str | None:
         "go by names; or call `train()` on the backbone, then switch off what it does there, and "
         "wrap that: normalisation layers in evaluation mode whose parameters do not train stay so."
     )
+
+
+def written_by_modes(backbone: nn.Module) -> frozenset[str]:
+    """Names of frozen parameters that switching between training and evaluation writes.
+
+    A layer with a low-rank update may add it to its frozen weight for evaluation (loralib does).
+    Experts that shared this weight would add the updates of all to it, and as that is done through
+    ``.data``, nothing would tell. New updates are zero, so copies with other numbers are switched.
+    """
+    written: set[str] = set()
+    tried: list[str] = []
+    for path, module in backbone.named_modules():
+        if any(path.startswith(outer) for outer in tried):  # the outer one calls those inside
+            continue
+        if type(module).train is nn.Module.train and "train" not in vars(module):
+            continue
+        tried.append(f"{path}." if path else "")
+        if all(parameter.requires_grad for parameter in module.parameters()):
+            continue
+        try:
+            names = _written_by_switching(clone_module(module))
+        except Exception:  # tensors of another kind, say: the build itself finds what does not run
+            continue
+        written |= {dotted(path, name) for name in names}
+    return frozenset(written)
+
+
+def _written_by_switching(module: nn.Module) -> set[str]:
+    module.train()
+    frozen = {
+        name: parameter
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.add_(torch.randn_like(parameter))
+    before = {name: parameter.detach().clone() for name, parameter in frozen.items()}
+    written: set[str] = set()
+    for mode in (False, True):
+        module.train(mode)
+        now = dict(module.named_parameters(remove_duplicate=False))
+        written |= {name for name in before if not same_values(now[name].detach(), before[name])}
+    return written

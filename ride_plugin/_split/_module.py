@@ -130,6 +130,7 @@ class SplitModule(Holder):
     def parts(self) -> Parts:
         """What the model is made of now; the modules themselves, not copies."""
         self._handed_out.follow(self.trunk, self.experts)
+        self._frozen_parts.refuse_merged()
         return Parts(
             self.trunk,
             list(self.experts),
@@ -553,6 +554,7 @@ class SplitModule(Holder):
         if not torch.compiler.is_compiling():
             module_at(self, "trunk")
             keep_stand_ins(self._stand_ins, self.trunk, self.experts)
+            self._frozen_parts.refuse_merged()
             for place in self._units:
                 place.keep_hooks()
             self._handed_out.follow(self.trunk, self.experts)

@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from ride_plugin import RIDEWrapper, expert_logits, experts_loss  # noqa: E402
+from ride_plugin import ReplayError, RIDEWrapper, expert_logits, experts_loss  # noqa: E402
 from ride_plugin.routing import TrunkState  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -134,3 +134,23 @@ def test_methods_that_share_matrices_between_layers_and_others(method: str) -> N
     model.train()
     experts_loss(torch.nn.CrossEntropyLoss(), model(**x), torch.tensor([0, 1, 2])).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_adapters_are_merged_in_a_copy_of_one_expert() -> None:
+    model, x = wrapped().eval(), batch(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        expected = expert_logits(model(**x))
+        plain = model.to_module(1)
+        plain.merge_adapter()
+        torch.testing.assert_close(plain(**x).logits, expected[:, 1])
+        torch.testing.assert_close(expert_logits(model(**x)), expected)
+        for part in (model.trunk, *model.experts):
+            part.merge_adapter()
+        with pytest.raises(ReplayError, match="one tensor for all experts"):
+            model(**x)
+        for part in (model.trunk, *model.experts):
+            part.unmerge_adapter()
+        torch.testing.assert_close(expert_logits(model(**x)), expected)
