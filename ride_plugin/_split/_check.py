@@ -47,7 +47,10 @@ class WrittenBehind(Exception):
         super().__init__(
             f"{prefix}: what runs after the fork writes {listed(names)}, which the trunk holds, "
             "so that every expert would write the same tensor. Pass `fork_at=` an earlier "
-            "submodule, before the module that holds it is called first."
+            "submodule, before the module that holds it is called first, or a later one, behind "
+            "what writes it. A module that is called once for each of several inputs, for the two "
+            "images of a pair say, may be called once for all of them: "
+            "`self.encoder(torch.stack([a, b], dim=1).flatten(0, 1)).unflatten(0, (-1, 2))`."
         )
         self.names = names
 

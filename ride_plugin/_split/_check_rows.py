@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -14,12 +15,13 @@ from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import run_plainly
 from ride_plugin._split._hidden import advice
 from ride_plugin._split._hollow import is_hollow
+from ride_plugin._split._once import Attributes
 from ride_plugin._split._passes import play, record
 from ride_plugin._split._results import logits_of, near, seeded
 from ride_plugin._split._rows import Rows
 from ride_plugin._split._state import TrunkState
 from ride_plugin._split._views import Views
-from ride_plugin._tree import map_tensors
+from ride_plugin._tree import dotted, holds_tensors, map_tensors
 
 _DRAWS = 8  # passes without another seed that are compared with the first
 
@@ -50,7 +52,9 @@ def check_rows(
     except Exception as error:
         raise SplitError(
             f"{prefix}: an expert does not run on a subset of the rows, which "
-            f"routing needs ({type(error).__name__}: {error}). {advice(state)}"
+            f"routing needs ({type(error).__name__}: {error}). "
+            + _advice_on_attributes(fresh(), state)
+            + advice(state)
         ) from error
     if agree and not mixes:
         return
@@ -96,6 +100,25 @@ def check_rows(
             if several
             else advice(state)
         )
+    )
+
+
+def _advice_on_attributes(views: Views, state: TrunkState) -> str:
+    """What to do where modules of the trunk leave tensors on themselves; empty if none does."""
+    attributes = Attributes(views.trunk, [module for module, _ in views.spine])
+    args, kwargs = state.values[0]
+    with suppress(Exception), torch.no_grad():
+        record(views.trunk, views.running, [], args, kwargs, stop_at_fork=True)
+    names = [
+        dotted(path, key)
+        for path, key in sorted(attributes.changed())
+        if holds_tensors(vars(views.trunk.get_submodule(path)).get(key))
+    ]
+    if not names:
+        return ""
+    return (
+        f"Modules before the fork leave tensors on themselves, {listed(names)}, which are not "
+        "found there for some rows: if the forward reads them, let these modules return them. "
     )
 
 

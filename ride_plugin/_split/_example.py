@@ -20,8 +20,9 @@ _LARGE_FIRST = (224, 32, 256, 299, 384, 240, 288, 192, 160, 128, 96, 64, 28, 331
 _ROWS = (
     "A batch is cut along the first dimension of its tensors, here and where rows are routed, so "
     "each row has to be a sample. Let the forward take one tensor of them, `torch.stack(crops)`, "
-    "in place of a list with a tensor for each; and padded graphs [B, N, D] with a mask in place "
-    "of nodes [N, D] with a vector that says whose they are."
+    "in place of a list with a tensor for each; and padded graphs [B, N, D] with a mask, or texts "
+    "[B, T], in place of nodes [N, D] or tokens [N] with a vector that says whose they are. Or "
+    "wrap alone the layers behind the pooling, which see one row for each sample."
 )
 _LENGTHS = (64, 16, 256, 512, 1024, 4096, 16000)
 _PATIENCE = 10.0

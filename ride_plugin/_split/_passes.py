@@ -122,7 +122,7 @@ def play(
 
     ``at_fork`` is called where the expert's own modules begin.
     """
-    player = Player(state.keys, [], at_fork, state.numbers)
+    player = Player(state.keys, [], at_fork, state.numbers, state.chosen)
     player.values = state.own_values(lambda: player.reached_fork)
     args, kwargs = _own_inputs(player.values[0])
     running.player = player

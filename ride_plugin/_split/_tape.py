@@ -217,10 +217,12 @@ class Player(_GlueMode):
         values: list[Any],
         at_fork: Callable[[], None] | None = None,
         numbers: tuple[tuple[int, Any], ...] = (),
+        chosen: bool = False,
     ) -> None:
         super().__init__()
         self.keys = keys
         self.values = values
+        self._chosen = chosen  # whether these are some rows of what the trunk has run
         self._numbers = dict(numbers)
         self._num_reads = 0
         self.at_fork = at_fork
@@ -304,6 +306,11 @@ class Player(_GlueMode):
                 "the fork (`copy.deepcopy(self.layer)`), an expert would copy what stands in for "
                 "it. Copy it in a submodule of the backbone, which holds the layer, or behind the "
                 "fork."
+            )
+        if self._chosen:
+            where += (
+                " This expert has some of the rows: a forward that goes by their number before "
+                "the fork (`if len(x) == 1:`) has to do so in a submodule, or behind the fork."
             )
         return ReplayError(
             f"{where} The backbone's forward "

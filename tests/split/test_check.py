@@ -176,6 +176,54 @@ def test_whole_outputs_are_those_of_the_copies() -> None:
         torch.testing.assert_close(got, copied(X))
 
 
+class Keeps(nn.Linear):
+    """Keeps a term on itself, or returns it."""
+
+    def __init__(self, returns: bool) -> None:
+        super().__init__(8, 8)
+        self.returns, self.term = returns, None
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        if self.returns:
+            return y, y.pow(2).mean()
+        self.term = y.pow(2).mean()
+        return y
+
+
+class AddsUp(nn.Module):
+    def __init__(self, returns: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Keeps(returns) for _ in range(3))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        terms = []
+        for layer in self.layers:
+            x = layer(x)
+            x, term = x if layer.returns else (x, None)
+            terms.append(term)
+            x = x.relu()
+        logits = self.head(x)
+        kept = [
+            term if layer.returns else layer.term
+            for layer, term in zip(self.layers, terms, strict=True)
+        ]
+        return logits, sum(kept)
+
+
+def test_terms_that_layers_of_the_trunk_keep_are_to_be_returned() -> None:
+    x = torch.randn(5, 8)
+    with pytest.raises(SplitError, match=r"themselves, `layers\.0\.term`, which.*return them"):
+        RIDEWrapper(AddsUp(False), 2, fork_at="layers.1", logits=0, example_input=x)
+    net = AddsUp(True)
+    model = RIDEWrapper(
+        net, 2, fork_at="layers.1", logits=0, example_input=x, return_experts="outputs"
+    )
+    for got, copied in zip(model(x), copies_of(net, model), strict=True):
+        torch.testing.assert_close(got, copied(x))
+
+
 class SeedsAnew(Base):
     """Draws a seed from the system and sets it, as reversible layers do to drop the same again."""
 

@@ -436,6 +436,31 @@ def test_what_depends_on_the_number_of_rows_belongs_into_a_submodule(one_path: b
     train_both(net, wrapped(net, fork_at="1"), batches())
 
 
+class StopsEarly(Base):
+    """Leaves early where there is one sample, as networks with exits of their own do."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(self.a(x).relu()).relu() if self.inside else self.a(x).relu()
+        if not self.training and len(x) == 1 and h.softmax(1).max() > 2:
+            return h[:, :4]
+        return self.c(h if self.inside else self.b(h * 0.5).relu())
+
+
+def test_a_single_row_that_takes_another_way_than_its_batch_is_told_so() -> None:
+    model = wrapped(StopsEarly(inside=False)).eval()
+    state = model.run_trunk(torch.randn(5, 6))
+    assert model.run_expert(1, state.select(torch.tensor([3, 0])))[0].shape == (2, 4)
+    with pytest.raises(ReplayError, match=r"some of the rows.*behind the fork"):
+        model.run_expert(1, state.select(torch.tensor([3])))
+    model = wrapped(StopsEarly(inside=True)).eval()
+    state = model.run_trunk(torch.randn(5, 6))
+    assert model.run_expert(1, state.select(torch.tensor([3])))[0].shape == (1, 4)
+
+
 class TakesApart(Base):
     def __init__(self, inside: bool = False) -> None:
         super().__init__()

@@ -367,6 +367,33 @@ def test_sparse_batches_are_split_trained_and_routed(layout: torch.layout, again
         train_both(net, model, [batch() for _ in range(2)])
 
 
+class MixesByASparseMatrix(Base):
+    """The columns of the features are joints of a skeleton, say, and a buffer says which touch."""
+
+    def __init__(self, layout: torch.layout) -> None:
+        super().__init__()
+        touch = (torch.rand(8, 8) > 0.5).float()
+        self.register_buffer("touch", touch.to_sparse(layout=layout))
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.touch, x.T).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.mixed(self.b(self.mixed(self.a(x).relu())).relu()))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_buffers_on_both_sides_of_the_fork(layout: torch.layout) -> None:
+    net = MixesByASparseMatrix(layout)
+    model, x = wrapped(net), torch.randn(5, 6)
+    # Of the other layout torch makes no deep copies.
+    plain = copies_of(net, model) if layout is torch.sparse_coo else model.to_modules()
+    expected = torch.stack([each.eval()(x) for each in plain], 1)
+    torch.testing.assert_close(model.router_inputs(x).expert_logits, expected.detach())
+    routes_rows(model, x, [4, 1])
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_a_nested_batch_is_to_be_padded(layout: torch.layout) -> None:

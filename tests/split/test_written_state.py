@@ -403,6 +403,38 @@ def test_experts_that_write_what_the_trunk_holds_are_refused(kind: Any, name: st
         wrapped(kind())
 
 
+class Pairs(nn.Module):
+    """Two images through one encoder with BatchNorm, one after the other or both at once."""
+
+    def __init__(self, at_once: bool = False) -> None:
+        super().__init__()
+        self.at_once = at_once
+        self.encoder = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()
+        )
+        self.head = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.at_once:
+            both = self.encoder(torch.stack([a, b], dim=1).flatten(0, 1)).unflatten(0, (-1, 2))
+            return self.head(both.flatten(1))
+        return self.head(torch.cat([self.encoder(a), self.encoder(b)], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("at_once", "fork_at"), [(False, "encoder"), (False, "head"), (True, "encoder.3")]
+)
+def test_pairs_of_images_work_as_the_error_says(at_once: bool, fork_at: str) -> None:
+    def batch(rows: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(rows, 6), torch.randn(rows, 6)
+
+    with pytest.raises(SplitError, match=r"earlier submodule.*a later one.*torch\.stack\(\[a, b\]"):
+        RIDEWrapper(Pairs(), 3, fork_at="encoder.3", example_input=batch(2))
+    net = Pairs(at_once)
+    model = RIDEWrapper(net, 3, fork_at=fork_at, init="copy", example_input=batch(2))
+    train_both(net, model, [(batch(5), {}) for _ in range(2)])
+
+
 class ReadsAhead(Attributes):
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(self.a(x).relu(), self.b.weight)
