@@ -294,6 +294,14 @@ def _checked(inputs: tuple[Tensor, Tensor], router: ExpertRouter) -> tuple[Tenso
             f"[B, E, D]), but got {type(inputs).__name__}. Pass `model.router_inputs(x)`."
         )
     logits, features = inputs
+    if isinstance(features, Tensor) and features.is_complex():
+        if router.inputs == "paper":
+            raise ArgumentError(
+                "Expected argument `expert_features` to be real numbers, but got a tensor of dtype "
+                f"{features.dtype}, as of a classifier that computes with complex numbers. Leave "
+                "out `inputs='paper'`: the default router reads the logits alone."
+            )
+        features = features.real  # of which nothing is read
     for name, value, size in (
         ("expert_logits", logits, router.num_classes),
         ("expert_features", features, router.feature_dim),

@@ -223,6 +223,16 @@ def test_gate_gives_the_column_of_forward():
         torch.testing.assert_close(alone, together[:, i])
 
 
+def test_features_that_are_complex_numbers_are_read_by_no_default_router():
+    logits, features = inputs(dtype=torch.float32)
+    router = ExpertRouter(7, 3, num_classes=10)
+    expected = router((logits, features))
+    torch.testing.assert_close(router((logits, torch.complex(features, features))), expected)
+    paper = ExpertRouter(7, 3, num_classes=10, inputs="paper")
+    with pytest.raises(ArgumentError, match=r"complex64.*the default router reads the logits"):
+        paper((logits, torch.complex(features, features)))
+
+
 def test_the_last_expert_does_not_reach_any_gate():
     data = inputs()
     router = ExpertRouter(7, 3, num_classes=10).double().eval()
