@@ -5,7 +5,7 @@ Both are tried: with other weights in the expert, the trunk must compute the sam
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,23 +36,41 @@ def refuse_reading_ahead(split: Split) -> None:
     Raises:
         SplitError: the trunk cannot be shared; the message names what it reads.
     """
+    if used := read_ahead(split):
+        raise SplitError(
+            f"Cannot split the backbone at {split.fork_at!r}: its forward uses {listed(used)} "
+            "before the fork, so that every expert would use those of expert 0. Use them in "
+            "the forward of the module that holds them, or pass `fork_at=` an earlier "
+            "submodule."
+        )
+
+
+def read_ahead(
+    split: Split,
+    modes: Collection[bool] = (False, True),
+    memo: Mapping[int, Any] | None = None,
+) -> list[str]:
+    """Names of an expert's tensors with which the trunk computes, or that it writes.
+
+    Args:
+        split: left as it is.
+        modes: whether to look in evaluation (False), in training (True).
+        memo: what stands in copies for something, by its id.
+    """
     weights = [name for name, _ in _own_tensors(split.views)]
-    for training in (False, True):
-        plain = _run(split, training)
+    for training in modes:
+        plain = _run(split, training, memo=memo)
         if plain is None:
             continue
-        used = [
-            n
-            for n in weights
-            if n in plain.wrote or not _same(plain.tape, _tape(_run(split, training, [n])))
-        ]
+
+        def matters(names: Collection[str], training: bool = training, run: Any = plain) -> bool:
+            return not _same(run.tape, _tape(_run(split, training, names, memo=memo)))
+
+        any_matters = matters(weights)  # most often none does
+        used = [n for n in weights if n in plain.wrote or (any_matters and matters([n]))]
         if used:
-            raise SplitError(
-                f"Cannot split the backbone at {split.fork_at!r}: its forward uses {listed(used)} "
-                "before the fork, so that every expert would use those of expert 0. Use them in "
-                "the forward of the module that holds them, or pass `fork_at=` an earlier "
-                "submodule."
-            )
+            return used
+    return []
 
 
 def refuse_feedback(split: Split, places: Collection[Place]) -> set[Place]:
@@ -110,6 +128,7 @@ def _run(
     changed: Collection[str] = (),
     start: dict[Place, Any] | None = None,
     places: Collection[Place] = (),
+    memo: Mapping[int, Any] | None = None,
 ) -> _Pass | None:
     """Run trunk and expert on throwaway copies; None where they do not run in this mode.
 
@@ -119,9 +138,10 @@ def _run(
         changed: names of the expert's tensors that get other values.
         start: attributes and buffers outside units that both start with.
         places: attributes and buffers outside units to look at afterwards.
+        memo: what stands in the copies for something, by its id.
     """
     written = split.views.written.union(changed)
-    views = throwaway(replace(split.views, written=written), training)
+    views = throwaway(replace(split.views, written=written), training, memo=memo)
     generator = torch.Generator().manual_seed(0)
     args, kwargs = resize_batch(split.inputs, 2)
     with torch.no_grad():

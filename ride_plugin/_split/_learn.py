@@ -97,14 +97,14 @@ def learn_at_run_time(
     training: bool,
     attributes: Sequence[Place],
     memo: Mapping[int, Any],
-) -> Layout:
-    """The layout of a path that the build did not see: on the meta device if that will do."""
+) -> Lesson:
+    """What a path teaches that the build did not see: on the meta device if that will do."""
     try:
         lesson = learn(views, inputs, training, attributes, meta=True, memo=memo)
     except Exception:
         lesson = learn(views, inputs, training, attributes, memo=memo)
     assert lesson is not None  # nothing was known
-    return lesson.layout
+    return lesson
 
 
 def _learn(

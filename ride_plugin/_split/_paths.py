@@ -10,12 +10,14 @@ from torch import nn
 
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._distributed import running
+from ride_plugin._errors import ReplayError, listed
 from ride_plugin._inputs import Inputs
+from ride_plugin._split._feedback import read_ahead
 from ride_plugin._split._form import form_of_inputs
 from ride_plugin._split._learn import learn_at_run_time
 from ride_plugin._split._logits import whole_outputs
 from ride_plugin._split._observers import numbers_of_hooks, without_later
-from ride_plugin._split._parts import Parts
+from ride_plugin._split._parts import Parts, Split
 from ride_plugin._split._plain import output_of_backbone
 from ride_plugin._split._results import other_places
 from ride_plugin._split._state import Layout, TrunkState
@@ -54,17 +56,24 @@ class Paths:
         return self._num_looks <= _MOST_LOOKS
 
     def learn(self, model: nn.Module, parts: Parts, inputs: Inputs) -> Layout | None:
-        """The layout of the path that these inputs take; None where it cannot be told."""
+        """The layout of the path that these inputs take; None where it cannot be told.
+
+        Raises:
+            ReplayError: on this path the trunk computes with what each expert has for itself.
+        """
         memo = without_later((parts.trunk, *parts.experts), self._hooks)
         training, attributes = parts.trunk.training, parts.attributes
         with random_state_kept(model), whole_outputs():  # of no expert's own pass
             try:
-                layouts = [
+                lessons = [
                     learn_at_run_time(parts.views(index), inputs, training, attributes, memo)
                     for index in range(parts.num_probed)
                 ]
             except Exception:  # as a small batch of this kind does not run, say
                 return None  # every row can still go on; only `select` needs the layout
+            if any(lesson.ahead for lesson in lessons):
+                _refuse_reading_ahead(parts, inputs, memo)
+        layouts = [lesson.layout for lesson in lessons]
         if any(other.path != layouts[0].path for other in layouts):
             return None  # a random path
         layout = reduce(Layout.joined, layouts)
@@ -104,3 +113,19 @@ class Paths:
             break
         self._compared.add(kind)
         return None
+
+
+def _refuse_reading_ahead(parts: Parts, inputs: Inputs, memo: dict[int, Any]) -> None:
+    places = parts.attributes, parts.late
+    split = Split(parts.views(0), [], *places, inputs, parts.num_classes, parts.fork_at, None)
+    try:
+        used = read_ahead(split, [parts.trunk.training], memo)
+    except Exception:  # as a small batch of this kind does not run, say
+        return
+    if used:
+        raise ReplayError(
+            f"This call takes a path that was not seen when the model was wrapped, on which the "
+            f"forward uses {listed(used)} before the fork, so that every expert would use those "
+            "of expert 0. Use them in the forward of the module that holds them, or pass "
+            "`fork_at=` an earlier submodule, and `example_input=` a call of this kind."
+        )

@@ -384,6 +384,64 @@ def test_whole_outputs_on_a_later_path_are_those_of_the_copies(
     assert len(seen) == 3  # an observer sees no pass that is thrown away
 
 
+class Grid(nn.Linear):
+    """Moves a buffer to where its inputs lie, when it is told to: by a call of its own, or not."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(8, outputs)
+        self.register_buffer("grid", torch.zeros(8))
+
+    def move(self, x: Tensor) -> None:
+        with torch.no_grad():
+            self.grid.copy_(x.mean(0))
+
+    def forward(self, x: Tensor, moves: bool = False) -> Tensor:
+        if moves:
+            self.move(x)
+        return super().forward((x - self.grid).tanh())
+
+
+class Grids(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layers = how, nn.ModuleList(Grid(n) for n in (8, 8, 5))
+
+    def forward(self, x: Tensor, moves: bool = False) -> Tensor:
+        if self.how == "reads" and moves:
+            x = x * self.layers[2].weight.norm()
+        for layer in self.layers:
+            if self.how == "calls" and moves:
+                layer.move(x)
+            x = layer(x, moves and self.how == "in the forward")
+        return x
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("how", "name"), [("calls", r"layers\.1\.grid"), ("reads", r"layers\.2\.weight")]
+)
+def test_a_call_on_which_the_trunk_uses_what_experts_own_is_refused(
+    how: str, name: str, training: bool
+) -> None:
+    x = torch.randn(6, 8)
+    model = RIDEWrapper(Grids(how), 3, fork_at="layers.1", example_input=x).train(training)
+    model(x)
+    for call in (model, model.run_trunk):
+        with pytest.raises(ReplayError, match=f"`{name}` before the fork.*the module that holds"):
+            call(x, moves=True)
+    model(x)
+    with pytest.raises(SplitError, match=f"`{name}` before the fork"):
+        RIDEWrapper(Grids(how), 3, fork_at="layers.1", example_input=(x, True))
+
+
+def test_what_experts_own_is_used_in_the_forward_of_its_module_as_the_error_says() -> None:
+    x, net = torch.randn(6, 8), Grids("in the forward")
+    model = RIDEWrapper(net, 3, fork_at="layers.1", example_input=x)
+    train_both(net, model, [((x,), {"moves": moves}) for moves in (False, True, False)])
+    grids = [expert.get_submodule("layers.2").grid for expert in model.experts]
+    assert not torch.equal(grids[0], grids[1])
+
+
 class HandsOn(nn.Module):
     """Returns what it computed early, where a flag asks for it; nothing late reads that."""
 
