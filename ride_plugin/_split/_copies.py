@@ -28,7 +28,7 @@ _ATOMS = frozenset(
 COMPILED_CALL = "_compiled_call_impl"
 _WITHOUT_TENSORS = OF_MODULES - {"_parameters", "_buffers"}  # submodules, hooks
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
-_COPIED_DEEPLY = (torch.strided, torch.sparse_coo, torch._mkldnn, torch.jagged)  # by torch
+_NOT_COPIED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)  # by torch
 _COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 
 
@@ -91,7 +91,7 @@ def copy_with_hooks(value: T, modules: Iterable[nn.Module], memo: dict[int, Any]
     """
     modules = list(modules)
     for tensor in (buffer for module in modules for buffer in module.buffers(recurse=False)):
-        if tensor.layout not in _COPIED_DEEPLY:
+        if tensor.layout in _NOT_COPIED:
             memo.setdefault(id(tensor), tensor.clone())
     _copy_modules([module for module in modules if isinstance(module, GraphModule)], memo)
     result = copy.deepcopy(value, memo)
@@ -153,7 +153,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return result
     if kind is tuple and _is_small(value):
         return value
-    if kind is Tensor and value.layout not in _COPIED_DEEPLY:
+    if kind is Tensor and value.layout in _NOT_COPIED:
         memo[id(value)] = copied = value.clone()
         return copied
     if kind is Tensor and not value.requires_grad and _owns_its_memory(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from ride_plugin._checks import version_of
 from ride_plugin._contexts import seed_everything
 from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import Inputs, own_inputs, resize_batch
-from ride_plugin._split._copies import running_copy
+from ride_plugin._split._copies import running_copy, same_values
 from ride_plugin._split._form import form_of, form_of_inputs, single_in
 from ride_plugin._split._meta import on_meta
 from ride_plugin._split._passes import read_attributes, record, write_attributes
@@ -40,6 +42,7 @@ class Lesson:
         early: plain attributes that the code before the fork sets or fills.
         late: attributes and buffers outside units that the code after the fork sets or fills.
         ahead: whether the code before the fork reads what experts own.
+        behind: names of tensors of the trunk that the code after the fork writes.
     """
 
     layout: Layout
@@ -48,6 +51,7 @@ class Lesson:
     early: frozenset[Place]
     late: frozenset[Place]
     ahead: bool
+    behind: frozenset[str]
 
 
 def learn(
@@ -99,9 +103,10 @@ def learn_at_run_time(
     memo: Mapping[int, Any],
 ) -> Lesson:
     """What a path teaches that the build did not see: on the meta device if that will do."""
-    try:
+    lesson = None
+    with suppress(Exception):
         lesson = learn(views, inputs, training, attributes, meta=True, memo=memo)
-    except Exception:
+    if lesson is None or lesson.behind:  # which only values tell
         lesson = learn(views, inputs, training, attributes, memo=memo)
     assert lesson is not None  # nothing was known
     return lesson
@@ -216,7 +221,14 @@ def _learn(
         read_by_trunk = _influences(tensors_in(large.values), parameters)
     except Exception:  # a reentrant checkpoint or a layer without a backward is in between
         read_by_trunk = {name for name, p in parameters.items() if id(p) in trunk_reads.seen}
+    of_trunk = dict((*views.trunk.named_parameters(), *views.trunk.named_buffers()))
+    before = {name: version_of(tensor) for name, tensor in of_trunk.items()}
     use = use_by_expert(views, large, attributes, parameters, outside)
+    behind = {name for name, tensor in of_trunk.items() if version_of(tensor) != before[name]}
+    once = {name: of_trunk[name].detach().clone() for name in behind}
+    if once and not any(tensor.is_meta for tensor in once.values()):
+        use_by_expert(views, large, attributes, parameters, outside)  # what comes to the same stays
+        behind = {name for name in once if not same_values(of_trunk[name].detach(), once[name])}
     rows = [
         tuple(
             _rows_or_none(key, a, b, alive)
@@ -233,6 +245,7 @@ def _learn(
         frozenset(early),
         frozenset(use.late),
         not of_expert.isdisjoint(trunk_reads.seen),
+        frozenset(behind),
     )
 
 

@@ -24,6 +24,7 @@ from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._tree import places_in
 
 _MOST_LAYOUTS = 64  # a number among the arguments may be another at each call
+_UNSEEN = "This call takes a path that was not seen when the model was wrapped, on which"
 _MOST_LOOKS = 16  # each takes as long as a few passes; where paths are random they find nothing
 
 
@@ -59,7 +60,8 @@ class Paths:
         """The layout of the path that these inputs take; None where it cannot be told.
 
         Raises:
-            ReplayError: on this path the trunk computes with what each expert has for itself.
+            ReplayError: on this path the trunk computes with what each expert has for itself, or
+                experts write what the trunk has.
         """
         memo = without_later((parts.trunk, *parts.experts), self._hooks)
         training, attributes = parts.trunk.training, parts.attributes
@@ -73,6 +75,13 @@ class Paths:
                 return None  # every row can still go on; only `select` needs the layout
             if any(lesson.ahead for lesson in lessons):
                 _refuse_reading_ahead(parts, inputs, memo)
+            if len(parts.experts) > 1 and (behind := set().union(*(x.behind for x in lessons))):
+                raise ReplayError(
+                    f"{_UNSEEN} what runs after the fork writes {listed(behind)}, which the trunk "
+                    "holds, so that every expert would write the same tensor. Pass `fork_at=` an "
+                    "earlier submodule, before the module that holds it is called first, or a "
+                    "later one, behind what writes it, and `example_input=` a call of this kind."
+                )
         layouts = [lesson.layout for lesson in lessons]
         if any(other.path != layouts[0].path for other in layouts):
             return None  # a random path
@@ -124,8 +133,7 @@ def _refuse_reading_ahead(parts: Parts, inputs: Inputs, memo: dict[int, Any]) ->
         return
     if used:
         raise ReplayError(
-            f"This call takes a path that was not seen when the model was wrapped, on which the "
-            f"forward uses {listed(used)} before the fork, so that every expert would use those "
-            "of expert 0. Use them in the forward of the module that holds them, or pass "
-            "`fork_at=` an earlier submodule, and `example_input=` a call of this kind."
+            f"{_UNSEEN} the forward uses {listed(used)} before the fork, so that every expert "
+            "would use those of expert 0. Use them in the forward of the module that holds them, "
+            "or pass `fork_at=` an earlier submodule, and `example_input=` a call of this kind."
         )

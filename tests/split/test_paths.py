@@ -393,7 +393,7 @@ class Grid(nn.Linear):
 
     def move(self, x: Tensor) -> None:
         with torch.no_grad():
-            self.grid.copy_(x.mean(0))
+            self.grid.lerp_(x.mean(0), 0.5)
 
     def forward(self, x: Tensor, moves: bool = False) -> Tensor:
         if moves:
@@ -409,32 +409,48 @@ class Grids(nn.Module):
     def forward(self, x: Tensor, moves: bool = False) -> Tensor:
         if self.how == "reads" and moves:
             x = x * self.layers[2].weight.norm()
+        first = x
         for layer in self.layers:
             if self.how == "calls" and moves:
                 layer.move(x)
             x = layer(x, moves and self.how == "in the forward")
+        if self.how == "calls late" and moves:
+            self.layers[0].move(first)
+        if self.how == "notes" and moves:
+            self.layers[0].grid.zero_()
         return x
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    ("how", "name"), [("calls", r"layers\.1\.grid"), ("reads", r"layers\.2\.weight")]
+    ("how", "told"),
+    [
+        ("calls", r"`layers\.1\.grid` before the fork.*the module that holds"),
+        ("reads", r"`layers\.2\.weight` before the fork.*the module that holds"),
+        ("calls late", r"after the fork writes `layers\.0\.grid`, which the trunk holds"),
+    ],
 )
-def test_a_call_on_which_the_trunk_uses_what_experts_own_is_refused(
-    how: str, name: str, training: bool
+def test_a_call_on_which_one_side_of_the_fork_uses_what_the_other_owns_is_refused(
+    how: str, told: str, training: bool
 ) -> None:
     x = torch.randn(6, 8)
     model = RIDEWrapper(Grids(how), 3, fork_at="layers.1", example_input=x).train(training)
     model(x)
     for call in (model, model.run_trunk):
-        with pytest.raises(ReplayError, match=f"`{name}` before the fork.*the module that holds"):
+        with pytest.raises(ReplayError, match=told):
             call(x, moves=True)
     model(x)
-    with pytest.raises(SplitError, match=f"`{name}` before the fork"):
+    with pytest.raises(SplitError, match=told):
         RIDEWrapper(Grids(how), 3, fork_at="layers.1", example_input=(x, True))
 
 
-def test_what_experts_own_is_used_in_the_forward_of_its_module_as_the_error_says() -> None:
+def test_what_comes_to_the_same_however_often_it_is_written_is_no_matter() -> None:
+    x, net = torch.randn(6, 8), Grids("notes")
+    model = RIDEWrapper(net, 3, fork_at="layers.1", example_input=x)
+    train_both(net, model, [((x,), {"moves": moves}) for moves in (False, True, False)])
+
+
+def test_what_experts_own_is_used_in_the_forward_of_its_module_as_errors_say() -> None:
     x, net = torch.randn(6, 8), Grids("in the forward")
     model = RIDEWrapper(net, 3, fork_at="layers.1", example_input=x)
     train_both(net, model, [((x,), {"moves": moves}) for moves in (False, True, False)])
