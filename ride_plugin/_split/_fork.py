@@ -70,6 +70,7 @@ def choose_fork(root: Call, fork_at: str | None) -> Fork:
 def _default(units: Sequence[Call]) -> tuple[int, str]:
     parametric = [unit.num_parameters > 0 for unit in units]
     last = max(i for i, has in enumerate(parametric) if has)  # the classifier, or ends in it
+    last = _first_scorer(units, last)
     index, reason = _by_resolution(units, parametric, last) or _by_blocks(units, last)
     # Parameter-free units cost nothing to share; a module that also ran before cannot be forked.
     called_before = _modules_of(units[:index])
@@ -77,6 +78,26 @@ def _default(units: Sequence[Call]) -> tuple[int, str]:
         called_before |= _modules_of(units[index : index + 1])
         index += 1
     return _first_branch(units, index), reason
+
+
+def _first_scorer(units: Sequence[Call], last: int) -> int:
+    """Index of the first of the layers that each score one class, if the last unit is such a layer.
+
+    They are one classifier: cut between them, experts would share the scores of some classes. (If
+    all of them take one value, they are branches as well.)
+    """
+    name, shape = units[last].name.rpartition("."), units[last].shape
+    if shape is None or len(shape) != 2 or shape[1] != 1 or not name[0]:
+        return last
+    first = last
+    for i in range(last - 1, -1, -1):
+        unit = units[i]
+        if unit.num_parameters:
+            same = unit.shape == shape and type(unit.module) is type(units[last].module)
+            if not same or unit.name.rpartition(".")[0] != name[0]:
+                break
+            first = i
+    return first
 
 
 def _first_branch(units: Sequence[Call], index: int) -> int:

@@ -37,7 +37,9 @@ class UnseenHook:
                 "wrapped, so that the trunk holds it: all experts would train one set of weights "
                 "and write the same buffers. Wrap the backbone as it is in use, with an "
                 "`example_input=` of this kind (the targets too, where it runs with targets only), "
-                "so that each expert gets its own. Where it shall be shared, freeze it "
+                "so that each expert gets its own. Where an argument chooses between modules, "
+                "those of several domains say, let the forward of a module that holds them all "
+                "choose: each expert gets all of them. Where it shall be shared, freeze it "
                 "(`requires_grad_(False)` and `eval()`)."
             )
 

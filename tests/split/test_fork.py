@@ -287,6 +287,34 @@ def test_units_that_take_other_values_are_no_branches(net: nn.Module, fork_at: s
     assert choose_fork(root, None).name == fork_at
 
 
+class ScoresEachClass(nn.Module):
+    """Attends to an input once for each class, and has a layer for the score of each."""
+
+    def __init__(self, num_classes: int = 5, hidden: bool = False) -> None:
+        super().__init__()
+        self.body, self.attend = nn.Linear(6, 8), nn.Linear(8, num_classes)
+        self.scores = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
+            if hidden
+            else nn.Linear(8, 1)
+            for _ in range(num_classes)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x).relu()
+        seen = self.attend(h).softmax(1).transpose(1, 2) @ h
+        return torch.cat([score(seen[:, i]) for i, score in enumerate(self.scores)], dim=1)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_layers_that_score_one_class_each_are_one_classifier(hidden: bool) -> None:
+    x = torch.randn(4, 3, 6)
+    model = RIDEWrapper(ScoresEachClass(hidden=hidden), 3, num_classes=5, example_input=x)
+    assert model.fork_at == "attend"
+    logits = expert_logits(model(x))
+    assert (logits[:, 0] != logits[:, 1]).all()
+
+
 class Unrolled(nn.Module):
     """Runs all of its layers for one view after the other."""
 

@@ -128,3 +128,35 @@ class Computed(nn.Module):
 def test_modules_that_compute_a_weight_are_not_meant() -> None:
     backbone = Computed()
     train_both(backbone, wrapped(backbone), [X, X])
+
+
+class Chosen(nn.Module):
+    def __init__(self, norms: nn.ModuleList) -> None:
+        super().__init__()
+        self.norms = norms
+
+    def forward(self, x: Tensor, domain: int) -> Tensor:
+        return self.norms[domain](x)
+
+
+class Domains(nn.Module):
+    """A BatchNorm for each domain, which the forward chooses by a number, or a submodule does."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(2))
+        self.norms, self.inside = Chosen(norms) if inside else norms, inside
+
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        h = self.b(self.a(x).relu())
+        h = self.norms(h, domain) if self.inside else self.norms[domain](h)
+        return self.c(h.relu())
+
+
+def test_modules_of_several_domains_are_chosen_in_a_submodule_as_the_error_says() -> None:
+    model = wrapped(Domains(inside=False))
+    with pytest.raises(ReplayError, match=r"`norms\.1` runs behind.*domains.*holds them all"):
+        model(X, domain=1)
+    net = Domains(inside=True)
+    train_both(net, wrapped(net), [((X,), {"domain": domain}) for domain in (0, 1, 1, 0)])
