@@ -115,11 +115,12 @@ def _instead_of(name: str, is_method: bool) -> str:
         )
     verb, use = ("Call", f"{name}(...)") if is_method else ("Take", name)
     function = f"lambda network: network.{use}" if is_method else "function"
-    last = (
-        "A state of a wrapped model is loaded with `model.load_state_dict()`."
-        if re.match("load|from_pretrained", name)
-        else f"Groups of parameters for an optimizer: `model.parameter_groups_by({function})`."
-    )
+    if re.match("load|from_pretrained", name):
+        last = "A state of a wrapped model is loaded with `model.load_state_dict()`."
+    elif is_method and "feat" in name:
+        last = "Features of all experts: `model.router_inputs(x).expert_features`."
+    else:
+        last = f"Groups of parameters for an optimizer: `model.parameter_groups_by({function})`."
     return (
         f"{begins} {verb} `{name}` on the backbone before wrapping it; on `model.to_module(k)`, "
         f"expert k as a plain network; on the trunk alone, `model.trunk.{use}`, if it concerns "

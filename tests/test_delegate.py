@@ -153,6 +153,24 @@ def test_what_sets_something_in_each_module_can_be_called_on_every_part() -> Non
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+class GivesFeatures(Backbone):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self._act(self.stem(x + self.token))
+
+
+def test_features_come_from_what_the_router_reads() -> None:
+    model = RIDEWrapper(GivesFeatures(), 2, fork_at="blocks.2")
+    with pytest.raises(AttributeError, match=r"router_inputs\(x\)\.expert_features"):
+        model.forward_features(torch.randn(3, 8))
+    assert model.router_inputs(torch.randn(3, 8)).expert_features.shape == (3, 2, 16)
+
+
+def test_methods_that_write_into_frozen_weights_are_not_for_every_part() -> None:
+    model = wrapped()
+    with pytest.raises(AttributeError, match=r"nor if it writes into frozen weights, as merging"):
+        model.load_model("")
+
+
 class Resizable(Backbone):
     """Changes what lies before the fork, of its own old size, as an image transformer does."""
 
