@@ -165,10 +165,11 @@ def test_features_come_from_what_the_router_reads() -> None:
     assert model.router_inputs(torch.randn(3, 8)).expert_features.shape == (3, 2, 16)
 
 
-def test_methods_that_write_into_frozen_weights_are_not_for_every_part() -> None:
+def test_adapters_are_merged_in_a_copy() -> None:
     model = wrapped()
-    with pytest.raises(AttributeError, match=r"nor if it writes into frozen weights, as merging"):
-        model.load_model("")
+    model.trunk.__dict__["merge_adapter"] = print
+    with pytest.raises(AttributeError, match=r"`model\.to_module\(k\)\.merge_adapter\(\.\.\.\)`"):
+        model.merge_adapter()
 
 
 class Resizable(Backbone):
