@@ -11,16 +11,25 @@ from ride_plugin._errors import ReplayError, listed, warn_caller
 from ride_plugin._split._form import versions_in
 from ride_plugin._split._sharing import frozen_layers, held_by_all, trains
 from ride_plugin._split._stand_ins import StandIn
+from ride_plugin._tree import dotted
 
 
 class Frozen:
     """The tensors that experts share because nothing trained them, and the layers set to rest.
 
+    Args:
+        trunk: the shared part.
+        experts: all of them.
+        written: names, inside an expert, of what a forward or a change of modes writes, which
+            each expert has for itself.
+
     Attributes:
         layers: normalisation layers in evaluation mode without trainable parameters.
     """
 
-    def __init__(self, trunk: nn.Module, experts: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, trunk: nn.Module, experts: Sequence[nn.Module], written: frozenset[str]
+    ) -> None:
         self.layers = [
             layer for part in (trunk, *experts) for layer in frozen_layers(part, trunk.training)
         ]
@@ -30,17 +39,22 @@ class Frozen:
             if not tensors[key].requires_grad
         }
         self._adapted = [
-            (called, layer, _is_merged(layer)) for called, layer in self._adapted_layers(experts)
+            (called, layer, _is_merged(layer))
+            for called, layer in self._adapted_layers(experts, written)
         ]
 
-    def _adapted_layers(self, experts: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    def _adapted_layers(
+        self, experts: Sequence[nn.Module], written: frozenset[str]
+    ) -> Iterator[tuple[str, nn.Module]]:
         """Layers of experts around a shared weight to which their own part can be added."""
         shared = {id(tensors[key]) for tensors, key in self._shared.values()}
         for index, expert in enumerate(experts):
             for name, layer in expert.named_modules():
                 if isinstance(layer, StandIn) or not _can_merge(layer):
                     continue
-                if any(id(parameter) in shared for parameter in layer.parameters()):
+                held = {dotted(name, key): p for key, p in layer.named_parameters()}
+                # One that merges by its mode has its weight for itself, and its bias not.
+                if any(id(p) in shared for p in held.values()) and written.isdisjoint(held):
                     yield f"experts.{index}.{name}", layer
 
     def keep_in_evaluation(self) -> None:

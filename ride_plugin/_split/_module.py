@@ -122,7 +122,7 @@ class SplitModule(Holder):
                 stand_in.ride_writers = writers_in(unit, name, parts.written)
         self._told_of_hooks = False  # of the trunk, which do not run
         self._goes_on_into = (parts.experts[0],)  # the trunk's pass; a tuple, so not registered
-        self._frozen_parts = Frozen(self.trunk, parts.experts)
+        self._frozen_parts = Frozen(self.trunk, parts.experts, parts.written)
         self._held_together: list[Group] = []  # between a change of tensors and `relink`
         self._handed_out = HandedOut()
         self._kept_rows = KeptRows(parts.kept)

@@ -17,6 +17,7 @@ class Update(nn.Linear):
     def __init__(self, width: int, by_mode: bool) -> None:
         super().__init__(width, width)
         self.weight.requires_grad_(False)
+        self.bias.requires_grad_(False)
         self.down = nn.Parameter(torch.randn(2, width))
         self.up = nn.Parameter(torch.zeros(width, 2))
         self.merged, self.by_mode = False, by_mode
