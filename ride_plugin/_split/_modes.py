@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ride_plugin._errors import listed
-from ride_plugin._split._copies import clone_module, same_values
+from ride_plugin._split._copies import clone_module, running_copy, same_values
 from ride_plugin._split._stand_ins import StandIn
 from ride_plugin._tree import dotted
 
@@ -54,12 +56,42 @@ def written_by_modes(backbone: nn.Module) -> frozenset[str]:
         tried.append(f"{path}." if path else "")
         if all(parameter.requires_grad for parameter in module.parameters()):
             continue
+        if not _computes_by_switching(module):  # as most do, of transformers say: no copy is made
+            continue
         try:
             names = _written_by_switching(clone_module(module))
         except Exception:  # tensors of another kind, say: the build itself finds what does not run
             continue
         written |= {dotted(path, name) for name in names}
     return frozenset(written)
+
+
+class _Operations(TorchDispatchMode):
+    """Notes whether anything is computed with tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+def _computes_by_switching(module: nn.Module) -> bool:
+    """Whether switching computes anything, tried on the meta device; True where it does not run."""
+    memo = {
+        id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
+        for p in module.parameters()
+    }
+    try:
+        copied = running_copy(module, (module,), meta=True, memo=memo)
+        with _Operations() as operations:
+            for mode in (False, True, False):
+                copied.train(mode)
+    except Exception:
+        return True
+    return bool(operations.seen)
 
 
 def _written_by_switching(module: nn.Module) -> set[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import ExpertRouter, ReplayError, RIDEWrapper, RoutingInference, expert_logits
+from ride_plugin._split import _modes
 
 
 class Update(nn.Linear):
@@ -122,3 +123,20 @@ def test_updates_merged_by_hand_into_a_shared_weight_are_refused_until_they_are_
             module.merge()
     torch.testing.assert_close(plain(x).detach(), expected[:, 1])
     torch.testing.assert_close(expert_logits(model(x)).detach(), expected)
+
+
+class OnlySwitches(nn.Sequential):
+    """Has a `train` of its own, as every model of transformers."""
+
+    def train(self, mode: bool = True) -> OnlySwitches:
+        return super().train(mode)
+
+
+def test_a_train_that_computes_nothing_costs_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = nn.Linear(8, 8).requires_grad_(False), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4)
+    copied = []
+    monkeypatch.setattr(_modes, "clone_module", lambda m: copied.append(m) or copy.deepcopy(m))
+    assert _modes.written_by_modes(OnlySwitches(*layers)) == frozenset()
+    assert not copied
+    assert _modes.written_by_modes(Updated(True)) == {f"layers.{k}.weight" for k in range(3)}
+    assert len(copied) == 3
