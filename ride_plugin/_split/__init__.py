@@ -13,7 +13,8 @@ Where to read first, and what belongs together:
   copies with stand-ins (``_views``); what crosses between them (``_learn``, ``_use``); and the
   self-check (``_check``, ``_check_rows``, ``_results``).
 - *What cannot be cut there*, and is refused by name: ``_feedback``, ``_once``, ``_hidden``,
-  ``_references``, ``_modes``, ``_unseen``, ``_again``; what routing would mix is ``_kept_rows``.
+  ``_references``, ``_modes``, ``_unseen``, ``_again``, ``_set_behind``; what routing would mix is
+  ``_kept_rows``.
 - *The model.* ``_module`` is made of ``_parts``, knows ways through the forward (``_paths``, which
   keeps hooks of others out by ``_observers``) and reads what experts return (``_expert_result``,
   ``_features``).

@@ -16,6 +16,7 @@ from ride_plugin._errors import RIDEError, SplitError, listed
 from ride_plugin._inputs import Inputs, own_inputs, resize_batch
 from ride_plugin._split._check_rows import check_rows
 from ride_plugin._split._copies import running_copy
+from ride_plugin._split._feedback import with_other_weights
 from ride_plugin._split._hidden import advice, hidden
 from ride_plugin._split._learn import throwaway, throwaway_expert
 from ride_plugin._split._logits import whole_outputs
@@ -31,6 +32,7 @@ from ride_plugin._split._results import (
     seeded,
     unfused,
 )
+from ride_plugin._split._set_behind import set_behind
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._use import storage_of
 from ride_plugin._split._views import Views
@@ -125,6 +127,17 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState, 
                 raise WrittenBehind(behind, prefix)
             _check_buffers(reference, ran, prefix, exact)
         _check_stopping(own, state, prefix, exact)
+        lost = [] if split.late else set_behind(ran.expert, stopped.trunk)
+        if lost:
+            step = partial(_step, split, throwaway(views, training), batch)
+            step()
+            if not same(step(), seeded(reference, batch), exact):
+                raise SplitError(
+                    f"{prefix}: what runs after the fork sets {listed(lost)} on a module of the "
+                    "trunk, which reads it in the next step and would not get it: every expert "
+                    "sets another. Set it in the forward of that module, or pass `fork_at=` an "
+                    "earlier submodule, before the module is called."
+                )
         if training and outputs:
             differs = output_difference(outputs[-1], _whole_output(split, stopped, own, at_fork))
         if evaluated is None:
@@ -142,8 +155,9 @@ class _Contents:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        self.marks = {name: _mark(buffer) for name, buffer in module.named_buffers()}
         # Parameters are large, and copies share them: versions and places in memory will do.
-        self.parameters = {n: (p._version, storage_of(p)) for n, p in module.named_parameters()}
+        self.parameters = {name: _mark(p) for name, p in module.named_parameters()}
 
     def written(self) -> set[str]:
         """Names of the parameters and buffers that hold something else now."""
@@ -152,13 +166,21 @@ class _Contents:
         return {
             name
             for name, mark in self.parameters.items()
-            if name not in parameters
-            or (parameters[name]._version, storage_of(parameters[name])) != mark
+            if name not in parameters or _mark(parameters[name]) != mark
         } | {
             name
             for name, buffer in self.buffers.items()
             if name not in buffers or not same(buffers[name], buffer, lambda: True)
         }
+
+    def rewritten(self) -> bool:
+        """Whether something was written into a buffer, be it what stood there."""
+        now = {name: _mark(buffer) for name, buffer in self.module.named_buffers()}
+        return now != self.marks
+
+
+def _mark(tensor: Tensor) -> tuple[int, Any]:
+    return tensor._version, storage_of(tensor)
 
 
 def _passes(
@@ -205,6 +227,9 @@ def _passes(
             return play(ran.expert, ran.running, state.hollowed(), at_fork[-1])
 
     output, behind, places = played(other), contents.written(), of_trunk.changed()
+    if not behind and contents.rewritten():  # with equal weights it comes to the same
+        played(with_other_weights(split.views, other))
+        behind = contents.written()
     if places and not behind:
         another = throwaway_expert(split.views, other)
         _refuse_counting(changed_again(other.trunk, places, lambda: played(another)), prefix)
@@ -221,6 +246,14 @@ def _stopped(split: Split, views: Views, inputs: Inputs) -> tuple[TrunkState, Ca
             views.trunk, views.running, split.layouts, args, kwargs, stop_at_fork=True
         )
     return replace(state, attributes=start), random_state(views.expert)
+
+
+def _step(split: Split, views: Views, inputs: Inputs) -> Tensor:
+    """The logits of one call, which leaves what a call leaves."""
+    state, at_fork = _stopped(split, views, inputs)
+    write_attributes(views.expert, split.attributes, state.attributes)
+    with torch.no_grad():
+        return logits_of(play(views.expert, views.running, state.hollowed(), at_fork))
 
 
 def _unrepeatable(first: Tensor, again: Tensor) -> str | None:

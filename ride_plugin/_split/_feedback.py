@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ride_plugin._contexts import seed_everything
 from ride_plugin._errors import SplitError, listed
 from ride_plugin._inputs import resize_batch
 from ride_plugin._split._copies import same_values
-from ride_plugin._split._learn import throwaway
+from ride_plugin._split._learn import throwaway, throwaway_expert
 from ride_plugin._split._parts import Split
 from ride_plugin._split._passes import (
     own_containers,
@@ -142,13 +142,9 @@ def _run(
     """
     written = split.views.written.union(changed)
     views = throwaway(replace(split.views, written=written), training, memo=memo)
-    generator = torch.Generator().manual_seed(0)
     args, kwargs = resize_batch(split.inputs, 2)
     with torch.no_grad():
-        for name, tensor in (*views.expert.named_parameters(), *views.expert.named_buffers()):
-            if name in changed and tensor.is_floating_point():
-                noise = torch.rand(tensor.shape, generator=generator, device="cpu")
-                tensor.mul_(1 + noise.to(tensor))
+        _change(views.expert, changed)
         for (path, key), value in (start or {}).items():
             if value is not Absent:
                 views.trunk.get_submodule(path).__dict__[key] = own_containers(value)
@@ -176,6 +172,23 @@ def _run(
             raise
     left = {p: snapshot(getattr(views.expert.get_submodule(p[0]), p[1], Absent)) for p in places}
     return _Pass(tape, wrote, output, left)
+
+
+def with_other_weights(views: Views, copied: Views) -> Views:
+    """A throwaway expert with other numbers in what it owns, and with the trunk of ``copied``."""
+    own = {name for name, _ in _own_tensors(views)}
+    another = throwaway_expert(replace(views, written=views.written | own), copied)
+    with torch.no_grad():
+        _change(another.expert, own)
+    return another
+
+
+def _change(expert: nn.Module, names: Collection[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in (*expert.named_parameters(), *expert.named_buffers()):
+        if name in names and tensor.is_floating_point():
+            noise = torch.rand(tensor.shape, generator=generator, device="cpu")
+            tensor.mul_(1 + noise.to(tensor))
 
 
 def _own_tensors(views: Views) -> list[tuple[str, Tensor]]:

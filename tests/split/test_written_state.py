@@ -394,13 +394,90 @@ class LateWritesEarlyWeight(Attributes):
         return self.c(x)
 
 
+class LateReplacesEarlyBuffer(Attributes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a.register_buffer("last", torch.zeros(8))
+
+    def replace(self, value: Tensor) -> None:
+        self.a.last.copy_(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu() + self.a.last).relu()
+        if self.training:
+            self.replace(x.detach().mean(0))
+        return self.c(x)
+
+
+class LateWritesTheSame(LateReplacesEarlyBuffer):
+    def replace(self, value: Tensor) -> None:
+        self.a.last.copy_(torch.arange(8))
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(OneNormTwice, "norm.running_mean"), (LateWritesEarlyWeight, "a.weight")],
+    [
+        (OneNormTwice, "norm.running_mean"),
+        (LateWritesEarlyWeight, "a.weight"),
+        (LateReplacesEarlyBuffer, "a.last"),
+    ],
 )
 def test_experts_that_write_what_the_trunk_holds_are_refused(kind: Any, name: str) -> None:
     with pytest.raises(SplitError, match=f"after the fork writes.*`{name}`"):
         wrapped(kind())
+
+
+class LateBindsEarlyBuffer(LateReplacesEarlyBuffer):
+    def replace(self, value: Tensor) -> None:
+        self.a.last = value
+
+
+class Remembers(nn.Linear):
+    mean = 1.0
+    on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (self.mean if self.on else 1.0)
+
+
+class LateSetsEarlyNumber(Attributes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Remembers(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.on = True
+        x = self.b(self.a(x).relu()).relu()
+        self.a.mean = float(x.detach().mean())
+        return self.c(x)
+
+
+class LateSwitchesOff(LateSetsEarlyNumber):
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.on = True
+        x = self.b(self.a(x).relu()).relu()
+        self.a.on = False
+        return self.c(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(LateBindsEarlyBuffer, "a.last"), (LateSetsEarlyNumber, "a.mean")]
+)
+def test_what_experts_set_on_a_module_of_the_trunk_that_reads_it_is_refused(
+    kind: Any, name: str
+) -> None:
+    with pytest.raises(SplitError, match=f"after the fork sets `{name}` on a module of the trunk"):
+        wrapped(kind())
+
+
+def test_what_the_next_step_sets_anew_may_be_set_on_a_module_of_the_trunk() -> None:
+    net = LateSwitchesOff()
+    train_both(net, wrapped(net), batches())
+
+
+def test_what_every_expert_writes_alike_may_be_the_trunk_s() -> None:
+    net = LateWritesTheSame()
+    train_both(net, wrapped(net), batches())
 
 
 class Pairs(nn.Module):
