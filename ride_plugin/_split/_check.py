@@ -20,6 +20,7 @@ from ride_plugin._split._feedback import with_other_weights
 from ride_plugin._split._hidden import advice, hidden
 from ride_plugin._split._learn import throwaway, throwaway_expert
 from ride_plugin._split._logits import whole_outputs
+from ride_plugin._split._misplaced import is_real
 from ride_plugin._split._modes import other_modes
 from ride_plugin._split._once import Attributes, changed_again
 from ride_plugin._split._parts import Split
@@ -36,7 +37,7 @@ from ride_plugin._split._set_behind import set_behind
 from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._split._use import storage_of
 from ride_plugin._split._views import Views
-from ride_plugin._tree import Place, buffers_of, tensors_in
+from ride_plugin._tree import Place, buffers_of, dotted, tensors_in
 
 _BATCH = 3
 _ANOTHER = "Pass `fork_at=` another submodule."
@@ -102,7 +103,9 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState, 
             stopped = throwaway(views, training)
             own, at_fork = _stopped(split, stopped, batch)
         passes = _passes(split, throwaway(views, training), batch, prefix)
-        for ran, state, got, behind in passes:
+        on_trunk: set[Place] = set()
+        for ran, state, got, behind, places in passes:
+            on_trunk |= {place for place in places if is_real(ran.trunk.get_submodule(place[0]))}
             for link in ran.links:
                 if link.name in link.view._buffers:
                     raise SplitError(
@@ -127,16 +130,16 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState, 
                 raise WrittenBehind(behind, prefix)
             _check_buffers(reference, ran, prefix, exact)
         _check_stopping(own, state, prefix, exact)
-        lost = [] if split.late else set_behind(ran.expert, stopped.trunk)
-        if lost:
-            step = partial(_step, split, throwaway(views, training), batch)
-            step()
-            if not same(step(), seeded(reference, batch), exact):
+        behind_on = on_trunk | set_behind(ran.expert, stopped.trunk)
+        if behind_on and not split.late:
+            second = seeded(reference, batch)
+            if not all(same(got, second, exact) for got in _second_steps(split, training, batch)):
+                names = listed([dotted(*place) for place in sorted(behind_on)])
                 raise SplitError(
-                    f"{prefix}: what runs after the fork sets {listed(lost)} on a module of the "
-                    "trunk, which reads it in the next step and would not get it: every expert "
-                    "sets another. Set it in the forward of that module, or pass `fork_at=` an "
-                    "earlier submodule, before the module is called."
+                    f"{prefix}: what runs after the fork sets {names} on a module of the trunk, "
+                    "where the next step reads it: every expert sets another. Set it in the "
+                    "forward of that module, or pass `fork_at=` an earlier submodule, before the "
+                    "module is called."
                 )
         if training and outputs:
             differs = output_difference(outputs[-1], _whole_output(split, stopped, own, at_fork))
@@ -185,15 +188,15 @@ def _mark(tensor: Tensor) -> tuple[int, Any]:
 
 def _passes(
     split: Split, views: Views, inputs: Inputs, prefix: str
-) -> Iterator[tuple[Views, TrunkState, Tensor, set[str]]]:
+) -> Iterator[tuple[Views, TrunkState, Tensor, set[str], set[Place]]]:
     """Run trunk and experts as the model does: on into expert 0, then another from the tape.
 
     Where experts leave something outside units, or change what they are given, a pass stops at
     the fork, and the first expert starts from the tape as well.
 
     Yields:
-        What ran, the trunk's state, the expert's logits, and the names of the trunk's tensors that
-        it wrote from the tape.
+        What ran, the trunk's state, the expert's logits, the names of the trunk's tensors that it
+        wrote from the tape, and attributes of the trunk's modules that were set after the fork.
     """
     args, kwargs = own_inputs(inputs, tensors=True)
     goes_on = not split.late and not any(known.changes_in_place for known in split.layouts)
@@ -201,9 +204,11 @@ def _passes(
     at_fork: list[Callable[[], None]] = []
     of_expert = Attributes(views.expert, [own for _, own in views.spine])
     ahead: set[Place] = set()
+    of_trunk: list[Attributes] = []
 
     def stops(values: Sequence[Any], layout: Layout | None) -> bool:
         at_fork.append(random_state(views.expert))
+        of_trunk.append(Attributes(views.trunk, [own for own, _ in views.spine]))
         ahead.update(of_expert.changed())
         return not goes_on
 
@@ -217,23 +222,23 @@ def _passes(
     if ahead:
         _refuse_counting_ahead(split, views.trunk.training, inputs, ahead, prefix)
     if output is not None:
-        yield views, state, logits_of(output), set()
+        yield views, state, logits_of(output), set(), of_trunk[-1].changed()
     contents = _Contents(other.trunk)
-    of_trunk = Attributes(other.trunk, [own for own, _ in views.spine])
+    before = Attributes(other.trunk, [own for own, _ in views.spine])
 
     def played(ran: Views) -> Any:
         write_attributes(ran.expert, split.attributes, start)
         with torch.no_grad(), _called(prefix, state):
             return play(ran.expert, ran.running, state.hollowed(), at_fork[-1])
 
-    output, behind, places = played(other), contents.written(), of_trunk.changed()
+    output, behind, places = played(other), contents.written(), before.changed()
     if not behind and contents.rewritten():  # with equal weights it comes to the same
         played(with_other_weights(split.views, other))
         behind = contents.written()
     if places and not behind:
         another = throwaway_expert(split.views, other)
         _refuse_counting(changed_again(other.trunk, places, lambda: played(another)), prefix)
-    yield other, state, logits_of(output), behind
+    yield other, state, logits_of(output), behind, places
 
 
 def _stopped(split: Split, views: Views, inputs: Inputs) -> tuple[TrunkState, Callable[[], None]]:
@@ -248,12 +253,19 @@ def _stopped(split: Split, views: Views, inputs: Inputs) -> tuple[TrunkState, Ca
     return replace(state, attributes=start), random_state(views.expert)
 
 
-def _step(split: Split, views: Views, inputs: Inputs) -> Tensor:
-    """The logits of one call, which leaves what a call leaves."""
-    state, at_fork = _stopped(split, views, inputs)
-    write_attributes(views.expert, split.attributes, state.attributes)
-    with torch.no_grad():
-        return logits_of(play(views.expert, views.running, state.hollowed(), at_fork))
+def _second_steps(split: Split, training: bool, inputs: Inputs) -> Iterator[Tensor]:
+    """An expert's logits in a second step, after a first one of its own, and of two experts."""
+    for several in (False, True):
+        views = throwaway(split.views, training)
+        for others in ([with_other_weights(split.views, views)] if several else [], []):
+            state, at_fork = _stopped(split, views, inputs)
+            for ran in (views, *others):
+                write_attributes(ran.expert, split.attributes, state.attributes)
+                with torch.no_grad():
+                    output = play(ran.expert, ran.running, state.hollowed(), at_fork)
+                if ran is views:
+                    logits = logits_of(output)
+        yield logits
 
 
 def _unrepeatable(first: Tensor, again: Tensor) -> str | None:

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from ride_plugin._split._copies import same_values
 from ride_plugin._split._stand_ins import Recorded
 from ride_plugin._split._state import Absent
-from ride_plugin._tree import OF_MODULES, dotted
+from ride_plugin._tree import OF_MODULES, Place
 
 
-def set_behind(expert: nn.Module, trunk: nn.Module) -> list[str]:
-    """Names of what an expert has set otherwise than the trunk, which therefore lacks it.
+def set_behind(expert: nn.Module, trunk: nn.Module) -> set[Place]:
+    """What an expert has set otherwise than the trunk, which therefore lacks it.
 
     Args:
         expert: after a pass from the tape.
         trunk: after a pass that has stopped at the fork.
     """
-    names = []
+    places = set()
     for stand_in in expert.modules():
         if not isinstance(stand_in, Recorded):
             continue
@@ -28,8 +28,8 @@ def set_behind(expert: nn.Module, trunk: nn.Module) -> list[str]:
             if key.startswith("ride_"):
                 continue
             if not _equal(vars(stand_in)[key], getattr(real, key, Absent)):
-                names.append(dotted(stand_in.ride_key, key))
-    return names
+                places.add((stand_in.ride_key, key))
+    return places
 
 
 def _equal(a: Any, b: Any) -> bool:

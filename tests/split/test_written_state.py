@@ -452,6 +452,43 @@ class LateSetsEarlyNumber(Attributes):
         return self.c(x)
 
 
+class LateCallsEarlyMethod(LateSetsEarlyNumber):
+    class Noting(Remembers):
+        on = True
+
+        def note(self, mean: float) -> None:
+            self.mean = mean
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.Noting(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu()).relu()
+        self.a.note(float(x.detach().mean()))
+        return self.c(x)
+
+
+class LateSetsInsideOfEarly(Attributes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(6, 8))
+        self.a[0].seen = {"mean": 1.0}
+
+    def early(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.a[0].seen["mean"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.early(x).relu()).relu()
+        self.a[0].seen["mean"] = float(x.detach().mean())
+        return self.c(x)
+
+
+class LateKeepsInsideOfEarly(LateSetsInsideOfEarly):
+    def early(self, x: Tensor) -> Tensor:
+        return self.a(x)
+
+
 class LateSwitchesOff(LateSetsEarlyNumber):
     def forward(self, x: Tensor) -> Tensor:
         self.a.on = True
@@ -461,7 +498,13 @@ class LateSwitchesOff(LateSetsEarlyNumber):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(LateBindsEarlyBuffer, "a.last"), (LateSetsEarlyNumber, "a.mean")]
+    ("kind", "name"),
+    [
+        (LateBindsEarlyBuffer, "a.last"),
+        (LateSetsEarlyNumber, "a.mean"),
+        (LateCallsEarlyMethod, "a.mean"),
+        (LateSetsInsideOfEarly, "a.0.seen"),
+    ],
 )
 def test_what_experts_set_on_a_module_of_the_trunk_that_reads_it_is_refused(
     kind: Any, name: str
@@ -470,8 +513,9 @@ def test_what_experts_set_on_a_module_of_the_trunk_that_reads_it_is_refused(
         wrapped(kind())
 
 
-def test_what_the_next_step_sets_anew_may_be_set_on_a_module_of_the_trunk() -> None:
-    net = LateSwitchesOff()
+@pytest.mark.parametrize("kind", [LateSwitchesOff, LateKeepsInsideOfEarly])
+def test_what_no_step_reads_before_it_is_set_may_be_set_on_a_module_of_the_trunk(kind: Any) -> None:
+    net = kind()
     train_both(net, wrapped(net), batches())
 
 
