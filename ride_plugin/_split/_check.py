@@ -24,7 +24,13 @@ from ride_plugin._split._misplaced import is_real
 from ride_plugin._split._modes import other_modes
 from ride_plugin._split._once import Attributes, changed_again
 from ride_plugin._split._parts import Split
-from ride_plugin._split._passes import play, read_attributes, record, write_attributes
+from ride_plugin._split._passes import (
+    play,
+    read_attributes,
+    record,
+    take_up,
+    write_attributes,
+)
 from ride_plugin._split._results import (
     logits_of,
     output_difference,
@@ -130,16 +136,17 @@ def check(source: nn.Module, split: Split) -> tuple[frozenset[str], TrunkState, 
                 raise WrittenBehind(behind, prefix)
             _check_buffers(reference, ran, prefix, exact)
         _check_stopping(own, state, prefix, exact)
-        behind_on = on_trunk | set_behind(ran.expert, stopped.trunk)
-        if behind_on and not split.late:
-            second = seeded(reference, batch)
-            if not all(same(got, second, exact) for got in _second_steps(split, training, batch)):
-                names = listed([dotted(*place) for place in sorted(behind_on)])
+        second = seeded(reference, batch)
+        if not torch.equal(second, expected):  # it goes on from what the first step has left
+            steps = _second_steps(split, training, batch, prefix)
+            if not all(same(got, second, exact) for got in steps):
+                places = on_trunk | set_behind(ran.expert, stopped.trunk)
+                names = listed([dotted(*place) for place in sorted(places)])
                 raise SplitError(
-                    f"{prefix}: what runs after the fork sets {names} on a module of the trunk, "
-                    "where the next step reads it: every expert sets another. Set it in the "
-                    "forward of that module, or pass `fork_at=` an earlier submodule, before the "
-                    "module is called."
+                    f"{prefix}: in a second step the logits differ from the backbone's. What runs "
+                    f"after the fork leaves {names or 'something'} where the code before it reads "
+                    "it one step later, and every expert leaves another. Set it in the forward of "
+                    "the module that reads it, or pass `fork_at=` an earlier submodule."
                 )
         if training and outputs:
             differs = output_difference(outputs[-1], _whole_output(split, stopped, own, at_fork))
@@ -253,19 +260,23 @@ def _stopped(split: Split, views: Views, inputs: Inputs) -> tuple[TrunkState, Ca
     return replace(state, attributes=start), random_state(views.expert)
 
 
-def _second_steps(split: Split, training: bool, inputs: Inputs) -> Iterator[Tensor]:
+def _second_steps(split: Split, training: bool, inputs: Inputs, prefix: str) -> Iterator[Tensor]:
     """An expert's logits in a second step, after a first one of its own, and of two experts."""
     for several in (False, True):
         views = throwaway(split.views, training)
-        for others in ([with_other_weights(split.views, views)] if several else [], []):
-            state, at_fork = _stopped(split, views, inputs)
-            for ran in (views, *others):
+        others = [with_other_weights(split.views, views)] if several else []
+        for experts in ([views, *others], [views]):
+            with _called(prefix):
+                state, at_fork = _stopped(split, views, inputs)
+            outputs = []
+            for ran in experts:
                 write_attributes(ran.expert, split.attributes, state.attributes)
-                with torch.no_grad():
-                    output = play(ran.expert, ran.running, state.hollowed(), at_fork)
-                if ran is views:
-                    logits = logits_of(output)
-        yield logits
+                with torch.no_grad(), _called(prefix, state):
+                    outputs.append(play(ran.expert, ran.running, state.hollowed(), at_fork))
+            take_up(views.trunk, views.expert, split.late)
+            for link in views.links:
+                link.refresh()
+        yield logits_of(outputs[0])
 
 
 def _unrepeatable(first: Tensor, again: Tensor) -> str | None:

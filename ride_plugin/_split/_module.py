@@ -46,10 +46,10 @@ from ride_plugin._split._misplaced import has_unrun_hooks, keep_stand_ins, place
 from ride_plugin._split._observers import numbers_of_hooks
 from ride_plugin._split._parts import Parts
 from ride_plugin._split._passes import (
-    own_containers,
     play,
     read_attributes,
     record,
+    take_up,
     write_attributes,
 )
 from ride_plugin._split._paths import Paths
@@ -63,7 +63,7 @@ from ride_plugin._split._sharing import (
     unchanging,
 )
 from ride_plugin._split._stand_ins import Forked, Recorded
-from ride_plugin._split._state import Absent, Layout, TrunkState
+from ride_plugin._split._state import Layout, TrunkState
 from ride_plugin._tree import Place, map_tensors, tensors_in
 
 
@@ -459,7 +459,7 @@ class SplitModule(Holder):
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TrunkState:
         check_compiles()
         kwargs = in_order_of(self._inputs[1], kwargs)
-        self._take_up()
+        take_up(self.trunk, self.experts[0], self._late)
         before = read_attributes(self.trunk, self._attributes)
         self._keep_hooks()
         self._tell_of_hooks()
@@ -538,16 +538,6 @@ class SplitModule(Holder):
             if layout is not None and layout.fits(*tape):  # not where paths are random
                 state = replace(state, layout=layout)
         return state
-
-    def _take_up(self) -> None:
-        """Let the trunk start from what expert 0 has left outside units: a count, say.
-
-        The build has checked that what the trunk reads of it is the same for every expert.
-        """
-        for path, key in self._late:
-            left = self.experts[0].get_submodule(path).__dict__.get(key, Absent)
-            if left is not Absent:
-                self.trunk.get_submodule(path).__dict__[key] = own_containers(left)
 
     def _keep_hooks(self) -> None:
         """Set our hooks right, and follow what somebody has changed since the last pass."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeAlias, cast
 
@@ -165,6 +165,17 @@ def read_attributes(owner: nn.Module, places: Sequence[Place]) -> tuple[Any, ...
         else own_containers(owner.get_submodule(path).__dict__.get(attribute, Absent))
         for path, attribute in places
     )
+
+
+def take_up(trunk: nn.Module, expert: nn.Module, places: Iterable[Place]) -> None:
+    """Let the trunk start from what an expert has left outside units: a count, say.
+
+    The build has checked that what the trunk reads of it is the same for every expert.
+    """
+    for path, key in places:
+        left = expert.get_submodule(path).__dict__.get(key, Absent)
+        if left is not Absent:
+            trunk.get_submodule(path).__dict__[key] = own_containers(left)
 
 
 def write_attributes(owner: nn.Module, places: Sequence[Place], values: tuple[Any, ...]) -> None:

@@ -484,6 +484,45 @@ class LateSetsInsideOfEarly(Attributes):
         return self.c(x)
 
 
+class KeptInArray(Attributes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = np.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b((self.a(x) + float(self.seen[0])).relu()).relu()
+        self.seen[0] = float(x.detach().mean())
+        return self.c(x)
+
+
+class Mean:
+    value: Any = 0.0
+
+
+class KeptInObject(Attributes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.keeper(Mean())
+
+    def keeper(self, seen: Mean) -> None:
+        self.seen = seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b((self.a(x) + self.seen.value).relu()).relu()
+        self.seen.value = x.detach().mean(0)
+        return self.c(x)
+
+
+class KeptInObjectOfEarly(KeptInObject):
+    def keeper(self, seen: Mean) -> None:
+        self.a.seen = seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b((self.a(x) + self.a.seen.value).relu()).relu()
+        self.a.seen.value = float(x.detach().mean())
+        return self.c(x)
+
+
 class LateKeepsInsideOfEarly(LateSetsInsideOfEarly):
     def early(self, x: Tensor) -> Tensor:
         return self.a(x)
@@ -500,16 +539,19 @@ class LateSwitchesOff(LateSetsEarlyNumber):
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        (LateBindsEarlyBuffer, "a.last"),
-        (LateSetsEarlyNumber, "a.mean"),
-        (LateCallsEarlyMethod, "a.mean"),
-        (LateSetsInsideOfEarly, "a.0.seen"),
+        (LateBindsEarlyBuffer, "`a.last`"),
+        (LateSetsEarlyNumber, "`a.mean`"),
+        (LateCallsEarlyMethod, "`a.mean`"),
+        (LateSetsInsideOfEarly, "`a.0.seen`"),
+        (KeptInArray, "something"),
+        (KeptInObject, "something"),
+        (KeptInObjectOfEarly, "`a.seen`"),
     ],
 )
-def test_what_experts_set_on_a_module_of_the_trunk_that_reads_it_is_refused(
+def test_what_experts_leave_where_the_trunk_reads_it_a_step_later_is_refused(
     kind: Any, name: str
 ) -> None:
-    with pytest.raises(SplitError, match=f"after the fork sets `{name}` on a module of the trunk"):
+    with pytest.raises(SplitError, match=f"in a second step.*leaves {name} where"):
         wrapped(kind())
 
 
