@@ -26,8 +26,10 @@ FOLDER = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "figures"
 LOOKS: dict[str, dict[str, Any]] = {
     "plain, cross entropy": {"color": "#000000", "marker": "o"},
     "plain, long-tail recipe": {"color": "#56B4E9", "marker": "s"},
+    "plain, AutoAugment": {"color": "#0072B2", "marker": "s"},
     "three experts, 3/4 width": {"color": "#E69F00", "marker": "^"},
     "three experts, full width": {"color": "#D55E00", "marker": "D"},
+    "three experts, 3/4 width, AutoAugment": {"color": "#CC79A7", "marker": "D"},
 }
 STYLE: dict[Any, Any] = {"svg.hashsalt": "ride-plugin", "font.size": 11, "axes.titlesize": 11}
 
