@@ -69,7 +69,7 @@ def head_and_tail(data: dict[str, Any]) -> Figure:
             if tau != "0":
                 axes.annotate(f" {tau}", at, fontsize=9, va="bottom")
     axes.plot([], [], ":", marker=".", color="gray", label="logits adjusted by tau")
-    axes.set(xlim=(60, 75), ylim=(8, 45))  # room for the legend
+    axes.set(xlim=(60, 75), ylim=(8, 40))
     return _finish(figure, axes, "many-shot accuracy, %", "few-shot accuracy, %")
 
 
@@ -81,13 +81,13 @@ FIGURES = {
 
 
 def _axes() -> tuple[Figure, Axes]:
-    return plt.subplots(figsize=(5.2, 3.6), layout="constrained")  # legible 360 pixels wide
+    return plt.subplots(figsize=(5.2, 4.4), layout="constrained")  # legible 360 pixels wide
 
 
 def _finish(figure: Figure, axes: Axes, xlabel: str, ylabel: str) -> Figure:
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    figure.legend(fontsize=8, ncols=2, loc="outside lower center")
     return figure
 
 
