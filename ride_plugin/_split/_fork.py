@@ -86,15 +86,15 @@ def _first_scorer(units: Sequence[Call], last: int) -> int:
     They are one classifier: cut between them, experts would share the scores of some classes. (If
     all of them take one value, they are branches as well.)
     """
-    name, shape = units[last].name.rpartition("."), units[last].shape
-    if shape is None or len(shape) != 2 or shape[1] != 1 or not name[0]:
+    container, shape = units[last].name.rpartition(".")[0], units[last].shape
+    if shape is None or len(shape) != 2 or shape[1] != 1 or not container:
         return last
     first = last
     for i in range(last - 1, -1, -1):
         unit = units[i]
         if unit.num_parameters:
             same = unit.shape == shape and type(unit.module) is type(units[last].module)
-            if not same or unit.name.rpartition(".")[0] != name[0]:
+            if not same or unit.name.rpartition(".")[0] != container:
                 break
             first = i
     return first

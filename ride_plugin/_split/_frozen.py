@@ -99,7 +99,6 @@ class Frozen:
     @contextmanager
     def refusing_writes(self) -> Iterator[None]:
         """Raise if an expert writes what all share because nothing was seen to write it."""
-        self.refuse_merged()
         fixed = {name: held[key] for name, (held, key) in self._shared.items()}
         before = versions_in(list(fixed.values()))
         yield

@@ -544,7 +544,6 @@ class SplitModule(Holder):
         if not torch.compiler.is_compiling():
             module_at(self, "trunk")
             keep_stand_ins(self._stand_ins, self.trunk, self.experts)
-            self._frozen_parts.refuse_merged()
             for place in self._units:
                 place.keep_hooks()
             self._handed_out.follow(self.trunk, self.experts)
@@ -573,11 +572,14 @@ class SplitModule(Holder):
     def _follow_tensors(self) -> None:
         """Read the tensors that the modules hold now, and see which hooks a pass registers.
 
+        Raises ReplayError where adapters were merged into a weight that experts share.
+
         FSDP2 gathers parameters, `functional_call` swaps them and a forward binds buffers anew
         (`self.queue = torch.cat(...)`) where they are owned, and only there: a view that went on
         reading the old tensor would train nothing.
         """
         if not torch.compiler.is_compiling():
+            self._frozen_parts.refuse_merged()
             self._next_hook = RemovableHandle.next_id
             for link in self._links:
                 link.refresh()
