@@ -13,7 +13,7 @@ from benchmarks.coverage.architecture import Architecture
 from benchmarks.coverage.compare import Failed
 from benchmarks.coverage.inputs import Inputs, redrawn
 from ride_plugin import RIDEWrapper
-from ride_plugin._split._copies import clone_module
+from ride_plugin._split._copying._copies import clone_module
 from ride_plugin._tree import logits_in, matrices_in
 
 _BATCH = 3

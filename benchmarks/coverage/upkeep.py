@@ -15,7 +15,7 @@ from benchmarks.coverage.compare import Failed, NotApplicable, require_close, re
 from benchmarks.coverage.inputs import Inputs, redrawn
 from benchmarks.coverage.subject import Subject, run, run_wrapped, unfused
 from ride_plugin import RIDEWrapper, expert_logits
-from ride_plugin._split._copies import clone_module
+from ride_plugin._split._copying._copies import clone_module
 from ride_plugin._tree import logits_in, map_tensors
 
 

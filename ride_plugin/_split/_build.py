@@ -14,29 +14,43 @@ from torch import nn
 from ride_plugin._checks import refuse
 from ride_plugin._contexts import in_mode, random_state_kept
 from ride_plugin._errors import RIDEError, SplitError
-from ride_plugin._split._check import WrittenBehind, check
-from ride_plugin._split._copies import running_copy, written_parameters
-from ride_plugin._split._examine import Examined, examine
-from ride_plugin._split._example import refuse_third_row
-from ride_plugin._split._feedback import refuse_feedback, refuse_reading_ahead
-from ride_plugin._split._fork import choose_fork
-from ride_plugin._split._hooks import watch_classifier
-from ride_plugin._split._kept_rows import kept_rows
-from ride_plugin._split._learn import learn
-from ride_plugin._split._lend import refuse_unsavable
-from ride_plugin._split._logits import Choice
-from ride_plugin._split._modes import written_by_modes
-from ride_plugin._split._parts import Split
-from ride_plugin._split._passed_by import tell_of_hidden_parameters
-from ride_plugin._split._passes import read_attributes
-from ride_plugin._split._probe import Call
-from ride_plugin._split._references import warn_of_outside_hooks
-from ride_plugin._split._settings import settings_at
-from ride_plugin._split._source import after_first_call, refuse_unfit, source_of
-from ride_plugin._split._state import Layout, TrunkState
-from ride_plugin._split._unseen import unseen_modules
-from ride_plugin._split._use import place_of
-from ride_plugin._split._views import Views, build_views, sides, spine_tensors
+from ride_plugin._split._copying import (
+    running_copy,
+    settings_at,
+    warn_of_outside_hooks,
+    written_parameters,
+)
+from ride_plugin._split._cut import (
+    Split,
+    Views,
+    after_first_call,
+    build_views,
+    learn,
+    place_of,
+    refuse_unfit,
+    sides,
+    source_of,
+    spine_tensors,
+    unseen_modules,
+)
+from ride_plugin._split._examine import (
+    Call,
+    Choice,
+    Examined,
+    choose_fork,
+    examine,
+    refuse_third_row,
+)
+from ride_plugin._split._replay import Layout, TrunkState, read_attributes, watch_classifier
+from ride_plugin._split._saving import refuse_unsavable, tell_of_hidden_parameters
+from ride_plugin._split._verify import (
+    WrittenBehind,
+    check,
+    kept_rows,
+    refuse_feedback,
+    refuse_reading_ahead,
+    written_by_modes,
+)
 from ride_plugin._tree import Place, dotted
 
 

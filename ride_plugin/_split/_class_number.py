@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ride_plugin._errors import listed, warn_caller
-from ride_plugin._split._parts import Parts
-from ride_plugin._split._stand_ins import StandIn
+from ride_plugin._split._cut import Parts
+from ride_plugin._split._replay import StandIn
 
 _NAMES = ("num_classes", "num_labels")
 

@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ride_plugin._errors import ReplayError
-from ride_plugin._split._features import features_of
-from ride_plugin._split._logits import describe
-from ride_plugin._split._probe import is_same_tensor
+from ride_plugin._split._cut import features_of
+from ride_plugin._split._examine import describe, is_same_tensor
 from ride_plugin._tree import is_matrix, logits_in
 
 

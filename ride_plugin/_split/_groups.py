@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ride_plugin._checks import check_callable
 from ride_plugin._errors import ArgumentError
-from ride_plugin._split._parts import Parts
-from ride_plugin._split._plain import plain_views
+from ride_plugin._split._cut import Parts
+from ride_plugin._split._ways import plain_views
 
 G = TypeVar("G")
 

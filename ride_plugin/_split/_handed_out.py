@@ -1,9 +1,9 @@
 """Values that somebody got through a model while trunk and experts hold copies of them.
 
-Settings are one object for all parts (:mod:`ride_plugin._split._settings`), but not every value can
-be: an empty dictionary may be one that a forward will fill, of which each part needs its own. What
-is read through the model (``model.flags``) is the trunk's. If it is then changed between two
-passes (``model.flags["k"] = 10``), every part is given it.
+Settings are one object for all parts (:mod:`ride_plugin._split._copying._settings`), but not every
+value can be: an empty dictionary may be one that a forward will fill, of which each part needs its
+own. What is read through the model (``model.flags``) is the trunk's. If it is then changed between
+two passes (``model.flags["k"] = 10``), every part is given it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ride_plugin._errors import warn_caller
-from ride_plugin._split._settings import state_of
+from ride_plugin._split._copying import state_of
 
 
 @dataclass

@@ -25,45 +25,49 @@ from ride_plugin._errors import (
     warn_caller,
 )
 from ride_plugin._inputs import Inputs, in_order_of, resize_batch
-from ride_plugin._split._again import writers_in
-from ride_plugin._split._copies import COMPILED_CALL, copy_with_hooks, detached_activations
-from ride_plugin._split._expert_result import logits_and_features
-from ride_plugin._split._form import versions_in
-from ride_plugin._split._frozen import Frozen
-from ride_plugin._split._groups import G, merged_groups
-from ride_plugin._split._handed_out import HandedOut
-from ride_plugin._split._holder import Holder
-from ride_plugin._split._hooks import (
-    belongs_to,
-    module_at,
-    places_of_forks,
-    places_of_units,
-    watch_classifier,
-)
-from ride_plugin._split._kept_rows import KeptRows
-from ride_plugin._split._logits import LogitsReader
-from ride_plugin._split._misplaced import has_unrun_hooks, keep_stand_ins, places_of_stand_ins
-from ride_plugin._split._observers import numbers_of_hooks
-from ride_plugin._split._parts import Parts
-from ride_plugin._split._passes import (
-    play,
-    read_attributes,
-    record,
-    take_up,
-    write_attributes,
-)
-from ride_plugin._split._paths import Paths
-from ride_plugin._split._probe import RANDOM
-from ride_plugin._split._sharing import (
+from ride_plugin._split._copying import (
+    COMPILED_CALL,
     Group,
+    copy_with_hooks,
     count_parameters,
+    detached_activations,
     held_together,
     hold_together,
     trains,
     unchanging,
 )
-from ride_plugin._split._stand_ins import Forked, Recorded
-from ride_plugin._split._state import Layout, TrunkState
+from ride_plugin._split._cut import (
+    Parts,
+    has_unrun_hooks,
+    keep_stand_ins,
+    numbers_of_hooks,
+    places_of_stand_ins,
+)
+from ride_plugin._split._examine import RANDOM, LogitsReader
+from ride_plugin._split._expert_result import logits_and_features
+from ride_plugin._split._groups import G, merged_groups
+from ride_plugin._split._handed_out import HandedOut
+from ride_plugin._split._paths import Paths
+from ride_plugin._split._replay import (
+    Forked,
+    Layout,
+    Recorded,
+    TrunkState,
+    belongs_to,
+    module_at,
+    places_of_forks,
+    places_of_units,
+    play,
+    read_attributes,
+    record,
+    take_up,
+    versions_in,
+    watch_classifier,
+    write_attributes,
+    writers_in,
+)
+from ride_plugin._split._saving import Frozen, Holder
+from ride_plugin._split._verify import KeptRows
 from ride_plugin._tree import Place, map_tensors, tensors_in
 
 

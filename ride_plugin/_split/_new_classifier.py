@@ -15,10 +15,9 @@ from ride_plugin._contexts import in_mode
 from ride_plugin._cosine import CosineClassifier
 from ride_plugin._errors import ArgumentError, SplitError, warn_caller
 from ride_plugin._split._class_number import set_class_number
-from ride_plugin._split._classifier import in_features_of
-from ride_plugin._split._hooks import watch_classifier
-from ride_plugin._split._observers import hooks_of_others, is_of_torch
-from ride_plugin._split._parts import Parts, trial_run
+from ride_plugin._split._cut import Parts, hooks_of_others, is_of_torch, trial_run
+from ride_plugin._split._examine import in_features_of
+from ride_plugin._split._replay import watch_classifier
 from ride_plugin._tree import map_tensors
 
 ClassifierFactory = Callable[[int, int], nn.Module]

@@ -12,15 +12,11 @@ from ride_plugin._contexts import random_state_kept
 from ride_plugin._distributed import running
 from ride_plugin._errors import ReplayError, listed
 from ride_plugin._inputs import Inputs
-from ride_plugin._split._feedback import read_ahead
-from ride_plugin._split._form import form_of_inputs
-from ride_plugin._split._learn import learn_at_run_time
-from ride_plugin._split._logits import whole_outputs
-from ride_plugin._split._observers import numbers_of_hooks, without_later
-from ride_plugin._split._parts import Parts, Split
-from ride_plugin._split._plain import output_of_backbone
-from ride_plugin._split._results import other_places
-from ride_plugin._split._state import Layout, TrunkState
+from ride_plugin._split._cut import Parts, Split, learn_at_run_time, numbers_of_hooks, without_later
+from ride_plugin._split._examine import whole_outputs
+from ride_plugin._split._replay import Layout, TrunkState, form_of_inputs
+from ride_plugin._split._verify import other_places, read_ahead
+from ride_plugin._split._ways import output_of_backbone
 from ride_plugin._tree import places_in
 
 _MOST_LAYOUTS = 64  # a number among the arguments may be another at each call

@@ -18,7 +18,7 @@ from ride_plugin._initialise import (
     renew_classifier,
 )
 from ride_plugin._initialise._draw import shuffled
-from ride_plugin._split._copies import clone_module
+from ride_plugin._split._copying._copies import clone_module
 
 from ..backbones import CifarResNet, mlp
 

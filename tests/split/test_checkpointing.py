@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from benchmarks.zoo.images import conv_bn
 from ride_plugin import ReplayError, RIDEWrapper, experts_loss
-from ride_plugin._split._reentrant import passed_by
+from ride_plugin._split._replay._reentrant import passed_by
 
 
 class Checkpointing(nn.Module):

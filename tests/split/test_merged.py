@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import ExpertRouter, ReplayError, RIDEWrapper, RoutingInference, expert_logits
-from ride_plugin._split import _modes
+from ride_plugin._split._verify import _modes
 
 
 class Update(nn.Linear):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin import ArgumentError, ReplayError, RIDEWrapper, SplitError, expert_logits
-from ride_plugin._split._hidden import _hides_tensors
+from ride_plugin._split._verify._hidden import _hides_tensors
 from tests.naive import copies_of, train_both
 
 

@@ -1,0 +1,352 @@
+"""Stand-ins: where another module stood, one that reads the tape or ends the recording.
+
+An expert has one for each unit of the trunk, the trunk one for each forked unit, so that both are
+the backbone's own root with its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
+from typing_extensions import Self
+
+from ride_plugin._errors import ReplayError, is_of_package, is_question
+from ride_plugin._split._replay._again import run_again
+from ride_plugin._split._replay._several import (
+    asks_as_backbone,
+    comes_by_itself,
+    is_of_one_expert,
+    one_of_several,
+)
+from ride_plugin._split._replay._tape import Running
+from ride_plugin._tree import OF_MODULES
+
+_OF_ANY = OF_MODULES.union(dir(nn.Module))
+FREEZING, HOOKING = "requires_grad_()", "a hook"  # what is done to a stand-in; names are set
+
+
+class _Aside:
+    """Somebody's hook on a stand-in, during which nothing is recorded or looked for on the tape.
+
+    Tools put one on every module there is: they count operations, collect shapes or look for NaN.
+    What no expert reads was dropped, so there may be nothing to look at; they have seen it in the
+    trunk.
+    """
+
+    def __init__(self, running: Running, hook: Callable[..., Any]) -> None:
+        self.running = running
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mode = self.running.player or self.running.recorder
+        if mode is None or _get_current_function_mode() is not mode:
+            return self.hook(*args, **kwargs)
+        mode.leave()
+        try:
+            return self.hook(*args, **kwargs)
+        except ReplayError:  # it read what was dropped
+            return None
+        finally:
+            mode.enter()
+
+
+class StandIn(nn.Module):
+    """Stands where another module stood; has no parameters, but answers for its attributes.
+
+    The module it stands for is looked up by name in the view that owns it, at each use: somebody
+    may replace it there, a classifier for example. Names of its own begin with ``ride_``: any other
+    may be one of that module's.
+
+    What somebody does to it outside of a pass does nothing to that module, and is kept until the
+    model looks at it (:mod:`ride_plugin._split._cut._misplaced`). Not so where it is one of all
+    modules that a loop comes by: then that module, or the loop, is meant.
+    """
+
+    ride_part_of_real = "model.trunk"  # where the real module is
+
+    def __init__(self, running: Running, key: str) -> None:
+        super().__init__()
+        self.ride_running = running
+        self.ride_key = key
+
+    def ride_stand_for(self, owner: nn.Module) -> None:
+        """Set the view that owns the module; not registered, since it is no part of this one."""
+        self.__dict__["ride_owner"] = owner
+        real = self.ride_real
+        held = {*vars(real), *real._modules, *real._parameters, *real._buffers} - OF_MODULES
+        self.__dict__["ride_names"] = frozenset(held)
+
+    @property
+    def ride_real(self) -> nn.Module:
+        """The module that this one stands for."""
+        owner: nn.Module = self.__dict__["ride_owner"]
+        return owner.get_submodule(self.ride_key)
+
+    @property
+    def ride_in_pass(self) -> bool:
+        """Whether a forward is being recorded or replayed, which means the other module by this."""
+        running = self.__dict__.get("ride_running")
+        return running is not None and (running.recorder or running.player) is not None
+
+    def ride_keep(self, what: str, value: Any) -> None:
+        """Keep what somebody does to this one, and not to all modules."""
+        if not self.ride_in_pass and not self.__dict__.get("ride_met"):
+            self.__dict__.setdefault("ride_done", {})[what] = value
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a forward that does so means the module that this one stands for."""
+        if self.ride_in_pass:
+            self.ride_real.train(mode)
+        return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As for any module, of whose parameters this one has none."""
+        self.ride_keep(FREEZING, requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module; notes that a loop over all modules comes by, which may change it."""
+        found = super().named_modules(*args, **kwargs)
+        return found if self.ride_in_pass else self._met(found)
+
+    def _met(self, found: Iterator[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in found:
+            self.__dict__["ride_met"] = self.__dict__.get("ride_met", 0) + 1
+            try:
+                yield name, module
+            finally:
+                self.__dict__["ride_met"] -= 1
+
+    def apply(self, fn: Callable[[nn.Module], Any]) -> Self:
+        """As for any module."""
+        for module in self.modules():
+            fn(module)
+        return self
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As for any module; a forward that asks, for a dtype say, means the other module's."""
+        if self.ride_in_pass:
+            return self.ride_real.named_parameters(*args, **kwargs)
+        return super().named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """As for any module; a forward that asks means the other module's."""
+        if self.ride_in_pass:
+            return self.ride_real.named_buffers(*args, **kwargs)
+        return super().named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As for any module inside of another; asked for by itself, the real one's."""
+        if args or kwargs.get("destination") is not None or self.__dict__.get("ride_met"):
+            return super().state_dict(*args, **kwargs)
+        return self.ride_given("state_dict()", self.ride_real).state_dict(**kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the real module."""
+        return self.ride_given("load_state_dict(...)", self.ride_real).load_state_dict(
+            *args, **kwargs
+        )
+
+    def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """As for any module; that the real one has this name as well is no matter."""
+        self._buffers.setdefault(name, None)
+        super().register_buffer(name, *args, **kwargs)
+
+    def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
+        """As for any module, but for what the hook computes, which is none of the forward's."""
+        self.ride_keep(HOOKING, hook)
+        return super().register_forward_pre_hook(_Aside(self.ride_running, hook), **kwargs)
+
+    def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
+        """As for any module, but for what the hook computes, which is none of the forward's."""
+        self.ride_keep(HOOKING, hook)
+        return super().register_forward_hook(_Aside(self.ride_running, hook), **kwargs)
+
+    def register_full_backward_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any module."""
+        self.ride_keep(HOOKING, hook)
+        return super().register_full_backward_hook(hook, *args, **kwargs)
+
+    def register_full_backward_pre_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any module."""
+        self.ride_keep(HOOKING, hook)
+        return super().register_full_backward_pre_hook(hook, *args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; what a forward hands to it, a prompt say, becomes no part of it."""
+        if self.ride_in_pass:
+            if isinstance(value, nn.Parameter | nn.Module):
+                self.__dict__[name] = value
+                return
+        elif self._is_of_real(name):
+            self.ride_keep(name, value)
+            if isinstance(value, nn.Parameter | nn.Module):
+                return  # torch would say that the attribute exists already
+        super().__setattr__(name, value)
+
+    def _is_of_real(self, name: str) -> bool:
+        """Whether the real module begins with an attribute of this name; loops leave marks too."""
+        names = self.__dict__.get("ride_names")
+        if names is None or name in _OF_ANY or name.startswith("ride_"):
+            return False
+        return name in names or hasattr(type(self.ride_real), name)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith(("ride_", "__")) or "ride_owner" not in self.__dict__:
+                raise
+        value = getattr(self.ride_real, name)
+        outside = not self.ride_in_pass and is_of_one_expert(value)
+        # This library asks for what it needs; who calls it is no question.
+        asked = outside and not is_of_package(1) and is_question()
+        return self.ride_given(name, value, asked)
+
+    def ride_given(self, name: str, value: Any, asked: bool = False) -> Any:
+        """What callers get as the attribute of this name, or ``[index]``, of the real module.
+
+        A loop over all modules gets plain values only, as it comes to the real module as well. It
+        may be one over a list of them, of which nothing is known but that it asks (``hasattr``).
+        """
+        met = bool(self.__dict__.get("ride_met"))
+        outside = not self.ride_in_pass and is_of_one_expert(value)
+        if (met or asked) and outside and not asks_as_backbone(self, self.ride_real):
+            raise comes_by_itself(self.ride_part_of_real, self.ride_key, name, quiet=met)
+        return self.ride_part(value)
+
+    def ride_part(self, value: Any) -> Any:
+        """An attribute or a part of the module that this one stands for, as callers get it."""
+        return value
+
+    def __len__(self) -> int:
+        return len(self.ride_real)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ride_given(f"[{index}]", self.ride_real[index])  # type: ignore[index]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def extra_repr(self) -> str:
+        return self.ride_key
+
+
+class Recorded(StandIn):
+    """In an expert: stands for a unit of the trunk and returns what that unit returned.
+
+    ``ride_writers`` are the modules in it that write, if other experts would write there as well.
+    """
+
+    ride_writers: Collection[str] = ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        player = self.ride_running.player
+        if player is None or player.position >= len(player.keys):
+            if self.ride_writers and player is not None:
+                return run_again(self.ride_real, self.ride_key, self.ride_writers, args, kwargs)
+            return self.ride_real(*args, **kwargs)  # a shared module used after the fork
+        if not player.is_next(self.ride_key):
+            raise player.out_of_step(self.ride_key)
+        return player.next_value()
+
+
+class Forked(StandIn):
+    """In the trunk: stands for a forked unit; ends the recording, then runs expert 0's unit.
+
+    In a model of several experts it hands out plain values of that unit only, while no forward runs
+    (:mod:`ride_plugin._split._replay._several`); ``ride_several`` is their number.
+    """
+
+    ride_several = 1
+    ride_part_of_real = "model.experts[0]"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.ride_begin()
+        return self.ride_real(*args, **kwargs)
+
+    def ride_begin(self) -> None:
+        """End the recording, if there is one."""
+        recorder = self.ride_running.recorder
+        if recorder is not None and not recorder.reached_fork:
+            recorder.fork_begins()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; what the forward sets is the unit's, if this pass goes on into it."""
+        if name != "training" and self._goes_on():
+            _set_on_real(self.ride_real, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module; to a forward that goes on into the unit, those of the unit."""
+        owner: Any = self.ride_real if self._goes_on() else super()
+        found: Iterator[tuple[str, nn.Module]] = owner.named_modules(*args, **kwargs)
+        return found
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module; to a forward that goes on into the unit, those of the unit."""
+        owner: Any = self.ride_real if self._goes_on() else super()
+        yield from owner.named_children()
+
+    def ride_given(self, name: str, value: Any, asked: bool = False) -> Any:
+        """What callers get of the unit: outside of a pass nothing that is one of several."""
+        apart = self.ride_several > 1 and not self.ride_in_pass and is_of_one_expert(value)
+        if apart and not asks_as_backbone(self, self.ride_real):
+            met = bool(self.__dict__.get("ride_met"))
+            raise one_of_several(self.ride_several, self.ride_key, name, quiet=met)
+        return super().ride_given(name, value, asked)
+
+    def _goes_on(self) -> bool:
+        recorder = self.ride_running.recorder if self.ride_in_pass else None
+        return recorder is not None and recorder.may_go_on
+
+    def ride_part(self, value: Any) -> Any:
+        """Wrap what is inside the unit: a forward may call it directly, to checkpoint a block."""
+        recorder = self.ride_running.recorder
+        if isinstance(value, nn.Module) and recorder is not None and not recorder.reached_fork:
+            return _Inside(self, value)
+        return value
+
+
+class _Inside(nn.Module):
+    """A submodule of a forked unit, handed out by its stand-in: to run it is to fork as well."""
+
+    def __init__(self, forked: Forked, module: nn.Module) -> None:
+        super().__init__()
+        # Not registered: it is no part of this.
+        self.__dict__.update(ride_forked=forked, ride_real=module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.ride_forked.ride_begin()
+        return self.ride_real(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        parameters: Iterator[tuple[str, nn.Parameter]]
+        parameters = self.ride_real.named_parameters(*args, **kwargs)
+        return parameters
+
+    def __getattr__(self, name: str) -> Any:
+        return self.ride_forked.ride_part(getattr(self.ride_real, name))
+
+    def __len__(self) -> int:
+        return len(self.ride_real)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ride_forked.ride_part(self.ride_real[index])
+
+
+def _set_on_real(real: nn.Module, name: str, value: Any) -> None:
+    """Set what a forward sets; `functional_call` puts tensors in the place of parameters."""
+    if name in real._parameters and isinstance(value, Tensor):
+        real._parameters[name] = value  # type: ignore[assignment]
+    else:
+        setattr(real, name, value)
+
+
+def leads_to_experts(trunk: nn.Module, running: Running) -> bool:
+    """Whether a trunk takes part in this pass; a copy of one has a pass of its own."""
+    return any(isinstance(m, Forked) and m.ride_running is running for m in trunk.modules())
