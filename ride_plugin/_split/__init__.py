@@ -7,7 +7,7 @@ From the ground up, and each package imports those above it in this list only:
 - ``_replay``: a pass, recorded in the trunk and replayed in an expert.
 - ``_cut`` and ``_saving``: two copies with stand-ins, what crosses between them; states.
 - ``_verify``: the self-check, and what is refused.
-- ``_build`` calls all these, one after the other.
+- ``_attempt`` learns a cut and verifies it, ``_build`` calls all these, one after the other.
 - ``_ways``: parts written by hand, experts of one's own, and back to a plain module.
 - ``_module`` is the model: it knows ways through the forward (``_paths``), reads what experts
   return (``_expert_result``), groups parameters (``_groups``), tells of values that it handed out

@@ -1,15 +1,21 @@
 """The cut: two copies of a backbone with stand-ins, what crosses between them, and the parts.
 
 - ``_source`` is the copy that both are made from, ``_views`` the two.
-- ``_learn`` runs them on small batches and learns what crosses, ``_use`` what an expert does with
-  it, ``_features`` what its classifier reads.
+- ``_learn`` runs them on small batches and learns what crosses. ``_same_path`` is the trunk's share
+  of that, ``_use`` what an expert does with it, ``_features`` what its classifier reads.
 - ``_parts`` is what a model is made of. Hooks of others on it are kept apart by ``_observers``,
   modules that did not run at the build are ``_unseen``, and what somebody puts on a stand-in is
   told by ``_misplaced``.
 """
 
 from ride_plugin._split._cut._features import features_of
-from ride_plugin._split._cut._learn import learn, learn_at_run_time, throwaway, throwaway_expert
+from ride_plugin._split._cut._learn import (
+    Lesson,
+    learn,
+    learn_at_run_time,
+    throwaway,
+    throwaway_expert,
+)
 from ride_plugin._split._cut._misplaced import (
     has_unrun_hooks,
     is_real,
@@ -38,6 +44,7 @@ from ride_plugin._split._cut._use import place_of, storage_of
 from ride_plugin._split._cut._views import Link, Views, build_views, sides, spine_tensors
 
 __all__ = [
+    "Lesson",
     "Link",
     "Parts",
     "Split",

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ride_plugin._checks import version_of
-from ride_plugin._contexts import seed_everything
-from ride_plugin._errors import SplitError, listed
-from ride_plugin._inputs import Inputs, own_inputs, resize_batch
+from ride_plugin._errors import SplitError
+from ride_plugin._inputs import Inputs, resize_batch
 from ride_plugin._split._copying import running_copy, same_values
-from ride_plugin._split._cut._use import Reads, marks_at, tensor_at, use_by_expert
+from ride_plugin._split._cut._same_path import BATCHES, Passes, on_the_same_path
+from ride_plugin._split._cut._use import Reads, Use, marks_at, tensor_at, use_by_expert
 from ride_plugin._split._cut._views import Views
 from ride_plugin._split._examine import differ, on_meta
 from ride_plugin._split._replay import (
@@ -27,15 +27,9 @@ from ride_plugin._split._replay import (
     find_rows,
     form_of,
     form_of_inputs,
-    read_attributes,
-    record,
     single_in,
-    write_attributes,
 )
 from ride_plugin._tree import Place, ids_of_tensors, tensors_in
-
-_BATCHES = (2, 3)
-_SEEDS = range(1, 65)  # under which another batch may take the path of the first
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ def learn(
         for parameter in (*views.trunk.parameters(), *views.expert.parameters()):
             parameter.requires_grad_(False)
         # Made of the same rows, so that the length of the longest row is the same in both.
-        batches = tuple(resize_batch(inputs, size, _BATCHES[0]) for size in _BATCHES)
+        batches = tuple(resize_batch(inputs, size, BATCHES[0]) for size in BATCHES)
         with on_meta(batches, meta) as (small, large):
             return _learn(views, (small, large), attributes, set(outside), warm, known)
 
@@ -127,33 +121,12 @@ def _learn(
     warm: bool,
     known: Collection[tuple[Any, ...]],
 ) -> Lesson | None:
-    cold = read_attributes(views.trunk, attributes)
-
-    def run(inputs: Inputs, stop_at_fork: bool = True) -> TrunkState:
-        # Each pass gets what the first got, whatever that has taken out of a dict.
-        args, kwargs = own_inputs(inputs)
-        return record(views.trunk, views.running, (), args, kwargs, stop_at_fork=stop_at_fork)[0]
-
-    def start_of(inputs: Inputs, seed: int = 0) -> tuple[Any, ...]:
-        """Set what a pass over these inputs starts from, and return it."""
-        seed_everything(seed)
-        write_attributes(views.trunk, attributes, cold)
-        if not warm:
-            return cold
-        with torch.no_grad():
-            run(inputs, stop_at_fork=False)
-        return read_attributes(views.trunk, attributes)
-
-    def recorded(inputs: Inputs, seed: int = 0) -> TrunkState:
-        start = start_of(inputs, seed)
-        state = run(inputs)
-        return replace(state, attributes=start)
-
+    passes = Passes(views, attributes, warm)
     with torch.no_grad():
-        start_of(batches[0])
+        passes.start(batches[0])
         marks, trunk_reads = marks_at(views.trunk, attributes), Reads()
         with trunk_reads:
-            small = run(batches[0])
+            small = passes.run(batches[0])
     if any(map(is_functorch_wrapped_tensor, tensors_in(small.values))):
         raise SplitError(
             "The backbone's forward runs `torch.vmap` or another transform of `torch.func` before "
@@ -176,66 +149,12 @@ def _learn(
     }
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    with torch.set_grad_enabled(bool(parameters)):
-        large = recorded(batches[1])
-    if _steps(small) != _steps(large):
-        if recorded(batches[0]).keys != small.keys:
-            cached = sorted(_cached_methods(views.trunk))
-            raise SplitError(
-                "The backbone's forward takes another path at its second call than at its first: "
-                "something is made at the first and kept. "
-                + (
-                    f"functools keeps the results of {listed(cached)} for each copy of a module "
-                    "apart, out of sight. Keep them in an attribute of the module, a dict for "
-                    "example."
-                    if cached
-                    else "Run one batch through the backbone before wrapping it, or make it in its "
-                    "`__init__`."
-                )
-            )
-        is_random = views.trunk.training and any(
-            _steps(recorded(batches[0], seed)) != _steps(small) for seed in _SEEDS[:8]
-        )
-        for seed in _SEEDS if is_random else ():
-            with torch.set_grad_enabled(bool(parameters)):
-                large = recorded(batches[1], seed)
-            if _steps(small) == _steps(large):
-                break
-    if _steps(small) != _steps(large) and is_random:
-        raise SplitError(
-            "In training the backbone's forward leaves out layers at random before the fork, so "
-            "often that two batches hardly take one path. Lower the probability before wrapping it "
-            "(`config.layerdrop`, in networks of transformers), or pass as `fork_at=` the first of "
-            "these layers."
-        )
-    if small.keys != large.keys:
-        raise SplitError(
-            "The backbone's forward takes another path for another batch size, so its trunk cannot "
-            "be shared between experts. Move what depends on the number of rows (a loop over them, "
-            "say) into the forward of a submodule, which then runs as a whole, or behind the fork: "
-            "pass `fork_at=` an earlier submodule."
-        )
-    for key, few, more in zip(small.keys, _steps(small)[1], _steps(large)[1], strict=True):
-        if few != more:
-            raise SplitError(
-                f"What `{key}` returns before the fork holds {few} tensors for a batch of "
-                f"{_BATCHES[0]} and {more} for a batch of {_BATCHES[1]}, so that rows of it "
-                "cannot be chosen. Take a batch apart in the forward of a submodule that returns "
-                "one tensor (`torch.stack`), or behind the fork: pass `fork_at=` an earlier "
-                "submodule."
-            )
+    large = on_the_same_path(small, batches, passes, with_gradients=bool(parameters))
     try:
         read_by_trunk = _influences(tensors_in(large.values), parameters)
     except Exception:  # a reentrant checkpoint or a layer without a backward is in between
         read_by_trunk = {name for name, p in parameters.items() if id(p) in trunk_reads.seen}
-    of_trunk = dict((*views.trunk.named_parameters(), *views.trunk.named_buffers()))
-    before = {name: version_of(tensor) for name, tensor in of_trunk.items()}
-    use = use_by_expert(views, large, attributes, parameters, outside)
-    behind = {name for name, tensor in of_trunk.items() if version_of(tensor) != before[name]}
-    once = {name: of_trunk[name].detach().clone() for name in behind}
-    if once and not any(tensor.is_meta for tensor in once.values()):
-        use_by_expert(views, large, attributes, parameters, outside)  # what comes to the same stays
-        behind = {name for name in once if not same_values(of_trunk[name].detach(), once[name])}
+    use, behind = _use_and_writes(views, large, attributes, parameters, outside)
     rows = [
         tuple(
             _rows_or_none(key, a, b, alive)
@@ -246,33 +165,33 @@ def _learn(
     live, clone = tuple(use.live), tuple(use.clone)
     layout = Layout(small.keys, tuple(rows), live, clone, forms, single, use.chooses)
     return Lesson(
-        layout,
-        frozenset(use.reads - read_by_trunk),
-        frozenset(use.writes),
-        frozenset(early),
-        frozenset(use.late),
-        not of_expert.isdisjoint(trunk_reads.seen),
-        frozenset(behind),
+        layout=layout,
+        reads=frozenset(use.reads - read_by_trunk),
+        writes=frozenset(use.writes),
+        early=frozenset(early),
+        late=frozenset(use.late),
+        ahead=not of_expert.isdisjoint(trunk_reads.seen),
+        behind=frozenset(behind),
     )
 
 
-def _steps(state: TrunkState) -> tuple[tuple[str, ...], list[int]]:
-    """What ran before the fork, and how many tensors each step returned.
-
-    A whole encoder that leaves out layers at random returns fewer hidden states then.
-    """
-    return state.keys, [len(list(tensors_in(value))) for value in state.values]
-
-
-def _cached_methods(root: nn.Module) -> set[str]:
-    """Methods of a module's class whose results functools keeps, outside of the module."""
-    return {
-        f"{cls.__name__}.{name}"
-        for module in root.modules()
-        for cls in type(module).__mro__
-        for name, method in vars(cls).items()
-        if hasattr(method, "cache_info")
-    }
+def _use_and_writes(
+    views: Views,
+    state: TrunkState,
+    attributes: Sequence[Place],
+    parameters: dict[str, nn.Parameter],
+    outside: set[str],
+) -> tuple[Use, set[str]]:
+    """What an expert's pass uses, and the names of the trunk's tensors that it writes."""
+    tensors = dict((*views.trunk.named_parameters(), *views.trunk.named_buffers()))
+    versions = {name: version_of(tensor) for name, tensor in tensors.items()}
+    use = use_by_expert(views, state, attributes, parameters, outside)
+    written = {name for name, tensor in tensors.items() if version_of(tensor) != versions[name]}
+    once = {name: tensors[name].detach().clone() for name in written}
+    if once and not any(tensor.is_meta for tensor in once.values()):
+        use_by_expert(views, state, attributes, parameters, outside)  # what comes to the same stays
+        written = {name for name in once if not same_values(tensors[name].detach(), once[name])}
+    return use, written
 
 
 def throwaway(
@@ -313,7 +232,7 @@ def _influences(outputs: Iterable[Tensor], parameters: dict[str, nn.Parameter]) 
 
 def _rows_or_none(key: str, small: Tensor, large: Tensor, live: bool) -> Rows | None:
     try:
-        return find_rows(key, small, large, _BATCHES)
+        return find_rows(key, small, large, BATCHES)
     except SplitError:
         if live:
             raise

@@ -11,7 +11,7 @@ from torch import nn
 from ride_plugin._checks import check_function, check_instance
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import SplitError
-from ride_plugin._split._build import learned
+from ride_plugin._split._attempt import learned
 from ride_plugin._split._copying import as_they_are, clone_module, detached_activations, settings_at
 from ride_plugin._split._cut import Parts, Split, Views
 from ride_plugin._split._examine import examine
