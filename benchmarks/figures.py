@@ -1,4 +1,4 @@
-"""Draw the figures of docs/evidence/results.md and README.md from the numbers that the page states.
+"""Draw the figures of docs/evidence/results.md and README.md from the numbers that docs state.
 
 python -m benchmarks.figures
 
