@@ -49,7 +49,7 @@ def wrapped(num_experts: int = 3) -> RIDEWrapper:
 
 
 def train(path: Path, kill_at: int | None = None, in_save: bool = False) -> dict[str, Any]:
-    """The loop of docs/evidence/reliability.md: saves after every step, goes on where it stood."""
+    """The loop of docs/how-to/killed-runs.md: saves after every step, goes on where it stood."""
     model, diversity = wrapped(), DiversityLoss([30, 9, 4, 2], start_epoch=1)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
