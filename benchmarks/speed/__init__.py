@@ -1,1 +1,1 @@
-"""Speed and memory: `python -m benchmarks.speed` prints docs/evidence/performance.md."""
+"""Speed and memory: `python -m benchmarks.speed` prints tables of docs/evidence/performance/."""

@@ -1,4 +1,4 @@
-"""Print the tables of docs/evidence/performance.md: ratios, both sides in turn in one process.
+"""Print the tables of docs/evidence/performance/: ratios, both sides in turn in one process.
 
 python -m benchmarks.speed [--threads 1] [--only training loss router routing ...]
 
