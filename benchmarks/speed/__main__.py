@@ -20,6 +20,7 @@ from benchmarks.speed.networks import Case
 
 CASES: dict[str, Callable[[], Case]] = {
     "training": training.training,
+    "beside-plain": training.beside_plain,
     "floor": training.floor,
     "loss": training.loss,
     "router": training.router,

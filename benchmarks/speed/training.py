@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.networks import Case, by_hand, images, resnet32, resnet50, train_step
+from benchmarks.resnets import CifarResNet
+from benchmarks.speed.networks import (
+    Case,
+    by_hand,
+    images,
+    plain_resnet50,
+    resnet32,
+    resnet50,
+    to_channels_last,
+    train_step,
+)
 from benchmarks.speed.straightforward import (
     expert_by_expert_loss,
     pair_loop,
@@ -20,11 +30,14 @@ from benchmarks.speed.timing import compare
 from ride_plugin import (
     DiversityLoss,
     ExpertRouter,
+    RIDELoss,
     RIDEWrapper,
     RoutingLoss,
+    cost_report,
+    count_flops,
     experts_loss,
 )
-from ride_plugin.longtail import long_tailed_counts
+from ride_plugin.longtail import BalancedSoftmaxLoss, long_tailed_counts
 from ride_plugin.routing import RouterInputs
 
 
@@ -73,6 +86,43 @@ def training() -> Case:
         "in bfloat16 / straightforward in float32",
     ]
     return "Training step, ours / other", header, rows()
+
+
+def beside_plain() -> Case:
+    """A training step of README's two lines against the plain backbone with the same criterion."""
+    sizes: dict[str, tuple[nn.Module, int, int, int]] = {
+        "ResNet-32, batch 128": (to_channels_last(CifarResNet(100)), 128, 32, 100),
+        "ResNet-50 at 224, batch 4": (to_channels_last(plain_resnet50()), 4, 224, 1000),
+    }
+
+    def rows() -> Iterator[list[Any]]:
+        for name, (backbone, batch, size, classes) in sizes.items():
+            counts = class_counts(classes)
+            x, y = images(batch, True, size), torch.randint(0, classes, (batch,))
+            plain = BalancedSoftmaxLoss(counts)
+            several = RIDELoss(plain, counts)
+            model = RIDEWrapper(
+                backbone, 3, expert_width=0.75, classifier="cosine", example_input=x[:2]
+            )
+            yield [
+                name,
+                f"{cost_report(model).flops / count_flops(backbone, x[:1]):.2f}",
+                *(
+                    compare(
+                        step(model, partial(_loss, several, y), x, half),
+                        step(backbone, partial(_loss, plain, y), x, half),
+                    )
+                    for half in (False, True)
+                ),
+            ]
+
+    header = ["network", "FLOPs", "time in float32", "time in bfloat16"]
+    return "Training step, three experts of 3/4 width / the plain backbone", header, rows()
+
+
+def _loss(criterion: nn.Module, y: Tensor, out: Tensor) -> Tensor:
+    loss: Tensor = criterion(out, y)
+    return loss
 
 
 def step(
