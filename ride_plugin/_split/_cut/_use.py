@@ -88,78 +88,112 @@ def _watch_expert(
     outside: set[str],
     gradients: bool,
 ) -> Use:
-    leaves: dict[int, Tensor] = {}
-    handed: dict[int, int] = {}  # what the expert is given -> the recorded value
-    given: list[tuple[Tensor, int]] = []
-
-    def hand(value: Tensor) -> Tensor:
-        if gradients and value.is_floating_point():
-            if id(value) not in leaves:
-                leaves[id(value)] = value.detach().clone().requires_grad_(True)
-            own = leaves[id(value)].clone()  # not a leaf: an expert may change it in place
-        else:
-            own = value.detach().clone()
-        handed[id(own)] = id(value)
-        given.append((own, own._version))
-        return own
-
-    buffers = {
-        name: (tensor, tensor._version, storage_of(tensor))
-        for name in outside
-        if isinstance(tensor := tensor_at(views.expert, name), Tensor)
-        and not isinstance(tensor, nn.Parameter)
-    }
+    handed, buffers = _Handed(gradients), _Buffers(views.expert, outside)
     at_fork: list[list[Any]] = []
+    watch = Reads()
 
     def look() -> None:
         at_fork.extend(marks_at(views.expert, places))
         watch.chooses = False  # of what runs behind the fork is asked
 
-    watch = Reads()
     with torch.set_grad_enabled(gradients):
-        values = [map_tensors(hand, value) for value in state.values]
+        values = [map_tensors(handed.hand, value) for value in state.values]
         watched = TrunkState(state.batch_size, state.keys, values, None, numbers=state.numbers)
         with watch:  # below the player's mode: what is replayed reads nothing
             logits = logits_in(play(views.expert, views.running, watched, look))
     flat = [list(tensors_in(value)) for value in state.values]
-    used = {handed[key] for key in watch.seen if key in handed}
+    used = {handed.origin[key] for key in watch.seen if key in handed.origin}
     read_parameters: set[str] = set()
     if not gradients or logits is None:
         read_parameters = {name for name, p in parameters.items() if id(p) in watch.seen}
         used = {id(tensor) for entry in flat for tensor in entry}
     elif logits.requires_grad:
-        asked = [*leaves.values(), *parameters.values()]
+        asked = [*handed.leaves.values(), *parameters.values()]
         found = torch.autograd.grad(logits.sum(), asked, allow_unused=True)
-        keys = [*leaves, *parameters]
+        keys = [*handed.leaves, *parameters]
         reached = {key for key, grad in zip(keys, found, strict=True) if grad is not None}
-        used |= {key for key in leaves if key in reached}
-        read_parameters = {name for name in parameters if name in reached}
-    # A hook that an expert registers on a tensor is for its own share of the gradient.
-    changed = {handed[id(o)] for o, version in given if o._version != version or o._backward_hooks}
+        used |= handed.leaves.keys() & reached
+        read_parameters = parameters.keys() & reached
+    changed = handed.changed()
     # A tensor that shares its memory with one that is changed in place changes with it.
     memory = {storage_of(tensor) for entry in flat for tensor in entry if id(tensor) in changed}
-    bound = {  # to another tensor, and not to one that the trunk has bound them to
-        name
-        for name, (tensor, *_) in buffers.items()
-        if (now := tensor_at(views.expert, name)) is not tensor and id(now) not in handed
-    }
-    written = bound | {
-        name
-        for name, (tensor, version, memory) in buffers.items()
-        if tensor._version != version or storage_of(tensor) != memory
-    }
+    bound = buffers.bound(handed)
     marks = marks_at(views.expert, places)
     late = {p for p, a, b in zip(places, at_fork, marks, strict=True) if differ(a, b)} - {RANDOM}
-    late |= {place_of(name) for name in bound}
     return Use(
         # Integers and booleans (masks, positions) are small: they are always kept.
-        [tuple(id(t) in used or not t.is_floating_point() for t in entry) for entry in flat],
-        [tuple(id(t) in changed or storage_of(t) in memory for t in entry) for entry in flat],
-        read_parameters,
-        written,
-        late,
-        watch.chooses,
+        live=[tuple(id(t) in used or not t.is_floating_point() for t in entry) for entry in flat],
+        clone=[tuple(id(t) in changed or storage_of(t) in memory for t in entry) for entry in flat],
+        reads=read_parameters,
+        writes=bound | buffers.filled(),
+        late=late | {place_of(name) for name in bound},
+        chooses=watch.chooses,
     )
+
+
+class _Handed:
+    """Values of the trunk as an expert gets them: copies, which tell what became of them.
+
+    Attributes:
+        leaves: what gradients are asked of, by the id of the recorded value.
+        origin: the id of the recorded value, by that of what the expert is given.
+    """
+
+    def __init__(self, gradients: bool) -> None:
+        self._gradients = gradients
+        self._given: list[tuple[Tensor, int]] = []
+        self.leaves: dict[int, Tensor] = {}
+        self.origin: dict[int, int] = {}
+
+    def hand(self, value: Tensor) -> Tensor:
+        """A copy of a recorded value."""
+        if self._gradients and value.is_floating_point():
+            if id(value) not in self.leaves:
+                self.leaves[id(value)] = value.detach().clone().requires_grad_(True)
+            own = self.leaves[id(value)].clone()  # not a leaf: an expert may change it in place
+        else:
+            own = value.detach().clone()
+        self.origin[id(own)] = id(value)
+        self._given.append((own, own._version))
+        return own
+
+    def changed(self) -> set[int]:
+        """Ids of the recorded values that each expert needs a copy of."""
+        # A hook that an expert registers on a tensor is for its own share of the gradient.
+        return {
+            self.origin[id(own)]
+            for own, version in self._given
+            if own._version != version or own._backward_hooks
+        }
+
+
+class _Buffers:
+    """Buffers that belong to no unit, as they were before an expert's pass."""
+
+    def __init__(self, expert: nn.Module, names: set[str]) -> None:
+        self._expert = expert
+        self._before = {
+            name: (tensor, tensor._version, storage_of(tensor))
+            for name in names
+            if isinstance(tensor := tensor_at(expert, name), Tensor)
+            and not isinstance(tensor, nn.Parameter)
+        }
+
+    def bound(self, handed: _Handed) -> set[str]:
+        """Names that the pass has bound to another tensor, and not to one of the trunk's."""
+        return {
+            name
+            for name, (tensor, *_) in self._before.items()
+            if (now := tensor_at(self._expert, name)) is not tensor and id(now) not in handed.origin
+        }
+
+    def filled(self) -> set[str]:
+        """Names of those that the pass has written into."""
+        return {
+            name
+            for name, (tensor, version, memory) in self._before.items()
+            if tensor._version != version or storage_of(tensor) != memory
+        }
 
 
 def marks_at(root: nn.Module, places: Sequence[Place]) -> list[list[Any]]:
