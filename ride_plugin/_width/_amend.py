@@ -64,37 +64,10 @@ class Amender:
     ) -> tuple[Any, Any]:
         """Amend the plan where operands do not fit, and make them fit for the rest of the trial."""
         tensors = list(tensors_in((args, kwargs)))
-        pairs: list[tuple[int, int, int, int]] = []  # (tensor, axis, tensor, axis) to be equal
-        if name in JOINS:
-            axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-            rank = tensors[0].dim()
-            pairs = [
-                (0, dim, k, dim)
-                for k in range(1, len(tensors))
-                for dim in range(rank)
-                if dim != axis % rank
-            ]
-        elif name in PRODUCTS and len(tensors) == 2:
-            pairs = [(0, -1, 1, -2 if tensors[1].dim() > 1 else -1)]
-        elif name == "__setitem__" or name.startswith(("index_", "scatter_")):
-            # A memory of features, and features to put there; between them an index.
-            pairs = [(0, -1, len(tensors) - 1, -1)]
-        elif name == "linear":
-            pairs = [(0, -1, 1, -1)]
-            pairs += [(2, 0, 1, 0)] if len(tensors) > 2 else []
-        elif name == ATTENTION and len(tensors) > 2:  # queries, keys, values, perhaps a mask
-            pairs = [(0, -1, 1, -1), (0, -3, 1, -3), (1, -2, 2, -2), (1, -3, 2, -3)]
-            pairs += [(3, -1, 1, -2), (3, -2, 0, -2), (3, -3, 0, -3)] if len(tensors) > 3 else []
-            pairs = [p for p in pairs if min(tensors[p[0]].dim(), tensors[p[2]].dim()) >= -p[1]]
-        elif len(tensors) > 1 and name not in RESHAPES | CONVOLUTIONS | FIXED:
-            first = next((k for k, tensor in enumerate(tensors) if _has_width(tensor)), 0)
-            for k in range(first + 1, len(tensors)):
-                rank = min(tensors[first].dim(), tensors[k].dim())
-                pairs += [(first, -d, k, -d) for d in range(1, rank + 1)]
         broadcasts = name not in JOINS | PRODUCTS | {"linear"}
         reason = f"`{name}`: {str(error).splitlines()[0]}"
         changed = False
-        for i, a, j, b in pairs:
+        for i, a, j, b in _equal_sizes(name, tensors, args, kwargs):
             left, right = tensors[i].shape[a], tensors[j].shape[b]
             if left == right or (broadcasts and 1 in (left, right)):
                 continue
@@ -220,6 +193,40 @@ class Amender:
                 self.plan.kept.setdefault(self.where, reason)
                 raise Amended
         raise Stuck(f"`{self.where or 'its forward'}` does not run when narrowed ({reason})")
+
+
+def _equal_sizes(
+    name: str, tensors: Sequence[Tensor], args: Any, kwargs: Any
+) -> list[tuple[int, int, int, int]]:
+    """Which sizes an operation needs to be equal: number of a tensor, axis, another one, axis."""
+    pairs: list[tuple[int, int, int, int]] = []
+    if name in JOINS:
+        axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        rank = tensors[0].dim()
+        pairs = [
+            (0, dim, k, dim)
+            for k in range(1, len(tensors))
+            for dim in range(rank)
+            if dim != axis % rank
+        ]
+    elif name in PRODUCTS and len(tensors) == 2:
+        pairs = [(0, -1, 1, -2 if tensors[1].dim() > 1 else -1)]
+    elif name == "__setitem__" or name.startswith(("index_", "scatter_")):
+        # A memory of features, and features to put there; between them an index.
+        pairs = [(0, -1, len(tensors) - 1, -1)]
+    elif name == "linear":
+        pairs = [(0, -1, 1, -1)]
+        pairs += [(2, 0, 1, 0)] if len(tensors) > 2 else []
+    elif name == ATTENTION and len(tensors) > 2:  # queries, keys, values, perhaps a mask
+        pairs = [(0, -1, 1, -1), (0, -3, 1, -3), (1, -2, 2, -2), (1, -3, 2, -3)]
+        pairs += [(3, -1, 1, -2), (3, -2, 0, -2), (3, -3, 0, -3)] if len(tensors) > 3 else []
+        pairs = [p for p in pairs if min(tensors[p[0]].dim(), tensors[p[2]].dim()) >= -p[1]]
+    elif len(tensors) > 1 and name not in RESHAPES | CONVOLUTIONS | FIXED:
+        first = next((k for k, tensor in enumerate(tensors) if _has_width(tensor)), 0)
+        for k in range(first + 1, len(tensors)):
+            rank = min(tensors[first].dim(), tensors[k].dim())
+            pairs += [(first, -d, k, -d) for d in range(1, rank + 1)]
+    return pairs
 
 
 def _has_width(tensor: Tensor) -> bool:
