@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ride_plugin._checks import (
     ClassCounts,
+    check_bool,
     check_choice,
     check_class_counts,
     check_classes,
@@ -53,7 +54,7 @@ Form: TypeAlias = Literal["paper", "official"]
 
 def mean_logits(experts: Tensor) -> Tensor:
     """Ensemble prediction: mean over experts, ``[B, E, C]`` -> ``[B, C]`` (paper, section 3)."""
-    return torch.mean(check_floating(experts, "experts", "B", "E", "C"), dim=1)
+    return torch.mean(_of_experts(experts, "experts"), dim=1)
 
 
 def running_means(experts: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def running_means(experts: Tensor) -> Tensor:
         >>> running_means(torch.tensor([[[2.0], [4.0], [0.0]]])).flatten().tolist()
         [2.0, 3.0, 2.0]
     """
-    first = check_floating(experts, "experts", "B", "E", "C")[:, 0]
+    first = _of_experts(experts, "experts")[:, 0]
     total, means = float32_or_better(first), [first]
     for index in range(1, experts.shape[1]):
         total = total + experts[:, index]
@@ -86,7 +87,8 @@ def class_balance(class_counts: ClassCounts, gamma: float) -> Tensor:
         gamma: share of the imbalance that is taken over, between 0 and 1.
 
     Returns:
-        ``[C]``, with mean one; on the device and in the dtype of the counts, if they are floating.
+        ``[C]``, with mean one: float32, or float64 for a tensor of float64; on the device of the
+        counts, if they are a tensor. They are constants, to which no gradient flows.
 
     Example:
         >>> class_balance(torch.tensor([30.0, 10.0, 20.0]), gamma=0.1)
@@ -153,13 +155,14 @@ def sample_temperatures(temperature: Tensor, target: Tensor) -> Tensor:
         target: class indices int64 ``[B]``, or probabilities ``[B, C]``.
 
     Returns:
-        ``[B]``.
+        ``[B]``, float32 or float64.
 
     Example:
         >>> sample_temperatures(torch.tensor([1.0, 0.8]), torch.tensor([0, 1, 1]))
         tensor([1.0000, 0.8000, 0.8000])
     """
-    classes = check_temperatures(temperature, "C").shape[0]
+    temperature = float32_or_better(check_temperatures(temperature, "C"))
+    classes = temperature.shape[0]
     batch = target.shape[0] if isinstance(target, Tensor) and target.dim() else 0
     target = check_target(target, batch, classes, device=temperature.device)
     if target.is_floating_point():
@@ -206,8 +209,9 @@ def pairwise_kl(
         >>> pairwise_kl(logits)  # both pairs: 2 tanh(1) each
         tensor([3.0464])
     """
-    logits = float32_or_better(check_floating(expert_logits, "expert_logits", "B", "E", "C"))
+    logits = float32_or_better(_of_experts(expert_logits, "expert_logits"))
     temperature = check_temperature(temperature, len(logits))
+    detach_others = check_bool(detach_others, "detach_others")
     inverse = inverse_of(temperature, logits).expand(len(logits))[:, None, None]
     num_experts = logits.shape[1]
     factor = num_experts / max(num_experts - 1, 1)
@@ -251,7 +255,7 @@ def kl_from_reference(
         >>> kl_from_reference(torch.zeros(1, 3, 2), torch.tensor([[1.0, 1.0]]))
         tensor([0.])
     """
-    logits = float32_or_better(check_floating(expert_logits, "expert_logits", "B", "E", "C"))
+    logits = float32_or_better(_of_experts(expert_logits, "expert_logits"))
     batch, _, classes = logits.shape
     check_floating(
         reference_logits,
@@ -298,10 +302,11 @@ def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Te
         >>> kl_from_mean(logits)  # 2 log cosh(1)
         tensor([0.8676])
     """
-    logits = float32_or_better(check_floating(expert_logits, "expert_logits", "B", "E", "C"))
+    logits = float32_or_better(_of_experts(expert_logits, "expert_logits"))
     divergence = kl_from_reference(logits, mean_logits(logits), temperature)
-    mean = temperature.detach().mean() if isinstance(temperature, Tensor) else float(temperature)
-    return mean**2 * divergence
+    if not isinstance(temperature, Tensor):
+        return float(temperature) ** 2 * divergence
+    return float32_or_better(temperature.detach()).mean() ** 2 * divergence
 
 
 def distillation_kl(
@@ -328,7 +333,7 @@ def distillation_kl(
         tensor([0.])
     """
     temperature = check_number(temperature, "temperature", 0, open_low=True)
-    batch, _, classes = check_floating(expert_logits, "expert_logits", "B", "E", "C").shape
+    batch, _, classes = _of_experts(expert_logits, "expert_logits").shape
     check_floating(
         teacher_logits,
         "teacher_logits",
@@ -427,8 +432,16 @@ def routing_loss(
     return loss.mean()
 
 
+def _of_experts(value: Tensor, name: str) -> Tensor:
+    """Return floating-point ``[B, E, C]``; the mean of no experts would be NaN."""
+    experts = check_floating(value, name, "B", "E", "C")
+    if not experts.shape[1] or not experts.shape[2]:
+        refuse(name, "that of at least one expert and class, [B, E, C]", experts)
+    return experts
+
+
 def _class_indices(target: Tensor, experts: Tensor) -> Tensor:
-    batch, num_experts, num_classes = check_floating(experts, "expert_logits", "B", "E", "C").shape
+    batch, num_experts, num_classes = _of_experts(experts, "expert_logits").shape
     if num_experts < 2:
         refuse("expert_logits", "those of at least two experts, [B, E, C]", experts)
     target = check_target(target, batch, num_classes, device=experts.device)

@@ -377,3 +377,41 @@ def test_running_means_of_half_precision_are_rounded_once(dtype: torch.dtype) ->
         assert torch.equal(means[:, count - 1], functional.mean_logits(experts[:, :count]))
     large = torch.full((1, 3, 2), 6e4, dtype=dtype)
     assert functional.running_means(large).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 5), (2, 3, 0)])
+def test_no_experts_and_no_classes_are_refused(shape: tuple[int, int, int]) -> None:
+    """The mean of no experts is NaN, and their divergence a zero that nobody computed."""
+    none, teacher = torch.zeros(shape), torch.zeros(shape[0], shape[2])
+    calls = (
+        lambda: functional.mean_logits(none),
+        lambda: functional.running_means(none),
+        lambda: functional.pairwise_kl(none),
+        lambda: functional.kl_from_mean(none),
+        lambda: functional.kl_from_reference(none, teacher),
+        lambda: functional.distillation_kl(none, teacher),
+        lambda: functional.routing_targets(none, torch.zeros(2, dtype=torch.long)),
+    )
+    for call in calls:
+        with pytest.raises(ArgumentError, match=r"at least one expert and class|two experts"):
+            call()
+    assert functional.pairwise_kl(torch.zeros(0, 3, 5)).shape == (0,)
+
+
+def test_what_is_merely_true_does_not_detach_others() -> None:
+    with pytest.raises(ArgumentError, match="`detach_others` to be True or False"):
+        functional.pairwise_kl(torch.zeros(2, 3, 5), detach_others="False")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_temperatures_of_half_precision_are_computed_with_in_float32(dtype: torch.dtype) -> None:
+    logits = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    half = torch.tensor([1.9, 1.3, 0.7, 0.51, 1.07]).to(dtype)
+    assert functional.kl_from_mean(logits, half).equal(
+        functional.kl_from_mean(logits, half.float())
+    )
+    mixed = torch.tensor([[0.3, 0.1, 0.2, 0.15, 0.25]]).to(dtype)
+    found = functional.sample_temperatures(half, mixed)
+    assert found.equal(functional.sample_temperatures(half.float(), mixed.float()))
+    indexed = functional.sample_temperatures(half, torch.tensor([2]))
+    assert indexed.dtype == torch.float32
