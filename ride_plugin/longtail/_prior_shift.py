@@ -79,8 +79,9 @@ class PriorCalibration:
 
         $$\frac1N \sum_i \log \sum_c C\, \pi(\tau)_c\, q_{ic},$$
 
-        the likelihood of the samples relative to that of balanced data, for $|\tau| \le 3$, and
-        beyond where counts differ by less than a factor of 100. (Saerens et al., "Adjusting the
+        the likelihood of the samples relative to that of balanced data, for $|\tau| \le 3$, or,
+        where counts differ by less than a factor of 106, until the prior of the most frequent class
+        and that of the rarest differ by $e^{14}$. (Saerens et al., "Adjusting the
         Outputs of a Classifier to New a Priori Probabilities", Neural Computation 2002, with one
         free number in place of C.) Whether it may be trusted is decided on samples that it was
         not found on: each half of the data judges the number that the other half found, and the
@@ -93,7 +94,7 @@ class PriorCalibration:
             A `PriorEstimate`, whose `justified` is False where nothing should be changed.
 
         Raises:
-            ArgumentError: the shape does not fit, or a logit is NaN.
+            ArgumentError: the shape does not fit, or a logit is not finite.
 
         Warns:
             UserWarning: the logits are probabilities, as far as can be told.
@@ -194,8 +195,9 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
         class_counts: training samples of each class, ``[C]``.
 
     Raises:
-        ArgumentError: shapes do not fit, the counts are equal, a logit is not finite, or the
-            logits tell nothing about the labels, or they classify all of them rightly.
+        ArgumentError: shapes do not fit, the counts are equal, or those of all classes that the
+            labels name are, a logit is not finite, or the logits tell nothing about the labels, or
+            they classify all of them rightly.
 
     Warns:
         UserWarning: the logits are probabilities, as far as can be told.
@@ -227,20 +229,8 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
             "priors that can be told apart here are powers of the counts."
         )
     _check_that_both_are_determined(z, target, log_counts)
-    present = target.bincount(minlength=len(counts)).double().log()  # -inf for absent classes
-    numbers = z.new_tensor([1.0, 0.0], requires_grad=True)
-    optimizer = torch.optim.LBFGS([numbers], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(numbers[0] * z + numbers[1] * log_counts + present, target)
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    scale, offset = numbers.tolist()
-    if not scale > 1e-6 or not math.isfinite(offset):
+    scale, offset = _fitted(z, target, log_counts)
+    if not scale > 0 or not math.isfinite(offset):
         raise ArgumentError(
             "Expected argument `logits` to tell something about the labels, but the best scale is "
             f"{scale:g}. Check that rows and labels belong together."
@@ -250,6 +240,35 @@ def calibrate_prior(logits: Tensor, labels: Numbers, class_counts: ClassCounts) 
     return PriorCalibration(
         scale, offset, log_counts, held_out_samples(z, target, balanced, log_counts)
     )
+
+
+def _fitted(z: Tensor, target: Tensor, log_counts: Tensor) -> tuple[float, float]:
+    """Scale and offset; a scale that is zero but for rounding comes back as zero."""
+    present = target.bincount(minlength=len(log_counts)).double().log()  # -inf for absent classes
+    # Both on a scale of one: the search stops at small gradients, and those of small logits, or of
+    # counts that hardly differ, are small everywhere.
+    centred = z - z.mean(1, keepdim=True)
+    unit, unit_of_counts = float(centred.abs().mean()), float(log_counts.std())
+    rows, counts = centred / unit, (log_counts - log_counts.mean()) / unit_of_counts
+    numbers = z.new_tensor([1.0, 0.0], requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [numbers],
+        max_iter=200,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(numbers[0] * rows + numbers[1] * counts + present, target)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    scale, offset = numbers.tolist()
+    return scale / unit if scale > 1e-6 else min(scale, 0.0), offset / unit_of_counts
 
 
 def _check_that_both_are_determined(z: Tensor, target: Tensor, log_counts: Tensor) -> None:
@@ -309,7 +328,7 @@ def _most_likely(posterior: Tensor, log_counts: Tensor) -> float:
     step = largest / 12
     grid = [step * k for k in range(-12, 13)]
     best = max(grid, key=value)
-    low, high = best - step, best + step
+    low, high = max(best - step, -largest), min(best + step, largest)
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(14):
         left, right = high - ratio * (high - low), low + ratio * (high - low)

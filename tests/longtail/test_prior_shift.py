@@ -37,6 +37,39 @@ def test_scale_and_offset_are_found_from_balanced_and_from_long_tailed_data(held
     assert found.offset == pytest.approx(-0.3, abs=0.06)
 
 
+@pytest.mark.parametrize("factor", [1e-9, 1e-6, 1e4, 1e9, 1e200])
+def test_the_size_of_logits_does_not_change_what_is_found(factor):
+    """Small ones have small gradients, at which a search stops before it has begun."""
+    log_likelihood, labels = sample(0.0, 500, 0)
+    found = calibrate_prior(log_likelihood, labels, COUNTS)
+    other = calibrate_prior(factor * log_likelihood, labels, COUNTS)
+    assert other.scale * factor == pytest.approx(found.scale, rel=1e-6)
+    assert other.offset == pytest.approx(found.offset, rel=1e-6)
+
+
+def test_counts_that_hardly_differ_are_fitted_as_well():
+    log_likelihood, labels = sample(0.0, 500, 0)
+    counts = [1_000_000 + c for c in range(CLASSES)]
+    found = calibrate_prior(log_likelihood, labels, counts)
+    log_counts, present = torch.tensor(counts).double().log(), labels.bincount().double().log()
+    numbers = torch.tensor([found.scale, found.offset], dtype=torch.float64, requires_grad=True)
+    adjusted = numbers[0] * log_likelihood + numbers[1] * (log_counts - log_counts.mean())
+    (slope,) = torch.autograd.grad(F.cross_entropy(adjusted + present, labels), numbers)
+    assert slope.abs().max() < 1e-5
+    assert abs(slope[1] / log_counts.std()) < 1e-5
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_prior_beyond_the_largest_is_found(sign):
+    held_out, labels = sample(0.0, 2_000, 1)
+    calibration = calibrate_prior(as_a_model_gives_them(held_out), labels, COUNTS)
+    one = torch.zeros(50, CLASSES).index_fill(1, torch.tensor([0 if sign > 0 else -1]), 30.0)
+    largest = max(3, 14 / math.log(COUNTS[0] / COUNTS[-1]))
+    tau = calibration.estimate(one).tau
+    assert abs(tau) <= largest
+    assert tau == pytest.approx(sign * largest, abs=2e-3)
+
+
 @pytest.mark.parametrize("tau", [-0.85, -0.3, 0.5, 1.0])
 def test_a_shift_is_found_and_adjusting_is_as_good_as_knowing_it(tau):
     held_out, labels = sample(0.0, 2_000, 1)
