@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ride_plugin._errors import ArgumentError
-from ride_plugin._numerics import without_autocast
+from ride_plugin._checks import check_integer, check_number
+from ride_plugin._numerics import float32_or_better, without_autocast
 
 
 class CosineClassifier(nn.Module):
@@ -21,6 +21,9 @@ class CosineClassifier(nn.Module):
         num_classes: number of classes, ``C``.
         scale: the factor $s$; logits lie in ``[-scale, scale]``.
 
+    Raises:
+        ArgumentError: a size is below one, or ``scale`` is not positive and finite.
+
     Example:
         >>> head = CosineClassifier(8, 5)
         >>> bool(head(torch.randn(2, 8)).abs().max() <= 30.001)
@@ -29,9 +32,9 @@ class CosineClassifier(nn.Module):
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 30.0) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ArgumentError(f"Expected argument `scale` to be positive, but got {scale}.")
-        self.scale = scale
+        in_features = check_integer(in_features, "in_features", 1)
+        num_classes = check_integer(num_classes, "num_classes", 1)
+        self.scale = check_number(scale, "scale", 0, open_low=True)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         self.reset_parameters()
 
@@ -44,13 +47,15 @@ class CosineClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map features ``[..., D]`` to logits ``[..., C]``, in float32 also under autocast.
 
-        Times 30, a cosine rounded to bfloat16 would move logits by a tenth.
+        Times 30, a cosine rounded to bfloat16 would move logits by a tenth. In a model that
+        was cast to half precision, they are computed in float32 and rounded once, at the end.
         """
         with without_autocast(features):
-            if features.dtype != self.weight.dtype:  # what autocast made of them
-                features = features.to(self.weight.dtype)
-            directions = F.normalize(features, dim=-1), F.normalize(self.weight, dim=1)
-            return self.scale * F.linear(*directions)
+            dtype = self.weight.dtype
+            # The squares in a norm overflow in half precision, and 0 / 0 is no direction.
+            precise = [float32_or_better(part.to(dtype)) for part in (features, self.weight)]
+            directions = [F.normalize(part, dim=-1) for part in precise]
+            return (self.scale * F.linear(*directions)).to(dtype)
 
     def extra_repr(self) -> str:
         """Sizes, as other layers print them."""

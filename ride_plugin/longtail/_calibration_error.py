@@ -50,6 +50,7 @@ def expected_calibration_error(confidence: Numbers, correct: Numbers, num_bins: 
             "Expected argument `correct` to hold True or False (1 or 0), but got values from "
             f"{right.min():g} to {right.max():g}. Pass `predicted == target`."
         )
-    bins = np.clip(np.ceil(confident * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+    # Edges are divided out: 0.07 * 100 is above 7 by rounding, and would be in the next bin.
+    bins = np.searchsorted(np.arange(1, num_bins) / num_bins, confident, side="left")
     gaps = np.bincount(bins, weights=right - confident, minlength=num_bins)
     return float(np.abs(gaps).sum() / len(confident))

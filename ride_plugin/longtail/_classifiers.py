@@ -77,8 +77,13 @@ def _holders(module: nn.Module) -> list[nn.Module]:
 
 def linear_classifiers(model: Classifiers, classifier: str | None, method: str) -> list[nn.Linear]:
     """Return the classifiers if all are plain ``nn.Linear``, whose weights ``method`` may scale."""
-    layers = []
+    layers: list[nn.Linear] = []
     for layer in find_classifiers(model, classifier):
+        if any(layer is other for other in layers):
+            raise ArgumentError(
+                f"Expected argument `model` to have a classifier of its own for each expert, but "
+                f"got one layer twice, which {method} would change twice. Pass each layer once."
+            )
         _refuse_parametrized(layer, method)
         if not isinstance(layer, nn.Linear):
             raise ArgumentError(
@@ -154,7 +159,7 @@ def freeze_representation(model: nn.Module, classifier: str | None = None) -> li
         classifier: see :func:`find_classifiers`.
 
     Returns:
-        The classifiers' parameters, for the optimiser.
+        The classifiers' parameters, each once, for the optimiser.
 
     Raises:
         ArgumentError: no classifier is found.
@@ -168,8 +173,7 @@ def freeze_representation(model: nn.Module, classifier: str | None = None) -> li
     check_instance(model, "model", nn.Module, "a module, wrapped or plain")
     model.requires_grad_(False)
     model.eval()
-    parameters: list[nn.Parameter] = []
     for layer in layers:
         layer.requires_grad_(True)
-        parameters.extend(layer.parameters())
-    return parameters
+    # Layers may share a weight, and an optimiser would step it once for each time it is listed.
+    return list(dict.fromkeys(p for layer in layers for p in layer.parameters()))

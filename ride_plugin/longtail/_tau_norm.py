@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ride_plugin._checks import check_floating, check_number, has_values
 from ride_plugin._errors import ArgumentError
@@ -70,7 +70,7 @@ def tau_normalize(
 
     Raises:
         ArgumentError: a classifier is not an ``nn.Linear`` (cosine classifiers have unit weights
-            already), or tau does not fit.
+            already), a layer comes twice, or tau does not fit: two of them for one weight, say.
 
     Example:
         >>> layer = torch.nn.Linear(8, 5)
@@ -79,12 +79,21 @@ def tau_normalize(
         (tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000]), 0.0)
     """
     layers = linear_classifiers(model, classifier, "tau_normalize")
-    taus = list(tau) if isinstance(tau, Sequence) else [tau] * len(layers)
+    given = list(tau) if isinstance(tau, Sequence) else [tau] * len(layers)
+    taus = [check_number(one, "tau", 0) for one in given]
     if len(taus) != len(layers):
         raise ArgumentError(
             f"Expected argument `tau` to be one number or {len(layers)}, one per classifier, but "
             f"got {len(taus)}. Pass one number for all."
         )
+    tau_of: dict[nn.Parameter, float] = {}
+    for layer, one in zip(layers, taus, strict=True):
+        if tau_of.setdefault(layer.weight, one) != one:
+            raise ArgumentError(
+                f"Expected argument `tau` to be one number, since classifiers share a weight (it "
+                f"was frozen when the model was wrapped), but got {tau_of[layer.weight]:g} and "
+                f"{one:g} for it. Pass one number for all."
+            )
     with torch.no_grad():
         # All are computed before any is written, so that an error leaves the model as it was.
         weights = [tau_normalized(x.weight, t) for x, t in zip(layers, taus, strict=True)]

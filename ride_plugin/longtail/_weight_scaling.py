@@ -68,7 +68,7 @@ def learnable_weight_scaling(
         One module per classifier; train their ``scale``.
 
     Raises:
-        ArgumentError: a classifier is not an ``nn.Linear``, or is scaled already.
+        ArgumentError: a classifier is not an ``nn.Linear``, comes twice, or is scaled already.
 
     Example:
         >>> layer = nn.Linear(4, 3)

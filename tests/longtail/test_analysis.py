@@ -236,3 +236,13 @@ def test_bad_input_is_named(logits, arguments, message: str) -> None:
 def test_bad_confidence_is_named(confidence, correct, message: str) -> None:
     with pytest.raises(RIDEError, match=message):
         expected_calibration_error(confidence, correct)
+
+
+@pytest.mark.parametrize("num_bins", [3, 15, 49, 100])
+def test_a_confidence_on_an_edge_is_in_the_bin_below(num_bins: int) -> None:
+    """Beside a lower one in its bin that is wrong, and a higher one in the next that is right."""
+    for edge in range(1, num_bins):
+        confidence = [edge / num_bins, (edge - 0.5) / num_bins, (edge + 0.5) / num_bins]
+        together = abs(1 - confidence[0] - confidence[1]) + 1 - confidence[2]
+        found = expected_calibration_error(confidence, [True, False, True], num_bins)
+        assert found == pytest.approx(together / 3)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from ride_plugin import RIDEError, RIDEWrapper
+from ride_plugin import RIDEError, RIDEWrapper, expert_logits
 from ride_plugin.longtail import (
     find_classifiers,
     freeze_representation,
@@ -274,3 +274,45 @@ def test_weights_that_a_hook_computes_are_refused(computed) -> None:
     for method in (lambda: tau_normalize(layer, 1.0), lambda: reset_classifiers(layer)):
         with pytest.raises(RIDEError, match="computed before each forward"):
             method()
+
+
+@pytest.fixture
+def sharing() -> RIDEWrapper:
+    """Experts whose classifiers are one frozen weight."""
+    backbone = net()
+    backbone[-1].requires_grad_(False)
+    return RIDEWrapper(backbone, 3, example_input=X)
+
+
+def test_a_shared_weight_takes_one_tau(sharing) -> None:
+    before = sharing.classifiers[0].weight.clone()
+    with pytest.raises(RIDEError, match="`tau` to be one number, since classifiers share a weight"):
+        tau_normalize(sharing, [0.5, 0.5, 1.0])
+    assert sharing.classifiers[0].weight.equal(before)
+    tau_normalize(sharing, 0.5)
+    assert sharing.classifiers[2].weight.equal(tau_normalized(before, 0.5))
+
+
+def test_a_shared_weight_is_listed_once_for_the_optimiser(sharing) -> None:
+    parameters = freeze_representation(sharing)
+    assert [list(parameter.shape) for parameter in parameters] == [[4, 8], [4]]
+
+
+def test_experts_scale_a_shared_weight_each_by_itself(sharing) -> None:
+    sharing.eval()
+    plain = expert_logits(sharing(X))
+    for factor, scaling in enumerate(learnable_weight_scaling(sharing), start=1):
+        nn.init.constant_(scaling.scale, float(factor))
+    factors = torch.tensor([1.0, 2.0, 3.0])[:, None]
+    torch.testing.assert_close(expert_logits(sharing(X)), factors * plain)
+    copied = copy.deepcopy(sharing)
+    torch.testing.assert_close(expert_logits(copied(X)), factors * plain)
+
+
+def test_a_layer_that_comes_twice_is_not_scaled_twice() -> None:
+    layer = nn.Linear(8, 4)
+    with pytest.raises(RIDEError, match="got one layer twice, which learnable_weight_scaling"):
+        learnable_weight_scaling([layer, layer])
+    with pytest.raises(RIDEError, match="got one layer twice, which tau_normalize"):
+        tau_normalize([layer, layer], 0.5)
+    assert not parametrize.is_parametrized(layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from ride_plugin._errors import ReplayError, listed, warn_caller
 from ride_plugin._split._copying import frozen_layers, held_by_all, trains
@@ -64,7 +64,7 @@ class Frozen:
 
     def tell_what_trains(self, experts: Iterable[nn.Module]) -> None:
         """Warn once that what was frozen at wrapping, and therefore is shared, trains now."""
-        if not any(tensors[key].requires_grad for tensors, key in self._shared.values()):
+        if not any(tensor.requires_grad for tensor in self._held().values()):
             return
         unfrozen = [
             name
@@ -95,10 +95,15 @@ class Frozen:
                 "`model.to_module(k).merge_adapter()`."
             )
 
+    def _held(self) -> dict[str, Tensor]:
+        """What is shared, where it still is: a parametrization puts a weight to another place."""
+        places = self._shared.items()
+        return {name: held[key] for name, (held, key) in places if held.get(key) is not None}
+
     @contextmanager
     def refusing_writes(self) -> Iterator[None]:
         """Raise if an expert writes what all share because nothing was seen to write it."""
-        fixed = {name: held[key] for name, (held, key) in self._shared.items()}
+        fixed = self._held()
         before = versions_in(list(fixed.values()))
         yield
         after = versions_in(list(fixed.values()))
