@@ -260,8 +260,10 @@ def _row(
         shares=shares,
     )
     backbone = report.backbone_flops or 1
-    # As if each expert were followed by a gate: at most one gate too many.
-    affordable = (budget * backbone - report.trunk_flops) / (expert + gate)
+    affordable = float(number)
+    if report.flops_by_experts[-1] > budget * backbone:
+        # As if each expert were followed by a gate: at most one gate too many.
+        affordable = (budget * backbone - report.trunk_flops) / (expert + gate)
     routed = report.routed_flops
     return PlanRow(
         number,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ride_plugin._checks import check_callable
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import without_experts
 from ride_plugin._wrapper import RIDEWrapper
@@ -51,6 +52,9 @@ class RIDEModule(nn.Module):
         criterion: called as ``criterion(output, labels)`` on the wrapped model's output, usually
             `RIDELoss`. It is a submodule: what it saves is part of the checkpoint.
 
+    Raises:
+        ArgumentError: ``model`` is not wrapped, or ``criterion`` cannot be called.
+
     Example:
         >>> from ride_plugin import experts_loss
         >>> class Criterion(nn.Module):
@@ -74,6 +78,7 @@ class RIDEModule(nn.Module):
                 "Expected argument `model` to be a RIDEWrapper, but got "
                 f"{type(model).__name__}. Pass RIDEWrapper(backbone, num_experts=3)."
             )
+        check_callable(criterion, "criterion", "criterion(output, labels)")
         self.model = model
         self.criterion = criterion
 

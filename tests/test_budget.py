@@ -63,6 +63,17 @@ def test_the_affordable_mean_number_of_experts_spends_the_budget(found: Plan) ->
         assert row.affordable_experts == pytest.approx(min(mean, row.num_experts))
 
 
+def test_all_experts_are_affordable_where_all_of_them_are_within_the_budget() -> None:
+    """Gates of a tiny network cost more than its experts, and behind the last one is none."""
+    backbone = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.Linear(12, 4))
+    full = plan(backbone, num_experts=(1, 2), expert_widths=(1.0,), max_flops_ratio=1.0)
+    assert [row.affordable_experts for row in full.rows] == [1.0, 0.0]
+    report = full.rows[1].report
+    routed = report.flops_by_experts[-1] / full.rows[0].report.flops
+    both = plan(backbone, num_experts=(2,), expert_widths=(1.0,), max_flops_ratio=routed)
+    assert both.rows[0].affordable_experts == 2.0
+
+
 def test_rows_are_what_a_built_model_costs(found: Plan) -> None:
     backbone = CifarResNet(CLASSES)
     model = RIDEWrapper(backbone, 4, expert_width=0.75)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,12 @@ def test_gradient_checkpointing_recomputes_the_experts(what: str) -> None:
 def test_wants_a_wrapped_model() -> None:
     with pytest.raises(ArgumentError, match="`model` to be a RIDEWrapper, but got Named"):
         RIDEModule(Named(), Criterion())
+
+
+@pytest.mark.parametrize("criterion", [None, nn.CrossEntropyLoss])
+def test_wants_a_criterion_that_can_be_called(criterion: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"`criterion` to be callable as criterion\(output,"):
+        RIDEModule(build().model, criterion)
 
 
 def test_arguments_by_position_are_those_of_the_signature() -> None:

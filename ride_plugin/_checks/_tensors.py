@@ -225,6 +225,8 @@ def as_cpu_tensor(values: object, name: str) -> Tensor:
 
     Python's own floats keep all their digits, where torch would make float32 of a list of them.
     """
+    if isinstance(values, Tensor) and values.is_meta:
+        refuse(name, "numbers", values, "It is on the meta device, where it has no values.")
     try:
         if not isinstance(values, Tensor) and hasattr(values, "__array__"):  # pandas and others too
             # torch takes no reversed array and warns of one that cannot be written.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ride_plugin._checks import check_floating, check_number, has_values
 from ride_plugin._errors import ArgumentError
@@ -86,7 +86,7 @@ def tau_normalize(
             f"Expected argument `tau` to be one number or {len(layers)}, one per classifier, but "
             f"got {len(taus)}. Pass one number for all."
         )
-    tau_of: dict[nn.Parameter, float] = {}
+    tau_of: dict[Tensor, float] = {}
     for layer, one in zip(layers, taus, strict=True):
         if tau_of.setdefault(layer.weight, one) != one:
             raise ArgumentError(

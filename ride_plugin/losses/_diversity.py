@@ -112,12 +112,7 @@ class DiversityLoss(nn.Module):
         temperature: TemperatureSchedule | None = None,
     ) -> None:
         super().__init__()
-        self.weight = check_number(
-            weight,
-            "weight",
-            0,
-            advice="The loss has its minus sign built in: the authors' -0.2 is weight=0.2.",
-        )
+        self.weight = weight
         self.detach_others = check_bool(detach_others, "detach_others")
         all_given = {"gamma": gamma, "eta": eta, "start_epoch": start_epoch}
         given: dict[str, Any] = {k: value for k, value in all_given.items() if value is not None}
@@ -134,6 +129,20 @@ class DiversityLoss(nn.Module):
                 "always holds the ensemble's logits constant, but got False. It belongs to "
                 "form='paper'."
             )
+
+    @property
+    def weight(self) -> float:
+        r"""The factor $\lambda$, not negative."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._weight = check_number(
+            value,
+            "weight",
+            0,
+            advice="The loss has its minus sign built in: the authors' -0.2 is weight=0.2.",
+        )
 
     def forward(self, output: Output, target: Tensor) -> Tensor:
         """Return the weighted batch mean.

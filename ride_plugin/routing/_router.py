@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from ride_plugin._checks import (
     check_choice,
@@ -18,14 +20,12 @@ from ride_plugin._checks import (
     is_finite,
     refuse,
 )
+from ride_plugin._devices import keeping_digits
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better, without_autocast
 from ride_plugin._output import RouterInputs
 from ride_plugin._split import refuse_plain_state
 from ride_plugin.functional import running_means
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class SizedModel(Protocol):
@@ -215,6 +215,11 @@ class ExpertRouter(nn.Module):
                 "rate."
             )
         return logit
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Mean and deviation of all samples: in half precision they would not move any more.
+        keeping_digits(self, lambda: super(ExpertRouter, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Somebody's hooks run in it, which may rename entries; the layers load theirs only later.

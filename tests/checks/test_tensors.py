@@ -369,3 +369,8 @@ def test_python_s_numbers_keep_all_their_digits() -> None:
     assert _tensors.as_cpu_tensor([0.1, 0.2], "x").tolist() == [0.1, 0.2]
     assert _tensors.as_cpu_tensor(np.array([0.1], np.float32), "x").dtype == torch.float32
     assert _tensors.as_cpu_tensor([1, 2], "x").dtype == torch.int64
+
+
+def test_counts_without_values_are_told_from_what_is_no_tensor() -> None:
+    with pytest.raises(ArgumentError, match=r"`class_counts` to be numbers.*on the meta device"):
+        _tensors.check_class_counts(torch.ones(3, device="meta"))

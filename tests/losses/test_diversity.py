@@ -270,6 +270,10 @@ def test_defaults_are_those_of_the_schedule_and_safe_to_add_to_any_loop() -> Non
 def test_negative_weight_is_refused_with_the_sign_explained() -> None:
     with pytest.raises(ArgumentError, match=r"`weight`.*-0\.45.*minus sign built in"):
         DiversityLoss(COUNTS, weight=-0.45)
+    loss = DiversityLoss(COUNTS, weight=0.45)
+    with pytest.raises(ArgumentError, match=r"`weight`.*-0\.2.*minus sign built in"):
+        loss.weight = -0.2  # while training
+    assert loss.weight == 0.45
 
 
 def test_own_schedule_and_its_arguments_do_not_mix() -> None:

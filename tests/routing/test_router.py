@@ -288,6 +288,23 @@ def test_half_precision_router_runs():
     assert router(inputs(dtype=torch.bfloat16)).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_router_in_half_precision_takes_in_samples_as_one_in_float32(dtype):
+    """Each batch adds little to a mean of many, and a router that is cast was trained before."""
+    exact, half = (ExpertRouter(7, 3, num_classes=10).train() for _ in range(2))
+    half.load_state_dict(exact.state_dict())
+    half.to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        logits = 4 * torch.randn(8, 3, 10, generator=generator) + step / 10
+        features = torch.randn(8, 3, 7, generator=generator)
+        exact((logits.to(dtype), features))
+        half((logits.to(dtype), features.to(dtype)))
+    assert half.hidden[0].weight.dtype == dtype
+    torch.testing.assert_close(half.input_mean, exact.input_mean)
+    torch.testing.assert_close(half.input_variance, exact.input_variance)
+
+
 @pytest.mark.parametrize("num_experts", [2, 3, 6])
 def test_targets_equal_loops(num_experts):
     logits, target = torch.randn(200, num_experts, 4), torch.randint(4, (200,))
