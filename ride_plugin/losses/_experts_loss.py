@@ -57,8 +57,8 @@ def experts_loss(
             one for each expert, as a criterion that keeps a state needs (a memory of samples, a
             counter), since a single one is called once for each expert. Logits of half precision
             reach it as float32, and so do the class weights of torch's own losses; weights in a
-            function of yours have to be float32. Plain cross entropy runs once over all experts,
-            which gives the same number.
+            function of yours have to be float32. Plain cross entropy, and the losses of
+            `longtail`, run once over all experts, which gives the same number.
         output: what the wrapped model returned, or expert logits ``[B, E, C]``.
         target: class indices ``[B]`` or probabilities ``[B, C]``, which for torch's cross entropy
             need not sum to one, as in torch; for other criteria any tensor of B rows that they

@@ -23,7 +23,7 @@ class ConfidenceRouter(nn.Module):
     the state dict: build the router with the one that its thresholds were calibrated for.
 
     Args:
-        kind: ``"margin"`` or ``"max_probability"``. The margin was the better one on each of six
+        kind: ``"margin"`` or ``"max_probability"``. The margin was the better one on each of nine
             trained models, by 0.01 to 0.34 points at equal cost.
 
     Raises:
