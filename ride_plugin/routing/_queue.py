@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
 from collections.abc import Container
 from dataclasses import dataclass, replace
@@ -90,6 +91,22 @@ class _Submission:
     underway: int
 
 
+class _OneAtATime:
+    """A lock that a copy or an unpickled queue has anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a hook of the model may ask the queue
+
+    def __reduce__(self) -> tuple[type[_OneAtATime], tuple[()]]:
+        return _OneAtATime, ()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class RoutingQueue:
     """Serves small batches with early exit, and lets later experts run on full batches.
 
@@ -97,7 +114,9 @@ class RoutingQueue:
     them, from any submissions, need the same expert, and then run together. No row waits for
     longer than ``max_wait`` further submissions. Each row gets what `RoutingInference` gives it
     under the autocast of its submission. Rows that cannot run together (other input sizes, other
-    arguments, another autocast) run one kind after the other. Not in the paper.
+    arguments, another autocast) run one kind after the other. Several threads may share a queue:
+    their calls wait for each other, and `results` hands out what is finished, whoever submitted it.
+    Not in the paper.
 
     Args:
         serve: the routed model. Its thresholds can change at any time.
@@ -137,6 +156,7 @@ class RoutingQueue:
             )
         self.batch_size = check_integer(batch_size, "batch_size", 1)
         self.max_wait = check_integer(max_wait, "max_wait", 0)
+        self._one_at_a_time = _OneAtATime()
         self._next_ticket = 0
         self._unfinished: dict[int, _Submission] = {}
         self._finished: dict[int, RoutingOutput] = {}
@@ -146,7 +166,8 @@ class RoutingQueue:
     @property
     def num_waiting(self) -> int:
         """Number of rows that wait for an expert."""
-        return sum(len(rows) for stage in self._waiting for rows in stage)
+        with self._one_at_a_time:
+            return sum(len(rows) for stage in self._waiting for rows in stage)
 
     @torch.inference_mode(False)  # rows of one submission may run in the mode of another's caller
     @torch.no_grad()
@@ -166,7 +187,7 @@ class RoutingQueue:
         """
         # Rows that wait may hold parts of the inputs, and the caller may fill his buffer anew.
         args, kwargs = map_tensors(torch.clone, (args, kwargs))
-        with self.serve.stages.evaluating():
+        with self._one_at_a_time, self.serve.stages.evaluating():
             rows, logits, features = run_first(self.serve.stages, *args, **kwargs)
             check_predictions(logits, "the experts' logits")
             if not hasattr(type(rows.state), "cat"):
@@ -194,17 +215,22 @@ class RoutingQueue:
         Returns:
             ``{ticket: RoutingOutput}``, tickets ascending.
         """
-        self._settle()
-        finished, self._finished = self._finished, {}
-        return dict(sorted(finished.items()))
+        with self._one_at_a_time:
+            return self._handed_out()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def flush(self) -> dict[int, RoutingOutput]:
         """Finish everything that waits, and return `results`."""
-        with self.serve.stages.evaluating():
-            self._run_what_is_due(newest=self._next_ticket)
-        return self.results()
+        with self._one_at_a_time:
+            with self.serve.stages.evaluating():
+                self._run_what_is_due(newest=self._next_ticket)
+            return self._handed_out()
+
+    def _handed_out(self) -> dict[int, RoutingOutput]:
+        self._settle()
+        finished, self._finished = self._finished, {}
+        return dict(sorted(finished.items()))
 
     def _run_what_is_due(self, newest: int) -> None:
         """Run stages with a full batch, or with a row of ticket ``newest`` or older."""

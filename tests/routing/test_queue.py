@@ -1,5 +1,8 @@
 """The queue against routed inference, row by row, and its bound on how long a row waits."""
 
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -441,3 +444,37 @@ def test_an_expert_runs_on_the_oldest_rows_and_never_on_more_than_a_batch():
         1,
     ]  # 15 of 16 rows are through, the last of the third is not
     assert queue.num_waiting == 1
+
+
+def test_threads_share_a_queue():
+    """Each waits for the others: else tickets are given twice and rows that run count as lost."""
+    queue, rows, of_ticket, answers = RoutingQueue(SERVE, batch_size=8), batches([160])[0], {}, {}
+
+    def submit(first):
+        for row in range(first, len(rows), 4):
+            ticket = queue.submit(rows[row : row + 1])
+            of_ticket.setdefault(ticket, []).append(row)
+            assert queue.num_waiting >= 0
+            answers.update(queue.results())
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(submit, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    answers.update(queue.flush())
+    assert sorted(answers) == sorted(of_ticket) == list(range(160))
+    expected = SERVE(rows, return_routing=True)
+    for ticket, (row,) in of_ticket.items():
+        assert answers[ticket].num_experts_used == expected.num_experts_used[row]
+        torch.testing.assert_close(answers[ticket].logits[0], expected.logits[row])
+
+
+def test_a_copy_of_a_queue_goes_on_by_itself():
+    queue, x = RoutingQueue(SERVE, batch_size=100), batches([9])[0]
+    queue.submit(x)
+    other = copy.deepcopy(queue)
+    assert_equal_row_by_row(other.flush()[0], SERVE, x)
+    assert_equal_row_by_row(queue.flush()[0], SERVE, x)
