@@ -353,7 +353,8 @@ class RIDEWrapper(SplitModule):
         """One expert as a plain module: the backbone's class with trunk and expert put together.
 
         The result is a copy with a state dict under the backbone's names, and holds nothing of this
-        library. (After :meth:`from_parts` it is ``nn.Sequential(trunk, expert)``, after
+        library but what you put in: a cosine classifier, weight scaling that was not folded in.
+        (After :meth:`from_parts` it is ``nn.Sequential(trunk, expert)``, after
         :meth:`from_pair` an ``nn.ModuleDict`` of `feature_extractor` and `classifier`.)
 
         Args:

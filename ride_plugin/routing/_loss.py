@@ -26,7 +26,8 @@ class RoutingLoss(nn.Module):
         neg_weight: weight of the others; the paper uses 1.
         class_counts: ``[C]``, training samples of each class: samples are weighted by one over
             their class's count, at most 20 times the mean of these weights over the training
-            samples, for a router that serves balanced data. None weights all alike, as the paper.
+            samples, all divided by what makes their mean one again, for a router that serves
+            balanced data. None weights all alike, as the paper.
 
     Raises:
         ArgumentError: a weight is negative or not finite, or a count is not positive.
