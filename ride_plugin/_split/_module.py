@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from ride_plugin._checks import refuse
+from ride_plugin._checks import check_instance, check_integer, refuse
 from ride_plugin._compiler import check_compiles
 from ride_plugin._contexts import RandomState, evaluating
 from ride_plugin._errors import (
@@ -210,7 +210,12 @@ class SplitModule(Holder):
 
         Returns:
             Its logits ``[B, C]``, and what its classifier received, pooled to ``[B, D]``.
+
+        Raises:
+            ArgumentError: there is no such expert, or ``state`` is something else, a batch say.
         """
+        index = check_integer(index, "index", 0, self.num_experts - 1)
+        check_instance(state, "state", TrunkState, "what `run_trunk` returned")
         return self._run_expert(index, state)
 
     def _run_expert(self, index: int, state: TrunkState) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from ride_plugin._checks import refuse
 from ride_plugin._contexts import RandomState
 from ride_plugin._errors import ArgumentError, ReplayError
 from ride_plugin._inputs import Inputs
@@ -190,12 +191,9 @@ class TrunkState:
                 batch dimension of its values is not known.
             ArgumentError: ``rows`` is not a one-dimensional int64 tensor.
         """
-        if rows.dim() != 1 or rows.dtype != torch.int64:
-            raise ArgumentError(
-                "Expected argument `rows` to be an int64 tensor of shape [b], but got "
-                f"{rows.dtype} of shape {list(rows.shape)}. Pass row indices, for example "
-                "`mask.nonzero().squeeze(1)`."
-            )
+        if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype != torch.int64:
+            advice = "Pass row indices, for example `mask.nonzero().squeeze(1)`."
+            refuse("rows", "an int64 tensor of shape [b]", rows, advice)
         if self.layout is None:
             raise ReplayError(_UNKNOWN_PATH)
         specs = self.layout.rows
@@ -218,8 +216,10 @@ class TrunkState:
 
         Raises:
             ReplayError: the backbone took a path that was not seen when it was wrapped.
-            ArgumentError: the states differ in more than their rows.
+            ArgumentError: there is none, or the states differ in more than their rows.
         """
+        if not states:
+            refuse("states", "at least one", states)
         first, *others = states
         if not others:
             return first

@@ -297,6 +297,26 @@ def test_states_of_a_backbone_that_keeps_something_are_joined_where_that_is_righ
         torch.testing.assert_close(model(stored), expected[:3])
 
 
+def test_what_is_no_expert_no_state_and_no_rows_is_named() -> None:
+    model = RIDEWrapper(mlp(), 3).eval()
+    (x,), _ = model.example_input(4)
+    state = model.run_trunk(x)
+    index: Any
+    for index in (3, -1, True, 1.0, None):
+        with pytest.raises(ArgumentError, match="`index` to be an integer from 0 to 2"):
+            model.run_expert(index, state)
+    given: Any
+    for given in (x, None, (state,)):
+        with pytest.raises(ArgumentError, match="`state` to be what `run_trunk` returned"):
+            model.run_expert(0, given)
+    rows: Any
+    for rows in ([1, 0], None):
+        with pytest.raises(ArgumentError, match="`rows` to be an int64 tensor"):
+            state.select(rows)
+    with pytest.raises(ArgumentError, match="`states` to be at least one"):
+        TrunkState.cat([])
+
+
 def test_rows_are_indices_and_no_mask() -> None:
     model = RIDEWrapper(mlp(), 2).eval()
     state = model.run_trunk(torch.rand(3, 20))
