@@ -57,6 +57,8 @@ def learnable_weight_scaling(
 ) -> list[LearnableWeightScaling]:
     """Put learnable scales on every classifier and freeze the weights and biases below them.
 
+    Each layer gets weight and bias of its own, also where it shared them with others.
+
     When trained, ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`` (and
     ``"bias"``) folds the factors into the layer.
 
@@ -78,7 +80,11 @@ def learnable_weight_scaling(
     """
     scalings = []
     for layer in linear_classifiers(model, classifier, "learnable_weight_scaling"):
-        layer.requires_grad_(False)
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            # Folding the factors in writes into the tensor, which others may hold as well: experts
+            # whose classifier was frozen when the model was wrapped, or an embedding it is tied to.
+            own = parameter.detach().clone()
+            layer.register_parameter(name, nn.Parameter(own, requires_grad=False))
         scaling = LearnableWeightScaling(layer.out_features).to(layer.weight)
         parametrize.register_parametrization(layer, "weight", scaling)
         if layer.bias is not None:

@@ -307,6 +307,22 @@ def test_experts_scale_a_shared_weight_each_by_itself(sharing) -> None:
     torch.testing.assert_close(expert_logits(sharing(X)), factors * plain)
     copied = copy.deepcopy(sharing)
     torch.testing.assert_close(expert_logits(copied(X)), factors * plain)
+    for layer in sharing.classifiers:
+        parametrize.remove_parametrizations(layer, "weight")
+        parametrize.remove_parametrizations(layer, "bias")
+    torch.testing.assert_close(expert_logits(sharing(X)), factors * plain)
+
+
+def test_scaling_a_layer_leaves_what_it_is_tied_to_alone() -> None:
+    embedding, layer = nn.Embedding(4, 8), nn.Linear(8, 4)
+    layer.weight = embedding.weight
+    before = embedding.weight.detach().clone()
+    [scaling] = learnable_weight_scaling(layer)
+    nn.init.constant_(scaling.scale, 3.0)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert embedding.weight.equal(before)
+    assert embedding.weight.requires_grad
+    assert layer.weight.equal(3 * before)
 
 
 def test_a_layer_that_comes_twice_is_not_scaled_twice() -> None:
