@@ -12,6 +12,7 @@ from ride_plugin._checks._single import (
     check_instance,
     check_integer,
     check_number,
+    number_setting,
     refuse,
     way_inside,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "has_values",
     "is_finite",
     "may_read",
+    "number_setting",
     "refuse",
     "rows_sum_to_one",
     "version_of",

@@ -60,6 +60,23 @@ def check_number(
     refuse(name, expected, value, advice)
 
 
+def number_setting(name: str, doc: str, low: float, **limits: Any) -> Any:
+    """A property that checks a number when it is set, at construction or while training.
+
+    Args:
+        name: of the property.
+        doc: its docstring.
+        low: as `check_number` takes it.
+        **limits: further arguments of `check_number`.
+    """
+    place = f"_{name}"
+
+    def put(module: object, value: object) -> None:
+        setattr(module, place, check_number(value, name, low, **limits))
+
+    return property(lambda module: getattr(module, place), put, doc=doc)
+
+
 def check_integer(
     value: object, name: str, low: int = 0, high: int | None = None, *, advice: str = ""
 ) -> int:

@@ -13,7 +13,7 @@ from ride_plugin._checks import (
     Numbers,
     as_weight,
     check_logits_target,
-    check_number,
+    number_setting,
     warn_of_probabilities,
 )
 from ride_plugin._devices import follow, keeping_values
@@ -68,6 +68,7 @@ class FocalLoss(nn.Module):
     which this one does not.
 
     Attributes:
+        gamma: the exponent, which may be set while training, once an epoch say.
         weight: ``[C]`` class weights or None. DeferredReweighting needs a tensor: pass ones.
 
     Example:
@@ -76,6 +77,8 @@ class FocalLoss(nn.Module):
     """
 
     weight: Tensor | None
+
+    gamma: float = number_setting("gamma", "How strongly easy samples are played down.", 0)
 
     averages_rows = True  # see experts_loss: one call for all experts
 
@@ -90,7 +93,7 @@ class FocalLoss(nn.Module):
             ArgumentError: ``gamma`` is negative or ``weight`` is not a row of class weights.
         """
         super().__init__()
-        self.gamma = check_number(gamma, "gamma", 0)
+        self.gamma = gamma
         self.register_buffer(
             "weight", None if weight is None else as_weight(weight), persistent=False
         )

@@ -11,7 +11,7 @@ from ride_plugin import functional
 from ride_plugin._checks import (
     check_choice,
     check_floating,
-    check_number,
+    number_setting,
     refuse,
     warn_of_probabilities,
 )
@@ -38,6 +38,10 @@ class DistillationLoss(nn.Module):
         form: ``"per_expert"`` distils every expert, which suits a loss summed over experts;
             ``"official"`` distils the mean of their logits, once.
 
+    Attributes:
+        weight: may be set while training, once an epoch say, as may ``temperature``.
+        temperature: see ``weight``.
+
     Raises:
         ArgumentError: an argument is out of range.
 
@@ -48,6 +52,9 @@ class DistillationLoss(nn.Module):
         >>> distillation(expert_logits, torch.randn(8, 10)).backward()
     """
 
+    weight: float = number_setting("weight", "The factor $w$.", 0)
+    temperature: float = number_setting("temperature", "The temperature $T$.", 0, open_low=True)
+
     def __init__(
         self,
         *,
@@ -56,8 +63,8 @@ class DistillationLoss(nn.Module):
         form: DistillationForm = "per_expert",
     ) -> None:
         super().__init__()
-        self.weight = check_number(weight, "weight", 0)
-        self.temperature = check_number(temperature, "temperature", 0, open_low=True)
+        self.weight = weight
+        self.temperature = temperature
         self.form = check_choice(form, "form", get_args(DistillationForm))
         self._looked = False
 

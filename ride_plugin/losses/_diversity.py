@@ -14,8 +14,8 @@ from ride_plugin._checks import (
     check_choice,
     check_class_counts,
     check_instance,
-    check_number,
     check_target,
+    number_setting,
     refuse,
 )
 from ride_plugin._devices import follow
@@ -93,6 +93,12 @@ class DiversityLoss(nn.Module):
         >>> diversity.step()  # at the end of each epoch
     """
 
+    weight: float = number_setting(
+        "weight",
+        r"The factor $\lambda$.",
+        0,
+        advice="The loss has its minus sign built in: the authors' -0.2 is weight=0.2.",
+    )
     form = _of_schedule("form")
     gamma = _of_schedule("gamma")
     eta = _of_schedule("eta")
@@ -130,20 +136,6 @@ class DiversityLoss(nn.Module):
                 "always holds the ensemble's logits constant, but got False. It belongs to "
                 "form='paper'."
             )
-
-    @property
-    def weight(self) -> float:
-        r"""The factor $\lambda$, not negative."""
-        return self._weight
-
-    @weight.setter
-    def weight(self, value: float) -> None:
-        self._weight = check_number(
-            value,
-            "weight",
-            0,
-            advice="The loss has its minus sign built in: the authors' -0.2 is weight=0.2.",
-        )
 
     def forward(self, output: Output, target: Tensor) -> Tensor:
         """Return the weighted batch mean.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ride_plugin._checks import ClassCounts, check_class_counts, check_number
+from ride_plugin._checks import ClassCounts, check_class_counts, number_setting
 from ride_plugin._devices import follow, keeping_values
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import Output, expert_logits
@@ -40,6 +40,11 @@ class RoutingLoss(nn.Module):
         >>> loss.backward()
     """
 
+    pos_weight: float = number_setting(
+        "pos_weight", "Weight of samples that need one more expert.", 0
+    )
+    neg_weight: float = number_setting("neg_weight", "Weight of the others.", 0)
+
     class_weights: Tensor | None
 
     def __init__(
@@ -50,8 +55,8 @@ class RoutingLoss(nn.Module):
         class_counts: ClassCounts | None = None,
     ) -> None:
         super().__init__()
-        self.pos_weight = check_number(pos_weight, "pos_weight", 0)
-        self.neg_weight = check_number(neg_weight, "neg_weight", 0)
+        self.pos_weight = pos_weight
+        self.neg_weight = neg_weight
         weights = None if class_counts is None else _class_weights(check_class_counts(class_counts))
         self.register_buffer("class_weights", weights, persistent=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from fractions import Fraction
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ride_plugin import ArgumentError, _checks
+from ride_plugin import ArgumentError, DistillationLoss, DiversityLoss, RoutingLoss, _checks
+from ride_plugin.longtail import FocalLoss
 from tests.hostile import case_name
 
 
@@ -131,3 +133,27 @@ def test_long_values_are_shown_short() -> None:
     with pytest.raises(ArgumentError) as error:
         _checks.check_number(list(range(10_000)), "size")
     assert len(str(error.value)) < 120
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (DiversityLoss([5, 3, 2]), "weight"),
+        (DistillationLoss(), "weight"),
+        (DistillationLoss(), "temperature"),
+        (FocalLoss(), "gamma"),
+        (RoutingLoss(), "pos_weight"),
+        (RoutingLoss(), "neg_weight"),
+    ],
+)
+def test_a_number_that_is_set_while_training_is_checked_as_at_construction(
+    loss: Any, name: str
+) -> None:
+    """A weight that falls with the epoch and passes zero would turn a loss round."""
+    with pytest.raises(ArgumentError, match=f"`{name}` to be a finite number >=? ?0, but got -0.1"):
+        setattr(loss, name, -0.1)
+    assert getattr(loss, name) > 0
+    setattr(loss, name, np.float32(0.5))
+    assert type(getattr(loss, name)) is float
+    assert "0.5" in repr(loss)
+    assert getattr(copy.deepcopy(loss), name) == 0.5
