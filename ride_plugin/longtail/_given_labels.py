@@ -75,7 +75,10 @@ def _whole_numbers(sample: Any) -> Iterator[int]:
     else:
         values = list(sample[1:]) if isinstance(sample, tuple | list) else []
     for value in values:
-        if isinstance(value, Tensor | np.ndarray | np.generic) and np.prod(value.shape) == 1:
-            value = value.item()
+        if isinstance(value, Tensor | np.ndarray | np.generic):
+            if np.prod(value.shape) == 1:
+                value = value.item()
+            elif len(value.shape) == 1 and [x for x in value.tolist() if x != 0] == [1]:
+                value = int(value.argmax())  # one-hot
         if isinstance(value, int) and not isinstance(value, bool):
             yield value

@@ -184,8 +184,10 @@ WHOLE = TensorDataset(torch.randn(120, 2), LABELS)
         Mistaken(targets=LABELS.tolist()),
         Merged(WHOLE, lambda x, y, index: {"image": x, "label": np.int64(y)}),
         Merged(WHOLE, lambda x, y, index: (x, y.view(1), index)),
+        Merged(WHOLE, lambda x, y, index: (x, torch.eye(4)[y])),
+        Merged(WHOLE, lambda x, y, index: (x, np.eye(4, dtype=np.int64)[y])),
     ],
-    ids=["part", "part of it", "union", "some", "dict", "with index"],
+    ids=["part", "part of it", "union", "some", "dict", "with index", "one-hot", "one-hot array"],
 )
 def test_labels_that_samples_do_not_come_with_are_refused(dataset) -> None:
     state = torch.get_rng_state()
@@ -207,10 +209,11 @@ class Unread(Labelled):
         Merged(WHOLE, lambda x, y, index: (x, index)),
         Merged(WHOLE, lambda x, y, index: (x, y, int(LABELS[index]))),
         Merged(WHOLE, lambda x, y, index: (x, torch.rand(4))),
+        Merged(WHOLE, lambda x, y, index: (x, torch.eye(4)[LABELS[index]])),
         Merged(WHOLE, lambda x, y, index: x),
         Unread(targets=LABELS.tolist()),
     ],
-    ids=["index", "both labels", "shares", "image alone", "no file"],
+    ids=["index", "both labels", "shares", "one-hot", "image alone", "no file"],
 )
 def test_samples_without_a_label_or_with_the_right_one_say_nothing(dataset) -> None:
     assert LongTailedSubset(dataset, 3).class_counts == [30, 20, 14, 10]
