@@ -56,6 +56,10 @@ class RandomState:
         if self.numpy:
             sys.modules[_NUMPY].set_state(self.numpy)
 
+    def same_as(self, other: RandomState) -> bool:
+        """Whether nothing was drawn between the two."""
+        return self.python == other.python and self.numpy == other.numpy
+
     def mark(self) -> str:
         """The same object for the same state."""
         return sys.intern(f"{hash(self.python)} {hash(self.numpy)}")

@@ -229,8 +229,11 @@ class SplitModule(Holder):
             for place in self._forks[index]:
                 place.keep_hook()
         # The expert draws what the trunk drew, and goes on drawing where the last one ended.
-        at_fork = RandomState.now().restore if self._draws else None
+        draws = self._draws or state.draws_from is not None
+        at_fork = RandomState.now().restore if draws else None
         write_attributes(expert, self._attributes, state.attributes)
+        if state.draws_from is not None:
+            state.draws_from.restore()
         self._running.forget()
         alone = self.num_experts == 1 or torch.compiler.is_compiling()
         versions = [] if alone else [versions_in((value,)) for value in state.values]
@@ -473,6 +476,9 @@ class SplitModule(Holder):
         self._keep_hooks()
         self._tell_of_hooks()
         known, keep_all = self._known_paths.layouts, self._keeps_all()
+        # A call may draw where the example did not: the share of a mixup with targets only, say.
+        looks = self.training and not self._draws and not torch.compiler.is_compiling()
+        start = RandomState.now() if looks else None
         try:
             state, _ = record(
                 self.trunk,
@@ -485,7 +491,9 @@ class SplitModule(Holder):
             )
         finally:
             self._look_again()
-        return replace(state, attributes=before)
+        if start is not None and start.same_as(RandomState.now()):
+            start = None
+        return replace(state, attributes=before, draws_from=start)
 
     def _check_number(self) -> None:
         if len(self.experts) != self.num_experts:

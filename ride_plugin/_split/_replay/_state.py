@@ -147,6 +147,8 @@ class TrunkState:
     # What was read as a number from a tensor that changed before the fork, by which read.
     numbers: tuple[tuple[int, Any], ...] = field(default=(), repr=False)
     chosen: bool = field(default=False, repr=False)  # whether rows were, by `select`
+    # Where the trunk began to draw with numpy or Python on a call, if the example did not.
+    draws_from: RandomState | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return self.batch_size
