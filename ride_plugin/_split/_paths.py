@@ -12,12 +12,13 @@ from ride_plugin._contexts import random_state_kept
 from ride_plugin._distributed import running
 from ride_plugin._errors import ReplayError, listed
 from ride_plugin._inputs import Inputs
+from ride_plugin._split._copying import held_by_all, weights_kept
 from ride_plugin._split._cut import Parts, Split, learn_at_run_time, numbers_of_hooks, without_later
 from ride_plugin._split._examine import whole_outputs
 from ride_plugin._split._replay import Layout, TrunkState, form_of_inputs
-from ride_plugin._split._verify import other_places, read_ahead
+from ride_plugin._split._verify import other_places, read_ahead, written_together
 from ride_plugin._split._ways import output_of_backbone
-from ride_plugin._tree import places_in
+from ride_plugin._tree import dotted, places_in
 
 _MOST_LAYOUTS = 64  # a number among the arguments may be another at each call
 _UNSEEN = "This call takes a path that was not seen when the model was wrapped, on which"
@@ -61,7 +62,8 @@ class Paths:
         """
         memo = without_later((parts.trunk, *parts.experts), self._hooks)
         training, attributes = parts.trunk.training, parts.attributes
-        with random_state_kept(model), whole_outputs():  # of no expert's own pass
+        # Of no expert's own pass, and nothing of it stays.
+        with random_state_kept(model), weights_kept(model), whole_outputs():
             try:
                 lessons = [
                     learn_at_run_time(parts.views(index), inputs, training, attributes, memo)
@@ -71,13 +73,8 @@ class Paths:
                 return None  # every row can still go on; only `select` needs the layout
             if any(lesson.ahead for lesson in lessons):
                 _refuse_reading_ahead(parts, inputs, memo)
-            if len(parts.experts) > 1 and (behind := set().union(*(x.behind for x in lessons))):
-                raise ReplayError(
-                    f"{_UNSEEN} what runs after the fork writes {listed(behind)}, which the trunk "
-                    "holds, so that every expert would write the same tensor. Pass `fork_at=` an "
-                    "earlier submodule, before the module that holds it is called first, or a "
-                    "later one, behind what writes it, and `example_input=` a call of this kind."
-                )
+            if len(parts.experts) > 1:
+                _refuse_written_together(parts, inputs, memo)
         layouts = [lesson.layout for lesson in lessons]
         if any(other.path != layouts[0].path for other in layouts):
             return None  # a random path
@@ -109,7 +106,7 @@ class Paths:
         for meta in (True,) if stored is not None or running() else (True, False):
             memo = without_later((parts.trunk, *parts.experts), self._hooks)
             try:
-                with random_state_kept(model):
+                with random_state_kept(model), weights_kept(model):
                     expected = output_of_backbone(parts, inputs, meta, memo)
             except Exception:  # as where the backbone looks at values
                 continue
@@ -118,6 +115,31 @@ class Paths:
             break
         self._compared.add(kind)
         return None
+
+
+def _refuse_written_together(parts: Parts, inputs: Inputs, memo: dict[int, Any]) -> None:
+    training, attributes = parts.trunk.training, parts.attributes
+    shared = held_by_all(parts.experts)
+    for index in range(parts.num_probed):
+        tensors, places = written_together(
+            parts.views(index), inputs, training, attributes, memo, shared
+        )
+        if tensors:
+            raise ReplayError(
+                f"{_UNSEEN} what runs after the fork writes {listed(tensors)}, which the trunk "
+                "holds, or experts share, so that every expert would write the same tensor. Wrap "
+                "the backbone with an `example_input=` of this kind, so that each expert gets its "
+                "own, and let the forward write it in training only (`if self.training:`). Where "
+                "that is refused as well, pass `fork_at=` an earlier submodule, before the module "
+                "that holds it is called first, or a later one, behind what writes it."
+            )
+        if places:
+            raise ReplayError(
+                f"{_UNSEEN} the forward changes {listed({dotted(*place) for place in places})}, "
+                "which a module of the trunk holds, once in the trunk's pass and once more in "
+                "each expert's. Change it in the forward of that module, or outside of the "
+                "forward, in the training loop."
+            )
 
 
 def _refuse_reading_ahead(parts: Parts, inputs: Inputs, memo: dict[int, Any]) -> None:

@@ -2,7 +2,8 @@
 
 ``_copies`` makes the copies that the build runs and throws away. ``_settings`` are objects that
 backbone and parts go on to share, ``_references`` leads out of a copy and back to the backbone, and
-``_sharing`` tells which tensors exist once for all experts.
+``_sharing`` tells which tensors exist once for all experts. ``_writes`` tells what a pass writes,
+and keeps the weights from one that is thrown away.
 """
 
 from ride_plugin._split._copying._copies import (
@@ -40,10 +41,12 @@ from ride_plugin._split._copying._sharing import (
     trains,
     unchanging,
 )
+from ride_plugin._split._copying._writes import Writes, storage_of, weights_kept
 
 __all__ = [
     "COMPILED_CALL",
     "Group",
+    "Writes",
     "as_they_are",
     "captured_by",
     "clone_module",
@@ -64,9 +67,11 @@ __all__ = [
     "same_values",
     "settings_at",
     "state_of",
+    "storage_of",
     "trains",
     "unchanged",
     "unchanging",
     "warn_of_outside_hooks",
+    "weights_kept",
     "written_parameters",
 ]

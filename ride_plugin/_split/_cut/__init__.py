@@ -40,7 +40,7 @@ from ride_plugin._split._cut._parts import (
 )
 from ride_plugin._split._cut._source import after_first_call, refuse_unfit, source_of
 from ride_plugin._split._cut._unseen import unseen_modules
-from ride_plugin._split._cut._use import place_of, storage_of
+from ride_plugin._split._cut._use import place_of, tensor_at
 from ride_plugin._split._cut._views import Link, Views, build_views, sides, spine_tensors
 
 __all__ = [
@@ -71,7 +71,7 @@ __all__ = [
     "sides",
     "source_of",
     "spine_tensors",
-    "storage_of",
+    "tensor_at",
     "throwaway",
     "throwaway_expert",
     "trial_run",

@@ -11,19 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from ride_plugin._checks import version_of
 from ride_plugin._errors import SplitError
 from ride_plugin._inputs import Inputs, resize_batch
-from ride_plugin._split._copying import running_copy, same_values
+from ride_plugin._split._copying import running_copy
 from ride_plugin._split._cut._same_path import BATCHES, Passes, on_the_same_path
-from ride_plugin._split._cut._use import Reads, Use, marks_at, tensor_at, use_by_expert
+from ride_plugin._split._cut._use import Reads, marks_at, tensor_at, use_by_expert
 from ride_plugin._split._cut._views import Views
 from ride_plugin._split._examine import differ, on_meta
 from ride_plugin._split._replay import (
     Layout,
     Rows,
     StandIn,
-    TrunkState,
     find_rows,
     form_of,
     form_of_inputs,
@@ -43,7 +41,6 @@ class Lesson:
         early: plain attributes that the code before the fork sets or fills.
         late: attributes and buffers outside units that the code after the fork sets or fills.
         ahead: whether the code before the fork reads what experts own.
-        behind: names of tensors of the trunk that the code after the fork writes.
     """
 
     layout: Layout
@@ -52,7 +49,6 @@ class Lesson:
     early: frozenset[Place]
     late: frozenset[Place]
     ahead: bool
-    behind: frozenset[str]
 
 
 def learn(
@@ -107,7 +103,7 @@ def learn_at_run_time(
     lesson = None
     with suppress(Exception):
         lesson = learn(views, inputs, training, attributes, meta=True, memo=memo)
-    if lesson is None or lesson.behind:  # which only values tell
+    if lesson is None:  # the backbone looks at values
         lesson = learn(views, inputs, training, attributes, memo=memo)
     assert lesson is not None  # nothing was known
     return lesson
@@ -154,7 +150,7 @@ def _learn(
         read_by_trunk = _influences(tensors_in(large.values), parameters)
     except Exception:  # a reentrant checkpoint or a layer without a backward is in between
         read_by_trunk = {name for name, p in parameters.items() if id(p) in trunk_reads.seen}
-    use, behind = _use_and_writes(views, large, attributes, parameters, outside)
+    use = use_by_expert(views, large, attributes, parameters, outside)
     rows = [
         tuple(
             _rows_or_none(key, a, b, alive)
@@ -171,27 +167,7 @@ def _learn(
         early=frozenset(early),
         late=frozenset(use.late),
         ahead=not of_expert.isdisjoint(trunk_reads.seen),
-        behind=frozenset(behind),
     )
-
-
-def _use_and_writes(
-    views: Views,
-    state: TrunkState,
-    attributes: Sequence[Place],
-    parameters: dict[str, nn.Parameter],
-    outside: set[str],
-) -> tuple[Use, set[str]]:
-    """What an expert's pass uses, and the names of the trunk's tensors that it writes."""
-    tensors = dict((*views.trunk.named_parameters(), *views.trunk.named_buffers()))
-    versions = {name: version_of(tensor) for name, tensor in tensors.items()}
-    use = use_by_expert(views, state, attributes, parameters, outside)
-    written = {name for name, tensor in tensors.items() if version_of(tensor) != versions[name]}
-    once = {name: tensors[name].detach().clone() for name in written}
-    if once and not any(tensor.is_meta for tensor in once.values()):
-        use_by_expert(views, state, attributes, parameters, outside)  # what comes to the same stays
-        written = {name for name in once if not same_values(tensors[name].detach(), once[name])}
-    return use, written
 
 
 def throwaway(

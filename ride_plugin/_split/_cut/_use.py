@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ride_plugin._contexts import RandomState
+from ride_plugin._split._copying import storage_of
 from ride_plugin._split._cut._views import Views
 from ride_plugin._split._examine import RANDOM, differ, mark_of
 from ride_plugin._split._replay import TrunkState, passed_by, play, reads, write_attributes
@@ -204,14 +205,6 @@ def marks_at(root: nn.Module, places: Sequence[Place]) -> list[list[Any]]:
         else mark_of(root.get_submodule(path).__dict__.get(key))
         for path, key in places
     ]
-
-
-def storage_of(tensor: Tensor) -> int:
-    """A number that is the same for two tensors that share their memory."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse, or inside vmap: no storage to share
-        return id(tensor)
 
 
 def tensor_at(root: nn.Module, name: str) -> object:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ride_plugin._contexts import in_mode, random_state, seed_everything
 from ride_plugin._errors import RIDEError, SplitError, listed
 from ride_plugin._inputs import Inputs, own_inputs, resize_batch
-from ride_plugin._split._copying import running_copy
-from ride_plugin._split._cut import Split, Views, is_real, storage_of, throwaway, throwaway_expert
+from ride_plugin._split._copying import running_copy, storage_of
+from ride_plugin._split._cut import Split, Views, is_real, throwaway, throwaway_expert
 from ride_plugin._split._examine import whole_outputs
 from ride_plugin._split._replay import (
     Layout,

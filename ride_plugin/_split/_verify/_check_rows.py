@@ -61,8 +61,9 @@ def check_rows(
     if moving:
         raise SplitError(
             f"{prefix}: its forward writes {listed(moving)} in evaluation "
-            "too, and what a row gets depends on the rows that came with it. Switch that off "
-            "before wrapping, and on again afterwards if it is needed to train; of a network "
+            "too, and what a row gets depends on the rows that came with it. Let it write in "
+            "training only (`if self.training:`), or switch that off before wrapping, and on "
+            "again afterwards if it is needed to train; of a network "
             "that is prepared for quantization-aware training, "
             "`net.apply(torch.ao.quantization.disable_observer)` does. Or wrap the plain network, "
             "and prepare the wrapped one."
