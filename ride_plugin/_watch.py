@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from ride_plugin._output import ExpertOutput
 _PASSES = 128  # training passes without a change that are too many, gradients accumulated or not
 _EPOCH = 4  # passes that make an epoch, if evaluation comes after them
 _SAMPLED = 64  # values of each parameter
+_KINDS = 64  # of calls whose outputs are looked at
+
+
+Kind: TypeAlias = tuple[Any, ...]
 
 
 class TrainingWatch:
@@ -36,6 +40,8 @@ class TrainingWatch:
         self.done = False
         self._could_train = could_train
         self._told_of_loss = False
+        self._told_of_rest = False
+        self._kinds: set[Kind] = set()  # of training passes whose whole output was looked at
         self._learns = False  # something has changed; it remains to be seen whether all does
         self._passes = 0
         self._reached: set[str] = set()  # outputs to which gradients have come back
@@ -53,9 +59,22 @@ class TrainingWatch:
         """Whether there has been a training pass."""
         return self._passes > 0
 
-    def leaves_out(self, where: list[str]) -> None:
-        """Warn of what the backbone returns in training beside its logits, if anything."""
+    def new_kind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind | None:
+        """What kind of call this is, if no training pass of it was looked at; else None.
+
+        With targets, or where a flag asks for it, a backbone may return more than it did before.
+        """
+        if self._told_of_rest or len(self._kinds) >= _KINDS:
+            return None
+        named = ((name, _kind_of(value)) for name, value in sorted(kwargs.items()))
+        kind = (*map(_kind_of, args), *named)
+        return None if kind in self._kinds else kind
+
+    def leaves_out(self, where: list[str], kind: Kind) -> None:
+        """Warn once of what the backbone returns in training beside its logits, if anything."""
+        self._kinds.add(kind)
         if where:
+            self._told_of_rest = True
             warn_caller(
                 "In training the backbone returns more than its logits that gradients flow "
                 f"through, {listed(where)}, as an auxiliary loss or a second classifier does. The "
@@ -250,3 +269,7 @@ def _has_values(parameter: Tensor) -> bool:
     """Whether it is an ordinary parameter or one that FSDP has sharded; not meta, fake or lazy."""
     kinds = ("Parameter", "FlatParameter", "DTensor")
     return type(parameter).__name__ in kinds and not parameter.is_meta
+
+
+def _kind_of(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | str) else type(value)

@@ -429,7 +429,8 @@ class RIDEWrapper(SplitModule):
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         asked = self.return_experts == "outputs" and self.training
-        if not asked and (not self._trains() or self._watch.began):
+        kind = self._watch.new_kind(args, kwargs) if not asked and self._trains() else None
+        if not asked and kind is None:
             return self._output(self._each(args, kwargs), self.training, (args, kwargs))
         compares = asked and not torch.compiler.is_compiling()
         inputs = own_inputs((args, kwargs)) if compares else (args, kwargs)
@@ -439,8 +440,9 @@ class RIDEWrapper(SplitModule):
             lacking = self._lacking_in(inputs, outputs[0])
             if lacking is not None:
                 _refuse_outputs(lacking, "these arguments")
-        if not asked and outputs:
-            self._watch.leaves_out(losses_beside(reader_in(self.experts[0]), outputs[0]))
+        if kind is not None:
+            beside = losses_beside(reader_in(self.experts[0]), outputs[0]) if outputs else []
+            self._watch.leaves_out(beside, kind)
         output = self._output(each, self.training)  # the watch sees them
         return (outputs or each) if asked else output
 

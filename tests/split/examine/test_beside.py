@@ -242,3 +242,34 @@ def test_losses_in_training_alone_are_told_of_once_in_the_first_step(kind: Any) 
     with pytest.warns(UserWarning, match=r"gradients flow through, `output\[1\]`") as record:
         model(torch.randn(4, 6))
     assert len(record) == 1
+
+
+class WithTargets(nn.Module):
+    """Logits alone, and a loss before them where it is given targets or told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, target: Tensor | None = None, contrast: bool = False) -> Any:
+        h = torch.relu(self.body(x))
+        z = self.fc(h)
+        if target is None and not contrast:
+            return z
+        return (h.square().mean() if target is None else F.cross_entropy(z, target)), z
+
+
+@pytest.mark.parametrize("more", [{"target": torch.arange(4)}, {"contrast": True}])
+def test_a_loss_that_comes_in_a_later_step_only_is_told_of_once_as_well(more: Any) -> None:
+    x = torch.randn(4, 6)
+    model = RIDEWrapper(WithTargets(), 2, fork_at="fc", example_input=x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x)
+    with pytest.warns(UserWarning, match=r"gradients flow through, `output\[0\]`") as record:
+        model(x, **more)
+    assert len(record) == 1
+    for each in ({}, more, more):
+        RIDELoss(nn.CrossEntropyLoss(), [4, 3, 2, 1, 1])(
+            model(x, **each), torch.arange(4)
+        ).backward()
+        optimizer.step()
