@@ -52,7 +52,8 @@ def weights_kept(model: nn.Module) -> Iterator[None]:
     Copies that are thrown away share them. A frozen one may hold what a forward writes, prototypes
     or a moving average, on calls that the build has not seen.
     """
-    writes = Writes(list(model.parameters()))
+    # Those of another class are copied, see `running_copy`.
+    writes = Writes([p for p in model.parameters() if type(p) is nn.Parameter])
     try:
         with writes:
             yield
