@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from ride_plugin._tree import map_tensors, tensors_in
+from ride_plugin._tree import dotted, map_tensors, tensors_in
 from ride_plugin._width._attention import Attention
 from ride_plugin._width._layers import resized
 from ride_plugin._width._ledger import (
@@ -17,6 +17,7 @@ from ride_plugin._width._ledger import (
     JOINS,
     PRODUCTS,
     RESHAPES,
+    SUMS_OF_PRODUCTS,
     Ledger,
 )
 from ride_plugin._width._map import WidthMap
@@ -64,7 +65,9 @@ class Amender:
     ) -> tuple[Any, Any]:
         """Amend the plan where operands do not fit, and make them fit for the rest of the trial."""
         tensors = list(tensors_in((args, kwargs)))
-        broadcasts = name not in JOINS | PRODUCTS | {"linear"}
+        if name in RESHAPES:
+            self._follow_shape(tensors[0], _ints_in((args, kwargs)))
+        broadcasts = name not in JOINS | PRODUCTS | SUMS_OF_PRODUCTS | {"linear"}
         reason = f"`{name}`: {str(error).splitlines()[0]}"
         changed = False
         for i, a, j, b in _equal_sizes(name, tensors, args, kwargs):
@@ -150,15 +153,29 @@ class Amender:
         sizes[dim] = wanted
         return True
 
+    def _follow_shape(self, tensor: Tensor, asked: Collection[int]) -> None:
+        """Amend the plan where a module views its own resized parameter in sizes that it keeps."""
+        for module, key in self.ledger.owners.get(id(tensor), ()):
+            path = self.ledger.names[id(module)]
+            if dotted(path, key) not in self.plan.raw:
+                continue
+            found = {
+                (path, attribute, key)
+                for attribute, value in vars(module).items()
+                if not attribute.startswith("_")
+                and set(asked).issuperset(_ints_in(value))
+                and self.ledger.resized_shape(module, attribute, key) is not None
+            }
+            if found - self.plan.shapes:
+                self.plan.shapes |= found
+                raise Amended
+
     def _is_table(self, name: str, dim: int) -> bool:
         return dim in self._tables.get(name, ())
 
     def _full_size(self, path: str, key: str, dim: int) -> int:
         """Size of a parameter or buffer along a dimension before this trial resized it."""
-        module: Any = self.ledger.modules[path]
-        changes = self.ledger.changes
-        first = next((c.old for c in changes if c.module is module and c.name == key), None)
-        return int((getattr(module, key) if first is None else first).shape[dim])
+        return self.ledger.full_shape(self.ledger.modules[path], key)[dim]
 
     def give_way(self, tensors: Iterable[Tensor], reason: str) -> NoReturn:
         """Try another way to narrow the attention that runs; else let layers keep their widths.
@@ -211,6 +228,8 @@ def _equal_sizes(
         ]
     elif name in PRODUCTS and len(tensors) == 2:
         pairs = [(0, -1, 1, -2 if tensors[1].dim() > 1 else -1)]
+    elif name in SUMS_OF_PRODUCTS:
+        pairs = [(1, -1, 2, -2), (0, -1, 2, -1)]
     elif name == "__setitem__" or name.startswith(("index_", "scatter_")):
         # A memory of features, and features to put there; between them an index.
         pairs = [(0, -1, len(tensors) - 1, -1)]
@@ -227,6 +246,15 @@ def _equal_sizes(
             rank = min(tensors[first].dim(), tensors[k].dim())
             pairs += [(first, -d, k, -d) for d in range(1, rank + 1)]
     return pairs
+
+
+def _ints_in(value: Any) -> list[int]:
+    """The whole numbers in an argument or attribute, in tuples and lists as well."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return [number for one in value for number in _ints_in(one)]
+    return [value] if type(value) is int else []
 
 
 def _has_width(tensor: Tensor) -> bool:

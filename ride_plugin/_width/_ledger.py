@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ride_plugin._tree import dotted, holds_tensors, tensors_in
@@ -20,6 +21,7 @@ JOINS = {"cat", "concat", "concatenate"}
 FIXED = {"multi_head_attention_forward"}  # torch's, as wide as the weights that it is given
 ATTENTION = "scaled_dot_product_attention"
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm"}
+SUMS_OF_PRODUCTS = {"addmm", "baddbmm"}  # of a bias, what comes in, and a weight
 
 
 @dataclass
@@ -129,6 +131,26 @@ class Ledger:
         self._alive.append((old, value))
         self.changes.append(Change(module, name, old, sizes, fan_ratio))
 
+    def full_shape(self, module: nn.Module, key: str) -> torch.Size:
+        """Sizes of a parameter or buffer before this trial resized it."""
+        changes = (c.old for c in self.changes if c.module is module and c.name == key)
+        full: Tensor = next(changes, getattr(module, key))
+        return full.shape
+
+    def resized_shape(self, module: nn.Module, attribute: str, key: str) -> Any:
+        """What an attribute with sizes becomes where a parameter has others; None if it has none.
+
+        ``(320, 1, 1)`` becomes ``(240, 1, 1)`` where the parameter had 320 entries and has 240.
+        """
+        value, now = vars(module)[attribute], getattr(module, key).shape
+        swaps = {a: b for a, b in zip(self.full_shape(module, key), now, strict=True) if a != b}
+        if type(value) is int:
+            return swaps.get(value)
+        sizes = value if type(value) in (tuple, list, torch.Size) else ()
+        if all(type(size) is int for size in sizes) and not swaps.keys().isdisjoint(sizes):
+            return type(value)(swaps.get(size, size) for size in sizes)
+        return None
+
     def current(self, tensor: Tensor) -> Tensor:
         """What stands in the place of a tensor that was resized."""
         while id(tensor) in self._swapped:
@@ -182,7 +204,9 @@ class Ledger:
             if name in ("conv1d", "conv2d", "conv3d") and not names:  # a kernel that no layer owns
                 depthwise = sees_one_channel(tensors[0].shape, tensors[1].shape)
             return self.tags_of(tensors[0]) if depthwise else layers
-        if name in PRODUCTS and len(tensors) > 1:
+        if name in SUMS_OF_PRODUCTS:
+            tensors = tensors[1:]
+        if name in PRODUCTS | SUMS_OF_PRODUCTS and len(tensors) > 1:
             return self.tags_of(tensors[1]) or self.tags_of(tensors[0])
         if name == ATTENTION:
             return self.tags_of(tensors[2])

@@ -29,11 +29,13 @@ class NarrowingPlan:
         raw: sizes of a parameter that no layer owns, by dimension.
         kept: where layers kept their widths and why, by the modules' names.
         choice: how far an attention module has fallen back, as an index into its choices.
+        shapes: attributes with sizes that a parameter is viewed in, as (module, attribute, key).
     """
 
     out: dict[str, int] = field(default_factory=dict)
     raw: dict[str, dict[int, int]] = field(default_factory=dict)
     choice: dict[str, int] = field(default_factory=dict)
+    shapes: set[tuple[str, str, str]] = field(default_factory=set)
     kept: dict[str, str] = field(default_factory=dict)
 
 

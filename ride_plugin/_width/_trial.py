@@ -69,6 +69,11 @@ class Trial(TorchFunctionMode):
         for name, sizes in plan.raw.items():
             path, _, key = name.rpartition(".")
             self.ledger.resize(self.ledger.modules[path], key, sizes)
+        for path, attribute, key in plan.shapes:
+            module = self.ledger.modules[path]
+            shape = self.ledger.resized_shape(module, attribute, key)
+            if shape is not None:
+                self.ledger.set_attribute(module, attribute, shape)
 
     def run(self, play: Callable[[], Any], steps: Sequence[Step], output: Sequence[Any]) -> None:
         """Run the expert once; ``steps`` and ``output`` are the full-width expert's.

@@ -80,6 +80,47 @@ class Product(nn.Module):
         return torch.matmul(self.linear(x).relu(), self.mix)
 
 
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2, whose weight is transposed; transformers calls it so."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(nx, nf) / 4),
+            nn.Parameter(torch.zeros(nf)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class SumOfProducts(nn.Module):
+    """A residual block on the trunk's stream, which cannot be narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = Conv1D(24, 16), Conv1D(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(self.into(x).relu())
+
+
+class KeptShape(nn.Module):
+    """Views its factor in sizes that it keeps, as layer scales do; it keeps others as well."""
+
+    def __init__(self, shape: object) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv1d(4, 24, 1), nn.Conv1d(24, 24, 1)
+        self.scale, self.shape = nn.Parameter(torch.rand(24)), shape
+        self.positions, self.names = (4, 24), ["scale", 4, 24]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.unflatten(1, (4, 4)))
+        shape = self.shape if isinstance(self.shape, tuple) else (1, self.shape, 1)
+        return self.out((x * self.scale.view(shape)).relu()).mean(2)
+
+
 class FixedPieces(nn.Module):
     """Cuts into pieces of six channels, as many as there are."""
 
@@ -143,6 +184,9 @@ BODIES = {
     "norm by keyword": (NormByKeyword, 24),
     "weight of a layer": (WeightOfALayer, 24),
     "product": (Product, 24),
+    "sum of products": (SumOfProducts, 16),
+    "kept shape": (lambda: KeptShape((24, 1)), 24),
+    "kept size": (lambda: KeptShape(24), 24),
     "pieces": (FixedPieces, 24),
     "rows": (FixedRows, 24),
     "index": (ByIndex, 24),
@@ -208,6 +252,24 @@ def test_what_is_narrowed_runs_with_contents_twice() -> None:
         RIDEWrapper(net, 2, fork_at="body", expert_width=width, example_input=x)
         counted[width] = sum(calls)
     assert counted == {1.0: 11, 0.75: 13}  # once with all rows, once with some
+
+
+def test_in_a_sum_of_products_the_weight_makes_the_width() -> None:
+    net, x = Net(SumOfProducts(), 16), torch.rand(2, 6)
+    body = RIDEWrapper(net, 2, fork_at="body", expert_width=0.75, example_input=x).experts[1].body
+    assert (body.into.nf, body.out.nx, body.out.nf) == (18, 18, 16)
+
+
+def test_sizes_that_a_parameter_is_viewed_in_follow_it() -> None:
+    for shape, narrower in (((24, 1), (18, 1)), (24, 18), (torch.Size((24, 1)), (18, 1))):
+        net, x = Net(KeptShape(shape)), torch.rand(2, 6)
+        model = RIDEWrapper(net, 2, fork_at="body", expert_width=0.75, example_input=x)
+        body = model.experts[1].body
+        assert (body.shape, len(body.scale), net.body.shape) == (narrower, 18, shape)
+        assert (body.positions, body.names) == (
+            (4, 24),
+            ["scale", 4, 24],
+        )  # nothing viewed in these
 
 
 def test_groups_follow_what_arrives() -> None:
