@@ -36,6 +36,7 @@ class Amender:
 
     Attributes:
         running: names of the modules that run at the moment, the innermost last.
+        arrived: names of the layers that made what each module was given.
         amended: whether this trial has changed the plan.
     """
 
@@ -53,6 +54,7 @@ class Amender:
         self.attentions = {attention.name: attention for attention in attentions}
         self._tables = tables
         self.running: list[str] = []
+        self.arrived: dict[str, set[str]] = {}
         self.amended = False
 
     @property
@@ -195,21 +197,35 @@ class Amender:
                         if self.plan.choice.get(other.name, 0) == tried:
                             self.plan.choice[other.name] = tried + 1
                     raise Amended
-        tags = {tag for tensor in tensors for tag in self.ledger.tags_of(tensor)}
-        at_fault = [name for kind, name in tags if kind == "layer"]
-        for path in ("", *reversed(self.running)):
-            if path:
-                at_fault = [name for name in self.ledger.new_widths if name.startswith(path + ".")]
-            kept = False
-            for name in at_fault:
-                old_out, out = self.ledger.layers[name]
-                if out != old_out and self.plan.out.get(name) != old_out:
-                    self.plan.out[name] = old_out
-                    kept = True
-            if kept:
+        made = {name for tensor in tensors for name in self._layers_of(tensor)}
+        inside = [self._layers_in(path) for path in reversed(self.running)]
+        # Code may read a width off what it is given, so what made that comes last.
+        arriving = [self.arrived.get(path, set()) for path in reversed(self.running)]
+        for at_fault in (made, *inside, *arriving):
+            if self._keep(at_fault):
                 self.plan.kept.setdefault(self.where, reason)
                 raise Amended
         raise Stuck(f"`{self.where or 'its forward'}` does not run when narrowed ({reason})")
+
+    def note_arrival(self, name: str, tensor: Tensor | None) -> None:
+        """Note which layers made what a module is given."""
+        self.arrived[name] = set() if tensor is None else self._layers_of(tensor)
+
+    def _layers_of(self, tensor: Tensor) -> set[str]:
+        return {name for kind, name in self.ledger.tags_of(tensor) if kind == "layer"}
+
+    def _layers_in(self, path: str) -> set[str]:
+        return {name for name in self.ledger.new_widths if name.startswith(path + ".")}
+
+    def _keep(self, layers: Collection[str]) -> bool:
+        """Let layers keep their widths; False if all of them do."""
+        kept = False
+        for name in layers:
+            old_out, out = self.ledger.layers[name]
+            if out != old_out and self.plan.out.get(name) != old_out:
+                self.plan.out[name] = old_out
+                kept = True
+        return kept
 
 
 def _equal_sizes(

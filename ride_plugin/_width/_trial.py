@@ -112,10 +112,12 @@ class Trial(TorchFunctionMode):
         return self._factors.follow(self.ledger, self.amender.attentions)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.amender.running.append(self.ledger.names[id(module)])
+        name = self.ledger.names[id(module)]
+        self.amender.running.append(name)
         with torch._C.DisableTorchFunction():
             kind = kind_of(module)
             x = next(tensors_in((args, kwargs)), None)
+            self.amender.note_arrival(name, x)
             if kind is not None and x is not None:
                 self._fix(module, kind, x)
 

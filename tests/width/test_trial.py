@@ -121,6 +121,28 @@ class KeptShape(nn.Module):
         return self.out((x * self.scale.view(shape)).relu()).mean(2)
 
 
+class ReadsAWidth(nn.Module):
+    """Takes three parts out of a layer, each as wide as the input, and needs 24 of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.parts = nn.Linear(16, 24), Parts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts(self.into(x).relu())
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.three = nn.Linear(24, 72)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.three(x).reshape(len(x), 3, x.shape[1]).unbind(1)
+        left, right = c.split([8, 16], dim=1)
+        return a * b + torch.cat([right, left], 1)
+
+
 class FixedPieces(nn.Module):
     """Cuts into pieces of six channels, as many as there are."""
 
@@ -185,6 +207,7 @@ BODIES = {
     "weight of a layer": (WeightOfALayer, 24),
     "product": (Product, 24),
     "sum of products": (SumOfProducts, 16),
+    "reads a width": (ReadsAWidth, 24),
     "kept shape": (lambda: KeptShape((24, 1)), 24),
     "kept size": (lambda: KeptShape(24), 24),
     "pieces": (FixedPieces, 24),
@@ -258,6 +281,13 @@ def test_in_a_sum_of_products_the_weight_makes_the_width() -> None:
     net, x = Net(SumOfProducts(), 16), torch.rand(2, 6)
     body = RIDEWrapper(net, 2, fork_at="body", expert_width=0.75, example_input=x).experts[1].body
     assert (body.into.nf, body.out.nx, body.out.nf) == (18, 18, 16)
+
+
+def test_what_a_module_is_given_keeps_its_width_where_nothing_else_helps() -> None:
+    net, x = Net(ReadsAWidth()), torch.rand(2, 6)
+    expert = RIDEWrapper(net, 2, fork_at="body", expert_width=0.75, example_input=x).experts[1]
+    kept, narrower = (expert.body.into, expert.body.parts.three), expert.wide
+    assert [layer.out_features for layer in (*kept, narrower)] == [24, 72, 72]
 
 
 def test_sizes_that_a_parameter_is_viewed_in_follow_it() -> None:
