@@ -121,18 +121,9 @@ class KeptShape(nn.Module):
         return self.out((x * self.scale.view(shape)).relu()).mean(2)
 
 
-class ReadsAWidth(nn.Module):
+class Parts(nn.Module):
     """Takes three parts out of a layer, each as wide as the input, and needs 24 of them."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.into, self.parts = nn.Linear(16, 24), Parts()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.parts(self.into(x).relu())
-
-
-class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.three = nn.Linear(24, 72)
@@ -207,7 +198,6 @@ BODIES = {
     "weight of a layer": (WeightOfALayer, 24),
     "product": (Product, 24),
     "sum of products": (SumOfProducts, 16),
-    "reads a width": (ReadsAWidth, 24),
     "kept shape": (lambda: KeptShape((24, 1)), 24),
     "kept size": (lambda: KeptShape(24), 24),
     "pieces": (FixedPieces, 24),
@@ -284,10 +274,10 @@ def test_in_a_sum_of_products_the_weight_makes_the_width() -> None:
 
 
 def test_what_a_module_is_given_keeps_its_width_where_nothing_else_helps() -> None:
-    net, x = Net(ReadsAWidth()), torch.rand(2, 6)
-    expert = RIDEWrapper(net, 2, fork_at="body", expert_width=0.75, example_input=x).experts[1]
-    kept, narrower = (expert.body.into, expert.body.parts.three), expert.wide
-    assert [layer.out_features for layer in (*kept, narrower)] == [24, 72, 72]
+    layers = nn.Linear(6, 16), nn.Linear(16, 24), Parts(), nn.Linear(24, 96), nn.Linear(96, 5)
+    model = RIDEWrapper(nn.Sequential(*layers), 2, fork_at="1", expert_width=0.75)
+    _, into, parts, wide, _ = model.to_module(1)
+    assert [layer.out_features for layer in (into, parts.three, wide)] == [24, 72, 72]
 
 
 def test_sizes_that_a_parameter_is_viewed_in_follow_it() -> None:
