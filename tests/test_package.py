@@ -226,6 +226,8 @@ TORCHS_OWN = {  # private in name, but the only way to what torch keeps there
     "_buffers",
     "_call_impl",
     "_cdata",
+    "_flat_weight_refs",
+    "_flat_weights",
     "_forward_hooks",
     "_forward_hooks_always_called",
     "_forward_hooks_with_kwargs",

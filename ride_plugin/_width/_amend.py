@@ -22,6 +22,7 @@ from ride_plugin._width._ledger import (
 )
 from ride_plugin._width._map import WidthMap
 from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck
+from ride_plugin._width._recurrent import CELLS, RECURRENT
 
 
 class Amender:
@@ -69,7 +70,7 @@ class Amender:
         tensors = list(tensors_in((args, kwargs)))
         if name in RESHAPES:
             self._follow_shape(tensors[0], _ints_in((args, kwargs)))
-        broadcasts = name not in JOINS | PRODUCTS | SUMS_OF_PRODUCTS | {"linear"}
+        broadcasts = name not in JOINS | PRODUCTS | SUMS_OF_PRODUCTS | CELLS | {"linear"}
         reason = f"`{name}`: {str(error).splitlines()[0]}"
         changed = False
         for i, a, j, b in _equal_sizes(name, tensors, args, kwargs):
@@ -252,11 +253,14 @@ def _equal_sizes(
     elif name == "linear":
         pairs = [(0, -1, 1, -1)]
         pairs += [(2, 0, 1, 0)] if len(tensors) > 2 else []
+    elif name in CELLS:  # each state, and the weight that it meets
+        states = range(1, 3 if name == "lstm_cell" else 2)
+        pairs = [(k, -1, states.stop + 1, -1) for k in states]
     elif name == ATTENTION and len(tensors) > 2:  # queries, keys, values, perhaps a mask
         pairs = [(0, -1, 1, -1), (0, -3, 1, -3), (1, -2, 2, -2), (1, -3, 2, -3)]
         pairs += [(3, -1, 1, -2), (3, -2, 0, -2), (3, -3, 0, -3)] if len(tensors) > 3 else []
         pairs = [p for p in pairs if min(tensors[p[0]].dim(), tensors[p[2]].dim()) >= -p[1]]
-    elif len(tensors) > 1 and name not in RESHAPES | CONVOLUTIONS | FIXED:
+    elif len(tensors) > 1 and name not in RESHAPES | CONVOLUTIONS | FIXED | RECURRENT:
         first = next((k for k, tensor in enumerate(tensors) if _has_width(tensor)), 0)
         for k in range(first + 1, len(tensors)):
             rank = min(tensors[first].dim(), tensors[k].dim())

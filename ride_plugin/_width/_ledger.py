@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ride_plugin._tree import dotted, holds_tensors, tensors_in
-from ride_plugin._width._layers import kind_of, resized
+from ride_plugin._width._layers import resized
+from ride_plugin._width._recurrent import CELLS, RECURRENT
 
 Tag = tuple[str, str]  # ("layer", module name) or ("raw", parameter name)
 NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm", "prelu"}
@@ -33,6 +35,7 @@ class Change:
     old: Tensor
     sizes: dict[int, int]
     fan_ratio: float
+    parts: int = 1  # blocks along the first dimension that are cut alike, as gates are
 
 
 def empty_caches(expert: nn.Module) -> list[Callable[[], None]]:
@@ -106,30 +109,35 @@ class Ledger:
         """Do the same to another expert, of which this one's is a copy."""
         for change in self.changes:
             module = other.modules[self.names[id(change.module)]]
-            other.resize(module, change.name, change.sizes, change.fan_ratio)
+            other.resize(module, change.name, change.sizes, change.fan_ratio, change.parts)
         for module, name, value in self.settings:
             other.set_attribute(other.modules[self.names[id(module)]], name, value)
 
     def resize(
-        self, module: nn.Module, name: str, sizes: dict[int, int], fan_ratio: float = 1.0
+        self,
+        module: nn.Module,
+        name: str,
+        sizes: dict[int, int],
+        fan_ratio: float = 1.0,
+        parts: int = 1,
     ) -> None:
         """Resize a parameter or buffer along some dimensions; tied tensors stay tied."""
         where = module._parameters if name in module._parameters else module._buffers
         old: Any = where[name]
         if all(old.shape[dim] == size for dim, size in sizes.items()):
             return
-        value = resized(old, sizes)
+        each = sizes if parts == 1 else sizes | {0: sizes[0] // parts}
+        value = torch.cat([resized(part, each) for part in old.chunk(parts)])
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)
         owners = self.owners.pop(id(old), [(module, name)])
         for owner, key in owners:  # tied parameters stay tied
-            slot: Any = owner._parameters if key in owner._parameters else owner._buffers
-            slot[key] = value
-            self._undo.append(partial(slot.__setitem__, key, old))
+            self._undo.append(partial(_put, owner, key, old))
+            _put(owner, key, value)
         self.owners[id(value)] = owners
         self._swapped[id(old)] = value
         self._alive.append((old, value))
-        self.changes.append(Change(module, name, old, sizes, fan_ratio))
+        self.changes.append(Change(module, name, old, sizes, fan_ratio, parts))
 
     def full_shape(self, module: nn.Module, key: str) -> torch.Size:
         """Sizes of a parameter or buffer before this trial resized it."""
@@ -184,7 +192,7 @@ class Ledger:
             name = self.names[id(module)]
             if not tensor.is_floating_point():
                 continue  # an index, a mask
-            layer = kind_of(module) is not None and name in self.new_widths
+            layer = name in self.new_widths
             found.add(("layer", name) if layer else ("raw", dotted(name, key)))
         return frozenset(found)
 
@@ -210,6 +218,21 @@ class Ledger:
             return self.tags_of(tensors[1]) or self.tags_of(tensors[0])
         if name == ATTENTION:
             return self.tags_of(tensors[2])
+        if name in RECURRENT | CELLS:
+            weights = (tensor for tensor in tensors if id(tensor) in self.owners)
+            return frozenset().union(*map(self.tags_of, weights))
         if name in NORMS:
             return self.tags_of(tensors[0])
         return frozenset().union(*(self.tags_of(tensor) for tensor in tensors))
+
+
+def _put(owner: nn.Module, key: str, value: Tensor) -> None:
+    """Give a module another parameter or buffer; a recurrent layer lists its weights as well."""
+    slot: Any = owner._parameters if key in owner._parameters else owner._buffers
+    old, slot[key] = slot[key], value
+    if isinstance(owner, nn.RNNBase):
+        flat: list[Any] = owner._flat_weights
+        weights: list[Any] = [value if weight is old else weight for weight in flat]
+        owner._flat_weights = weights
+        # With references to others its forward would make the list anew.
+        owner._flat_weight_refs = [w if w is None else weakref.ref(w) for w in weights]

@@ -256,8 +256,12 @@ def _redraw(changes: Sequence[Change]) -> None:
         for change in first.values():
             if change.name in change.module._parameters:
                 parameter: Any = change.module._parameters[change.name]
-                fan_ratio = change.fan_ratio if change.name in ("weight", "bias") else 1.0
-                parameter.copy_(redrawn(parameter, change.old, fan_ratio))
+                scaled = change.name.startswith(("weight", "bias"))
+                fan_ratio = change.fan_ratio if scaled else 1.0
+                pieces = zip(
+                    parameter.chunk(change.parts), change.old.chunk(change.parts), strict=True
+                )
+                parameter.copy_(torch.cat([redrawn(new, old, fan_ratio) for new, old in pieces]))
 
 
 def _size(expert: nn.Module, frozen: set[int]) -> int:

@@ -31,6 +31,7 @@ from ride_plugin._width._ledger import CONVOLUTIONS, NORMS, RESHAPES, Ledger
 from ride_plugin._width._map import WidthMap
 from ride_plugin._width._norms import fit_norm
 from ride_plugin._width._plan import Amended, NarrowingPlan, Step, Stuck
+from ride_plugin._width._recurrent import Recurrent, recurrent_of
 from ride_plugin._width._scales import Factors
 
 _MISFITS = (RuntimeError, ValueError, IndexError, AssertionError)  # what torch raises for sizes
@@ -120,6 +121,8 @@ class Trial(TorchFunctionMode):
             self.amender.note_arrival(name, x)
             if kind is not None and x is not None:
                 self._fix(module, kind, x)
+            elif (recurrent := recurrent_of(module)) is not None and x is not None:
+                self._fix_recurrent(module, recurrent, x)
 
     def _exit(self, module: nn.Module, args: Any, result: Any) -> None:
         self.amender.running.pop()
@@ -215,6 +218,23 @@ class Trial(TorchFunctionMode):
             self.ledger.set_attribute(module, "groups", new_groups)
         self.ledger.new_widths[name] = out
         self.ledger.layers[name] = (old_out, out)
+
+    def _fix_recurrent(self, module: nn.Module, sizes: Recurrent, x: Tensor) -> None:
+        """The same for a recurrent layer or cell, whose output is as wide as its state."""
+        name, arriving = self.ledger.names[id(module)], x.shape[-1]
+        weights = list(module.parameters())
+        if name in self.ledger.new_widths or any(id(w) not in self.ledger.owners for w in weights):
+            self.amender.pin(x, -1, sizes.inputs, arriving)
+            return
+        old_out = sizes.hidden * sizes.directions
+        out = self.plan.out.get(name, self.widths(sizes.hidden) * sizes.directions)
+        hidden = -(-out // sizes.directions)  # rounded up
+        for key, shape, fan_ratio in sizes.resized(module, arriving, hidden):
+            self.ledger.resize(module, key, shape, fan_ratio, parts=sizes.gates)
+        self.ledger.set_attribute(module, "input_size", arriving)
+        self.ledger.set_attribute(module, "hidden_size", hidden)
+        self.ledger.new_widths[name] = hidden * sizes.directions
+        self.ledger.layers[name] = (old_out, hidden * sizes.directions)
 
     def _fix_functional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Layers whose weight is handed to a function by the code around them."""
