@@ -216,7 +216,7 @@ class Amender:
         return {name for kind, name in self.ledger.tags_of(tensor) if kind == "layer"}
 
     def _layers_in(self, path: str) -> set[str]:
-        return {name for name in self.ledger.new_widths if name.startswith(path + ".")}
+        return {n for n in self.ledger.new_widths if n == path or n.startswith(path + ".")}
 
     def _keep(self, layers: Collection[str]) -> bool:
         """Let layers keep their widths; False if all of them do."""
