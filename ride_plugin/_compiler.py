@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 
-from ride_plugin._errors import ArgumentError, VersionError
+from ride_plugin._errors import ArgumentError, VersionError, listed
 from ride_plugin._tree import tensors_in
 
 # The oldest torch with which the tests of each pass; see docs/evidence/environments.md.
@@ -68,13 +68,18 @@ def as_exported() -> Iterator[None]:
         torch.compiler._is_exporting_flag = before
 
 
-def check_compiles() -> None:
+def check_compiles(asked: Sequence[str] = ()) -> None:
     """Refuse what would fail somewhere inside: an old torch's compiler, and tracing by any.
+
+    Args:
+        asked: names of modules whose class the forward asks for where a stand-in answers.
 
     Raises:
         VersionError: this is being compiled by a torch that is too old.
-        ArgumentError: this is being traced.
+        ArgumentError: this is being traced, or compiled although the forward asks for classes.
     """
+    if asked and torch.compiler.is_compiling():
+        _refuse_asking(asked)
     if not COMPILES and torch.compiler.is_compiling():
         _needs_newer_torch("Compiling or exporting a wrapped model", COMPILES_FROM)
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -99,6 +104,17 @@ def _needs_newer_torch(what: str, oldest: tuple[int, int]) -> None:
     )
 
 
-# Not traced, so that the error is this one and none of the compiler's. torch.compiler.disable would
-# mark it so too, and import the compiler, which takes longer than all the rest.
+def _refuse_asking(asked: Sequence[str]) -> None:
+    raise ArgumentError(
+        "Expected the wrapped model to be run as it is, but it is being compiled or exported, and "
+        f"its forward asks for the class of {listed(asked)} (`isinstance`), where a compiler finds "
+        "that of a stand-in. Let the forward ask for something else, as `hasattr(layer, "
+        '"running_mean")` or a number in the loop, or compile each expert as a plain module: '
+        "`model.to_module(k)`."
+    )
+
+
+# Not traced, so that the errors are these and none of the compiler's. torch.compiler.disable would
+# mark them so too, and import the compiler, which takes longer than all the rest.
 _needs_newer_torch._torchdynamo_disable = True  # type: ignore[attr-defined]
+_refuse_asking._torchdynamo_disable = True  # type: ignore[attr-defined]

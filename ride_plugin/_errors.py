@@ -76,6 +76,11 @@ def is_of_package(level: int) -> bool:
     return sys._getframe(level + 1).f_code.co_filename.startswith(_PACKAGE)
 
 
+def is_of_package_or_torch(level: int) -> bool:
+    """The same, of this package or of torch."""
+    return sys._getframe(level + 1).f_code.co_filename.startswith((_PACKAGE, _TORCH))
+
+
 def warn_caller(message: str) -> None:
     """Warn at the line of the user's code, however deep inside the package the cause was found."""
     warnings.warn(message, UserWarning, stacklevel=_caller_and_level(_PACKAGE, _TORCH)[1])

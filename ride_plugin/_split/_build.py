@@ -31,6 +31,7 @@ from ride_plugin._split._examine import (
     choose_fork,
     examine,
 )
+from ride_plugin._split._replay import asked_for_classes
 from ride_plugin._split._saving import tell_of_hidden_parameters
 from ride_plugin._split._verify import (
     written_by_modes,
@@ -65,20 +66,23 @@ def split_backbone(
     tell_of_hidden_parameters(backbone)
     with random_state_kept(backbone):
         written = written_by_modes(backbone)
+        answered = False  # to a forward that asks a stand-in for its class
         while True:
             source = source_of(backbone)
             try:
-                split = _split(source, fork_at, example_input, logits, num_classes, written)
+                with asked_for_classes(answered) as asked:
+                    split = _split(source, fork_at, example_input, logits, num_classes, written)
             except RIDEError:
                 # A pass that wrote parameters, which copies share, spoils what comes after it.
                 more = written_parameters(backbone, (source,))
-                if more <= written:
+                if more <= written and (answered or not asked):
                     raise
+                answered = answered or more <= written
                 written |= more
             else:
                 more = written_parameters(backbone, (split.views.trunk, split.views.expert))
                 if more <= written:
-                    return split
+                    return replace(split, asked=sorted(asked) if answered else [])
                 written |= more
 
 

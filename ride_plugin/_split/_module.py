@@ -110,6 +110,7 @@ class SplitModule(Holder):
         self.redrawn_parameters = list(parts.redrawn)
         self._written = parts.written
         self._differs = parts.differs
+        self._asked = parts.asked
         self.trunk = parts.trunk
         self.experts = nn.ModuleList(parts.experts)
         self._units = places_of_units(self.trunk)
@@ -152,6 +153,7 @@ class SplitModule(Holder):
             self._written,
             self._differs,
             self._kept_rows.places,
+            self._asked,
         )
 
     @property
@@ -220,7 +222,7 @@ class SplitModule(Holder):
 
     def _run_expert(self, index: int, state: TrunkState) -> tuple[Tensor, Tensor]:
         """As `run_expert`, which a whole pass calls for the experts after the first only."""
-        check_compiles()
+        check_compiles(self._asked)
         self._check_number()
         expert = self.experts[index]
         self._follow_tensors()
@@ -395,6 +397,7 @@ class SplitModule(Holder):
     def _first_expert(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[TrunkState, Tensor, Tensor]:
+        check_compiles(self._asked)
         self._check_number()
         stored = self._stored(args, kwargs)
         if stored is not None:

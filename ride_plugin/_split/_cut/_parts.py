@@ -51,6 +51,7 @@ class Split:
         unseen: names of modules outside all units that were not called, which the trunk holds.
         differs: where an expert's whole output differs from the backbone's, in words.
         kept: attributes and buffers of an expert that hold something of each row for its next call.
+        asked: names of units whose class the forward asks for where a stand-in answers.
     """
 
     views: Views
@@ -68,6 +69,7 @@ class Split:
     unseen: Sequence[str] = ()
     differs: str | None = None
     kept: Sequence[Place] = ()
+    asked: Sequence[str] = ()
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Parts:
         redrawn: names, inside an expert, of trainable parameters that were drawn anew for each
             expert beside frozen ones.
         written: names of parameters and buffers that a forward writes.
-        differs, kept: as in :class:`Split`.
+        differs, kept, asked: as in :class:`Split`.
     """
 
     trunk: nn.Module
@@ -104,6 +106,7 @@ class Parts:
     written: frozenset[str] = frozenset()
     differs: str | None = None
     kept: Sequence[Place] = ()
+    asked: Sequence[str] = ()
 
     def classifiers(self) -> list[nn.Module]:
         """The classifier of each expert; none if it is no submodule."""
@@ -151,6 +154,7 @@ def parts_of(
         written=split.views.written,
         differs=split.differs,
         kept=split.kept,
+        asked=split.asked,
     )
 
 

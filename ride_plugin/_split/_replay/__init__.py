@@ -44,7 +44,14 @@ from ride_plugin._split._replay._passes import (
 from ride_plugin._split._replay._reentrant import passed_by
 from ride_plugin._split._replay._rows import Rows, find_rows, take_rows
 from ride_plugin._split._replay._several import called
-from ride_plugin._split._replay._stand_ins import FREEZING, HOOKING, Forked, Recorded, StandIn
+from ride_plugin._split._replay._stand_ins import (
+    FREEZING,
+    HOOKING,
+    Forked,
+    Recorded,
+    StandIn,
+    asked_for_classes,
+)
 from ride_plugin._split._replay._state import Absent, Layout, TrunkState
 from ride_plugin._split._replay._tape import NoHandle, Running, operation_name
 from ride_plugin._split._replay._unwinding import Unwinding
@@ -66,6 +73,7 @@ __all__ = [
     "TrunkState",
     "UnitHooks",
     "Unwinding",
+    "asked_for_classes",
     "belongs_to",
     "called",
     "drop_hooks",

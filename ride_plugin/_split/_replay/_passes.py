@@ -96,7 +96,7 @@ def record(
         raise ReplayError(
             "The backbone's forward ended without reaching the fork, so no expert ran. It takes "
             "another path on this input than on the example: pass `example_input=` of this kind. "
-            "(Or it asks for the class of a submodule, which has a stand-in: ask with `hasattr`.)"
+            "(Or it asks for `type(submodule)`, which has a stand-in: ask by `isinstance`.)"
         )
     if layout is None and recorder.dropped:
         args, kwargs = own  # the forward may have popped something from what it was given

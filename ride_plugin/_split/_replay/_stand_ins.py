@@ -6,14 +6,21 @@ the backbone's own root with its own forward.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 from typing_extensions import Self
 
-from ride_plugin._errors import ReplayError, is_of_package, is_question
+from ride_plugin._errors import (
+    ReplayError,
+    is_of_package,
+    is_of_package_or_torch,
+    is_question,
+)
 from ride_plugin._split._replay._again import run_again
 from ride_plugin._split._replay._several import (
     asks_as_backbone,
@@ -26,6 +33,38 @@ from ride_plugin._tree import OF_MODULES
 
 _OF_ANY = OF_MODULES.union(dir(nn.Module))
 FREEZING, HOOKING = "requires_grad_()", "a hook"  # what is done to a stand-in; names are set
+
+
+class _Asked(threading.local):
+    """What a build notes and says of questions for the class of a stand-in, in this thread."""
+
+    names: set[str] | None = None
+    answered = True
+
+
+_asked = _Asked()
+
+
+@contextmanager
+def asked_for_classes(answered: bool) -> Iterator[set[str]]:
+    """Note during a block which stand-ins a forward asks for their class, as `isinstance` does.
+
+    Args:
+        answered: whether it finds the class of the module that they stand for. A compiler does not.
+    """
+    before, names = (_asked.names, _asked.answered), set[str]()
+    _asked.names, _asked.answered = names, answered
+    try:
+        yield names
+    finally:
+        _asked.names, _asked.answered = before
+
+
+def _class_of(stand_in: nn.Module, real: nn.Module, key: str) -> type[nn.Module]:
+    """The class that a forward finds where it asks a stand-in."""
+    if _asked.names is not None:
+        _asked.names.add(key)
+    return type(real if _asked.answered else stand_in)
 
 
 class _Aside:
@@ -45,11 +84,13 @@ class _Aside:
         if mode is None or _get_current_function_mode() is not mode:
             return self.hook(*args, **kwargs)
         mode.leave()
+        self.running.aside = True
         try:
             return self.hook(*args, **kwargs)
         except ReplayError:  # it read what was dropped
             return None
         finally:
+            self.running.aside = False
             mode.enter()
 
 
@@ -90,6 +131,17 @@ class StandIn(nn.Module):
         """Whether a forward is being recorded or replayed, which means the other module by this."""
         running = self.__dict__.get("ride_running")
         return running is not None and (running.recorder or running.player) is not None
+
+    def ride_class(self) -> type[nn.Module]:
+        """What `isinstance` finds: in a forward the class of the module that this one stands for.
+
+        This library, torch and hooks mean this one; a compiler does not ask here.
+        """
+        if not self.ride_in_pass or self.ride_running.aside or is_of_package_or_torch(1):
+            return type(self)
+        return _class_of(self, self.ride_real, self.ride_key)
+
+    __class__ = property(ride_class)
 
     def ride_keep(self, what: str, value: Any) -> None:
         """Keep what somebody does to this one, and not to all modules."""
@@ -319,6 +371,13 @@ class _Inside(nn.Module):
         super().__init__()
         # Not registered: it is no part of this.
         self.__dict__.update(ride_forked=forked, ride_real=module)
+
+    def ride_class(self) -> type[nn.Module]:
+        if is_of_package_or_torch(1):
+            return type(self)
+        return _class_of(self, self.ride_real, self.ride_forked.ride_key)
+
+    __class__ = property(ride_class)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.ride_forked.ride_begin()

@@ -58,6 +58,7 @@ class Running(threading.local):
     def __init__(self) -> None:  # in each thread; a compiled forward must find the names there
         self.recorder: Recorder | None = None
         self.player: Player | None = None
+        self.aside = False  # whether somebody's hook on a stand-in runs
         self.features: Tensor | None = None  # what the last classifier that ran received
         self.returned: Tensor | None = None  # and what it returned
 
