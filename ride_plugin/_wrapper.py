@@ -19,6 +19,7 @@ from ride_plugin._checks import (
     check_integer,
     check_number,
     refuse,
+    setting,
 )
 from ride_plugin._compiler import check_compiles, refuse_tracing
 from ride_plugin._construct import construct
@@ -137,6 +138,10 @@ class RIDEWrapper(SplitModule):
         ((4, 10), (4, 3, 10))
     """
 
+    checkpoint_experts: bool = setting(
+        "checkpoint_experts", "Whether activations are computed twice: see the class.", check_bool
+    )
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -202,7 +207,7 @@ class RIDEWrapper(SplitModule):
         self.feature_dim, self._classifies_logits = feature_dim_of(parts)
         self.expert_width = expert_width
         self.return_experts = return_experts
-        self.checkpoint_experts = check_bool(checkpoint_experts, "checkpoint_experts")
+        self.checkpoint_experts = checkpoint_experts
         self._settings = held_together_by((self.trunk, *self.experts))
         self._of_backbone = Names.of(self, RIDEWrapper)
         self._watch = TrainingWatch(any(p.requires_grad for p in self.parameters()))

@@ -8,6 +8,7 @@ raises `ArgumentError` for an argument of another kind, shape or range.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -28,6 +29,7 @@ from ride_plugin._checks import (
     check_target,
     check_temperature,
     check_temperatures,
+    may_read,
     refuse,
 )
 from ride_plugin._errors import ArgumentError
@@ -50,6 +52,9 @@ __all__ = [
 
 Form: TypeAlias = Literal["paper", "official"]
 """Which text is followed where the paper and its authors' code differ."""
+
+
+_MASKED = -1e30  # a logit below it is -inf, or the smallest number of a dtype in its place
 
 
 def mean_logits(experts: Tensor) -> Tensor:
@@ -194,7 +199,8 @@ def pairwise_kl(
     gradient is $\frac{2E}{(E-1)\,T}\, p_i\, (h_i - \langle p_i, h_i \rangle)$.
 
     Args:
-        expert_logits: ``[B, E, C]``. A class may be masked with -inf in all experts.
+        expert_logits: ``[B, E, C]``. A class may be masked with -inf, in all experts: masked in
+            some only it has no finite divergence, which is an error on the CPU.
         temperature: a number, or ``[B]``, one for each sample, all positive; held constant. A
             tensor's values are checked on the CPU only: to read them would stall a device.
         detach_others: each expert minimises its own divergence and takes the others as given,
@@ -213,6 +219,7 @@ def pairwise_kl(
     temperature = check_temperature(temperature, len(logits))
     detach_others = check_bool(detach_others, "detach_others")
     inverse = inverse_of(temperature, logits).expand(len(logits))[:, None, None]
+    _check_masks(logits, "all experts mask", lambda masked: masked.all(dim=1))
     num_experts = logits.shape[1]
     factor = num_experts / max(num_experts - 1, 1)
 
@@ -243,7 +250,8 @@ def kl_from_reference(
     = \sum_i \sum_c (p_i + q)\, \bigl(h_i \tanh h_i - (h_i - \tanh h_i)\bigr).$$
 
     Args:
-        expert_logits: ``[B, E, C]``.
+        expert_logits: ``[B, E, C]``. A class that an expert masks with -inf is masked in the
+            reference, too, or the divergence is not finite, which is an error on the CPU.
         reference_logits: ``[B, C]``; no gradient reaches it.
         temperature: a number, or ``[C]``, one for each class, dividing the logits across classes
             (as in the authors' code); held constant.
@@ -265,6 +273,8 @@ def kl_from_reference(
         advice="Both must come from the same batch and know the same classes.",
     )
     inverse = inverse_of(check_temperature(temperature, classes), logits)
+    reference = reference_logits.detach().to(logits.dtype)
+    _check_masks(logits, "the reference masks", lambda _: reference < _MASKED)
 
     def of_samples(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         p, q, h = compare(logits, reference, inverse)
@@ -278,7 +288,7 @@ def kl_from_reference(
         value = bracket.mul_(torch.add(p, q, out=memory_of(tanh))).sum(dim=(1, 2))
         return value, p.sub_(q).mul_(inverse)
 
-    return with_gradient(of_samples, logits, reference_logits[:, None].to(logits.dtype))
+    return with_gradient(of_samples, logits, reference[:, None])
 
 
 def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
@@ -438,6 +448,23 @@ def _of_experts(value: Tensor, name: str) -> Tensor:
     if not experts.shape[1] or not experts.shape[2]:
         refuse(name, "that of at least one expert and class, [B, E, C]", experts)
     return experts
+
+
+def _check_masks(logits: Tensor, who: str, allowed: Callable[[Tensor], Tensor]) -> None:
+    """Raise if an expert masks a class ``[B, C]`` that is not allowed, on the CPU only."""
+    logits = logits.detach()
+    if not logits.numel() or not may_read(logits) or not bool(logits.amin() < _MASKED):
+        return
+    masked = logits < _MASKED
+    wrong = (masked.any(dim=1) & ~allowed(masked)).nonzero()
+    if len(wrong):
+        sample, which = wrong[0].tolist()
+        raise ArgumentError(
+            f"Expected argument `expert_logits` to mask only classes that {who}, but some expert "
+            f"masks class {which} of sample {sample} (a logit of -inf, or near to the smallest "
+            "number), so that the divergence is infinite. Mask the same classes everywhere, or "
+            "none."
+        )
 
 
 def _class_indices(target: Tensor, experts: Tensor) -> Tensor:

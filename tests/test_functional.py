@@ -175,6 +175,24 @@ def test_nan_logits_are_not_hidden(divergence) -> None:
     assert divergence(logits).isnan().tolist() == [False, False, True, False, False, False]
 
 
+MASKS = (-torch.inf, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_class_masked_in_some_experts_only_has_no_finite_divergence(mask, dtype) -> None:
+    logits = make_logits(3).detach().to(dtype)
+    logits[2, 1, 4] = mask
+    message = r"only classes that all experts mask, but some expert masks class 4 of sample 2 "
+    with pytest.raises(ArgumentError, match=message):
+        functional.pairwise_kl(logits)
+    assert functional.kl_from_mean(logits).isfinite().all()  # the mean masks it, too
+    with pytest.raises(ArgumentError, match="only classes that the reference masks, but some"):
+        functional.distillation_kl(logits, torch.zeros(BATCH, logits.shape[2], dtype=dtype))
+    logits[2, :, 4] = mask
+    assert functional.pairwise_kl(logits).isfinite().all()
+
+
 def test_teacher_that_masks_a_class_the_student_knows() -> None:
     student = torch.tensor([[[1.0, 2.0, 3.0]]], requires_grad=True)
     teacher = torch.tensor([[0.5, 0.0, -torch.inf]])

@@ -12,8 +12,8 @@ from ride_plugin._checks._single import (
     check_instance,
     check_integer,
     check_number,
-    number_setting,
     refuse,
+    setting,
     way_inside,
 )
 from ride_plugin._checks._tensors import (
@@ -78,9 +78,9 @@ __all__ = [
     "has_values",
     "is_finite",
     "may_read",
-    "number_setting",
     "refuse",
     "rows_sum_to_one",
+    "setting",
     "version_of",
     "warn_of_probabilities",
     "way_inside",

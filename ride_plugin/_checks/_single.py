@@ -60,23 +60,6 @@ def check_number(
     refuse(name, expected, value, advice)
 
 
-def number_setting(name: str, doc: str, low: float, **limits: Any) -> Any:
-    """A property that checks a number when it is set, at construction or while training.
-
-    Args:
-        name: of the property.
-        doc: its docstring.
-        low: as `check_number` takes it.
-        **limits: further arguments of `check_number`.
-    """
-    place = f"_{name}"
-
-    def put(module: object, value: object) -> None:
-        setattr(module, place, check_number(value, name, low, **limits))
-
-    return property(lambda module: getattr(module, place), put, doc=doc)
-
-
 def check_integer(
     value: object, name: str, low: int = 0, high: int | None = None, *, advice: str = ""
 ) -> int:
@@ -147,6 +130,24 @@ def shown(value: object) -> str:
         kind = "a tensor" if isinstance(value, Tensor) else "an array"
         return f"{kind} of shape {list(value.shape)} and dtype {value.dtype}"
     return reprlib.repr(value)
+
+
+def setting(name: str, doc: str, check: Callable[..., Any], *limits: Any, **further: Any) -> Any:
+    """A property that is checked whenever it is set, at construction or while training.
+
+    Args:
+        name: of the property.
+        doc: its docstring.
+        check: one of the checks above.
+        *limits: what ``check`` takes after value and name.
+        **further: what ``check`` takes by name.
+    """
+    place = f"_{name}"
+
+    def put(owner: object, value: object) -> None:
+        setattr(owner, place, check(value, name, *limits, **further))
+
+    return property(lambda owner: getattr(owner, place), put, doc=doc)
 
 
 def as_python(value: object) -> object:

@@ -275,6 +275,13 @@ def _misfits(theirs: dict[str, tuple[str, Tensor]], module: nn.Module) -> list[s
         elif tensor.is_floating_point() and not theirs[name][1].is_floating_point():
             key, given = theirs[name]
             lines.append(f"other type: {name} {given.dtype} -> {tensor.dtype} (their {key})")
+        elif not theirs[name][1].to(tensor.dtype).isfinite().all():
+            key, given = theirs[name]
+            largest = given.abs().max().item()
+            lines.append(
+                f"too large for {tensor.dtype}: {name}, up to {largest:g} (their {key}); load it "
+                "into a model of float32 or bfloat16"
+            )
         else:  # a frozen tensor is one for all experts, and holds one expert's values
             first = first_of.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
             if not torch.equal(theirs[first][1], theirs[name][1]):

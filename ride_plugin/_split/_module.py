@@ -76,7 +76,8 @@ class SplitModule(Holder):
 
     Attributes:
         trunk: the shared part, under the backbone's names. Called by itself it goes on into the
-            first expert, as the backbone's forward does; `run_trunk` returns what is shared.
+            first expert, as the backbone's forward does, and warns of that; `run_trunk` returns
+            what is shared.
         experts: one forked part for each expert, under the backbone's names. Called by itself, one
             runs the trunk first.
         num_experts: ``E``.

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ride_plugin._checks import check_instance
+from ride_plugin._checks import check_instance, has_values
+from ride_plugin._closeness import close
 from ride_plugin._errors import ArgumentError
 
 Classifiers: TypeAlias = nn.Module | Sequence[nn.Module]
@@ -91,8 +94,46 @@ def linear_classifiers(model: Classifiers, classifier: str | None, method: str) 
                 f"{type(layer).__name__}. A cosine classifier has unit weights already: its norms "
                 "carry nothing to rescale."
             )
+        if not _is_linear(layer):
+            raise ArgumentError(
+                f"Expected argument `model` to have nn.Linear classifiers for {method}, but got "
+                f"{type(layer).__name__}, whose forward computes something else of its weight than "
+                "`F.linear(x, weight, bias)`: where it normalises the weight, scaling it changes "
+                "nothing. Use an nn.Linear, or scale the weight by hand, as `tau_normalized` does."
+            )
         layers.append(layer)
     return layers
+
+
+def _is_linear(layer: nn.Linear) -> bool:
+    """Whether the layer computes what nn.Linear does; a class made of it may do something else."""
+    own = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
+    if not own or not has_values(layer.weight):
+        return True
+    try:
+        with torch.no_grad():
+            x = torch.linspace(-1, 1, layer.in_features, device="cpu").to(layer.weight)[None]
+            plain = F.linear(x, layer.weight, layer.bias)
+            result = layer.forward(x)  # without hooks
+            return isinstance(result, Tensor) and close(result, plain)
+    except Exception:  # it takes something else, or its weight is no plain tensor
+        return False
+
+
+def refuse_tied(model: Classifiers, layers: Sequence[nn.Module], method: str) -> None:
+    """Refuse a classifier whose weight another module of the model has as well."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    weights = {id(layer._parameters.get("weight")) for layer in layers} - {id(None)}
+    for name, module in modules:
+        if id(module) not in inside and any(id(p) in weights for p in module._parameters.values()):
+            raise ArgumentError(
+                f"Expected argument `model` to have classifiers with a weight of their own for "
+                f"{method}, but got one whose weight is that of `{name}` as well, so that the "
+                "representation would change with it. Untie them first: `layer.weight = "
+                "nn.Parameter(layer.weight.detach().clone())`, for each layer of "
+                "find_classifiers(model)."
+            )
 
 
 def _refuse_parametrized(layer: nn.Module, method: str) -> None:
@@ -123,7 +164,8 @@ def reset_classifiers(model: Classifiers, classifier: str | None = None) -> None
         classifier: see :func:`find_classifiers`.
 
     Raises:
-        ArgumentError: no classifier is found, or one has no ``reset_parameters``.
+        ArgumentError: no classifier is found, one has no ``reset_parameters``, or its weight is
+            another module's as well, an embedding's say.
 
     Example:
         >>> layer = nn.Linear(4, 3)
@@ -133,6 +175,7 @@ def reset_classifiers(model: Classifiers, classifier: str | None = None) -> None
         False
     """
     layers = find_classifiers(model, classifier)
+    refuse_tied(model, layers, "reset_classifiers")
     for layer in layers:
         _refuse_parametrized(layer, "reset_classifiers")
         if not callable(getattr(layer, "reset_parameters", None)):
@@ -159,10 +202,12 @@ def freeze_representation(model: nn.Module, classifier: str | None = None) -> li
         classifier: see :func:`find_classifiers`.
 
     Returns:
-        The classifiers' parameters, each once, for the optimiser.
+        The classifiers' parameters, each once, for the optimiser; of those that
+        :func:`learnable_weight_scaling` scales, the factors alone.
 
     Raises:
-        ArgumentError: no classifier is found.
+        ArgumentError: no classifier is found, or its weight is another module's as well, an
+            embedding's say.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
@@ -171,9 +216,19 @@ def freeze_representation(model: nn.Module, classifier: str | None = None) -> li
     """
     layers = find_classifiers(model, classifier)
     check_instance(model, "model", nn.Module, "a module, wrapped or plain")
+    refuse_tied(model, layers, "freeze_representation")
     model.requires_grad_(False)
     model.eval()
     for layer in layers:
         layer.requires_grad_(True)
+        for part in layer.modules():
+            if isinstance(part, parametrize.ParametrizationList) and _trains_alone(part):
+                part.original.requires_grad_(False)
     # Layers may share a weight, and an optimiser would step it once for each time it is listed.
-    return list(dict.fromkeys(p for layer in layers for p in layer.parameters()))
+    trained = (p for layer in layers for p in layer.parameters() if p.requires_grad)
+    return list(dict.fromkeys(trained))
+
+
+def _trains_alone(parametrizations: parametrize.ParametrizationList) -> bool:
+    """Whether one of them, learnable weight scaling say, leaves the weight below it frozen."""
+    return any(getattr(one, "trains_alone", False) for one in parametrizations)

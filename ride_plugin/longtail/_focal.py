@@ -13,7 +13,8 @@ from ride_plugin._checks import (
     Numbers,
     as_weight,
     check_logits_target,
-    number_setting,
+    check_number,
+    setting,
     warn_of_probabilities,
 )
 from ride_plugin._devices import follow, keeping_values
@@ -78,7 +79,7 @@ class FocalLoss(nn.Module):
 
     weight: Tensor | None
 
-    gamma: float = number_setting("gamma", "How strongly easy samples are played down.", 0)
+    gamma: float = setting("gamma", "How strongly easy samples are played down.", check_number, 0)
 
     averages_rows = True  # see experts_loss: one call for all experts
 

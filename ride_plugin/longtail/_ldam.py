@@ -19,6 +19,7 @@ from ride_plugin._checks import (
     check_logits_target,
     check_number,
     has_values,
+    setting,
     warn_of_probabilities,
 )
 from ride_plugin._devices import follow, keeping_values
@@ -79,7 +80,8 @@ class LDAMLoss(nn.Module):
     Attributes:
         weight: ``[C]`` class weights, ones unless given; changed in place by DeferredReweighting.
         margins: ``[C]`` float32, in units of the cosine.
-        max_margin: the largest of them, which may be set while training, once an epoch say.
+        max_margin: the largest of them, which may be set while training, once an epoch say, as may
+            ``scale``.
 
     Example:
         >>> criterion = LDAMLoss([500, 50, 5])
@@ -92,6 +94,10 @@ class LDAMLoss(nn.Module):
 
     margins: Tensor
     weight: Tensor
+
+    scale: float = setting(
+        "scale", "What the head multiplies cosines by.", check_number, 0, open_low=True
+    )
 
     averages_rows = True  # see experts_loss: one call for all experts
 
@@ -117,7 +123,7 @@ class LDAMLoss(nn.Module):
         """
         super().__init__()
         counts = check_class_counts(class_counts)
-        self.scale = check_number(scale, "scale", 0, open_low=True)
+        self.scale = scale
         rarity = counts.pow(-0.25)
         # In float64 and no buffer: it outlives every cast, and other margins are made of it.
         self._rarity = rarity / rarity.max()

@@ -10,7 +10,7 @@ from torch import Tensor
 from ride_plugin._checks import check_floating, check_number, has_values
 from ride_plugin._errors import ArgumentError
 from ride_plugin._numerics import float32_or_better
-from ride_plugin.longtail._classifiers import Classifiers, linear_classifiers
+from ride_plugin.longtail._classifiers import Classifiers, linear_classifiers, refuse_tied
 
 
 def tau_normalized(weight: Tensor, tau: float) -> Tensor:
@@ -70,7 +70,9 @@ def tau_normalize(
 
     Raises:
         ArgumentError: a classifier is not an ``nn.Linear`` (cosine classifiers have unit weights
-            already), a layer comes twice, or tau does not fit: two of them for one weight, say.
+            already), or a class of it that computes something else, a layer comes twice, its weight
+            is another module's as well, an embedding's say, or tau does not fit: two of them for
+            one weight, say.
 
     Example:
         >>> layer = torch.nn.Linear(8, 5)
@@ -79,6 +81,7 @@ def tau_normalize(
         (tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000]), 0.0)
     """
     layers = linear_classifiers(model, classifier, "tau_normalize")
+    refuse_tied(model, layers, "tau_normalize")
     given = list(tau) if isinstance(tau, Sequence) else [tau] * len(layers)
     taus = [check_number(one, "tau", 0) for one in given]
     if len(taus) != len(layers):

@@ -32,6 +32,8 @@ class LearnableWeightScaling(nn.Module):
         torch.Size([3, 2])
     """
 
+    trains_alone = True  # see freeze_representation: the weight below stays frozen
+
     def __init__(self, num_classes: int) -> None:
         """Start all factors at 1.
 
@@ -70,7 +72,8 @@ def learnable_weight_scaling(
         One module per classifier; train their ``scale``.
 
     Raises:
-        ArgumentError: a classifier is not an ``nn.Linear``, comes twice, or is scaled already.
+        ArgumentError: a classifier is not an ``nn.Linear``, or a class of it that computes
+            something else, comes twice, or is scaled already.
 
     Example:
         >>> layer = nn.Linear(4, 3)

@@ -11,8 +11,9 @@ from ride_plugin import functional
 from ride_plugin._checks import (
     check_choice,
     check_floating,
-    number_setting,
+    check_number,
     refuse,
+    setting,
     warn_of_probabilities,
 )
 from ride_plugin._numerics import float32_or_better
@@ -39,8 +40,9 @@ class DistillationLoss(nn.Module):
             ``"official"`` distils the mean of their logits, once.
 
     Attributes:
-        weight: may be set while training, once an epoch say, as may ``temperature``.
+        weight: may be set while training, once an epoch say, as may the others.
         temperature: see ``weight``.
+        form: see ``weight``.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -52,8 +54,16 @@ class DistillationLoss(nn.Module):
         >>> distillation(expert_logits, torch.randn(8, 10)).backward()
     """
 
-    weight: float = number_setting("weight", "The factor $w$.", 0)
-    temperature: float = number_setting("temperature", "The temperature $T$.", 0, open_low=True)
+    weight: float = setting("weight", "The factor $w$.", check_number, 0)
+    temperature: float = setting(
+        "temperature", "The temperature $T$.", check_number, 0, open_low=True
+    )
+    form: DistillationForm = setting(
+        "form",
+        "What is distilled, each expert or their mean.",
+        check_choice,
+        get_args(DistillationForm),
+    )
 
     def __init__(
         self,
@@ -65,7 +75,7 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.weight = weight
         self.temperature = temperature
-        self.form = check_choice(form, "form", get_args(DistillationForm))
+        self.form = form
         self._looked = False
 
     def forward(self, output: Output, teacher_output: Output) -> Tensor:

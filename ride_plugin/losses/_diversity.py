@@ -14,9 +14,10 @@ from ride_plugin._checks import (
     check_choice,
     check_class_counts,
     check_instance,
+    check_number,
     check_target,
-    number_setting,
     refuse,
+    setting,
 )
 from ride_plugin._devices import follow
 from ride_plugin._errors import ArgumentError
@@ -93,11 +94,15 @@ class DiversityLoss(nn.Module):
         >>> diversity.step()  # at the end of each epoch
     """
 
-    weight: float = number_setting(
+    weight: float = setting(
         "weight",
         r"The factor $\lambda$.",
+        check_number,
         0,
         advice="The loss has its minus sign built in: the authors' -0.2 is weight=0.2.",
+    )
+    detach_others: bool = setting(
+        "detach_others", "Whether each expert takes the others as given.", check_bool
     )
     form = _of_schedule("form")
     gamma = _of_schedule("gamma")
@@ -120,7 +125,7 @@ class DiversityLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = weight
-        self.detach_others = check_bool(detach_others, "detach_others")
+        self.detach_others = detach_others
         all_given = {"gamma": gamma, "eta": eta, "start_epoch": start_epoch}
         given: dict[str, Any] = {k: value for k, value in all_given.items() if value is not None}
         if temperature is None:
@@ -130,12 +135,7 @@ class DiversityLoss(nn.Module):
             check_choice(form, "form", get_args(Form))
             _check_schedule(temperature, check_class_counts(class_counts), form, given)
         self.schedule = temperature
-        if self.form == "official" and not self.detach_others:
-            raise ArgumentError(
-                "Expected argument `detach_others` to be left alone with form='official', which "
-                "always holds the ensemble's logits constant, but got False. It belongs to "
-                "form='paper'."
-            )
+        self._check_detaching()
 
     def forward(self, output: Output, target: Tensor) -> Tensor:
         """Return the weighted batch mean.
@@ -186,10 +186,19 @@ class DiversityLoss(nn.Module):
         follow(self, self.schedule.temperature, logits)
         class_temperature = self.schedule.temperature.to(logits.dtype)
         if self.form == "official":
+            self._check_detaching()  # both can be set while training
             return functional.kl_from_mean(logits, class_temperature)
         target = check_target(target, batch, classes, device=logits.device)
         temperature = functional.sample_temperatures(class_temperature, target)
         return functional.pairwise_kl(logits, temperature, detach_others=self.detach_others)
+
+    def _check_detaching(self) -> None:
+        if self.form == "official" and not self.detach_others:
+            raise ArgumentError(
+                "Expected argument `detach_others` to be left alone with form='official', which "
+                "always holds the ensemble's logits constant, but got False. It belongs to "
+                "form='paper'."
+            )
 
     def step(self) -> None:
         """End the epoch: the class temperatures act from ``start_epoch`` on."""

@@ -17,6 +17,7 @@ from ride_plugin._checks import (
     check_choice,
     check_class_counts,
     refuse,
+    setting,
 )
 from ride_plugin._devices import keeping_digits
 from ride_plugin._errors import ArgumentError, warn_caller
@@ -33,6 +34,8 @@ from ride_plugin.losses._experts_loss import (
 )
 from ride_plugin.losses._first_call import look_at
 from ride_plugin.losses._seen_logits import seen_logits
+
+_OVER_EXPERTS = ("sum", "mean")
 
 
 class RIDELoss(nn.Module):
@@ -97,6 +100,10 @@ class RIDELoss(nn.Module):
         >>> criterion.step()  # at the end of each epoch
     """
 
+    over_experts: str = setting(
+        "over_experts", "The argument `reduction`.", check_choice, _OVER_EXPERTS
+    )
+
     def __init__(
         self,
         criterion: Criterion | Sequence[Criterion] | nn.ModuleList,
@@ -124,7 +131,7 @@ class RIDELoss(nn.Module):
                 refuse("diversity", expected, diversity)
             diversity = DiversityLoss(check_class_counts(diversity, "diversity"))
         self.diversity = diversity
-        self.over_experts = check_choice(reduction, "reduction", ("sum", "mean"))
+        self.over_experts = check_choice(reduction, "reduction", _OVER_EXPERTS)
         if not isinstance(schedules, list | tuple | nn.ModuleList) or not all(
             isinstance(schedule, Schedule) for schedule in schedules
         ):

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ride_plugin._checks import check_choice, check_floating, check_predictions, is_finite
+from ride_plugin._checks import check_choice, check_floating, check_predictions, is_finite, setting
 from ride_plugin._numerics import float32_or_better
 
 Kind = Literal["margin", "max_probability"]
@@ -35,9 +35,11 @@ class ConfidenceRouter(nn.Module):
         tensor([0.0180, 0.5000])
     """
 
+    kind: Kind = setting("kind", "What confidence is.", check_choice, get_args(Kind))
+
     def __init__(self, kind: Kind = "margin") -> None:
         super().__init__()
-        self.kind: Kind = check_choice(kind, "kind", get_args(Kind))
+        self.kind = kind
 
     def gate(self, index: int, mean_logits: Tensor, features: Tensor) -> Tensor:
         """Logit of "not confident" for each row; same call as `ExpertRouter.gate`.

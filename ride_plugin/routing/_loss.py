@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ride_plugin._checks import ClassCounts, check_class_counts, number_setting
+from ride_plugin._checks import ClassCounts, check_class_counts, check_number, setting
 from ride_plugin._devices import follow, keeping_values
 from ride_plugin._errors import ArgumentError
 from ride_plugin._output import Output, expert_logits
@@ -40,10 +40,10 @@ class RoutingLoss(nn.Module):
         >>> loss.backward()
     """
 
-    pos_weight: float = number_setting(
-        "pos_weight", "Weight of samples that need one more expert.", 0
+    pos_weight: float = setting(
+        "pos_weight", "Weight of samples that need one more expert.", check_number, 0
     )
-    neg_weight: float = number_setting("neg_weight", "Weight of the others.", 0)
+    neg_weight: float = setting("neg_weight", "Weight of the others.", check_number, 0)
 
     class_weights: Tensor | None
 

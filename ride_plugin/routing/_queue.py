@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ride_plugin._checks import check_instance, check_integer, check_predictions
+from ride_plugin._checks import check_instance, check_integer, check_predictions, setting
 from ride_plugin._errors import ArgumentError, listed
 from ride_plugin._numerics import Autocast
 from ride_plugin._split import kept_rows_of
@@ -142,6 +142,9 @@ class RoutingQueue:
         [0, 1, 2]
     """
 
+    batch_size: int = setting("batch_size", "How many rows make an expert run.", check_integer, 1)
+    max_wait: int = setting("max_wait", "How many submissions a row waits for.", check_integer, 0)
+
     def __init__(self, serve: RoutingInference, *, batch_size: int = 64, max_wait: int = 4) -> None:
         self.serve = check_instance(
             serve, "serve", RoutingInference, "a RoutingInference", advice=_ADVICE
@@ -154,8 +157,8 @@ class RoutingQueue:
                 "and here an expert runs on rows of several submissions. Call `serve` itself, and "
                 "reset the model before each batch."
             )
-        self.batch_size = check_integer(batch_size, "batch_size", 1)
-        self.max_wait = check_integer(max_wait, "max_wait", 0)
+        self.batch_size = batch_size
+        self.max_wait = max_wait
         self._one_at_a_time = _OneAtATime()
         self._next_ticket = 0
         self._unfinished: dict[int, _Submission] = {}

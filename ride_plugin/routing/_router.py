@@ -110,8 +110,8 @@ class ExpertRouter(nn.Module):
             advice="With one expert there is nothing to route: use the model's output as it is.",
         )
         self.num_classes = check_integer(num_classes, "num_classes", 2)
-        self.inputs: Reading = check_choice(inputs, "inputs", get_args(Reading))
-        self.top_k = min(check_integer(top_k, "top_k", 1), self.num_classes)
+        self._inputs: Reading = check_choice(inputs, "inputs", get_args(Reading))
+        self._top_k = min(check_integer(top_k, "top_k", 1), self.num_classes)
         if hidden_dim is None:
             hidden_dim = _HIDDEN_DIM[self.inputs]
         hidden_dim = check_integer(hidden_dim, "hidden_dim", 1)
@@ -132,6 +132,16 @@ class ExpertRouter(nn.Module):
         self.output = nn.Linear(direct + hidden_dim, 1)
         if self.inputs == "predictions":
             self._start_as_margin()
+
+    @property
+    def inputs(self) -> Reading:
+        """What the gates read, for which their layers were made."""
+        return self._inputs
+
+    @property
+    def top_k(self) -> int:
+        """How many of the largest mean logits a gate reads, for which its layers were made."""
+        return self._top_k
 
     @classmethod
     def for_model(cls, model: SizedModel, **options: Any) -> Self:

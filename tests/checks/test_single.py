@@ -11,8 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from ride_plugin import ArgumentError, DistillationLoss, DiversityLoss, RoutingLoss, _checks
-from ride_plugin.longtail import FocalLoss
+from ride_plugin import (
+    ArgumentError,
+    ConfidenceRouter,
+    DistillationLoss,
+    DiversityLoss,
+    ExpertRouter,
+    RIDELoss,
+    RIDEWrapper,
+    RoutingInference,
+    RoutingLoss,
+    _checks,
+)
+from ride_plugin.longtail import FocalLoss, LDAMLoss
+from ride_plugin.routing import RoutingQueue
 from tests.hostile import case_name
 
 
@@ -157,3 +169,54 @@ def test_a_number_that_is_set_while_training_is_checked_as_at_construction(
     assert type(getattr(loss, name)) is float
     assert "0.5" in repr(loss)
     assert getattr(copy.deepcopy(loss), name) == 0.5
+
+
+def _made() -> dict[str, Any]:
+    """One of everything whose choices and flags may be set later."""
+    backbone = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    model = RIDEWrapper(backbone, 2, fork_at="2")
+    return {
+        "distillation": DistillationLoss(),
+        "diversity": DiversityLoss([5, 3, 2], form="paper"),
+        "ride": RIDELoss(torch.nn.CrossEntropyLoss(), [5, 3, 2]),
+        "confidence": ConfidenceRouter(),
+        "ldam": LDAMLoss([5, 3, 2]),
+        "model": model,
+        "queue": RoutingQueue(RoutingInference(model, ConfidenceRouter())),
+    }
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong", "right"),
+    [
+        ("distillation", "form", "offical", "official"),
+        ("diversity", "form", "oficial", "official"),
+        ("diversity", "detach_others", "no", False),
+        ("ride", "over_experts", "avg", "mean"),
+        ("confidence", "kind", "max_prob", "max_probability"),
+        ("ldam", "scale", float("nan"), 20.0),
+        ("model", "checkpoint_experts", "false", True),
+        ("queue", "batch_size", 0, 8),
+        ("queue", "max_wait", -1, 0),
+    ],
+)
+def test_a_choice_that_is_set_later_is_checked_as_at_construction(
+    owner: str, name: str, wrong: object, right: object
+) -> None:
+    """A misspelt choice would silently be the other one."""
+    made = _made()[owner]
+    before = getattr(made, name)
+    with pytest.raises(ArgumentError, match=f"Expected argument `{name}` to be "):
+        setattr(made, name, wrong)
+    assert getattr(made, name) == before
+    setattr(made, name, right)
+    assert getattr(made, name) == right
+    assert getattr(copy.deepcopy(made), name) == right
+
+
+def test_what_a_router_was_made_for_cannot_be_set() -> None:
+    """Another value would leave out what is learnt of the inputs, or not fit the layers."""
+    router = ExpertRouter(6, 2, num_classes=3)
+    for name in ("inputs", "top_k"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(router, name, "paper")

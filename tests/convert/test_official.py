@@ -163,6 +163,19 @@ def test_any_number_of_experts_loads_and_the_router_may_stay_in_the_file(num_exp
     assert torch.equal(model.classifiers[last].weight, theirs.T)
 
 
+def test_values_that_a_model_in_half_precision_cannot_hold_are_refused() -> None:
+    state = cifar_state(2)
+    name = "backbone.layer2s.1.0.bn1.running_var"
+    state[name][3] = 1e5
+    model = cifar_model(2).half()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    message = r"too large for torch.float16: experts.1.layer2.0.bn1.running_var, up to 100000 \("
+    with pytest.raises(CheckpointError, match=message):
+        load_official_checkpoint(model, None, state)
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    load_official_checkpoint(model.bfloat16(), None, state)
+
+
 def test_half_precision_files_load_exactly() -> None:
     state = {key: t.half() if t.is_floating_point() else t for key, t in cifar_state(2).items()}
     model = cifar_model(2)

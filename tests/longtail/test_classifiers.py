@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -332,3 +333,98 @@ def test_a_layer_that_comes_twice_is_not_scaled_twice() -> None:
     with pytest.raises(RIDEError, match="got one layer twice, which tau_normalize"):
         tau_normalize([layer, layer], 0.5)
     assert not parametrize.is_parametrized(layer)
+
+
+def test_scaled_classifiers_train_their_factors_alone_when_the_rest_is_frozen(model) -> None:
+    scalings = learnable_weight_scaling(model)
+    parameters = freeze_representation(model)
+    assert [id(p) for p in parameters] == [id(s.scale) for s in scalings]
+    assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in parameters]
+
+
+def test_other_parametrizations_train_the_weight_below(model) -> None:
+    layer = model.classifiers[0]
+    nn.utils.parametrizations.orthogonal(layer)
+    assert len(freeze_representation(model)) == 4
+    assert layer.parametrizations.weight.original.requires_grad
+
+
+class Normed(nn.Linear):
+    """As codes for long tails write it: no scaling of a class's weight changes anything."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        directions = nn.functional.normalize(x, dim=1), nn.functional.normalize(self.weight, dim=1)
+        return 16 * nn.functional.linear(*directions)
+
+
+class TakesTwo(nn.Linear):
+    def forward(self, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + label
+
+
+class Same(nn.Linear):
+    """In a forward of its own, but what nn.Linear computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.double() @ self.weight.double().T).to(x.dtype) + self.bias
+
+
+@pytest.mark.parametrize("kind", [Normed, TakesTwo])
+def test_a_linear_layer_that_computes_something_else_is_refused(kind) -> None:
+    layer = kind(8, 4)
+    before = layer.weight.detach().clone()
+    with pytest.raises(RIDEError, match=rf"for tau_normalize, but got {kind.__name__}, whose"):
+        tau_normalize(layer, 0.5)
+    with pytest.raises(RIDEError, match=r"nn.Linear classifiers for learnable_weight_scaling"):
+        learnable_weight_scaling([nn.Linear(8, 4), layer])
+    assert layer.weight.equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_with_a_forward_of_its_own_that_computes_the_same_is_taken(dtype) -> None:
+    layer = Same(8, 4).to(dtype)
+    before = layer.weight.detach().clone()
+    tau_normalize(layer, 0.5)
+    assert layer.weight.equal(tau_normalized(before, 0.5))
+
+
+class Tied(nn.Module):
+    """A language model: the classifier's weight is the embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.body, self.fc = nn.Embedding(6, 8), nn.Linear(8, 8), nn.Linear(8, 6)
+        self.fc.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(self.embedding(tokens).mean(1)).relu())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [reset_classifiers, freeze_representation, partial(tau_normalize, tau=1.0)],
+    ids=["reset", "freeze", "tau"],
+)
+def test_a_classifier_that_is_tied_to_an_embedding_is_refused_until_it_is_not(
+    change, wrapped
+) -> None:
+    model: nn.Module = Tied()
+    tokens, named = torch.randint(6, (4, 3)), {"classifier": "fc"}
+    if wrapped:
+        model, named = RIDEWrapper(model, 2, fork_at="body", example_input=tokens), {}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RIDEError, match=r"whose weight is that of `(trunk.)?embedding` as well"):
+        change(model, **named)
+    for name, value in model.state_dict().items():
+        assert value.equal(before[name])
+    assert all(p.requires_grad for p in model.parameters())
+    for layer in find_classifiers(model, **named):
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    change(model, **named)
+    embedding = model.trunk.embedding if wrapped else model.embedding
+    assert embedding.weight.equal(next(iter(before.values())))
+    out = model(tokens)
+    assert out.shape == (4, 6)
+    find_classifiers(model, **named)[0].weight.data.zero_()
+    assert not torch.equal(model(tokens), out)  # it is what the model runs

@@ -302,6 +302,12 @@ def test_settings_that_would_change_nothing_are_refused() -> None:
         ArgumentError, match="`detach_others` to be left alone with form='official'"
     ):
         DiversityLoss(COUNTS, detach_others=False)
+    loss = DiversityLoss(COUNTS)
+    loss.detach_others = False  # on the way to the paper's form, say
+    with pytest.raises(ArgumentError, match="`detach_others` to be left alone"):
+        loss(torch.randn(2, 3, len(COUNTS)), torch.zeros(2, dtype=torch.long))
+    loss.form = "paper"
+    assert loss(torch.randn(2, 3, len(COUNTS)), torch.zeros(2, dtype=torch.long)) <= 0
     schedule = TemperatureSchedule([2.0 * count for count in COUNTS])
     DiversityLoss(COUNTS, temperature=schedule)
     with pytest.raises(ArgumentError, match="`class_counts` to be those of the schedule"):

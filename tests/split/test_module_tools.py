@@ -205,3 +205,26 @@ def test_a_loop_that_does_not_ask_whether_a_layer_is_there_is_told_so() -> None:
     assert model.experts[0][0].weight is model.trunk[0].weight
     with pytest.raises(ReplayError, match=r"asks a stand-in for `0\.weight`.*would count twice"):
         sum(part.weight.sum() for name, part in model.experts.named_modules() if name == "0.0")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, x: model.trunk(x),
+        lambda model, x: nn.Sequential(*list(model.children())[:-1])(x),
+        lambda model, x: nn.Sequential(*model.trunk.children())(x),
+    ],
+    ids=["trunk", "children", "layers"],
+)
+def test_who_runs_the_trunk_by_itself_is_told_once_that_he_gets_expert_0(run) -> None:
+    backbone = nn.Sequential(
+        nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+    )
+    model, x = RIDEWrapper(backbone, 3, fork_at="2"), torch.randn(4, 8)
+    model(x), model.eval()(x), model.run_trunk(x), model.router_inputs(x)
+    expected = model.experts[0](x)
+    with pytest.warns(UserWarning, match="as far as `2`, which is forked, .* expert 0 alone, of 3"):
+        found = run(model, x)
+    torch.testing.assert_close(found, expected)
+    run(model, x)
+    run(RIDEWrapper(backbone, 1, fork_at="2"), x)  # whose trunk is the backbone

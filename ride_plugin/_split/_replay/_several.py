@@ -50,6 +50,16 @@ def one_of_several(number: int, key: str, name: str, quiet: bool) -> OneOfSevera
     return OneOfSeveral(message)
 
 
+def warn_of_first_expert(number: int, key: str) -> None:
+    """Warn of somebody who runs the trunk by itself, which goes on into the first expert."""
+    warn_caller(
+        f"`model.trunk`, or modules taken from it, ran by themselves as far as `{key}`, which is "
+        f"forked, so that what they return is that of expert 0 alone, of {number}. The shared "
+        "result is `model.run_trunk(x)`, the logits of all experts are `model(x)`, and those of "
+        "one `model.experts[k](x)`."
+    )
+
+
 def comes_by_itself(part: str, key: str, name: str, quiet: bool) -> OneOfSeveral:
     """The answer to a loop over all modules, which meets the real module as well.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 from typing_extensions import Self
@@ -27,6 +28,7 @@ from ride_plugin._split._replay._several import (
     comes_by_itself,
     is_of_one_expert,
     one_of_several,
+    warn_of_first_expert,
 )
 from ride_plugin._split._replay._tape import Running
 from ride_plugin._tree import OF_MODULES
@@ -317,8 +319,17 @@ class Forked(StandIn):
     ride_part_of_real = "model.experts[0]"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.ride_several > 1 and not self.ride_in_pass:
+            self.ride_tell_of_first()
         self.ride_begin()
         return self.ride_real(*args, **kwargs)
+
+    def ride_tell_of_first(self) -> None:
+        """Warn, once, somebody who runs the trunk by itself."""
+        running = self.ride_running
+        if not torch.compiler.is_compiling() and not running.told_of_first:
+            running.told_of_first = True
+            warn_of_first_expert(self.ride_several, self.ride_key)
 
     def ride_begin(self) -> None:
         """End the recording, if there is one."""

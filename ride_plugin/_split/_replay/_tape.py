@@ -61,6 +61,7 @@ class Running(threading.local):
         self.aside = False  # whether somebody's hook on a stand-in runs
         self.features: Tensor | None = None  # what the last classifier that ran received
         self.returned: Tensor | None = None  # and what it returned
+        self.told_of_first = False  # somebody who runs the trunk by itself, of expert 0
 
     def forget(self) -> None:
         """Keep nothing of a classifier that ran."""
