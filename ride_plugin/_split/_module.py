@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from ride_plugin._checks import check_instance, check_integer, refuse
+from ride_plugin._checks import check_instance, check_integer, may_read, refuse
 from ride_plugin._compiler import check_compiles
 from ride_plugin._contexts import RandomState, evaluating
 from ride_plugin._errors import (
@@ -331,7 +331,8 @@ class SplitModule(Holder):
         """Load what :meth:`trainable_state_dict` returned; everything else stays as it is.
 
         Raises:
-            CheckpointError: names or shapes are not those of what trains here; nothing was loaded.
+            CheckpointError: names or shapes are not those of what trains here, or this model's
+                dtypes cannot hold the numbers; nothing was loaded.
             ArgumentError: it is no state dict.
         """
         if not isinstance(state, Mapping):
@@ -349,6 +350,12 @@ class SplitModule(Holder):
                 raise CheckpointError(
                     f"Expected `state[{name!r}]` to be a tensor {list(value.shape)}, as in this "
                     f"model, but got {list(getattr(state[name], 'shape', ())) or state[name]!r}."
+                )
+            if not _can_hold(value, state[name]):
+                raise CheckpointError(
+                    f"Expected `state[{name!r}]` to hold numbers that {value.dtype} can hold, as "
+                    f"this model does, but got {state[name].dtype}, of other or larger numbers. "
+                    "Cast the model as it was when the state was saved."
                 )
         self.load_state_dict(dict(state), strict=False)
 
@@ -634,6 +641,15 @@ class SplitModule(Holder):
         super().train(mode)
         self.eval_frozen_layers()
         return self
+
+
+def _can_hold(own: Tensor, given: Tensor) -> bool:
+    """Whether a cast changes a value by rounding only; away from the CPU by its kind alone."""
+    if own.dtype == given.dtype:
+        return True
+    if own.is_floating_point() != given.is_floating_point():
+        return False
+    return not may_read(given) or bool((given.to(own.dtype).isfinite() == given.isfinite()).all())
 
 
 def _following(example: Tensor, moved: Tensor) -> Tensor:

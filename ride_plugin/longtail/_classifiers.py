@@ -231,4 +231,4 @@ def freeze_representation(model: nn.Module, classifier: str | None = None) -> li
 
 def _trains_alone(parametrizations: parametrize.ParametrizationList) -> bool:
     """Whether one of them, learnable weight scaling say, leaves the weight below it frozen."""
-    return any(getattr(one, "trains_alone", False) for one in parametrizations)
+    return any(getattr(one, "_trains_alone", False) for one in parametrizations)

@@ -112,6 +112,8 @@ class ClassBalancedSampler(DistributedSampler[int]):
         (50, 100)
     """
 
+    _placed: tuple[int, int, int] | None = None  # what `_place` has found last
+
     def __init__(
         self,
         labels: Numbers,
@@ -136,7 +138,7 @@ class ClassBalancedSampler(DistributedSampler[int]):
             ArgumentError: labels are not integers ``[N]`` or can only be class counts, or a number
                 is out of range.
         """
-        self.labels = as_labels(labels).numpy()
+        self._labels = as_labels(labels).numpy()
         _refuse_counts(self.labels)
         self._by_class = _indices_by_class(self.labels)
         if num_samples is None:
@@ -147,10 +149,26 @@ class ClassBalancedSampler(DistributedSampler[int]):
         self._epoch_is_set = False
         self._compared = False
         super().__init__(self.labels, replicas, rank, seed=seed)  # type: ignore[arg-type]
-        self._place()  # DistributedSampler has counted one index for each image
+        self._placed = None  # DistributedSampler has counted one index for each image
+        self._place()
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The class of every image, which was sorted by class when the sampler was made."""
+        return self._labels
 
     def _place(self) -> tuple[int, int]:
         """Number of ranks, this rank, and with them the length of an epoch, as of now."""
+        if self._placed is not None:
+            found = self.num_replicas, self.rank, self.num_samples
+            if found != self._placed:
+                raise ArgumentError(
+                    "Expected `num_replicas`, `rank` and `num_samples` of a ClassBalancedSampler "
+                    f"to stay {self._placed}, but got {found}: setting them later changes nothing, "
+                    "since they are computed anew at each use. Make another sampler with these "
+                    "arguments."
+                )
+        self._placed = None
         num_samples, num_replicas, rank = self._asked
         if num_replicas is None:
             num_replicas = distributed.get_world_size() if running() else 1
@@ -160,6 +178,7 @@ class ClassBalancedSampler(DistributedSampler[int]):
         self.rank = check_integer(rank, "rank", 0, self.num_replicas - 1)
         self.num_samples = -(-num_samples // self.num_replicas)
         self.total_size = self.num_samples * self.num_replicas
+        self._placed = self.num_replicas, self.rank, self.num_samples
         return self.num_replicas, self.rank
 
     def set_epoch(self, epoch: int) -> None:

@@ -32,7 +32,7 @@ class LearnableWeightScaling(nn.Module):
         torch.Size([3, 2])
     """
 
-    trains_alone = True  # see freeze_representation: the weight below stays frozen
+    _trains_alone = True  # see freeze_representation: the weight below stays frozen
 
     def __init__(self, num_classes: int) -> None:
         """Start all factors at 1.

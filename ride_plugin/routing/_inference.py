@@ -86,6 +86,21 @@ class RoutingInference(nn.Module):
             self.register_buffer("threshold_logits", start)
         self.set_threshold(threshold)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; another model or router has to fit, as at construction."""
+        if name in ("model", "router") and "threshold_logits" in vars(self).get("_buffers", ()):
+            value = uncompiled(value)
+            model, router = (value, self.router) if name == "model" else (self.model, value)
+            _check_fit(model, router)
+            experts = self.threshold_logits.numel() + 1
+            if model.num_experts != experts:
+                raise ArgumentError(
+                    f"Expected `{name}` to serve {experts} experts, for which the thresholds are, "
+                    f"but got a model of {model.num_experts}. Make another one: "
+                    "`RoutingInference(model, router)`."
+                )
+        super().__setattr__(name, value)
+
     @property
     def stages(self) -> RoutedStages:
         """Trunk, experts and gates one by one, as the walk through them needs them."""

@@ -267,3 +267,14 @@ def test_labels_of_the_data_are_silent_however_they_are_loaded() -> None:
     assert len(list(DataLoader(Images(65), sampler=sampler, batch_size=None))) == 65
     outer = DataLoader([ClassBalancedSampler(LABELS)], collate_fn=lambda samplers: samplers[0])
     assert len(list(next(iter(outer)))) == 65  # a loader of others, of another length
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_samples", 5), ("num_replicas", 2), ("rank", 1)])
+def test_what_would_change_nothing_when_it_is_set_later_is_refused(name: str, value: int) -> None:
+    sampler = ClassBalancedSampler(LABELS)
+    list(sampler)
+    setattr(sampler, name, value)
+    with pytest.raises(RIDEError, match=r"to stay \(1, 0, .*\), but got .* changes nothing"):
+        list(sampler)
+    with pytest.raises(AttributeError, match="labels"):
+        sampler.labels = LABELS.numpy()

@@ -576,3 +576,21 @@ def test_thresholds_are_handed_on_within_one_model_without_a_word():
     assert torch.equal(second.threshold_logits, first.threshold_logits)
     with pytest.warns(UserWarning, match="changes nothing"):
         second.load_state_dict(second.state_dict())
+
+
+def test_another_model_or_router_has_to_fit_as_at_construction():
+    serve, x = serving(threshold=0.0)
+    before = serve(x)
+    wrong = ExpertRouter(serve.model.feature_dim, 5, num_classes=5)
+    with pytest.raises(ArgumentError, match="`router` to fit the model's num_experts 3, but got 5"):
+        serve.router = wrong
+    with pytest.raises(ArgumentError, match="argument `model` to be a RIDEWrapper, or"):
+        serve.model = nn.Linear(2, 2)
+    serve.router = ConfidenceRouter()
+    backbone = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    with pytest.raises(ArgumentError, match=r"`model` to serve 3 experts, for which .* model of 2"):
+        serve.model = RIDEWrapper(backbone, 2, fork_at="2")
+    torch.testing.assert_close(serve(x), before)  # nothing was set
+    serve.model = copy.deepcopy(serve.model)
+    serve.router = FixedGate(1.0)
+    torch.testing.assert_close(copy.deepcopy(serve)(x), before)

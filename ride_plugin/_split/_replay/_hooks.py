@@ -72,10 +72,16 @@ def module_at(parent: nn.Module, name: str) -> nn.Module:
     """The submodule that stands there now.
 
     Raises:
-        ReplayError: it is compiled by itself, so that our hooks cannot tell what runs.
+        ReplayError: it is compiled by itself, so that our hooks cannot tell what runs, or there is
+            none any more.
     """
-    module = parent._modules[name]
-    assert module is not None
+    module = parent._modules.get(name)
+    if module is None:
+        raise ReplayError(
+            f"Submodule `{name}` of a {type(parent).__name__} was removed, or set to None, since "
+            "the backbone was wrapped, but the fork depends on it. Put another module in its "
+            "place: nn.Identity() returns what it gets."
+        )
     if vars(module).get(COMPILED_CALL) is not None:
         raise ReplayError(
             f"Expected the wrapped model to be compiled as a whole, but its submodule `{name}` "

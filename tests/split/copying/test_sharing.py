@@ -360,3 +360,24 @@ def test_tensors_that_are_swapped_for_a_call_are_read() -> None:
         for name in swapped:
             model.get_parameter(name).add_(1)
     torch.testing.assert_close(called, model(x))
+
+
+@pytest.mark.parametrize("wrong", ["integers", "large"])
+def test_a_trainable_state_that_the_model_s_dtype_cannot_hold_is_refused(wrong: str) -> None:
+    model = RIDEWrapper(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), 2, fork_at="2")
+    state = {name: value.clone() for name, value in model.trainable_state_dict().items()}
+    model.half()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_trainable_state_dict(state)  # rounds, as any load does
+    name = "experts.1.2.weight"
+    if wrong == "large":
+        state[name][0, 0] = 1e5
+    else:
+        state[name] = (100 * state[name]).to(torch.int8)
+    message = rf"`state\['{name}'\]` to hold numbers that torch.float16 can hold"
+    with pytest.raises(CheckpointError, match=message):
+        model.load_trainable_state_dict(state)
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    model.bfloat16()
+    if wrong == "large":
+        model.load_trainable_state_dict(state)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import RIDEWrapper, expert_logits
+from ride_plugin import ReplayError, RIDEWrapper, expert_logits
 from tests.naive import train_both
 
 
@@ -63,3 +64,29 @@ def test_nothing_of_a_hook_stays_on_a_plain_module() -> None:
     model = RIDEWrapper(ByKeyword(), 2, fork_at="late")
     for part in model.to_module(1).modules():
         assert not any(value for name, value in vars(part).items() if "hooks" in name)
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.third, self.fc = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.third(self.second(self.first(x)).relu()).relu())
+
+
+@pytest.mark.parametrize("path", ["trunk.second", "experts.1.third", "experts.0.fc"])
+def test_a_submodule_that_was_removed_is_named(path: str) -> None:
+    model, x = RIDEWrapper(Named(), 2, fork_at="third"), torch.randn(2, 4)
+    parent, _, name = path.rpartition(".")
+    message = f"Submodule `{name}` of a Named was removed, or set to None"
+    holder = model.get_submodule(parent)
+    setattr(holder, name, None)
+    with pytest.raises(ReplayError, match=message):
+        model(x)
+    setattr(holder, name, nn.Linear(6, 3 if name == "fc" else 6))
+    assert model(x).shape == (2, 3)
+    delattr(holder, name)
+    with pytest.raises(ReplayError, match=message):
+        model(x)
