@@ -272,23 +272,9 @@ def kl_from_reference(
         classes,
         advice="Both must come from the same batch and know the same classes.",
     )
-    inverse = inverse_of(check_temperature(temperature, classes), logits)
     reference = reference_logits.detach().to(logits.dtype)
     _check_masks(logits, "the reference masks", lambda _: reference < _MASKED)
-
-    def of_samples(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        p, q, h = compare(logits, reference, inverse)
-        # Beyond h = 40 the bracket is one; unclamped, the h of a masked class would cancel it.
-        h = torch.clamp(h, max=40.0, out=memory_of(h))
-        tanh = h.tanh()
-        # Exact where h is small, so h = tanh - rest keeps it all.
-        rest = torch.sub(tanh, h, out=memory_of(h))
-        bracket = torch.addcmul(rest, rest, tanh, value=-1, out=memory_of(rest))
-        bracket = torch.addcmul(bracket, tanh, tanh, out=memory_of(bracket))
-        value = bracket.mul_(torch.add(p, q, out=memory_of(tanh))).sum(dim=(1, 2))
-        return value, p.sub_(q).mul_(inverse)
-
-    return with_gradient(of_samples, logits, reference[:, None])
+    return _from_reference(logits, reference, temperature)
 
 
 def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
@@ -313,7 +299,7 @@ def kl_from_mean(expert_logits: Tensor, temperature: Tensor | float = 1.0) -> Te
         tensor([0.8676])
     """
     logits = float32_or_better(_of_experts(expert_logits, "expert_logits"))
-    divergence = kl_from_reference(logits, mean_logits(logits), temperature)
+    divergence = _from_reference(logits, mean_logits(logits), temperature)
     if not isinstance(temperature, Tensor):
         return float(temperature) ** 2 * divergence
     return float32_or_better(temperature.detach()).mean() ** 2 * divergence
@@ -442,6 +428,25 @@ def routing_loss(
     return loss.mean()
 
 
+def _from_reference(logits: Tensor, reference: Tensor, temperature: Tensor | float) -> Tensor:
+    """What `kl_from_reference` returns, of logits of one dtype; the mean masks what experts do."""
+    inverse = inverse_of(check_temperature(temperature, logits.shape[2]), logits)
+
+    def of_samples(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        p, q, h = compare(logits, reference, inverse)
+        # Beyond h = 40 the bracket is one; unclamped, the h of a masked class would cancel it.
+        h = torch.clamp(h, max=40.0, out=memory_of(h))
+        tanh = h.tanh()
+        # Exact where h is small, so h = tanh - rest keeps it all.
+        rest = torch.sub(tanh, h, out=memory_of(h))
+        bracket = torch.addcmul(rest, rest, tanh, value=-1, out=memory_of(rest))
+        bracket = torch.addcmul(bracket, tanh, tanh, out=memory_of(bracket))
+        value = bracket.mul_(torch.add(p, q, out=memory_of(tanh))).sum(dim=(1, 2))
+        return value, p.sub_(q).mul_(inverse)
+
+    return with_gradient(of_samples, logits, reference[:, None])
+
+
 def _of_experts(value: Tensor, name: str) -> Tensor:
     """Return floating-point ``[B, E, C]``; the mean of no experts would be NaN."""
     experts = check_floating(value, name, "B", "E", "C")
@@ -453,7 +458,7 @@ def _of_experts(value: Tensor, name: str) -> Tensor:
 def _check_masks(logits: Tensor, who: str, allowed: Callable[[Tensor], Tensor]) -> None:
     """Raise if an expert masks a class ``[B, C]`` that is not allowed, on the CPU only."""
     logits = logits.detach()
-    if not logits.numel() or not may_read(logits) or not bool(logits.amin() < _MASKED):
+    if not logits.numel() or not may_read(logits) or float(logits.amin()) >= _MASKED:
         return
     masked = logits < _MASKED
     wrong = (masked.any(dim=1) & ~allowed(masked)).nonzero()

@@ -108,15 +108,15 @@ def test_the_loss_takes_few_operations_however_many_experts(form, detach_others)
     terms = {term.total for term, _ in pairs}
     wholes = {whole.total for _, whole in pairs}
     assert len(terms) == len(wholes) == 1
-    more = 0 if detach_others else 2  # an ablation that nobody trains with
+    more = 0 if detach_others else 3  # an ablation that nobody trains with
     assert max(terms) <= 46 + more
     assert max(wholes) <= 56 + more  # cross entropy in one call, and two additions
-    # On the CPU the bounds of the temperatures are looked at; on an accelerator they are not.
-    bounds = {"_local_scalar_dense": 2 if form == "official" else 4}
-    assert all(counter.reads == bounds for pair in pairs for counter in pair)
-    assert all(
-        counter.counts["aminmax"] == bounds["_local_scalar_dense"] / 2 for counter, _ in pairs
-    )
+    # On the CPU the bounds of the temperatures are looked at, and in the paper's form the least
+    # logit, since a class that only some experts mask makes it infinite; on an accelerator nothing.
+    looks = 1 if form == "official" else 2
+    reads = {"_local_scalar_dense": 2 * looks + (form == "paper")}
+    assert all(counter.reads == reads for pair in pairs for counter in pair)
+    assert all(counter.counts["aminmax"] == looks for counter, _ in pairs)
 
 
 class Narrow(CifarResNet):

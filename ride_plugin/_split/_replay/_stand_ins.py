@@ -30,7 +30,7 @@ from ride_plugin._split._replay._several import (
     one_of_several,
     warn_of_first_expert,
 )
-from ride_plugin._split._replay._tape import Running
+from ride_plugin._split._replay._tape import Player, Recorder, Running
 from ride_plugin._tree import OF_MODULES
 
 _OF_ANY = OF_MODULES.union(dir(nn.Module))
@@ -325,9 +325,11 @@ class Forked(StandIn):
         return self.ride_real(*args, **kwargs)
 
     def ride_tell_of_first(self) -> None:
-        """Warn, once, somebody who runs the trunk by itself."""
+        """Warn, once, somebody who runs the trunk by itself; not a pass of another model."""
         running = self.ride_running
-        if not torch.compiler.is_compiling() and not running.told_of_first:
+        if torch.compiler.is_compiling() or running.told_of_first:
+            return
+        if not isinstance(_get_current_function_mode(), Recorder | Player):
             running.told_of_first = True
             warn_of_first_expert(self.ride_several, self.ride_key)
 
