@@ -119,6 +119,7 @@ class Ledger:
         value = resized(old, sizes)
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)
+            vars(value).update(vars(old))  # marks for optimizers
         owners = self.owners.pop(id(old), [(module, name)])
         for owner, key in owners:  # tied parameters stay tied
             slot: Any = owner._parameters if key in owner._parameters else owner._buffers
