@@ -20,6 +20,7 @@ import torch
 import torch.utils.checkpoint
 import torch.utils.hooks
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ride_plugin._checks import version_of
@@ -244,6 +245,8 @@ class Player(_GlueMode):
     ) -> Any:
         if func is Tensor.register_hook and not isinstance(args[0], nn.Parameter):
             return NoHandle()  # the trunk has registered it, on the same tensor
+        if _is_of_a_backward_hook(func):  # on all modules that there are, so on a stand-in too
+            return func(*args, **(kwargs or {}))
         if self._numbers and operation_name(func) in _READS:
             self._num_reads += 1
             if self._num_reads - 1 in self._numbers:
@@ -368,8 +371,11 @@ def operation_name(func: Callable[..., Any]) -> str:
 
 def _state_of_generator() -> bytes:
     """The state of torch's common generator; as bytes, since to compare tensors is an operation."""
+    state = torch.get_rng_state()
+    if detect_fake_mode(state) is not None:  # where every tensor is one without values
+        return b""
     try:
-        return torch.get_rng_state().numpy().tobytes()
+        return state.numpy().tobytes()
     except RuntimeError:  # of torch.func, whose tensors have no storage
         return b""
 
