@@ -251,9 +251,10 @@ def _carried(output: Tensor) -> Tensor | None:
             f"carry expert logits [B, E, C], but got bare logits of shape {list(output.shape)}. "
             "They are lost when an engine rebuilds or casts the output (DataParallel; "
             "DistributedDataParallel with static_graph or find_unused_parameters; FSDP, "
-            "accelerate, Fabric and the Hugging Face Trainer in bf16 or fp16), and when the output "
-            "is cast, sliced, detached, cloned or used in arithmetic before the loss: then pass "
-            "the model's output itself, or do to the experts' logits what was done to it: "
+            "accelerate, Fabric and the Hugging Face Trainer in bf16 or fp16; a full backward hook "
+            "on the model), and when the output is cast, sliced, detached, cloned or used in "
+            "arithmetic before the loss: then pass the model's output itself, or do to the "
+            "experts' logits what was done to it: "
             "`criterion(expert_logits(output)[:n], target)` for its first n rows. The output of "
             "RoutingInference never has them."
         )

@@ -54,6 +54,7 @@ from ride_plugin._split._replay import (
     Recorded,
     TrunkState,
     belongs_to,
+    expert_at,
     module_at,
     places_of_forks,
     places_of_units,
@@ -228,7 +229,7 @@ class SplitModule(Holder):
         expert = self.experts[index]
         self._follow_tensors()
         if not torch.compiler.is_compiling():
-            module_at(self.experts, str(index))
+            expert_at(self.experts, index)
             for place in self._forks[index]:
                 place.keep_hook()
         # The expert draws what the trunk drew, and goes on drawing where the last one ended.

@@ -130,6 +130,7 @@ class Ledger:
         value = torch.cat([resized(part, each) for part in old.chunk(parts)])
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)
+            vars(value).update(vars(old))  # marks for optimizers
         owners = self.owners.pop(id(old), [(module, name)])
         for owner, key in owners:  # tied parameters stay tied
             self._undo.append(partial(_put, owner, key, old))

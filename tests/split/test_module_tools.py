@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ride_plugin import ReplayError, RIDEWrapper, expert_logits
 
@@ -107,6 +109,49 @@ def test_a_counter_with_a_buffer_on_every_module_counts_each_layer_once() -> Non
             shared += int(module.total_ops.item())
     assert 0 < shared < whole
     assert count(model) == shared + 3 * (whole - shared)
+
+
+@pytest.mark.parametrize("by", ["named_parameters", "attribute"])
+def test_hooks_that_count_weights_count_each_once(by: str) -> None:
+    layers = [nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 5))]
+    model = RIDEWrapper(nn.Sequential(*layers), 3, fork_at="2", example_input=torch.randn(2, 8))
+    counted: dict[int, int] = {}
+
+    def count_here(module: nn.Module, *_: Any) -> None:
+        own = [p for name, p in module.named_parameters() if "." not in name]
+        if by == "attribute":
+            own = [getattr(module, n) for n in ("weight", "bias") if hasattr(module, n)]
+        counted[id(module)] = sum(p.numel() for p in own)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(count_here)
+    model(torch.randn(4, 8))
+    assert sum(counted.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_torchs_counter_divides_flops_among_trunk_and_experts() -> None:
+    layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)]
+    model = RIDEWrapper(nn.Sequential(*layers), 3, fork_at="2").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(4, 8))
+    of = {name.partition(".")[2]: sum(v.values()) for name, v in counter.flop_counts.items()}
+    assert of["trunk"] == of["trunk.0"] == 2 * 4 * 8 * 16
+    assert [of[f"experts.{k}"] for k in range(3)] == [2 * 4 * 16 * (16 + 5)] * 3
+    assert "trunk.2" not in of
+
+
+@pytest.mark.parametrize("converts", [False, True])
+def test_a_pass_on_fake_tensors_has_the_shapes_of_the_true_one(converts: bool) -> None:
+    model = RIDEWrapper(CifarResNet(), 2)
+    with FakeTensorMode(allow_non_fake_inputs=not converts) as mode:
+        x = mode.from_tensor(X)
+        if converts:
+            named = (*model.named_parameters(), *model.named_buffers())
+            fakes = {name: mode.from_tensor(tensor) for name, tensor in named}
+            result = torch.func.functional_call(model, fakes, (x,))
+        else:
+            result = model(x)
+    assert result.shape == (2, 100)
 
 
 class Unasked(nn.Module):

@@ -252,6 +252,34 @@ def test_full_backward_hooks_act_on_trunk_and_experts(kind: type[Base], on_root:
 
 
 @ignored
+@pytest.mark.parametrize("before", [False, True])
+def test_a_backward_hook_for_all_modules_that_there_are_hears_each_layer_once(before: bool) -> None:
+    model = wrapped(Base())
+    # A hook on the model itself rebuilds its output, so the experts' logits are returned.
+    model.return_experts = "training"
+    register = (
+        torch.nn.modules.module.register_module_full_backward_pre_hook
+        if before
+        else torch.nn.modules.module.register_module_full_backward_hook
+    )
+    x, heard = torch.randn(5, 6), []
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(x).expert_logits.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    handle = register(lambda module, *_: heard.append(module))
+    try:
+        torch.testing.assert_close(gradients(), expected)
+    finally:
+        handle.remove()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert all(sum(m is layer for m in heard) == 1 for layer in layers)
+
+
+@ignored
 def test_a_full_backward_hook_of_the_trunk_runs_once_and_gets_the_sum_of_the_experts() -> None:
     model, seen = wrapped(Base()), []
     model.trunk.a.register_full_backward_hook(lambda m, given, taken: seen.append(taken[0]))

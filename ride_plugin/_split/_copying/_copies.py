@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ride_plugin._tree import OF_MODULES, parameters_of, tensors_in
+from ride_plugin._tree import OF_MODULES, cloned, map_tensors, parameters_of, tensors_in
 
 T = TypeVar("T")
 _ATOMS = frozenset(
@@ -102,7 +103,21 @@ def copy_with_hooks(value: T, modules: Iterable[nn.Module], memo: dict[int, Any]
         for name in _HOOKS:
             if vars(module).get(name) and not vars(copied).get(name):
                 vars(copied)[name] = copy.deepcopy(vars(module)[name], memo)
+    _mark_copies([p for module in modules for p in module._parameters.values()], memo)
     return result
+
+
+def _mark_copies(parameters: Iterable[nn.Parameter | None], memo: dict[int, Any]) -> None:
+    """Put on copies of parameters what models leave there for optimizers: `_no_weight_decay`, say.
+
+    ``deepcopy`` leaves that out, but the copies are what trains.
+    """
+    for parameter in parameters:
+        copied = memo.get(id(parameter))
+        if parameter is None or copied is None or not vars(parameter) or vars(copied):
+            continue
+        for name, mark in vars(parameter).items():
+            setattr(copied, name, map_tensors(lambda t: memo.get(id(t), cloned(t)), mark))
 
 
 def _copy_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
@@ -207,11 +222,21 @@ def same_values(a: Tensor, b: Tensor) -> bool:
         return False
     if a.layout is not torch.strided:  # torch compares no sparse tensors
         a, b = a.to_dense(), b.to_dense()
-    if _same_bits(a, b) or torch.equal(a, b):
+    if _same_bits(a, b) or _equal(a, b):
         return True
     if not (a.is_floating_point() or a.is_complex()):
         return False
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    try:
+        return torch.equal(a, b)
+    except NotImplementedError:  # classes of quantized weights know few operations
+        if type(a) is not type(b) or not is_traceable_wrapper_subclass(a):
+            raise
+        inner, _ = a.__tensor_flatten__()
+        return all(same_values(getattr(a, name), getattr(b, name)) for name in inner)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

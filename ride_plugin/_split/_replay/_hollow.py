@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from ride_plugin._errors import ReplayError
 from ride_plugin._tree import holds_tensors, map_tensors, tensors_in
@@ -56,16 +57,21 @@ class Unread(Tensor):
     forked: Callable[[], bool]
 
     @staticmethod
-    def of(value: Tensor, key: str, forked: Callable[[], bool]) -> Unread:
+    def of(value: Tensor, key: str, forked: Callable[[], bool]) -> Tensor:
         """What step ``key`` of the trunk returned, or an argument of the forward.
 
         ``forked`` tells whether the expert has come to the fork.
         """
-        unread: Unread = torch.Tensor._make_subclass(Unread, value)
+        try:
+            unread: Unread = torch.Tensor._make_subclass(Unread, value)
+        except RuntimeError:  # torch makes no other tensor of a fake one
+            if detect_fake_mode(value) is None:
+                raise
+            return value  # which has no values that somebody could read
         unread.key, unread.forked = key, forked
         return unread
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Unread:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A module may keep it as an attribute, and be copied or saved as a whole."""
         return _unread_again(*self._parts())
 
@@ -100,7 +106,7 @@ class Unread(Tensor):
         )
 
 
-def _unread_again(shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Unread:
+def _unread_again(shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Tensor:
     value = torch.full((), float("nan")).to(dtype).expand(shape)
     return Unread.of(value, key, _has_run)
 

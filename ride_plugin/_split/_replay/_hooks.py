@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from ride_plugin._compiler import is_compiled, uncompiled
 from ride_plugin._errors import ReplayError
 from ride_plugin._split._copying import COMPILED_CALL
 from ride_plugin._split._replay._tape import Running
@@ -83,12 +84,31 @@ def module_at(parent: nn.Module, name: str) -> nn.Module:
             "place: nn.Identity() returns what it gets."
         )
     if vars(module).get(COMPILED_CALL) is not None:
-        raise ReplayError(
-            f"Expected the wrapped model to be compiled as a whole, but its submodule `{name}` "
-            f"({type(module).__name__}) is compiled by itself (`module.compile()`). Leave that "
-            "out, and use `torch.compile(model)` or `model.compile()`."
-        )
+        raise _compiled_apart(name, module, "module.compile()")
     return module
+
+
+def expert_at(experts: nn.ModuleList, index: int) -> nn.Module:
+    """The expert that stands there now.
+
+    Raises:
+        ReplayError: it is compiled by itself; what runs in it, our hooks cannot tell.
+    """
+    expert, name = experts[index], f"experts.{index}"
+    if vars(expert).get(COMPILED_CALL) is not None:
+        raise _compiled_apart(name, expert, "module.compile()")
+    if is_compiled(expert):
+        raise _compiled_apart(name, uncompiled(expert), "torch.compile(module)")
+    return expert
+
+
+def _compiled_apart(name: str, module: nn.Module, how: str) -> ReplayError:
+    """The error for a submodule that was compiled by itself."""
+    return ReplayError(
+        f"Expected the wrapped model to be compiled as a whole, but its submodule `{name}` "
+        f"({type(module).__name__}) is compiled by itself (`{how}`). Leave that out, and use "
+        "`torch.compile(model)` or `model.compile()`."
+    )
 
 
 def places_of_units(trunk: nn.Module) -> list[UnitPlace]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,23 +77,23 @@ class _Aside:
     trunk.
     """
 
-    def __init__(self, running: Running, hook: Callable[..., Any]) -> None:
+    def __init__(self, running: Running, hook: Callable[..., Any], of_forward: bool) -> None:
         self.running = running
         self.hook = hook
+        self.of_forward = of_forward  # whether the backbone's own forward has registered it
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         mode = self.running.player or self.running.recorder
-        if mode is None or _get_current_function_mode() is not mode:
-            return self.hook(*args, **kwargs)
-        mode.leave()
-        self.running.aside = True
-        try:
-            return self.hook(*args, **kwargs)
-        except ReplayError:  # it read what was dropped
-            return None
-        finally:
-            self.running.aside = False
-            mode.enter()
+        with nullcontext() if self.of_forward else stand_in.ride_looked_at():
+            if mode is None or _get_current_function_mode() is not mode:
+                return self.hook(stand_in, *args, **kwargs)
+            mode.leave()
+            try:
+                return self.hook(stand_in, *args, **kwargs)
+            except ReplayError:  # it read what was dropped
+                return None
+            finally:
+                mode.enter()
 
 
 class StandIn(nn.Module):
@@ -132,14 +132,33 @@ class StandIn(nn.Module):
     def ride_in_pass(self) -> bool:
         """Whether a forward is being recorded or replayed, which means the other module by this."""
         running = self.__dict__.get("ride_running")
-        return running is not None and (running.recorder or running.player) is not None
+        if running is None or self.__dict__.get("ride_aside"):
+            return False
+        return (running.recorder or running.player) is not None
+
+    @contextmanager
+    def ride_looked_at(self) -> Iterator[None]:
+        """While a tool's hook looks at this one in a pass, which it does at the real one as well.
+
+        Then weights, say, belong to the real module, as for a loop over all modules.
+        """
+        if torch.compiler.is_compiling():
+            yield
+            return
+        self.__dict__["ride_aside"] = self.__dict__.get("ride_aside", 0) + 1
+        self.__dict__["ride_met"] = self.__dict__.get("ride_met", 0) + 1
+        try:
+            yield
+        finally:
+            self.__dict__["ride_aside"] -= 1
+            self.__dict__["ride_met"] -= 1
 
     def ride_class(self) -> type[nn.Module]:
         """What `isinstance` finds: in a forward the class of the module that this one stands for.
 
         This library, torch and hooks mean this one; a compiler does not ask here.
         """
-        if not self.ride_in_pass or self.ride_running.aside or is_of_package_or_torch(1):
+        if not self.ride_in_pass or is_of_package_or_torch(1):
             return type(self)
         return _class_of(self, self.ride_real, self.ride_key)
 
@@ -212,12 +231,14 @@ class StandIn(nn.Module):
     def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
         """As for any module, but for what the hook computes, which is none of the forward's."""
         self.ride_keep(HOOKING, hook)
-        return super().register_forward_pre_hook(_Aside(self.ride_running, hook), **kwargs)
+        aside = _Aside(self.ride_running, hook, of_forward=self.ride_in_pass)
+        return super().register_forward_pre_hook(aside, **kwargs)
 
     def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
         """As for any module, but for what the hook computes, which is none of the forward's."""
         self.ride_keep(HOOKING, hook)
-        return super().register_forward_hook(_Aside(self.ride_running, hook), **kwargs)
+        aside = _Aside(self.ride_running, hook, of_forward=self.ride_in_pass)
+        return super().register_forward_hook(aside, **kwargs)
 
     def register_full_backward_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
         """As for any module."""

@@ -20,6 +20,7 @@ import torch
 import torch.utils.checkpoint
 import torch.utils.hooks
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ride_plugin._checks import version_of
@@ -58,7 +59,6 @@ class Running(threading.local):
     def __init__(self) -> None:  # in each thread; a compiled forward must find the names there
         self.recorder: Recorder | None = None
         self.player: Player | None = None
-        self.aside = False  # whether somebody's hook on a stand-in runs
         self.features: Tensor | None = None  # what the last classifier that ran received
         self.returned: Tensor | None = None  # and what it returned
         self.told_of_first = False  # somebody who runs the trunk by itself, of expert 0
@@ -246,6 +246,8 @@ class Player(_GlueMode):
     ) -> Any:
         if func is Tensor.register_hook and not isinstance(args[0], nn.Parameter):
             return NoHandle()  # the trunk has registered it, on the same tensor
+        if _is_of_a_backward_hook(func):  # on all modules that there are, so on a stand-in too
+            return func(*args, **(kwargs or {}))
         if self._numbers and operation_name(func) in _READS:
             self._num_reads += 1
             if self._num_reads - 1 in self._numbers:
@@ -370,8 +372,11 @@ def operation_name(func: Callable[..., Any]) -> str:
 
 def _state_of_generator() -> bytes:
     """The state of torch's common generator; as bytes, since to compare tensors is an operation."""
+    state = torch.get_rng_state()
+    if detect_fake_mode(state) is not None:  # where every tensor is one without values
+        return b""
     try:
-        return torch.get_rng_state().numpy().tobytes()
+        return state.numpy().tobytes()
     except RuntimeError:  # of torch.func, whose tensors have no storage
         return b""
 

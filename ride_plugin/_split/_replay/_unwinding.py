@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.module_tracker import ModuleTracker
 
 from ride_plugin._errors import warn_caller
 
@@ -16,7 +17,8 @@ class Unwinding(BaseException):
 
     It is no ``Exception``, because a forward may catch every one, to go another way where a module
     fails. That has a price: torch calls hooks with ``always_call=True`` for an ``Exception`` only,
-    and tools that follow which module runs rely on them.
+    and tools that follow which module runs rely on them. Torch's own one, which divides FLOPs among
+    modules, does not ask to be called always, and would take the trunk for running on.
     """
 
     def call_hooks(self) -> None:
@@ -30,6 +32,7 @@ class Unwinding(BaseException):
                 (key, hook, with_kwargs_of_all)
                 for key, hook in nn.modules.module._global_forward_hooks.items()
                 if key in nn.modules.module._global_forward_hooks_always_called
+                or isinstance(getattr(hook, "__self__", None), ModuleTracker)
             ] + [
                 (key, hook, module._forward_hooks_with_kwargs)
                 for key, hook in module._forward_hooks.items()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ride_plugin import ReplayError, RIDEWrapper, SplitError
+from ride_plugin import ReplayError, RIDEWrapper, SplitError, expert_logits
 from ride_plugin._split._copying._copies import running_copy, same_values
 from tests.naive import train_both
 
@@ -131,6 +131,80 @@ def test_a_module_on_its_own_is_compared_with_the_same_chances(seed: int) -> Non
     expected = model.run_expert(1, model.run_trunk(x))[0]
     random.setstate(before)
     torch.testing.assert_close(alone(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"init": "copy"}, {"init": "fresh"}, {"expert_width": 0.5}])
+def test_marks_on_parameters_are_on_those_of_trunk_and_experts(options: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    group = {"lr": 1e-4}
+    for parameter in net.parameters():
+        parameter._optim = group
+        parameter._no_weight_decay = parameter.dim() == 1
+        parameter.mask = torch.ones(parameter.shape)
+        parameter.partner = net[0].weight
+    model = RIDEWrapper(net, 2, fork_at="2", example_input=torch.randn(2, 6), **options)
+    for made in (model, model.to_module(1), copy.deepcopy(model)):
+        parameters: list[Any] = list(made.parameters())
+        assert all(p._optim == group for p in parameters)
+        assert [p._no_weight_decay for p in parameters] == [p.dim() == 1 for p in parameters]
+        assert not {id(p.mask) for p in parameters} & {id(p.mask) for p in net.parameters()}
+        assert all(p.partner is parameters[0] for p in parameters)
+
+
+class Eighths(Tensor):
+    """A weight in eight bits, as libraries of quantization have: it knows few operations."""
+
+    codes: Tensor
+    KNOWN = (torch.ops.aten.detach, torch.ops.aten.clone, torch.ops.aten._to_copy)
+
+    @staticmethod
+    def __new__(cls, codes: Tensor) -> Eighths:
+        made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+        made.codes = codes
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Eighths:
+        return Eighths(inner["codes"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in cls.KNOWN:
+            return Eighths(args[0].codes.clone())
+        raise NotImplementedError(f"Eighths does not know {func}.")
+
+
+class Dequantizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        weight = Eighths(torch.randint(-8, 8, (8, 8), dtype=torch.int8))
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.adapter = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.weight
+        return x @ (weight.codes / 8) + self.adapter(x)
+
+
+@pytest.mark.parametrize("fork_at", ["2", "4"])
+def test_frozen_weights_of_a_class_that_knows_few_operations(fork_at: str) -> None:
+    net = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), Dequantizes(), nn.ReLU(), Dequantizes(), nn.Linear(8, 4)
+    )
+    model = wrapped(net, fork_at)
+    assert type(model.to_module(1)[4].weight) is type(net[4].weight)
+    weights = {id(e.get_submodule("4").weight) for e in model.experts}
+    assert len(weights) == 1
+    model.train()
+    copies = [model.to_module(k) for k in range(3)]
+    x = torch.randn(5, 6)
+    each = expert_logits(model(x))
+    each.sum().backward()
+    for k, alone in enumerate(copies):
+        torch.testing.assert_close(each[:, k], alone(x), rtol=0, atol=0)
 
 
 def test_large_weights_are_compared_to_the_bit_and_zeros_and_nans_as_equal() -> None:

@@ -683,6 +683,17 @@ def test_a_part_that_is_compiled_by_itself_after_wrapping_is_refused(name: str) 
         model(torch.randn(4, 8))
 
 
+@pytest.mark.compiles
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_expert_in_whose_place_its_compiled_form_stands_is_refused(index: int) -> None:
+    model = RIDEWrapper(linear_net(), 2, fork_at="2").eval()
+    model.experts[index] = torch.compile(model.experts[index], backend="eager")
+    with pytest.raises(
+        ReplayError, match=rf"`experts.{index}` \(Sequential\) is compiled by itself"
+    ):
+        model(torch.randn(4, 8))
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_wrapping_what_was_made_parallel_names_the_right_order(inside: bool) -> None:
     net: nn.Module = nn.DataParallel(linear_net())
