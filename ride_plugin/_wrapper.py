@@ -560,7 +560,8 @@ class RIDEWrapper(SplitModule):
             return super().__getattr__(name)
         except AttributeError:
             names = vars(self).get("_of_backbone")
-            if name.startswith("__") or names is None:
+            # What rebuilds a model module by module asks one that has no parts yet.
+            if name.startswith("__") or names is None or "trunk" not in self._modules:
                 raise
             return from_backbone(self, names, name)
 

@@ -336,6 +336,18 @@ def test_a_compiled_model_still_finds_its_own() -> None:
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
 
 
+def test_a_model_may_be_rebuilt_module_by_module() -> None:
+    model = wrapped().eval()
+    again = RIDEWrapper.__new__(RIDEWrapper)
+    again.__dict__.update(model.__dict__)
+    again._modules = {}
+    assert not hasattr(again, "trunk")
+    for name, part in model.named_children():
+        again.add_module(name, part)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(again(x), model(x))
+
+
 @pytest.mark.parametrize("name", ["head", "stem", "blocks"])
 def test_a_module_that_would_not_run_is_refused(name: str) -> None:
     model = RIDEWrapper(Backbone(), 2, fork_at="blocks.1")
