@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from ride_plugin._checks import check_function, check_instance
 from ride_plugin._contexts import random_state_kept
 from ride_plugin._errors import SplitError
 from ride_plugin._split._attempt import learned
-from ride_plugin._split._copying import as_they_are, clone_module, detached_activations, settings_at
+from ride_plugin._split._copying import as_they_are, clone_module, settings_at
 from ride_plugin._split._cut import Parts, Split, Views
 from ride_plugin._split._examine import examine
 from ride_plugin._split._replay import Forked, ForkHook, Recorded, Running, UnitHooks
@@ -87,7 +86,7 @@ def _trunk_view(trunk: nn.Module, running: Running) -> tuple[Joined, Forked]:
 
 
 def _expert_view(head: nn.Module, trunk: Joined, running: Running, tied: dict[int, Any]) -> Joined:
-    own = copy.deepcopy(head, {**detached_activations(head), **tied})
+    own = clone_module(head, dict(tied))
     own.register_forward_pre_hook(ForkHook(running), prepend=True)
     recorded = Recorded(running, "body")
     recorded.ride_stand_for(trunk)

@@ -151,6 +151,21 @@ def test_marks_on_parameters_are_on_those_of_trunk_and_experts(options: dict[str
         assert all(p.partner is parameters[0] for p in parameters)
 
 
+def test_marks_on_parameters_of_experts_that_were_made_by_hand() -> None:
+    def made(layer: nn.Module) -> nn.Module:
+        for parameter in layer.parameters():
+            parameter.lr_scale = 0.1
+        return layer
+
+    def expert(index: int) -> nn.Module:
+        return made(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)))
+
+    trunk = made(nn.Sequential(nn.Linear(6, 8), nn.ReLU()))
+    model = RIDEWrapper.from_parts(trunk, expert, 2, example_input=torch.randn(2, 6))
+    parameters: list[Any] = list(model.parameters())
+    assert [p.lr_scale for p in parameters] == [0.1] * 10
+
+
 class Eighths(Tensor):
     """A weight in eight bits, as libraries of quantization have: it knows few operations."""
 
