@@ -262,8 +262,10 @@ def naive(backbone: nn.Module, model: RIDEWrapper, index: int) -> nn.Module:
         prefix = f"{name}." if name else ""
         whole = isinstance(module, nn.MultiheadAttention) or not any(module.children())
         if whole and type(module).__module__.startswith("torch.nn"):
-            ours = any(key.startswith(prefix) for key in theirs)
-            layer = copy.deepcopy((expert if ours else trunk).get_submodule(name))
+            layer = expert.get_submodule(name)
+            if type(layer).__module__.startswith("ride_plugin._split"):  # stands for the trunk's
+                layer = trunk.get_submodule(name)
+            layer = copy.deepcopy(layer)
             for part in layer.modules():
                 part._forward_hooks.clear()
                 part._forward_pre_hooks.clear()

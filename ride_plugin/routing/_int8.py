@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,9 +27,11 @@ def quantize_stages(
 ) -> dict[str, nn.Module]:
     r"""Let the convolutions of fused stages multiply integers of eight bits.
 
-    Weights are rounded to 255 steps for each output channel, and what enters a convolution to 256
-    steps between the smallest and the largest value that the example batches bring there:
-    $q = \mathrm{round}(x / s) + z$. Sums, additions, classifiers and gates stay in float32. The
+    Weights are rounded to 255 steps for each output channel (129 on a processor that adds two
+    products in sixteen bits, as those without VNNI do, where more would not fit), and what enters a
+    convolution to 256 steps between the smallest and the largest value that the example batches
+    bring there: $q = \mathrm{round}(x / s) + z$. Stages that are loaded from a file are rounded
+    for the processor that loads them. Sums, additions, classifiers and gates stay in float32. The
     results differ from those of the float stages by more than rounding, so measure the accuracy,
     and calibrate thresholds with care. Grouped convolutions stay as they are, and so do those of
     a single small image, which would not gain.
@@ -102,14 +105,46 @@ class Int8Conv2d(FusedConv2d):
         if self._packed is None:
             return
         largest = self.weight.abs().amax(dim=(1, 2, 3)).clamp_min(1e-12)
-        scales = largest / 127
+        scales = largest / largest_step()
         rounded = (self.weight / scales[:, None, None, None]).round().to(torch.int8)
         where = (self.stride, self.padding, self.dilation, self.groups)
-        packed = torch.ops.onednn.qconv_prepack(
-            rounded, scales, self.scale, self.zero_point, *where, self.input_size
+        self._packed = _packed(
+            rounded, scales, self.scale, self.zero_point, self.bias, where, self.input_size
         )
-        zeros = torch.zeros_like(scales, dtype=torch.int64)
-        self._packed = (self.scale, self.zero_point, packed, scales, zeros, self.bias, *where)
+
+
+@functools.cache
+def largest_step() -> int:
+    """The largest whole number that a weight may be on this processor.
+
+    Without VNNI oneDNN adds two products of an input up to 255 and a weight in sixteen bits, and
+    cuts off what does not fit: two weights of 127 would count as 64 each. It is tried, since which
+    processors do so is not to be asked in all releases of torch.
+    """
+    weight, scales = torch.full((16, 16, 1, 1), 127, dtype=torch.int8), torch.ones(16)
+    size, where = [1, 16, 4, 4], ([1, 1], [0, 0], [1, 1], 1)
+    packed = _packed(weight, scales, 1.0, 0, None, where, size)
+    steps = torch.full(size, 255, dtype=torch.uint8)
+    steps = steps.contiguous(memory_format=torch.channels_last)
+    sums = _CONVOLUTION(steps, *packed, 1.0, 0, torch.float32, "none", [], "")
+    return 127 if bool((sums == 16 * 255 * 127).all()) else 64  # 2 * 255 * 64 fits
+
+
+def _packed(
+    rounded: Tensor,
+    scales: Tensor,
+    scale: float,
+    zero_point: int,
+    bias: Tensor | None,
+    where: tuple[list[int], list[int], list[int], int],
+    input_size: list[int],
+) -> tuple[Any, ...]:
+    """What the convolution takes after its input, with the weight laid out as it wants it."""
+    laid_out = torch.ops.onednn.qconv_prepack(
+        rounded, scales, scale, zero_point, *where, input_size
+    )
+    zeros = torch.zeros_like(scales, dtype=torch.int64)
+    return (scale, zero_point, laid_out, scales, zeros, bias, *where)
 
 
 @torch.no_grad()

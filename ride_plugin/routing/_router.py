@@ -39,6 +39,7 @@ class SizedModel(Protocol):
 Reading = Literal["predictions", "paper"]
 _HIDDEN_DIM: dict[Reading, int] = {"predictions": 32, "paper": 16}
 _CLASS_DIM = 8
+_LARGEST = 1e18  # of a statistic: float32 holds its square, and so the variance
 _ADVICE = "Build the router with `ExpertRouter.for_model(model)`."
 
 
@@ -293,8 +294,9 @@ def _describe(mean_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     probabilities = mean_logits.softmax(dim=1)
     likely = probabilities.gather(1, where)
     second = likely[:, 1:2] if top_k > 1 else 1 - likely
+    above = (top - centre).clamp(-_LARGEST, _LARGEST)
     statistics = (
-        (top - centre).masked_fill(top == -torch.inf, 0.0),
+        above.masked_fill(top == -torch.inf, 0.0),
         likely[:, :1],
         likely[:, :1] - second,
         torch.special.entr(probabilities).sum(dim=1, keepdim=True),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ride_plugin import ArgumentError, ConfidenceRouter, RIDEWrapper, RoutingInference
 from ride_plugin.routing import StagedRunner, fuse_stages, quantize_stages
 from ride_plugin.routing._fused_conv import FusedConv2d
-from ride_plugin.routing._int8 import Int8Conv2d
+from ride_plugin.routing._int8 import Int8Conv2d, largest_step
 
 
 def rounded_by_hand(conv: Int8Conv2d, x: Tensor, other: Tensor | None) -> Tensor:
@@ -20,7 +20,7 @@ def rounded_by_hand(conv: Int8Conv2d, x: Tensor, other: Tensor | None) -> Tensor
     entering = (steps - conv.zero_point) * conv.scale
     weights = []
     for channel in conv.weight.double():
-        step = channel.abs().max() / 127
+        step = channel.abs().max() / largest_step()
         weights.append((channel / step).round() * step)
     bias = None if conv.bias is None else conv.bias.double()
     out = F.conv2d(entering, torch.stack(weights), bias, conv.stride, conv.padding, conv.dilation)
@@ -47,6 +47,15 @@ def test_a_convolution_is_that_of_the_rounded_numbers(
     torch.testing.assert_close(conv(x, other), expected, rtol=1e-3, atol=1e-3)
     if other is not None:
         assert torch.equal(other, before)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_largest_sums_fit_on_any_processor(kernel: int, sign: int) -> None:
+    weight = sign * torch.ones(6, 8, kernel, kernel)
+    whole = FusedConv2d(weight, None, ([1, 1], [0, 0], [1, 1], 1), False, [4, 8, 9, 9])
+    x = torch.ones(4, 8, 9, 9)
+    torch.testing.assert_close(Int8Conv2d(whole, 0.0, 1.0)(x, None), whole(x))
 
 
 def test_in_another_precision_it_is_the_plain_convolution() -> None:

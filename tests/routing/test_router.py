@@ -675,3 +675,13 @@ def test_gates_behind_a_sigmoid_are_refused() -> None:
     for given in (gates.sigmoid(), torch.nn.functional.logsigmoid(gates)):
         with pytest.raises(ArgumentError, match=r"`gate_logits`.*the result of a sigmoid"):
             RoutingLoss()(given, logits, target)
+
+
+@pytest.mark.parametrize("size", [1e18, 1e23, 1e36])
+def test_finite_logits_of_any_size_leave_the_router_finite(size):
+    torch.manual_seed(0)
+    router = ExpertRouter(4, 3, num_classes=5)
+    logits = size * torch.randn(8, 3, 5)
+    for _ in range(2):
+        assert router((logits, torch.randn(8, 3, 4))).isfinite().all()
+    assert all(value.isfinite().all() for value in router.state_dict().values())
