@@ -69,6 +69,28 @@ def _class_of(stand_in: nn.Module, real: nn.Module, key: str) -> type[nn.Module]
     return type(real if _asked.answered else stand_in)
 
 
+class _Visits(threading.local):
+    """The stand-ins that a loop over all modules, or a tool's hook, is at in this thread."""
+
+    def __init__(self) -> None:
+        self.met: list[int] = []
+        self.aside: list[int] = []  # of these, in a pass that does not mean them
+
+
+_visits = _Visits()
+
+
+@contextmanager
+def _visit(visits: list[int], stand_in: nn.Module) -> Iterator[None]:
+    """Note during a block that somebody is at a stand-in."""
+    visits.append(id(stand_in))
+    try:
+        yield
+    finally:
+        if id(stand_in) in visits:  # not in that of another thread, which throws a loop away
+            visits.remove(id(stand_in))
+
+
 class _Aside:
     """Somebody's hook on a stand-in, during which nothing is recorded or looked for on the tape.
 
@@ -132,9 +154,14 @@ class StandIn(nn.Module):
     def ride_in_pass(self) -> bool:
         """Whether a forward is being recorded or replayed, which means the other module by this."""
         running = self.__dict__.get("ride_running")
-        if running is None or self.__dict__.get("ride_aside"):
+        if running is None or (running.recorder or running.player) is None:
             return False
-        return (running.recorder or running.player) is not None
+        return torch.compiler.is_compiling() or id(self) not in _visits.aside
+
+    @property
+    def ride_met(self) -> bool:
+        """Whether a loop over all modules is at this one, or a hook that is on all of them."""
+        return id(self) in _visits.met
 
     @contextmanager
     def ride_looked_at(self) -> Iterator[None]:
@@ -145,13 +172,8 @@ class StandIn(nn.Module):
         if torch.compiler.is_compiling():
             yield
             return
-        self.__dict__["ride_aside"] = self.__dict__.get("ride_aside", 0) + 1
-        self.__dict__["ride_met"] = self.__dict__.get("ride_met", 0) + 1
-        try:
+        with _visit(_visits.aside, self), _visit(_visits.met, self):
             yield
-        finally:
-            self.__dict__["ride_aside"] -= 1
-            self.__dict__["ride_met"] -= 1
 
     def ride_class(self) -> type[nn.Module]:
         """What `isinstance` finds: in a forward the class of the module that this one stands for.
@@ -166,7 +188,7 @@ class StandIn(nn.Module):
 
     def ride_keep(self, what: str, value: Any) -> None:
         """Keep what somebody does to this one, and not to all modules."""
-        if not self.ride_in_pass and not self.__dict__.get("ride_met"):
+        if not self.ride_in_pass and not self.ride_met:
             self.__dict__.setdefault("ride_done", {})[what] = value
 
     def train(self, mode: bool = True) -> Self:
@@ -187,11 +209,8 @@ class StandIn(nn.Module):
 
     def _met(self, found: Iterator[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
         for name, module in found:
-            self.__dict__["ride_met"] = self.__dict__.get("ride_met", 0) + 1
-            try:
+            with _visit(_visits.met, self):
                 yield name, module
-            finally:
-                self.__dict__["ride_met"] -= 1
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> Self:
         """As for any module."""
@@ -213,7 +232,7 @@ class StandIn(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As for any module inside of another; asked for by itself, the real one's."""
-        if args or kwargs.get("destination") is not None or self.__dict__.get("ride_met"):
+        if args or kwargs.get("destination") is not None or self.ride_met:
             return super().state_dict(*args, **kwargs)
         return self.ride_given("state_dict()", self.ride_real).state_dict(**kwargs)
 
@@ -287,10 +306,9 @@ class StandIn(nn.Module):
         A loop over all modules gets plain values only, as it comes to the real module as well. It
         may be one over a list of them, of which nothing is known but that it asks (``hasattr``).
         """
-        met = bool(self.__dict__.get("ride_met"))
         outside = not self.ride_in_pass and is_of_one_expert(value)
-        if (met or asked) and outside and not asks_as_backbone(self, self.ride_real):
-            raise comes_by_itself(self.ride_part_of_real, self.ride_key, name, quiet=met)
+        if outside and (asked or self.ride_met) and not asks_as_backbone(self, self.ride_real):
+            raise comes_by_itself(self.ride_part_of_real, self.ride_key, name, quiet=self.ride_met)
         return self.ride_part(value)
 
     def ride_part(self, value: Any) -> Any:
@@ -382,8 +400,7 @@ class Forked(StandIn):
         """What callers get of the unit: outside of a pass nothing that is one of several."""
         apart = self.ride_several > 1 and not self.ride_in_pass and is_of_one_expert(value)
         if apart and not asks_as_backbone(self, self.ride_real):
-            met = bool(self.__dict__.get("ride_met"))
-            raise one_of_several(self.ride_several, self.ride_key, name, quiet=met)
+            raise one_of_several(self.ride_several, self.ride_key, name, quiet=self.ride_met)
         return super().ride_given(name, value, asked)
 
     def _goes_on(self) -> bool:
