@@ -46,7 +46,7 @@ def quantize_stages(
 
     Raises:
         ArgumentError: a stage is missing or is not a fused one, there is no batch with rows, or
-            this build of torch has no such convolution.
+            this build of torch has no such convolution or a wrong one on this processor.
 
     Example:
         >>> from torch import nn
@@ -115,19 +115,25 @@ class Int8Conv2d(FusedConv2d):
 
 @functools.cache
 def largest_step() -> int:
-    """The largest whole number that a weight may be on this processor.
+    """The largest whole number that a weight may be on this processor; raises ArgumentError.
 
     Without VNNI oneDNN adds two products of an input up to 255 and a weight in sixteen bits, and
     cuts off what does not fit: two weights of 127 would count as 64 each. It is tried, since which
     processors do so is not to be asked in all releases of torch.
     """
-    weight, scales = torch.full((16, 16, 1, 1), 127, dtype=torch.int8), torch.ones(16)
-    size, where = [1, 16, 4, 4], ([1, 1], [0, 0], [1, 1], 1)
-    packed = _packed(weight, scales, 1.0, 0, None, where, size)
+    size, where, scales = [1, 16, 4, 4], ([1, 1], [0, 0], [1, 1], 1), torch.ones(16)
     steps = torch.full(size, 255, dtype=torch.uint8)
     steps = steps.contiguous(memory_format=torch.channels_last)
-    sums = _CONVOLUTION(steps, *packed, 1.0, 0, torch.float32, "none", [], "")
-    return 127 if bool((sums == 16 * 255 * 127).all()) else 64  # 2 * 255 * 64 fits
+    for largest in (127, 64):  # 2 * 255 * 64 fits
+        weight = torch.full((16, 16, 1, 1), largest, dtype=torch.int8)
+        packed = _packed(weight, scales, 1.0, 0, None, where, size)
+        sums = _CONVOLUTION(steps, *packed, 1.0, 0, torch.float32, "none", [], "")
+        if bool((sums == 16 * 255 * largest).all()):
+            return largest
+    raise ArgumentError(
+        "Expected oneDNN's convolution in eight bits to add up whole numbers, but here 16 products "
+        f"of 255 and 64 are {sums.flatten()[0]:g} for it. Serve the float stages."
+    )
 
 
 def _packed(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ride_plugin import ArgumentError, ConfidenceRouter, RIDEWrapper, RoutingInference
-from ride_plugin.routing import StagedRunner, fuse_stages, quantize_stages
+from ride_plugin.routing import StagedRunner, _int8, fuse_stages, quantize_stages
 from ride_plugin.routing._fused_conv import FusedConv2d
 from ride_plugin.routing._int8 import Int8Conv2d, largest_step
 
@@ -56,6 +56,28 @@ def test_the_largest_sums_fit_on_any_processor(kernel: int, sign: int) -> None:
     whole = FusedConv2d(weight, None, ([1, 1], [0, 0], [1, 1], 1), False, [4, 8, 9, 9])
     x = torch.ones(4, 8, 9, 9)
     torch.testing.assert_close(Int8Conv2d(whole, 0.0, 1.0)(x, None), whole(x))
+
+
+@pytest.mark.parametrize(("holds", "largest"), [(2**31, 127), (2**15, 64)])
+def test_weights_are_as_large_as_sums_of_two_products_may_be(holds, largest, monkeypatch) -> None:
+    def convolution(steps: Tensor, *packed: Tensor | float) -> Tensor:
+        pair = min(2 * float(steps[0, 0, 0, 0]) * float(weights[-1][0, 0, 0, 0]), holds - 1)
+        return torch.full((1, 16, 4, 4), 8 * pair)
+
+    def packed(weight: Tensor, *rest: object) -> tuple[()]:
+        weights.append(weight)
+        return ()
+
+    weights: list[Tensor] = []
+    monkeypatch.setattr(_int8, "_CONVOLUTION", convolution)
+    monkeypatch.setattr(_int8, "_packed", packed)
+    assert _int8.largest_step.__wrapped__() == largest
+
+
+def test_a_processor_on_which_small_sums_are_wrong_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(_int8, "_CONVOLUTION", lambda *_: torch.zeros(1, 16, 4, 4))
+    with pytest.raises(ArgumentError, match="products of 255 and 64 are 0 for it"):
+        _int8.largest_step.__wrapped__()
 
 
 def test_in_another_precision_it_is_the_plain_convolution() -> None:
