@@ -18,7 +18,7 @@ def test_a_rehearsal_measures_every_row(monkeypatch):
     for row in steps + calls:
         assert float(row[2].split()[0]) > 0
         assert row[4] > 100  # operations of one call
-    assert all(0 < float(row[5]) < 3 for row in steps)
+    assert all(float(row[5]) > 0 for row in steps)
 
 
 def test_a_step_learns_and_counts_its_operations():
