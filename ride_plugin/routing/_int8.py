@@ -121,11 +121,12 @@ def largest_step() -> int:
     cuts off what does not fit: two weights of 127 would count as 64 each. It is tried, since which
     processors do so is not to be asked in all releases of torch.
     """
-    size, where, scales = [1, 16, 4, 4], ([1, 1], [0, 0], [1, 1], 1), torch.ones(16)
-    steps = torch.full(size, 255, dtype=torch.uint8)
+    size, where = [1, 16, 4, 4], ([1, 1], [0, 0], [1, 1], 1)
+    scales = torch.ones(16, dtype=torch.float32, device="cpu")
+    steps = torch.full(size, 255, dtype=torch.uint8, device="cpu")
     steps = steps.contiguous(memory_format=torch.channels_last)
     for largest in (127, 64):  # 2 * 255 * 64 fits
-        weight = torch.full((16, 16, 1, 1), largest, dtype=torch.int8)
+        weight = torch.full((16, 16, 1, 1), largest, dtype=torch.int8, device="cpu")
         packed = _packed(weight, scales, 1.0, 0, None, where, size)
         sums = _CONVOLUTION(steps, *packed, 1.0, 0, torch.float32, "none", [], "")
         if bool((sums == 16 * 255 * largest).all()):

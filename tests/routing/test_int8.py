@@ -74,6 +74,16 @@ def test_weights_are_as_large_as_sums_of_two_products_may_be(holds, largest, mon
     assert _int8.largest_step.__wrapped__() == largest
 
 
+def test_other_defaults_of_device_and_dtype_change_nothing() -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert _int8.largest_step.__wrapped__() == largest_step()
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_a_processor_on_which_small_sums_are_wrong_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(_int8, "_CONVOLUTION", lambda *_: torch.zeros(1, 16, 4, 4))
     with pytest.raises(ArgumentError, match="products of 255 and 64 are 0 for it"):
