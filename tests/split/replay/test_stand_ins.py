@@ -1,4 +1,4 @@
-"""What a loop over all modules does to a stand-in is its own: no copy and no thread goes on in it."""
+"""What a loop over all modules does to a stand-in: neither a copy nor a thread goes on in it."""
 
 from __future__ import annotations
 
