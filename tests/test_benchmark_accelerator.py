@@ -18,7 +18,9 @@ def test_a_rehearsal_measures_every_row(monkeypatch):
     for row in steps + calls:
         assert float(row[2].split()[0]) > 0
         assert row[4] > 100  # operations of one call
-    assert all(float(row[5]) > 0 for row in steps)
+    shares = [float(row[5]) for row in steps]
+    assert 0 < shares[0] < 3
+    assert shares[1] > 0  # without instructions for bfloat16 its matrix product is no peak
 
 
 def test_a_step_learns_and_counts_its_operations():

@@ -62,11 +62,13 @@ def asked_for_classes(answered: bool) -> Iterator[set[str]]:
         _asked.names, _asked.answered = before
 
 
-def _class_of(stand_in: nn.Module, real: nn.Module, key: str) -> type[nn.Module]:
-    """The class that a forward finds where it asks a stand-in."""
+def _class_of(stand_in: StandIn | _Inside, key: str) -> type[nn.Module]:
+    """The class that who calls the caller finds: this library, torch and hooks mean this one."""
+    if is_of_package_or_torch(2):
+        return type(stand_in)
     if _asked.names is not None:
         _asked.names.add(key)
-    return type(real if _asked.answered else stand_in)
+    return type(stand_in.ride_real if _asked.answered else stand_in)
 
 
 class _Visits(threading.local):
@@ -178,11 +180,9 @@ class StandIn(nn.Module):
     def ride_class(self) -> type[nn.Module]:
         """What `isinstance` finds: in a forward the class of the module that this one stands for.
 
-        This library, torch and hooks mean this one; a compiler does not ask here.
+        A compiler does not ask here.
         """
-        if not self.ride_in_pass or is_of_package_or_torch(1):
-            return type(self)
-        return _class_of(self, self.ride_real, self.ride_key)
+        return _class_of(self, self.ride_key) if self.ride_in_pass else type(self)
 
     __class__ = property(ride_class)
 
@@ -424,9 +424,7 @@ class _Inside(nn.Module):
         self.__dict__.update(ride_forked=forked, ride_real=module)
 
     def ride_class(self) -> type[nn.Module]:
-        if is_of_package_or_torch(1):
-            return type(self)
-        return _class_of(self, self.ride_real, self.ride_forked.ride_key)
+        return _class_of(self, self.ride_forked.ride_key)
 
     __class__ = property(ride_class)
 
